@@ -1,0 +1,25 @@
+"""SparseWAV: one-shot unstructured pruning of speech foundation models.
+
+>>> import sparsewav
+>>> report = sparsewav.prune(model, calibration_batches, sparsity=0.8)  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sparsewav.errors import UserError
+
+if TYPE_CHECKING:
+    from sparsewav.pruning import MatrixReport, PruneReport, prune
+
+__version__ = "0.1.0"
+__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    # The engine is imported on first use, so that `sparsewav --help` does not wait for PyTorch.
+    if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
+        import importlib
+
+        pruning = importlib.import_module("sparsewav.pruning")
+        return pruning if name == "pruning" else getattr(pruning, name)
+    raise AttributeError(f"module 'sparsewav' has no attribute {name!r}")

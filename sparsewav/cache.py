@@ -1,0 +1,94 @@
+"""Results that can be made again, kept between runs and keyed by all that they depend on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from sparsewav.data.utterances import Utterance
+from sparsewav.files import cache_folder, write_folder
+from sparsewav.pruning.calibration import Calibration
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a model's configuration and of every byte of its weights."""
+    digest = hashlib.blake2b(model.config.to_json_string(use_diff=False).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
+    """Hash of ids, transcripts and audio files (by path, size and time of change; bytes by their content)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for utterance in utterances:
+        digest.update(f"{utterance.id}\t{utterance.text}\t".encode())
+        if isinstance(utterance.audio, Path):
+            status = utterance.audio.stat()
+            digest.update(f"{utterance.audio.resolve()}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+        else:
+            digest.update(utterance.audio)
+    return digest.hexdigest()
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash of the code that cached results come from: the engine, the reading of audio, the decoding, PyTorch."""
+    package = Path(__file__).parent
+    digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
+    for path in sorted([*package.glob("pruning/*.py"), *package.glob("data/*.py"), package / "evaluation.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def cached_folder(
+    kind: str, identity: dict[str, Any], make: Callable[[Path], None], *, enabled: bool
+) -> tuple[Path, bool]:
+    """Give the folder of a cached result, making it if it is not there.
+
+    Processes that want the same result wait for the first one to make it.
+
+    Args:
+        kind: what the result is, e.g. ``hessians``.
+        identity: everything that the result depends on.
+        make: writes the result into an empty folder.
+        enabled: take a result that is there; otherwise it is made again.
+
+    Returns:
+        The folder, and whether it was there already.
+    """
+    key = hashlib.blake2b(json.dumps([kind, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = cache_folder() / kind / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if enabled and folder.is_dir():
+            return folder, True
+        with write_folder(folder) as temporary:
+            make(temporary)
+            (temporary / "identity.json").write_text(json.dumps(identity, indent=1, sort_keys=True))
+    return folder, False
+
+
+def save_calibration(calibration: Calibration, folder: Path) -> None:
+    """Write Hessians as safetensors, with what reads them."""
+    save_file(
+        {name: hessian.contiguous() for name, hessian in calibration.hessians.items()}, folder / "hessians.safetensors"
+    )
+    record = {"reads": calibration.reads, "frames": calibration.frames}
+    (folder / "calibration.json").write_text(json.dumps(record))
+
+
+def load_calibration(folder: Path, device: torch.device) -> Calibration:
+    """Read what :func:`save_calibration` wrote."""
+    record = json.loads((folder / "calibration.json").read_text())
+    hessians = load_file(folder / "hessians.safetensors", device=str(device))
+    order = dict.fromkeys(record["reads"].values())
+    return Calibration({name: hessians[name] for name in order}, record["reads"], record["frames"])

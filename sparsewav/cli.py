@@ -1,0 +1,307 @@
+"""The entry points ``sparsewav`` and ``sparsewav-train``: the one place that knows Hydra."""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate
+from sparsewav.errors import UserError
+
+
+class RememberSweep(Callback):
+    """Remembers the folder of this process's multirun: Hydra tells it to nobody but its callbacks."""
+
+    folder: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        RememberSweep.folder = Path(str(config.hydra.sweep.dir))
+
+
+def conf_folder() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{package / 'conf'} is missing; install sparsewav again")
+
+
+def _identifying(root: DictConfig) -> dict[str, Any]:
+    keys = [key for key in key_names() if key not in NOT_IDENTIFYING]
+    return OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)  # type: ignore[return-value]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    """Readable part and hash of everything that the run's results depend on."""
+    settings = _identifying(_root_)
+    sparsity = settings["sparsity"]
+    parts = (
+        Path(settings["model"]["name_or_path"]).name,
+        settings["saliency"]["name"],
+        settings["allocation"]["name"],
+        f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
+        *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
+        _hash(settings),
+    )
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
+
+
+def _sweep_name() -> str:
+    """The same for the same command line, so that a second launch of a sweep finds its runs."""
+    return f"sweep-{_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for path, schema in SCHEMAS.items():
+        group, _, name = path.rpartition("/")
+        store.store(name=name, node=schema, group=group or None)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    # Cached in the configuration, which workers get from the launching process: their own command line is another.
+    OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True, use_cache=True)
+
+
+_register()  # at import: the joblib launcher's workers import this module and nothing else
+
+
+def _quieten_libraries() -> None:
+    # Before transformers is imported: its progress bars would break ours, and its news are not the user's.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run_job(settings: DictConfig) -> float | None:
+    """One job of a run or a sweep: Hydra's task function.
+
+    Returns:
+        The word error rate, for sweepers; None from a failed job of a sweep, which does not stop the others.
+
+    Raises:
+        SystemExit: with code 1 when the one job of a run failed.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    console = Console()
+    try:
+        _refuse_added_keys(settings)
+        config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
+        validate(config)
+        _quieten_libraries()
+        from sparsewav.run import run  # imported late: --help and configuration errors need no PyTorch
+        from sparsewav.tracking import make_tracker
+
+        console.print(f"[bold]{folder.name}[/bold]")
+        metrics = run(config, folder, console)
+        tracked = OmegaConf.to_container(settings, resolve=True)
+        sweep = folder.parent.name if is_sweep else None
+        make_tracker(config.tracker, tracked, folder.name, sweep)(metrics, folder)  # type: ignore[arg-type]
+        if not is_sweep:
+            _show(metrics, folder, console)
+        return metrics["wer"]
+    except Exception as error:
+        _record_failure(error, folder, console)
+        if is_sweep:
+            return None
+        raise SystemExit(1) from None
+
+
+def _record_failure(error: Exception, folder: Path, console: Console) -> None:
+    if isinstance(error, OmegaConfBaseException):
+        error = UserError(explain(error))
+    expected = isinstance(error, UserError)
+    message = str(error) if expected else f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    record = {
+        "status": "failed",
+        "error": message,
+        "choices": {str(k): v for k, v in HydraConfig.get().runtime.choices.items() if not str(k).startswith("hydra/")},
+        "overrides": list(HydraConfig.get().overrides.task),
+        "traceback": trace,
+    }
+    console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    try:
+        (folder / "error.json").write_text(json.dumps(record, indent=2) + "\n")
+        with (folder / f"{HydraConfig.get().job.name}.log").open("a") as log:
+            log.write(trace)
+        if not expected:
+            console.print(
+                f"This is a fault of sparsewav; please report it with {folder / 'error.json'}", soft_wrap=True
+            )
+    except OSError:
+        pass  # the disk that is full for the results is full for the record, too; the message is on the terminal
+
+
+def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
+    """The table at the end of a run."""
+    seconds = metrics["seconds"]
+    removed = metrics["params_total"] - metrics["params_nonzero"]
+    rows = {
+        "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
+        "word error rate, pruned": f"{100 * metrics['wer']:.2f} %   on {metrics['n_utterances']} utterances",
+        "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
+        + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
+        "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+        "parameters, before": f"{metrics['params_total']:,}",
+        "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
+        "seconds": ", ".join(
+            f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
+            for stage in ("calibrate", "allocate", "solve")
+        )
+        + f"; prune {seconds['prune']:.1f}; evaluate {seconds['evaluate']:.1f}",
+        "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
+        "outputs": str(folder),
+        "pruned model": str(folder / "model"),
+    }
+    table = Table(title=f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def train_job(settings: DictConfig) -> None:
+    """One training: Hydra's task function of ``sparsewav-train``."""
+    console = Console()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        config: TrainConfig = OmegaConf.to_object(settings)  # type: ignore[assignment]
+        _quieten_libraries()
+        from sparsewav.finetune.train import train
+
+        train(config, folder, console)
+    except Exception as error:
+        _record_failure(error, folder, console)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Console entry ``sparsewav``."""
+    _launch(run_job, "config")
+    if RememberSweep.folder is not None:
+        from sparsewav.sweep import summarize
+
+        raise SystemExit(1 if summarize(RememberSweep.folder, Console()) else 0)
+
+
+def train_main() -> None:
+    """Console entry ``sparsewav-train``."""
+    _launch(train_job, "train")
+
+
+def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    # With this Hydra raises its errors, instead of printing them its own way and leaving.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on where it stopped") from None
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        raise SystemExit(f"error: {explain(error)}") from None
+
+
+def explain(error: Exception) -> str:
+    """Turn an error of Hydra or the file system into one sentence that names the key and the nearest valid choice."""
+    text = "\n".join(str(item) for item in (error, error.__cause__) if item)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = [name for name in error.options or [] if not name.startswith("base_")]
+        return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
+    if isinstance(error, OSError):
+        return f"cannot write {error.filename!s}: {error.strerror}; choose another output_root"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value; give it: {error.full_key}=..."
+    if match := re.search(r"Could not override '([\w./@-]+)'", text):
+        return _no_such_key(match[1])
+    if match := re.search(r"Error merging override (\S+)", text):
+        reason = next(
+            (line for line in text.splitlines() if line.startswith(("Value", "Key", "Cannot", "Invalid"))), ""
+        )
+        if reason.startswith("Key "):
+            return _no_such_key(match[1].lstrip("+~").partition("=")[0])
+        return (
+            f"{match.group(1)} has the wrong type: {reason[:1].lower()}{reason[1:]}"
+            if reason
+            else f"{match.group(1)} is not valid"
+        )
+    return " ".join(str(error).split())
+
+
+def _refuse_added_keys(settings: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them through."""
+    schema = OmegaConf.get_type(settings)
+    known = {item.name for item in fields(schema)} if is_dataclass(schema) else set(settings)
+    for key in map(str, settings):
+        if key not in known:
+            raise UserError(_no_such_key(f"{prefix}{key}"))
+        if not OmegaConf.is_missing(settings, key) and isinstance(settings[key], DictConfig):
+            _refuse_added_keys(settings[key], f"{prefix}{key}.")
+
+
+def _no_such_key(key: str) -> str:
+    keys = _all_keys()
+    if key in keys and "." in key:
+        group, _, name = key.rpartition(".")
+        return f"the option chosen for {group} has no key {name}; drop it or choose another option"
+    return f"there is no key {key}{_nearest(key, keys)}; sparsewav --help lists them all"
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _all_keys() -> list[str]:
+    """Every key and group of the default configuration, dotted."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    name = "train" if Path(sys.argv[0]).name.startswith("sparsewav-train") else "config"
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        settings = compose(name)
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        keys = []
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+                keys += walk(node[key], f"{prefix}{key}.")
+        return keys
+
+    return [*walk(settings, ""), "experiment"]

@@ -1,0 +1,321 @@
+"""The configuration, typed: what ``conf/`` may hold, and the ranges of its values.
+
+Hydra fills these dataclasses; nothing else of the package sees Hydra's own objects.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sparsewav.errors import UserError
+
+MISSING: Any = "???"
+"""A value that the user has to give."""
+
+
+@dataclass
+class ModelConfig:
+    """Attributes: name_or_path: ``demo``, a folder, or a name on the hub."""
+
+    name_or_path: str = MISSING
+
+
+@dataclass
+class DataConfig:
+    """Which utterances are read.
+
+    Attributes:
+        calibration_subset: where the calibration sample is drawn from.
+        evaluation_subset: what the word error rate is measured on.
+        training_subset: what ``sparsewav-train`` learns from.
+        development_subset: what ``sparsewav-train`` logs its word error rate on.
+        evaluation_utterances: read only so many of the evaluation subset, the first ones; None for all.
+    """
+
+    calibration_subset: str = MISSING
+    evaluation_subset: str = MISSING
+    training_subset: str = MISSING
+    development_subset: str = MISSING
+    evaluation_utterances: int | None = None
+
+
+@dataclass
+class DemoData(DataConfig):
+    """Attributes: seed: of sentences, voices and noise."""
+
+    seed: int = 0
+
+
+@dataclass
+class LibriSpeechFolder(DataConfig):
+    """Attributes: root: folder that holds the subsets."""
+
+    root: str = MISSING
+
+
+@dataclass
+class LibriSpeechHub(DataConfig):
+    """``openslr/librispeech_asr``; subsets are ``configuration/split``."""
+
+
+@dataclass
+class CalibrationConfig:
+    """Attributes:
+    utterances: size of the random sample.
+    propagation: ``parallel`` or ``sequential``.
+    """
+
+    utterances: int = MISSING
+    propagation: str = MISSING
+
+
+@dataclass
+class SparsityConfig:
+    """How many weights go; see the two kinds below."""
+
+
+@dataclass
+class UnstructuredSparsity(SparsityConfig):
+    """Attributes: target: share of the prunable weights, 0 to 1."""
+
+    target: float = MISSING
+
+
+@dataclass
+class PatternSparsity(SparsityConfig):
+    """Attributes: n, m: n of every m consecutive weights stay."""
+
+    n: int = MISSING
+    m: int = MISSING
+
+
+@dataclass
+class SaliencyConfig:
+    """Attributes: name: a key of :data:`sparsewav.pruning.saliency.SALIENCIES`."""
+
+    name: str = MISSING
+
+
+@dataclass
+class ObsSaliency(SaliencyConfig):
+    """Attributes:
+    percdamp: damping as a share of the Hessian's mean diagonal.
+    block_size: columns masked together.
+    """
+
+    percdamp: float = MISSING
+    block_size: int = MISSING
+
+
+@dataclass
+class AllocationConfig:
+    """Attributes: name: ``uniform`` or ``hutchinson``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class HutchinsonAllocation(AllocationConfig):
+    """Attributes:
+    alpha: half the range of sparsities.
+    exact_budget: meet the target to one weight.
+    probes: random vectors for every calibration batch.
+    distribution: ``gaussian`` or ``rademacher``.
+    utterances: how many of the calibration set.
+    """
+
+    alpha: float = MISSING
+    exact_budget: bool = MISSING
+    probes: int = MISSING
+    distribution: str = MISSING
+    utterances: int = MISSING
+
+
+@dataclass
+class FinetuneStrategyConfig:
+    """Attributes: name: ``none``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class TrackerConfig:
+    """Attributes: name: ``none`` or ``wandb``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class WandbTracker(TrackerConfig):
+    """Attributes: project, entity, group, mode: as ``wandb.init`` takes them; None leaves its own default."""
+
+    project: str = MISSING
+    entity: str | None = None
+    group: str | None = None
+    mode: str | None = None
+
+
+@dataclass
+class Config:
+    """One run.
+
+    Attributes:
+        seed: of the calibration sample and the Hutchinson probes.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        seconds_per_batch: most audio in one batch.
+        output_root: folder of the runs' folders.
+        cache: keep Hessians, sensitivities and the dense word error rate between runs.
+        force: redo a run that is done.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    finetune_strategy: FinetuneStrategyConfig = field(default_factory=FinetuneStrategyConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    seed: int = 0
+    device: str = "auto"
+    seconds_per_batch: float = 60.0
+    output_root: str = "outputs"
+    cache: bool = True
+    force: bool = False
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of the prunable weights to remove."""
+        if isinstance(self.sparsity, PatternSparsity):
+            return 1 - self.sparsity.n / self.sparsity.m
+        assert isinstance(self.sparsity, UnstructuredSparsity)
+        return self.sparsity.target
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """The pattern n:m, if there is one."""
+        return (self.sparsity.n, self.sparsity.m) if isinstance(self.sparsity, PatternSparsity) else None
+
+    @property
+    def sparsity_name(self) -> str:
+        """``0.75`` or ``2:4``."""
+        return f"{self.n_m[0]}:{self.n_m[1]}" if self.n_m else f"{self.target_sparsity:g}"
+
+
+@dataclass
+class TrainingConfig:
+    """Attributes: as :class:`sparsewav.finetune.trainer.TrainingSettings`."""
+
+    epochs: float = MISSING
+    batch_size: int = MISSING
+    learning_rate: float = MISSING
+    warmup_steps: int = MISSING
+    scheduler: str = MISSING
+    weight_decay: float = MISSING
+    bf16: bool = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """One training of a dense model.
+
+    Attributes:
+        architecture: ``model_type`` and whatever that configuration of transformers takes.
+        output: folder of the trained model.
+        device: ``auto`` or ``cpu``.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    architecture: dict[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: str = "outputs/demo-model"
+    device: str = "auto"
+
+
+SCHEMAS: dict[str, type] = {
+    "schema": Config,
+    "train_schema": TrainConfig,
+    "model/base_model": ModelConfig,
+    "data/base_demo": DemoData,
+    "data/base_librispeech_dir": LibriSpeechFolder,
+    "data/base_librispeech": LibriSpeechHub,
+    "calibration/base_calibration": CalibrationConfig,
+    "sparsity/base_unstructured": UnstructuredSparsity,
+    "sparsity/base_n_m": PatternSparsity,
+    "saliency/base_score": SaliencyConfig,
+    "saliency/base_obs": ObsSaliency,
+    "allocation/base_uniform": AllocationConfig,
+    "allocation/base_hutchinson": HutchinsonAllocation,
+    "finetune_strategy/base_finetune_strategy": FinetuneStrategyConfig,
+    "tracker/base_no_tracker": TrackerConfig,
+    "tracker/base_wandb": WandbTracker,
+}
+"""Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
+
+NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force")
+"""Keys that do not change a run's results, and so neither its folder."""
+
+
+def validate(config: Config) -> None:
+    """Check every range before anything is loaded.
+
+    Raises:
+        UserError: with one line for every fault.
+    """
+    faults = list(_faults(config))
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _faults(config: Config) -> Iterator[str]:
+    from sparsewav.pruning.allocation import largest_alpha  # not at the top: --help does not wait for PyTorch
+
+    target: float | None = None
+    if config.n_m:
+        n, m = config.n_m
+        if not 0 < n < m:
+            yield f"sparsity.n={n} and sparsity.m={m} make no pattern; choose 0 < n < m, e.g. 2 and 4"
+        if config.allocation.name != "uniform":
+            yield f"sparsity=n_m gives every matrix the sparsity of {n}:{m}; choose allocation=uniform with it"
+    else:
+        target = config.target_sparsity
+        if not 0 <= target <= 1:
+            yield f"sparsity.target={target:g} is not between 0 and 1; 0.75 removes three weights of four"
+            target = None
+    allocation = config.allocation
+    if isinstance(allocation, HutchinsonAllocation):
+        if target is not None and not (0 <= allocation.alpha <= min(target, 1 - target) + 1e-9):
+            yield (
+                f"allocation.alpha={allocation.alpha:g} does not fit sparsity.target={target:g}: matrices would get "
+                f"{target - allocation.alpha:g} to {target + allocation.alpha:g}; "
+                f"choose an alpha from 0 to {largest_alpha(target):g}"
+            )
+        if allocation.distribution not in ("gaussian", "rademacher"):
+            yield f"allocation.distribution={allocation.distribution} is neither gaussian nor rademacher"
+        yield from _at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
+    if isinstance(config.saliency, ObsSaliency):
+        yield from _at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
+        yield from _at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
+    if config.calibration.propagation not in ("parallel", "sequential"):
+        yield f"calibration.propagation={config.calibration.propagation} is neither parallel nor sequential"
+    yield from _at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
+    if config.data.evaluation_utterances is not None:
+        yield from _at_least(1, evaluation_utterances=config.data.evaluation_utterances, prefix="data.")
+    if config.seconds_per_batch <= 0:
+        yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
+    yield from _at_least(0, seed=config.seed)
+    device = config.device.partition(":")[0]
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        yield f"device={config.device} is not known; choose auto, cpu, cuda, cuda:1 or mps"
+
+
+def _at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:
+    for key, value in values.items():
+        if value < least:
+            yield f"{prefix}{key}={value:g} must be at least {least:g}"
+
+
+def key_names(config_type: type = Config) -> list[str]:
+    """Names of the top-level keys of a schema."""
+    return [item.name for item in fields(config_type)]

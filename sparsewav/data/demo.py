@@ -1,0 +1,138 @@
+"""The demo corpus: eSpeak NG speech in LibriSpeech's layout, made on first use and kept in the user's cache.
+
+Each subset is cut into shards of fixed size and every shard is spoken by a fresh process (this module, run as a
+script), because eSpeak NG carries state from one utterance to the next: a subset then has the same bytes for the same
+seed, whatever the number of processes.
+"""
+
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from rich.progress import track
+
+from sparsewav.data import espeak
+from sparsewav.data.sentences import draw_sentence
+from sparsewav.files import cache_folder, write_folder
+
+SAMPLE_RATE = 16_000
+UTTERANCES_PER_SHARD = 500
+VERSION = 1
+"""Raised when a change here gives other audio for the same seed: it names the cached folder."""
+
+TEST_VOICES = ("m3", "m7", "f2", "f5", "linda", "paul", "Michael", "benjamin")
+DEVELOPMENT_VOICES = ("m6", "f4", "robert", "steph2")
+TRAINING_VOICES = (
+    *("m1", "m2", "m4", "m5", "m8", "f1", "f3"),
+    *("Alex", "Alicia", "Andrea", "Andy", "Annie", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky"),
+    *("Lee", "Marco", "Mario", "Mike", "Nguyen", "Reed", "adam", "anika", "antonio", "aunty", "belinda", "boris"),
+    *("caleb", "david", "ed", "edward", "edward2", "grandma", "grandpa", "gustave", "ian", "john", "marcelo", "max"),
+    *("michel", "miguel", "mike2", "norbert", "pablo", "pedro", "quincy", "rob", "sandro", "shelby"),
+    *("steph", "steph3", "travis", "victor", "zac", "iven", "iven2", "iven3", "iven4", "announcer"),
+)
+
+
+@dataclass(frozen=True)
+class DemoSubset:
+    """One subset of the demo corpus: how many utterances, by whom, and from which side of the sentence split."""
+
+    name: str
+    utterances: int
+    voices: tuple[str, ...]
+    for_evaluation: bool
+
+
+SUBSETS = {
+    subset.name: subset
+    for subset in (
+        DemoSubset("train", 20_000, TRAINING_VOICES, for_evaluation=False),
+        DemoSubset("calibration", 500, TRAINING_VOICES, for_evaluation=False),
+        DemoSubset("dev", 200, DEVELOPMENT_VOICES, for_evaluation=True),
+        DemoSubset("test", 300, TEST_VOICES, for_evaluation=True),
+    )
+}
+
+
+def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Path:
+    """Give the folder of the demo corpus, speaking the subsets that are not there yet.
+
+    Args:
+        subsets: names of :data:`SUBSETS` that the caller is going to read.
+        seed: seed of sentences, voices and noise.
+        processes: how many shards are spoken at once; no influence on the bytes.
+
+    Returns:
+        A folder in LibriSpeech's layout: ``<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<nnnn>.flac``.
+    """
+    root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
+    for name in subsets:
+        if not (root / name).is_dir():
+            with write_folder(root / name) as folder:
+                _speak_subset(SUBSETS[name], folder, seed, processes)
+    return root
+
+
+def _speak_subset(subset: DemoSubset, folder: Path, seed: int, processes: int) -> None:
+    def speak(shard: int) -> None:
+        command = [sys.executable, "-m", "sparsewav.data.demo", subset.name, str(folder), str(seed), str(shard)]
+        subprocess.run(command, check=True, cwd=folder)
+
+    shards = range(-(-subset.utterances // UTTERANCES_PER_SHARD))
+    with ThreadPoolExecutor(processes) as pool:
+        description = f"Speaking the demo's {subset.name} set (first use only)"
+        for _ in track(pool.map(speak, shards), description=description, total=len(shards)):
+            pass
+
+
+def _speak_shard(subset: DemoSubset, folder: Path, seed: int, shard: int) -> None:
+    generator = np.random.default_rng([seed, zlib.crc32(subset.name.encode()), shard])
+    transcripts: dict[int, list[str]] = {}
+    first = shard * UTTERANCES_PER_SHARD
+    for _ in range(first, min(first + UTTERANCES_PER_SHARD, subset.utterances)):
+        sentence = draw_sentence(generator, for_evaluation=subset.for_evaluation)
+        voice = int(generator.integers(len(subset.voices)))
+        audio = _speak_utterance(sentence, subset.voices[voice], generator)
+        chapter_folder = folder / str(voice + 1) / str(shard)
+        chapter_folder.mkdir(parents=True, exist_ok=True)
+        lines = transcripts.setdefault(voice, [])
+        identifier = f"{voice + 1}-{shard}-{len(lines):04d}"
+        soundfile.write(chapter_folder / f"{identifier}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
+        lines.append(f"{identifier} {sentence}\n")
+    for voice, lines in transcripts.items():
+        path = folder / str(voice + 1) / str(shard) / f"{voice + 1}-{shard}.trans.txt"
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _speak_utterance(sentence: str, variant: str, generator: np.random.Generator) -> np.ndarray:
+    """Speak one sentence with a drawn speed, pitch, length of the vocal tract, loudness and background noise."""
+    samples = espeak.speak(
+        sentence.lower(),
+        f"en-us+{variant}",
+        words_per_minute=int(generator.integers(130, 181)),
+        pitch=int(generator.integers(25, 76)),
+        pitch_range=int(generator.integers(30, 71)),
+    )
+    # Playing the samples faster or slower moves the formants with the speed: one variant becomes many speakers.
+    stretch = generator.uniform(0.9, 1.12)
+    samples = soxr.resample(samples, espeak.SAMPLE_RATE * stretch, SAMPLE_RATE)
+    before, after = (np.zeros(int(generator.uniform(0.02, 0.15) * SAMPLE_RATE), np.float32) for _ in range(2))
+    samples = np.concatenate([before, samples, after])
+    samples *= 10 ** (generator.uniform(-26, -16) / 20) / np.sqrt(np.mean(samples**2))
+    noise = generator.standard_normal(len(samples)).astype(np.float32)
+    if generator.random() < 0.5:  # half of the utterances get brown instead of white noise: traffic, not hiss
+        noise = np.cumsum(noise - noise.mean(), dtype=np.float64).astype(np.float32)
+        noise -= np.convolve(noise, np.full(801, 1 / 801, np.float32), mode="same")
+    noise_level = 10 ** (-generator.uniform(20, 40) / 20) * np.sqrt(np.mean(samples**2))
+    samples += noise * noise_level / np.sqrt(np.mean(noise**2))
+    return np.clip(samples, -1, 1)
+
+
+if __name__ == "__main__":
+    _name, _folder, _seed, _shard = sys.argv[1:]
+    _speak_shard(SUBSETS[_name], Path(_folder), int(_seed), int(_shard))

@@ -1,0 +1,55 @@
+"""The sets of utterances that a configuration names."""
+
+from pathlib import Path
+
+from sparsewav.config import DataConfig, DemoData, LibriSpeechFolder
+from sparsewav.data.demo import SUBSETS, demo_root
+from sparsewav.data.librispeech import read_librispeech_folder, stream_librispeech
+from sparsewav.data.utterances import Utterance, sample_utterances
+from sparsewav.errors import UserError
+
+
+def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:
+    """A seeded random sample of the calibration subset.
+
+    Raises:
+        UserError: the subset is missing, broken or too small.
+    """
+    if isinstance(data, (DemoData, LibriSpeechFolder)):
+        return sample_utterances(_read(data, data.calibration_subset), count, seed)
+    return _stream(data.calibration_subset, count, seed)
+
+
+def evaluation_set(data: DataConfig) -> list[Utterance]:
+    """The evaluation subset, or its first ``evaluation_utterances``.
+
+    Raises:
+        UserError: the subset is missing or broken.
+    """
+    return whole_subset(data, data.evaluation_subset)[: data.evaluation_utterances]
+
+
+def whole_subset(data: DataConfig, subset: str) -> list[Utterance]:
+    """Every utterance of a subset.
+
+    Raises:
+        UserError: the subset is missing or broken.
+    """
+    if isinstance(data, (DemoData, LibriSpeechFolder)):
+        return _read(data, subset)
+    return _stream(subset, None, 0)
+
+
+def _read(data: DemoData | LibriSpeechFolder, subset: str) -> list[Utterance]:
+    if isinstance(data, LibriSpeechFolder):
+        return read_librispeech_folder(Path(data.root).expanduser(), subset)
+    if subset not in SUBSETS:
+        raise UserError(f"the demo corpus has no subset {subset!r}; it has {', '.join(SUBSETS)}")
+    return read_librispeech_folder(demo_root((subset,), data.seed), subset)
+
+
+def _stream(subset: str, count: int | None, seed: int) -> list[Utterance]:
+    configuration, slash, split = subset.partition("/")
+    if not slash:
+        raise UserError(f"subset {subset!r} of data=librispeech must be <configuration>/<split>, e.g. clean/train.100")
+    return stream_librispeech(configuration, split, count, seed)

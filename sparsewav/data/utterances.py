@@ -1,0 +1,99 @@
+"""Utterances and their audio."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from sparsewav.errors import UserError
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recorded sentence.
+
+    Attributes:
+        id: identifier, unique within its set (LibriSpeech's ``speaker-chapter-number``).
+        text: transcript in LibriSpeech's upper case.
+        audio: an audio file, or the contents of one.
+    """
+
+    id: str
+    text: str
+    audio: Path | bytes
+
+    @property
+    def source(self) -> str:
+        """What to call the audio in a message."""
+        return str(self.audio) if isinstance(self.audio, Path) else self.id
+
+
+def _open(utterance: Utterance) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(
+            utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.audio)
+        )
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(
+            f"{utterance.source} is not readable audio ({error}); replace the file or remove it and its transcript"
+        ) from error
+
+
+def audio_seconds(utterance: Utterance) -> float:
+    """Length in seconds, from the file's header alone.
+
+    Raises:
+        UserError: the file is not audio.
+    """
+    with _open(utterance) as file:
+        return file.frames / file.samplerate
+
+
+def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
+    """Decode, mix down and resample.
+
+    Several channels are averaged into one; another rate is resampled with soxr's high quality.
+
+    Args:
+        utterance: whose audio to read.
+        sample_rate: rate in Hz of the result.
+
+    Returns:
+        Samples, shape (samples,), float32.
+
+    Raises:
+        UserError: the file is truncated, empty, not audio, or holds NaN or infinite samples.
+    """
+    with _open(utterance) as file:
+        try:
+            samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{utterance.source} is damaged ({error}); fetch or record it again") from error
+        if len(samples) < file.frames or not len(samples):
+            raise UserError(
+                f"{utterance.source} is truncated: {len(samples)} of {file.frames} samples could be decoded; "
+                "fetch or record it again"
+            )
+        if not np.isfinite(samples).all():
+            raise UserError(f"{utterance.source} holds samples that are NaN or infinite; repair or remove it")
+        if file.samplerate != sample_rate:
+            samples = soxr.resample(samples, file.samplerate, sample_rate)
+    return samples
+
+
+def sample_utterances(utterances: list[Utterance], count: int, seed: int) -> list[Utterance]:
+    """Draw a seeded random sample without replacement, as the paper's calibration set (its section 3.1).
+
+    Raises:
+        UserError: there are fewer utterances than asked for.
+    """
+    if count > len(utterances):
+        raise UserError(
+            f"calibration.utterances={count} asks for more than the {len(utterances)} utterances of the "
+            f"calibration subset; lower it or choose a larger data.calibration_subset"
+        )
+    drawn = np.random.default_rng(seed).choice(len(utterances), size=count, replace=False)
+    return [utterances[index] for index in drawn]

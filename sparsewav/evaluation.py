@@ -1,0 +1,71 @@
+"""Word error rate: greedy CTC, no language model, corpus level."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jiwer
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Wav2Vec2Processor
+
+from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
+from sparsewav.pruning.encoder import takes_padding
+
+
+@torch.inference_mode()
+def transcribe(
+    model: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    utterances: Sequence[Utterance],
+    seconds_per_batch: float = 60.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Transcribe utterances greedily.
+
+    Args:
+        model: CTC model; used as it is, on the device where it is.
+        processor: its feature extractor and tokenizer.
+        utterances: what to transcribe.
+        seconds_per_batch: most audio in one batch, padding included.
+        progress: called with (batches done, batches) after every batch.
+
+    Returns:
+        Hypotheses in upper case, by utterance id, in the order of ``utterances``.
+    """
+    was_training = model.training
+    model.eval()
+    hypotheses: dict[str, str] = {}
+    batches = SpeechBatches(utterances, processor, seconds_per_batch, padding=takes_padding(model))
+    for index, group in enumerate(batches.groups):
+        batch = batches[index]
+        for utterance, text in zip(group, decode(model, processor, batch), strict=True):
+            hypotheses[utterance.id] = text
+        if progress:
+            progress(index + 1, len(batches))
+    model.train(was_training)
+    return {utterance.id: hypotheses[utterance.id] for utterance in utterances}
+
+
+def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
+    """Greedy hypotheses of one batch, padded frames left out."""
+    input_values = batch["input_values"].to(model.device)
+    attention_mask = batch["attention_mask"].to(model.device)
+    logits = model(input_values, attention_mask=attention_mask if takes_padding(model) else None).logits
+    lengths: Any = model._get_feat_extract_output_lengths  # an adapter's stride after the encoder included
+    counts = lengths(attention_mask.sum(-1))
+    tokens = [row[:count] for row, count in zip(logits.argmax(-1).cpu(), counts.tolist(), strict=True)]
+    return [" ".join(text.upper().split()) for text in processor.tokenizer.batch_decode(tokens)]
+
+
+def word_error_rate(utterances: Sequence[Utterance], hypotheses: dict[str, str]) -> float:
+    """Corpus WER as a fraction: all edits over all reference words.
+
+    Raises:
+        UserError: there is nothing to evaluate on.
+    """
+    if not utterances:
+        raise UserError("the evaluation set is empty: a word error rate over no words is not a number")
+    references = [utterance.text for utterance in utterances]
+    return float(jiwer.wer(references, [hypotheses[utterance.id] for utterance in utterances]))

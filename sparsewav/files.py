@@ -1,0 +1,64 @@
+"""Where files go, and that they appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+
+from sparsewav.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The folder of everything that can be made again: ``$SPARSEWAV_CACHE``, or the user's cache directory."""
+    return Path(os.environ.get("SPARSEWAV_CACHE") or user_cache_path("sparsewav", appauthor=False))
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; it takes the name ``path`` only when the block ends without an error.
+
+    Raises:
+        UserError: the file cannot be written there (a full disk, a read-only folder).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; it replaces the folder ``path`` only when the block ends without an error.
+
+    Raises:
+        UserError: the folder cannot be written there (a full disk, a read-only folder).
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            temporary.chmod(0o755)  # mkdtemp makes it private; a run's outputs are as readable as its folder
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another output_root") from error

@@ -1,0 +1,121 @@
+"""CTC training on Hugging Face's Trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    Wav2Vec2Processor,
+)
+
+from sparsewav.data.batches import Batch, collate
+from sparsewav.data.utterances import Utterance, audio_seconds
+from sparsewav.evaluation import transcribe, word_error_rate
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast to train.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: utterances in a batch.
+        learning_rate: peak of the schedule.
+        warmup_steps: updates of linear warm-up, before the decay to zero.
+        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
+        weight_decay: of AdamW.
+        bf16: compute in bfloat16 where autocast allows it.
+        seed: of initialisation, order and dropout.
+    """
+
+    epochs: float = 8.0
+    batch_size: int = 24
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    scheduler: str = "cosine"
+    weight_decay: float = 0.01
+    bf16: bool = True
+    seed: int = 0
+
+
+class _WordErrorRate(TrainerCallback):
+    """Log the development set's WER after every epoch."""
+
+    def __init__(self, processor: Wav2Vec2Processor, utterances: Sequence[Utterance]) -> None:
+        self.processor = processor
+        self.utterances = utterances
+        self.trainer: Trainer | None = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        hypotheses = transcribe(kwargs["model"], self.processor, self.utterances)
+        assert self.trainer is not None
+        self.trainer.log({"eval_wer": word_error_rate(self.utterances, hypotheses)})
+
+
+def train_ctc(
+    model: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    development_set: Sequence[Utterance],
+    settings: TrainingSettings,
+    folder: Path,
+) -> list[dict[str, float]]:
+    """Train a CTC model in place.
+
+    Args:
+        model: what to train; all of its parameters that require gradients.
+        processor: its feature extractor and tokenizer.
+        training_set: utterances to learn from.
+        development_set: utterances whose WER is logged after every epoch; no choice is made on it.
+        settings: schedule and seed.
+        folder: where checkpoints go; a checkpoint found there is resumed.
+
+    Returns:
+        The log: one dictionary an entry, with epoch, step and loss or eval_wer.
+    """
+    rows = datasets.Dataset.from_dict(
+        {
+            "index": list(range(len(training_set))),
+            "length": [audio_seconds(utterance) for utterance in training_set],
+        }
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.scheduler,
+        weight_decay=settings.weight_decay,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=50,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+    def read(batch: list[dict[str, int]]) -> Batch:
+        return collate([training_set[row["index"]] for row in batch], processor)
+
+    evaluation = _WordErrorRate(processor, development_set)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=read, callbacks=[evaluation])
+    evaluation.trainer = trainer
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    return list(trainer.state.log_history)

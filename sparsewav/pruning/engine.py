@@ -1,0 +1,302 @@
+"""The engine: calibrate, allocate and solve for a whole CTC model."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsewav.errors import UserError
+from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly, rank_by_sensitivity
+from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequentially
+from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.saliency import SALIENCIES
+from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
+from sparsewav.pruning.solver import prune_matrices
+
+logger = logging.getLogger(__name__)
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate`` and ``solve``."""
+
+ALLOCATIONS = ("uniform", "hutchinson")
+PROPAGATIONS = ("parallel", "sequential")
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What became of one matrix.
+
+    Attributes:
+        name: of its module.
+        rows: output features.
+        cols: input features.
+        sensitivity: mean Hessian trace (eq. 5); None when the allocation does not ask for it.
+        sensitivity_error: its standard error.
+        rank: in the order of sensitivity, 0 for the highest.
+        target_sparsity: allocated.
+        sparsity: reached, zeros over weights.
+        relative_error: ||WX − ŴX||² / ||WX||² on the calibration set.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    sensitivity: float | None
+    sensitivity_error: float | None
+    rank: int | None
+    target_sparsity: float
+    sparsity: float
+    relative_error: float
+
+
+@dataclass
+class PruneReport:
+    """What :func:`prune` did.
+
+    Attributes:
+        matrices: a report for every matrix, in the model's order.
+        masks: for every matrix a boolean mask (rows, cols), True where a weight stays.
+        sparsity: pruned weights over prunable weights.
+        target_sparsity: what was asked for.
+        seconds: of the stages ``calibrate``, ``allocate`` and ``solve``; what was given ready-made took none.
+        warnings: sentences the user should read.
+    """
+
+    matrices: list[MatrixReport]
+    masks: dict[str, Tensor]
+    sparsity: float
+    target_sparsity: float
+    seconds: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
+
+
+def prune(
+    model: PreTrainedModel,
+    calibration_batches: Iterable[Mapping[str, Tensor]],
+    sparsity: float = 0.75,
+    *,
+    saliency: str = "obs_first_order",
+    allocation: str = "hutchinson",
+    alpha: float = 0.1,
+    exact_budget: bool = False,
+    probes: int = 1,
+    probe_distribution: Probe = "gaussian",
+    n_m: tuple[int, int] | None = None,
+    propagation: str = "parallel",
+    block_size: int = 128,
+    percdamp: float = 0.01,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | None = None,
+    traces: Mapping[str, Trace] | None = None,
+    progress: StageProgress | None = None,
+) -> PruneReport:
+    """Prune a CTC model in place, in one shot.
+
+    Args:
+        model: a CTC model of transformers; its prunable matrices are those of :mod:`~sparsewav.pruning.encoder`.
+        calibration_batches: dictionaries with ``input_values`` (batch, samples), ``attention_mask`` (batch, samples)
+            and, for allocation ``hutchinson``, ``labels`` (batch, characters; −100 where there is none).
+        sparsity: share of the prunable weights to remove.
+        saliency: ``magnitude``, ``wanda`` (both without weight updates), ``obs`` or ``obs_first_order``.
+        allocation: ``uniform`` or ``hutchinson`` (by the sensitivity of the CTC loss, eq. 4 to 7).
+        alpha: half the range of sparsities that ``hutchinson`` gives.
+        exact_budget: let ``hutchinson`` meet ``sparsity`` to one weight; the paper's own progression misses it.
+        probes: Hutchinson probes for each calibration batch.
+        probe_distribution: ``gaussian`` (the paper's) or ``rademacher``.
+        n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
+        propagation: calibrate every matrix on the dense model's activations (``parallel``) or layer by layer on those
+            of the layers already pruned (``sequential``).
+        block_size: columns that the solver masks together.
+        percdamp: damping as a share of the Hessian's mean diagonal.
+        seed: of the Hutchinson probes.
+        masks: masks already in force, by matrix name: what they removed stays removed and counts.
+        calibration: Hessians computed earlier for this model (``parallel`` alone).
+        traces: Hessian traces computed earlier for this model.
+        progress: called as the stages advance.
+
+    Raises:
+        UserError: an argument, the model's family or the calibration data is wrong; the model is then as it was,
+            unless the solver had begun.
+    """
+    _check_choice("saliency", saliency, SALIENCIES)
+    _check_choice("allocation", allocation, ALLOCATIONS)
+    _check_choice("propagation", propagation, PROPAGATIONS)
+    if n_m:
+        _check_pattern(n_m, sparsity, allocation)
+    matrices = prunable_matrices(model)
+    batches: Any = (
+        calibration_batches if hasattr(calibration_batches, "__len__") else list(calibration_batches)
+    )  # read more than once
+    sizes = {matrix.name: matrix.size for matrix in matrices}
+    strangers = sorted(set(masks or {}) - set(sizes))
+    if strangers:
+        raise UserError(f"masks name {strangers[0]}, which is not a prunable matrix of this model")
+    seconds = {"calibrate": 0.0, "allocate": 0.0, "solve": 0.0}
+    was_training = model.training
+    model.eval()
+    try:
+        # The uniform call also checks the sparsity before any work is done.
+        targets = allocate_uniformly(sizes, sparsity)
+        if allocation == "hutchinson":
+            allocate_by_rank(sizes, dict.fromkeys(sizes, 0.0), sparsity, alpha)  # refuses a wrong α at once
+            if traces is None:
+                started = time.perf_counter()
+                traces = estimate_traces(
+                    model,
+                    batches,
+                    probes=probes,
+                    distribution=probe_distribution,
+                    seed=seed,
+                    progress=_stage(progress, "allocate"),
+                )
+                seconds["allocate"] = time.perf_counter() - started
+            sensitivities = {name: traces[name].sensitivity for name in sizes}
+            targets = allocate_by_rank(sizes, sensitivities, sparsity, alpha, exact_budget=exact_budget)
+        solver = _Solver(targets, traces, saliency, n_m, block_size, percdamp, dict(masks or {}))
+        if propagation == "parallel":
+            if calibration is None:
+                started = time.perf_counter()
+                calibration = calibrate(model, batches, _stage(progress, "calibrate"))
+                seconds["calibrate"] = time.perf_counter() - started
+            solver.solve(matrices, calibration, _stage(progress, "solve"))
+        else:
+            started = time.perf_counter()
+            calibrate_sequentially(model, batches, solver.solve, _stage(progress, "calibrate"))
+            seconds["calibrate"] = time.perf_counter() - started - solver.seconds
+        seconds["solve"] = solver.seconds
+    finally:
+        model.train(was_training)
+    return PruneReport(
+        matrices=solver.reports,
+        masks=solver.masks,
+        sparsity=sum(int((~mask).sum()) for mask in solver.masks.values()) / sum(sizes.values()),
+        target_sparsity=sparsity,
+        seconds=seconds,
+        warnings=_warnings(targets, traces if allocation == "hutchinson" else None),
+    )
+
+
+class _Solver:
+    """Prunes matrices as their Hessians come in, and keeps the books."""
+
+    def __init__(
+        self,
+        targets: dict[str, float],
+        traces: Mapping[str, Trace] | None,
+        saliency: str,
+        n_m: tuple[int, int] | None,
+        block_size: int,
+        percdamp: float,
+        masks_in_force: dict[str, Tensor],
+    ) -> None:
+        self.targets = targets
+        self.traces = traces
+        self.ranks = rank_by_sensitivity({name: t.sensitivity for name, t in traces.items()}) if traces else {}
+        self.saliency = saliency
+        self.n_m = n_m
+        self.block_size = block_size
+        self.percdamp = percdamp
+        self.masks_in_force = masks_in_force
+        self.masks: dict[str, Tensor] = {}
+        self.reports: list[MatrixReport] = []
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def solve(
+        self,
+        matrices: list[PrunableMatrix],
+        calibration: Calibration,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Prune matrices in place, those with the same input together."""
+        started = time.perf_counter()
+        by_name = {matrix.name: matrix for matrix in matrices}
+        reports: dict[str, MatrixReport] = {}
+        for key, names in calibration.groups().items():
+            hessian = calibration.hessians[key]
+            results = prune_matrices(
+                [by_name[name].weight for name in names],
+                hessian,
+                [self.targets[name] for name in names],
+                saliency=self.saliency,
+                keeps=[self.masks_in_force.get(name) for name in names],
+                n_m=self.n_m,
+                block_size=self.block_size,
+                percdamp=self.percdamp,
+                names=names,
+            )
+            for name, result in zip(names, results, strict=True):
+                reports[name] = self._report(by_name[name], result.weight, result.keep, hessian)
+                by_name[name].weight.data.copy_(result.weight)
+                self.masks[name] = result.keep
+            if progress:
+                progress(len(reports), len(matrices))
+        self.reports.extend(reports[matrix.name] for matrix in matrices)
+        self.masks = {name: self.masks[name] for name in (report.name for report in self.reports)}
+        self.seconds += time.perf_counter() - started
+
+    def _report(self, matrix: PrunableMatrix, pruned: Tensor, keep: Tensor, hessian: Tensor) -> MatrixReport:
+        dense = matrix.weight.detach()
+        trace = self.traces[matrix.name] if self.traces else None
+        return MatrixReport(
+            name=matrix.name,
+            rows=dense.shape[0],
+            cols=dense.shape[1],
+            sensitivity=trace.sensitivity if trace else None,
+            sensitivity_error=trace.standard_error / trace.size if trace else None,
+            rank=self.ranks.get(matrix.name),
+            target_sparsity=self.targets[matrix.name],
+            sparsity=float((~keep).float().mean(dtype=torch.float64)),
+            relative_error=_energy(dense - pruned, hessian) / max(_energy(dense, hessian), 1e-30),
+        )
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    """||WX||² from W (rows, cols) and H = XXᵀ (cols, cols)."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return float(((weight @ hessian.to(weight.dtype)) * weight).sum(dtype=torch.float64))
+
+
+def _stage(progress: StageProgress | None, stage: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
+
+
+def _check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} {value!r} does not exist; choose one of {', '.join(choices)}")
+
+
+def _check_pattern(n_m: tuple[int, int], sparsity: float, allocation: str) -> None:
+    n, m = n_m
+    if allocation != "uniform":
+        raise UserError(f"the pattern {n}:{m} gives every matrix the same sparsity; choose allocation=uniform with it")
+    if abs(sparsity - (1 - n / m)) > 1e-9:
+        raise UserError(f"the pattern {n}:{m} has sparsity {1 - n / m:g}, not {sparsity:g}; leave the target to it")
+
+
+def _warnings(targets: Mapping[str, float], traces: Mapping[str, Trace] | None) -> list[str]:
+    warnings = []
+    emptied = [name for name, target in targets.items() if target >= 1 - 1e-9]
+    if emptied and traces is not None:
+        warnings.append(f"sparsity + alpha is 1: {', '.join(emptied)} lost all of its weights")
+    if traces is not None:
+        unseparated = unseparated_neighbors(dict(traces))
+        if unseparated:
+            warnings.append(
+                f"{unseparated} of {len(traces) - 1} neighbours in the sensitivity ranking differ by less than their "
+                "standard error; raise allocation.probes or the calibration set to separate them"
+            )
+        negative = sum(trace.value < 0 for trace in traces.values())
+        if negative:
+            warnings.append(f"{negative} sensitivities are negative (the CTC loss is not convex); ranked by value")
+    for warning in warnings:
+        logger.warning(warning)
+    return warnings

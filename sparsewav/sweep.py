@@ -1,0 +1,90 @@
+"""Sweeps: what the runs of one folder amount to."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sparsewav import records
+from sparsewav.files import write_file
+
+SUMMARY = "summary.csv"
+
+_SHOWN = {
+    "saliency": "saliency",
+    "allocation": "allocation",
+    "target_sparsity": "asked",
+    "achieved_sparsity": "reached",
+    "wer_dense": "dense WER",
+    "wer": "WER",
+    "prune_seconds": "seconds",
+    "status": "status",
+}
+"""Columns of the summary that the terminal shows, with their headings."""
+
+
+def collect(folder: Path) -> pandas.DataFrame:
+    """Read every finished or failed run below a folder into a table, a row a run."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"*/{records.METRICS}")):
+        metrics = json.loads(path.read_text())
+        seconds = metrics.pop("seconds")
+        flat = {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))}
+        rows.append(
+            {"run": path.parent.name, "status": "done"} | flat | {f"{k}_seconds": v for k, v in seconds.items()}
+        )
+    for path in sorted(folder.glob(f"*/{records.ERROR}")):
+        error = json.loads(path.read_text())
+        rows.append({"run": path.parent.name, "status": "failed", "error": error["error"]} | error["choices"])
+    return pandas.DataFrame(rows)
+
+
+def summarize(folder: Path, console: Console) -> int:
+    """Write ``summary.csv`` of a sweep's folder and show it.
+
+    Returns:
+        How many runs failed.
+    """
+    table = collect(folder)
+    if table.empty:
+        console.print(f"{folder} has no runs")
+        return 0
+    order = [column for column in ("saliency", "allocation", "target_sparsity", "seed", "run") if column in table]
+    table = table.sort_values(order)
+    with write_file(folder / SUMMARY) as temporary:
+        table.to_csv(temporary, index=False)
+    shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
+    columns = [column for column in _SHOWN if column in table]
+    for column in columns:
+        shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
+    for row in table[columns].itertuples(index=False):
+        shown.add_row(*(_show(column, value) for column, value in zip(columns, row, strict=True)))
+    console.print(shown)
+    console.print(f"Summary: {folder / SUMMARY}")
+    return int((table["status"] == "failed").sum())
+
+
+def _show(column: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if pandas.isna(value):
+        return "-"
+    return f"{100 * value:.2f} %" if column.startswith("wer") else f"{value:.4g}"
+
+
+def main() -> None:
+    """Console entry ``sparsewav-summary FOLDER``: write and show the summary of a sweep's folder again."""
+    console = Console()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        console.print("usage: sparsewav-summary FOLDER    (the folder of a sweep, e.g. outputs/methods)")
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    folder = Path(sys.argv[1])
+    if not folder.is_dir():
+        console.print(f"{folder} is not a folder; give the folder of a sweep")
+        raise SystemExit(1)
+    raise SystemExit(1 if summarize(folder, console) else 0)

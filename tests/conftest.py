@@ -1,0 +1,193 @@
+"""Tiny random CTC models of every family, noise for them to hear, and the command line in an empty folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCTC,
+    Data2VecAudioConfig,
+    HubertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    WavLMConfig,
+)
+
+from sparsewav.finetune.train import english_processor
+
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "wav2vec2": Wav2Vec2Config,
+    "hubert": HubertConfig,
+    "wavlm": WavLMConfig,
+    "data2vec-audio": Data2VecAudioConfig,
+    "wav2vec2-conformer": Wav2Vec2ConformerConfig,
+}
+
+VOCABULARY = 7
+
+Batch = dict[str, Tensor]
+
+
+def _tiny_model(family: str, norm: str = "layer", *, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    options: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "conv_dim": (8, 8),
+        "conv_kernel": (8, 4),
+        "conv_stride": (4, 4),
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        # The usual 0.02 leaves so narrow a model with a flat attention and nearly no signal.
+        "initializer_range": 0.3,
+        "attn_implementation": "eager",
+    }
+    if family == "data2vec-audio":
+        options |= {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2}
+    else:
+        options |= {"feat_extract_norm": norm}
+    if family == "wav2vec2-conformer":
+        options |= {"conv_depthwise_kernel_size": 3}
+    if family in ("wav2vec2", "hubert", "wavlm"):
+        # As in the released models: base has a group norm and post-norm layers, large a layer norm and pre-norm ones.
+        options |= {"do_stable_layer_norm": norm == "layer"}
+    torch.manual_seed(seed)
+    model = AutoModelForCTC.from_config(CONFIGS[family](**(options | overrides)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases are zero and gains one at first, which would hide a lost bias
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _noise_batch(samples: list[int], *, seed: int = 0, characters: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(samples), max(samples), generator=generator)
+    mask = torch.arange(max(samples)) < torch.tensor(samples)[:, None]
+    labels = torch.randint(1, VOCABULARY, (len(samples), characters), generator=generator)
+    for row in range(1, len(samples)):
+        labels[row, characters - row % characters :] = -100  # transcripts of different lengths
+    return {"input_values": values * mask, "attention_mask": mask.long(), "labels": labels}
+
+
+def _utterances(batches: list[Batch]) -> list[Batch]:
+    return [
+        {
+            "input_values": batch["input_values"][row : row + 1, :samples],
+            "attention_mask": batch["attention_mask"][row : row + 1, :samples],
+            "labels": batch["labels"][row : row + 1],
+        }
+        for batch in batches
+        for row, samples in enumerate(batch["attention_mask"].sum(-1).tolist())
+    ]
+
+
+def _plain_ctc(logits: Tensor, labels: Tensor, blank: int = 0) -> Tensor:
+    impossible = -1e30  # finite, because −∞ turns into NaN in the second derivative
+    log_probabilities = logits.log_softmax(-1)
+    states = torch.full((2 * len(labels) + 1,), blank)
+    states[1::2] = labels
+    can_skip = torch.zeros(len(states), dtype=torch.bool)
+    can_skip[3::2] = labels[1:] != labels[:-1]
+    alphas = torch.full((len(states),), impossible, dtype=logits.dtype)
+    alphas = torch.cat([log_probabilities[0, states[:2]], alphas[2:]])
+    padding = torch.full((2,), impossible, dtype=logits.dtype)
+    for frame in log_probabilities[1:]:
+        extended = torch.cat([padding, alphas])
+        skipped = torch.where(can_skip, extended[:-2], impossible)
+        alphas = torch.stack([alphas, extended[1:-1], skipped]).logsumexp(0) + frame[states]
+    return -alphas[-2:].logsumexp(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Make a model: (family, norm="layer" or "group", seed=0, **config); 2 layers 16 wide, 16 samples a frame."""
+    return _tiny_model
+
+
+@pytest.fixture(scope="session")
+def noise_batch() -> Callable[..., Batch]:
+    """Make a padded batch: (samples of each utterance, seed=0, characters=4 of the longest transcript)."""
+    return _noise_batch
+
+
+@pytest.fixture(scope="session")
+def utterances() -> Callable[[list[Batch]], list[Batch]]:
+    """Take padded batches apart: every utterance alone and without padding."""
+    return _utterances
+
+
+@pytest.fixture(scope="session")
+def plain_ctc() -> Callable[..., Tensor]:
+    """CTC loss of one utterance in plain, twice differentiable operations: (logits (frames, vocabulary), labels)."""
+    return _plain_ctc
+
+
+WORDS = ["SEA", "SUN", "TEA", "NET", "TEN", "RAIN", "STONE", "NOTE"]
+
+
+def _write_corpus(root: Path, subset: str, count: int, *, seed: int = 0, seconds: float = 0.5) -> None:
+    """Write noise as speech in LibriSpeech's layout: two speakers, utterances of several lengths."""
+    generator = np.random.default_rng(seed)
+    transcripts: dict[Path, list[str]] = {}
+    for index in range(count):
+        speaker = 100 + index % 2
+        folder = root / subset / str(speaker) / "7"
+        folder.mkdir(parents=True, exist_ok=True)
+        identifier = f"{speaker}-7-{index:04d}"
+        samples = generator.standard_normal(int(16_000 * seconds * (1 + index % 3 / 4))) * 0.1
+        soundfile.write(folder / f"{identifier}.flac", samples, 16_000)
+        lines = transcripts.setdefault(folder / f"{speaker}-7.trans.txt", [])
+        lines.append(f"{identifier} {' '.join(generator.choice(WORDS, size=2))}\n")
+    for path, lines in transcripts.items():
+        path.write_text("".join(lines))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A corpus with the subsets ``train`` (12 utterances) and ``test`` (6)."""
+    _write_corpus(tmp_path / "corpus", "train", 12)
+    _write_corpus(tmp_path / "corpus", "test", 6, seed=1)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A snapshot folder as the hub has them: config, safetensors, vocabulary and preprocessor of a tiny CTC model."""
+    folder = tmp_path_factory.mktemp("snapshot") / "tiny-wav2vec2"
+    _tiny_model("wav2vec2", vocab_size=32, conv_dim=(16, 16), conv_kernel=(20, 8), conv_stride=(20, 8)).save_pretrained(
+        folder
+    )
+    processor = english_processor(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.feature_extractor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_sparsewav(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a console command in an empty folder, as a user does, with a cache of its own."""
+
+    def run(*arguments: str, command: str = "sparsewav", **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).parent / command), *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"SPARSEWAV_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,281 @@
+"""What a user does at the terminal: runs, sweeps, mistakes and interruptions."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jiwer
+import pandas
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC
+
+from sparsewav.cli import conf_folder
+from sparsewav.config import Config, validate
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def small(model_folder: Path, corpus: Path) -> list[str]:
+    """Arguments of a run on the tiny model and corpus."""
+    return [
+        f"model.name_or_path={model_folder}",
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        "data.calibration_subset=train",
+        "data.evaluation_subset=test",
+        "calibration.utterances=12",
+        "device=cpu",
+    ]
+
+
+def _folder(tmp_path: Path) -> Path:
+    (metrics,) = (tmp_path / "outputs").glob("*/metrics.json")
+    return metrics.parent
+
+
+def _assert_one_sentence(result: subprocess.CompletedProcess[str], pattern: str) -> None:
+    """The message on the terminal: one line that says it, code 1, no traceback."""
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    assert len(re.findall(r"error: ", output)) == 1, output
+    assert re.search(pattern, output), output
+
+
+def test_a_run_writes_what_it_promises(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    result = run_sparsewav(*small, "sparsity.target=0.6")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("word error rate, dense", "word error rate, pruned", "sparsity, asked", "sparsity, reached"):
+        assert words in result.stdout
+    folder = _folder(tmp_path)
+    assert folder.name.startswith("tiny-wav2vec2-obs_first_order-hutchinson-0.6-")
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["model"] == "tiny-wav2vec2"
+    assert (metrics["saliency"], metrics["allocation"]) == ("obs_first_order", "hutchinson")
+    assert (metrics["method"], metrics["finetune_strategy"], metrics["seed"]) == ("sparsewav", "none", 0)
+    seconds = metrics["seconds"]
+    assert seconds["prune"] == pytest.approx(seconds["calibrate"] + seconds["allocate"] + seconds["solve"])
+    assert {"device", "dtype", "versions", "git_commit", "peak_memory_bytes"} <= set(metrics)
+
+    layers = pandas.read_csv(folder / "layers.csv")
+    assert len(layers) == 12
+    assert sorted(layers["rank"]) == list(range(12))
+    sizes = layers["rows"] * layers["cols"]
+    assert metrics["achieved_sparsity"] == pytest.approx((layers["sparsity"] * sizes).sum() / sizes.sum())
+    assert layers["target_sparsity"].between(0.5 - 1e-9, 0.7 + 1e-9).all()
+
+    # The model loads by itself, and its zeros are those that the table counts.
+    model = AutoModelForCTC.from_pretrained(folder / "model")
+    dense = load_file(model_folder / "model.safetensors")
+    for row in layers.itertuples():
+        weight = model.get_submodule(row.name).weight
+        assert int((weight == 0).sum()) == round(row.target_sparsity * weight.numel())
+    assert metrics["params_nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    pruned_names = {f"{name}.weight" for name in layers["name"]}
+    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
+        assert name in pruned_names or torch.equal(tensor, dense[name]), name
+
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == metrics["n_utterances"] == 6
+    references = [row["reference"] for row in predictions]
+    assert metrics["wer"] == pytest.approx(jiwer.wer(references, [row["after"] for row in predictions]))
+    assert metrics["wer_dense"] == pytest.approx(jiwer.wer(references, [row["before"] for row in predictions]))
+    assert (folder / ".hydra" / "config.yaml").is_file()
+    assert not list(folder.rglob("*.part"))
+
+    # Launched again it is done, and says so without touching anything.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}
+    again = run_sparsewav(*small, "sparsity.target=0.6")
+    assert again.returncode == 0
+    assert "Done already" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    # Cached statistics give the same bytes as fresh ones, and force=true does the run again.
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    for arguments in (["force=true"], ["force=true", "cache=false"]):
+        forced = run_sparsewav(*small, "sparsity.target=0.6", *arguments)
+        assert forced.returncode == 0
+        assert (folder / "model" / "model.safetensors").stat().st_mtime_ns not in before.values()
+        assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    # α = 0.1 does not fit 0.95: that job fails, the others must not.
+    sweep = ["-m", *small, "sparsity.target=0.5,0.95,0.7", "saliency=magnitude,obs", "output_root=out"]
+    result = run_sparsewav(*sweep)
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
+    (summary_path,) = (tmp_path / "out").glob("sweep-*/summary.csv")
+    summary = pandas.read_csv(summary_path)
+    assert len(summary) == 6
+    assert (summary["status"] == "failed").sum() == 2
+    done = summary[summary["status"] == "done"]
+    assert sorted(zip(done["saliency"], done["target_sparsity"], strict=True)) == [
+        ("magnitude", 0.5),
+        ("magnitude", 0.7),
+        ("obs", 0.5),
+        ("obs", 0.7),
+    ]
+    (failed, _) = summary_path.parent.glob("*/error.json")
+    assert "Traceback" in json.loads(failed.read_text())["traceback"]
+    assert "Traceback" in (failed.parent / "sparsewav.log").read_text()
+
+    again = run_sparsewav(*sweep)
+    assert again.stdout.count("Done already") == 4
+    shown = run_sparsewav(str(summary_path.parent), command="sparsewav-summary")
+    assert shown.returncode == 1
+    assert "6 runs" in shown.stdout
+
+
+def test_the_joblib_launcher_gives_the_same_results(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    jobs = [*small, "sparsity.target=0.5,0.7", "allocation=uniform"]
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
+    result = run_sparsewav("-m", *parallel, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    serial, parallel_summary = (
+        pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
+    )
+    columns = ["run", "wer", "achieved_sparsity", "params_nonzero"]
+    pandas.testing.assert_frame_equal(serial[columns], parallel_summary[columns])
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    reference = run_sparsewav(*small, "output_root=reference", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    assert reference.returncode == 0
+    (expected,) = (tmp_path / "reference").glob("*/model/model.safetensors")
+    # Killed as soon as the pruned model is on disk, without a chance to clean up.
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "sparsewav"), *small],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SPARSEWAV_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("outputs/*/solved.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not list(tmp_path.glob("outputs/*/metrics.json")):
+        result = run_sparsewav(*small)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "Going on from the pruned model" in result.stdout
+    (weights,) = (tmp_path / "outputs").glob("*/model/model.safetensors")
+    assert weights.read_bytes() == expected.read_bytes()
+    assert not list((tmp_path / "outputs").rglob("solved.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["saliency=obz"], r"saliency=obz does not exist \(did you mean obs\?\); choose one of magnitude, obs"),
+        (["sparsity.targte=0.5"], r"no key sparsity\.targte \(did you mean sparsity\.target\?\)"),
+        (["+sparsity.foo=1"], r"no key sparsity\.foo"),
+        (["sparsity.target=abc"], r"sparsity\.target=abc has the wrong type"),
+        (["sparsity.target=1.2"], r"sparsity\.target=1\.2 is not between 0 and 1"),
+        (["sparsity.target=0.95"], r"choose an alpha from 0 to 0\.05"),
+        (["sparsity=n_m"], "choose allocation=uniform"),
+        (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
+        (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
+        (["device=cuda:99"], r"device=cuda:99 is not there"),
+        (["calibration.utterances=500"], r"calibration\.utterances=500 asks for more than the 12"),
+        (["output_root=/dev/null/outputs"], r"cannot write /dev/null/outputs"),
+    ],
+)
+def test_mistakes_get_one_sentence(run_sparsewav: Run, small: list[str], arguments: list[str], message: str) -> None:
+    _assert_one_sentence(run_sparsewav(*small, *arguments), message)
+
+
+def test_missing_values_and_broken_files_get_one_sentence(
+    run_sparsewav: Run, small: list[str], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    _assert_one_sentence(run_sparsewav("data=librispeech_dir"), r"data\.root has no value; give it: data\.root=\.\.\.")
+    no_tokenizer = shutil.copytree(model_folder, tmp_path / "no-tokenizer")
+    (no_tokenizer / "vocab.json").unlink()
+    _assert_one_sentence(run_sparsewav(*small, f"model.name_or_path={no_tokenizer}"), "has no tokenizer")
+    audio = next((corpus / "test/100/7").glob("*.flac"))
+    audio.write_bytes(audio.read_bytes()[:2000])
+    result = run_sparsewav(*small)
+    _assert_one_sentence(result, rf"{audio.name} is (truncated|damaged)")
+    (error,) = (tmp_path / "outputs").glob("tiny*/error.json")
+    assert json.loads(error.read_text())["status"] == "failed"
+
+
+def test_a_full_disk_loses_nothing_computed(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the full disk; once it is gone the run goes on from what is cached."""
+    command = ["bash", "-c", 'ulimit -f 24; exec "$0" "$@"', str(Path(sys.executable).parent / "sparsewav"), *small]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SPARSEWAV_CACHE": str(tmp_path / "cache")}
+    limited = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    _assert_one_sentence(limited, r"cannot write .*: .*; free some space or choose another output_root")
+    assert not list((tmp_path / "outputs").rglob("model.safetensors"))
+    assert list((tmp_path / "cache").rglob("dense.json"))
+    result = run_sparsewav(*small)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((tmp_path / "outputs").rglob("error.json"))
+
+
+def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    result = run_sparsewav(*small, "sparsity=n_m", "allocation=uniform", "calibration.propagation=sequential")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = _folder(tmp_path)
+    model = AutoModelForCTC.from_pretrained(folder / "model")
+    for name in pandas.read_csv(folder / "layers.csv")["name"]:
+        groups = model.get_submodule(name).weight.reshape(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all()
+    assert json.loads((folder / "metrics.json").read_text())["pattern"] == "2:4"
+
+
+def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=offline", WANDB_SILENT="true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
+
+
+def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
+    output = run_sparsewav("--help").stdout
+    groups = [
+        folder for folder in conf_folder().iterdir() if folder.is_dir() and folder.name not in ("hydra", "architecture")
+    ]
+    assert len(groups) == 9
+    for group in groups:
+        for option in group.glob("*.yaml"):
+            assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"
+    assert "Worth copying" in output
+    assert "Worth copying" in run_sparsewav("--help", command="sparsewav-train").stdout
+
+
+def _options() -> list[str]:
+    groups = [
+        folder for folder in conf_folder().iterdir() if folder.is_dir() and folder.name not in ("hydra", "architecture")
+    ]
+    return sorted(f"{group.name}={option.stem}" for group in groups for option in group.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", _options())
+def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
+    extra = {"data=librispeech_dir": ["data.root=/data"], "sparsity=n_m": ["allocation=uniform"]}.get(option, [])
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [option, *extra]))
+    assert isinstance(config, Config)
+    validate(config)
