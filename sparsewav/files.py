@@ -60,5 +60,6 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        # safetensors wraps what the system said: "Error while serializing: I/O error: No space left on device"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rpartition(": ")[2]
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another output_root") from error

@@ -177,14 +177,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_sparsewav(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a console command in an empty folder, as a user does, with a cache of its own."""
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Environment of a command: a cache of its own, and a terminal wide enough for paths."""
+    return os.environ | {"SPARSEWAV_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
 
-    def run(*arguments: str, command: str = "sparsewav", **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a console command in an empty folder, as a user does."""
+
+    def run(*arguments: str, command: str = "sparsewav", **changes: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(Path(sys.executable).parent / command), *arguments],
             cwd=tmp_path,
-            env=os.environ | {"SPARSEWAV_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"} | environment,
+            env=environment | changes,
             capture_output=True,
             text=True,
             check=False,

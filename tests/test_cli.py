@@ -49,7 +49,7 @@ def _assert_one_sentence(result: subprocess.CompletedProcess[str], pattern: str)
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
     assert "Traceback" not in output
-    assert len(re.findall(r"error: ", output)) == 1, output
+    assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
     assert re.search(pattern, output), output
 
 
@@ -157,7 +157,7 @@ def test_the_joblib_launcher_gives_the_same_results(run_sparsewav: Run, small: l
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    run_sparsewav: Run, small: list[str], tmp_path: Path
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     reference = run_sparsewav(*small, "output_root=reference", SPARSEWAV_CACHE=str(tmp_path / "other"))
     assert reference.returncode == 0
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     process = subprocess.Popen(
         [str(Path(sys.executable).parent / "sparsewav"), *small],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SPARSEWAV_CACHE": str(tmp_path / "cache")},
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -222,10 +222,11 @@ def test_missing_values_and_broken_files_get_one_sentence(
     assert json.loads(error.read_text())["status"] == "failed"
 
 
-def test_a_full_disk_loses_nothing_computed(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing_computed(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
     """A limit on the size of a file stands for the full disk; once it is gone the run goes on from what is cached."""
     command = ["bash", "-c", 'ulimit -f 24; exec "$0" "$@"', str(Path(sys.executable).parent / "sparsewav"), *small]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SPARSEWAV_CACHE": str(tmp_path / "cache")}
     limited = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     _assert_one_sentence(limited, r"cannot write .*: .*; free some space or choose another output_root")
     assert not list((tmp_path / "outputs").rglob("model.safetensors"))

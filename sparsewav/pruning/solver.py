@@ -116,9 +116,10 @@ def prune_matrices(
     )
     rows = _row_spans(weights)
     solve = _sweep if method.updates else _mask_only
-    pruned, kept, increments, damping = solve(
+    problem = _Problem(
         stacked, hessian.to(dtype), keep, rows, sparsities, method, n_m, block_size, percdamp, ", ".join(names)
     )
+    pruned, kept, increments, damping = solve(problem)
     return [
         PrunedMatrix(
             weight=pruned[span].to(weight.dtype),
@@ -234,29 +235,35 @@ def _n_of_m(scores: Tensor, keep: Tensor, n: int, m: int) -> Tensor:
     return (_lowest(groups, kept, quota) & kept).reshape(scores.shape)
 
 
-def _mask_only(
-    weight: Tensor,
-    hessian: Tensor,
-    keep: Tensor,
-    rows: list[slice],
-    sparsities: Sequence[float],
-    method: Saliency,
-    n_m: tuple[int, int] | None,
-    block_size: int,
-    percdamp: float,
-    name: str,
-) -> tuple[Tensor, Tensor, None, float]:
+@dataclass(frozen=True)
+class _Problem:
+    """Matrices stacked on one another: weight and keep are (all rows, cols), ``rows`` says which belong together."""
+
+    weight: Tensor
+    hessian: Tensor
+    keep: Tensor
+    rows: list[slice]
+    sparsities: Sequence[float]
+    method: Saliency
+    n_m: tuple[int, int] | None
+    block_size: int
+    percdamp: float
+    name: str
+
+
+def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor, None, float]:
     """Remove the lowest scores of each matrix, or of each row, and leave the rest as it is."""
 
     def no_gradient() -> Tensor:
         raise NotImplementedError(f"{method.score.__name__} prunes without weight updates and has no gradient")
 
-    diagonal = hessian.diagonal()
+    weight, keep, method = problem.weight, problem.keep, problem.method
+    diagonal = problem.hessian.diagonal()
     scores = method.score(Block(weight, torch.ones_like(diagonal), diagonal, no_gradient))
     kept = keep.clone()
-    for span, sparsity in zip(rows, sparsities, strict=True):
-        if n_m:
-            kept[span] = _n_of_m(scores[span], keep[span], *n_m)
+    for span, sparsity in zip(problem.rows, problem.sparsities, strict=True):
+        if problem.n_m:
+            kept[span] = _n_of_m(scores[span], keep[span], *problem.n_m)
             continue
         shape = (1, -1) if method.compared_within == "matrix" else scores[span].shape
         candidates, candidates_kept = scores[span].reshape(shape), keep[span].reshape(shape)
@@ -267,31 +274,22 @@ def _mask_only(
     return weight.masked_fill(~kept, 0.0), kept, None, 0.0
 
 
-def _sweep(
-    weight: Tensor,
-    hessian: Tensor,
-    keep: Tensor,
-    rows: list[slice],
-    sparsities: Sequence[float],
-    method: Saliency,
-    n_m: tuple[int, int] | None,
-    block_size: int,
-    percdamp: float,
-    name: str,
-) -> tuple[Tensor, Tensor, Tensor, float]:
+def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
     """The OBS sweep: mask a block of columns, then remove its weights column by column, updating the rest."""
-    dense = weight
-    weight = weight.clone()
+    dense, hessian, rows = problem.weight, problem.hessian, problem.rows
+    weight = dense.clone()
     cols = weight.shape[1]
     live = hessian.diagonal() > 0
     weight[:, ~live] = 0
-    keep = keep & live
-    upper, damping = _factor(hessian, live, percdamp, name)
-    if n_m:
-        block_size = max(block_size // n_m[1], 1) * n_m[1]
+    keep = problem.keep & live
+    upper, damping = _factor(hessian, live, problem.percdamp, problem.name)
+    block_size = problem.block_size
+    if problem.n_m:  # no group of m may lie in two blocks
+        block_size = max(block_size // problem.n_m[1], 1) * problem.n_m[1]
     starts = range(0, cols, block_size)
     quotas = [
-        _block_quotas(keep[span], live, sparsity, block_size) for span, sparsity in zip(rows, sparsities, strict=True)
+        _block_quotas(keep[span], live, sparsity, block_size)
+        for span, sparsity in zip(rows, problem.sparsities, strict=True)
     ]
     kept = keep.clone()
     increments = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
@@ -303,9 +301,9 @@ def _sweep(
         def gradient(span: slice = span) -> Tensor:
             return 2 * (weight - dense) @ hessian[:, span]  # eq. 3, (rows, block)
 
-        scores = method.score(Block(block, pivots.square(), hessian.diagonal()[span], gradient))
-        if n_m:
-            kept[:, span] = _n_of_m(scores, keep[:, span], *n_m)
+        scores = problem.method.score(Block(block, pivots.square(), hessian.diagonal()[span], gradient))
+        if problem.n_m:
+            kept[:, span] = _n_of_m(scores, keep[:, span], *problem.n_m)
         else:
             for matrix, quota in zip(rows, quotas, strict=True):
                 kept[matrix, span] &= _remove_in_block(scores[matrix], kept[matrix, span], live[span], quota[index])
