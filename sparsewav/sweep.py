@@ -59,14 +59,15 @@ def summarize(folder: Path, console: Console) -> int:
     with write_file(folder / SUMMARY) as temporary:
         table.to_csv(temporary, index=False)
     shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
-    columns = [column for column in _SHOWN if column in table]
+    failed = int((table["status"] == "failed").sum())
+    columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
     for column in columns:
         shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
     for row in table[columns].itertuples(index=False):
         shown.add_row(*(_show(column, value) for column, value in zip(columns, row, strict=True)))
     console.print(shown)
     console.print(f"Summary: {folder / SUMMARY}")
-    return int((table["status"] == "failed").sum())
+    return failed
 
 
 def _show(column: str, value: Any) -> str:

@@ -26,6 +26,7 @@ from sparsewav.data.sets import evaluation_set, whole_subset
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import write_file
 from sparsewav.finetune.trainer import TrainingSettings, train_ctc
+from sparsewav.models import load_speech_model
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 
 logger = logging.getLogger(__name__)
@@ -81,8 +82,11 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
+    saved = load_speech_model(
+        str(folder)
+    )  # the one in memory is still wrapped to compute in bfloat16
     wer = {
-        name: word_error_rate(utterances, transcribe(model.float(), processor, utterances))
+        name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
         for name, utterances in (("development", development_set), ("evaluation", evaluation))
     }
     with write_file(folder / "training_log.csv") as temporary:
