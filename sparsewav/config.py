@@ -223,7 +223,7 @@ class TrainConfig:
     Attributes:
         architecture: ``model_type`` and whatever that configuration of transformers takes.
         output: folder of the trained model.
-        device: ``auto`` or ``cpu``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)

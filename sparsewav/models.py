@@ -31,6 +31,23 @@ class SpeechModel:
     processor: Wav2Vec2Processor
 
 
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto`` into the best device there is; never another device than the one asked for by name.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device={name} is not there; choose device=cpu or device=auto")
+    return device
+
+
 def demo_model_folder() -> Path:
     """Where the shipped demo model lies."""
     return Path(str(files("sparsewav"))) / "demo_model"

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,9 +17,8 @@ from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
 from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set
 from sparsewav.data.utterances import Utterance
-from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
-from sparsewav.models import SpeechModel, load_speech_model
+from sparsewav.models import SpeechModel, choose_device, load_speech_model
 from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces, prune
 from sparsewav.pruning.encoder import takes_padding
 
@@ -138,23 +136,6 @@ def _solved(config: Config, speech: SpeechModel, calibration: list[Utterance], f
 def _solved_identity(speech: SpeechModel, calibration: list[Utterance]) -> list[str]:
     fingerprints = (cache.model_fingerprint(speech.model), cache.utterances_fingerprint(calibration))
     return [*fingerprints, cache.code_fingerprint()]
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn ``auto`` into the best device there is; never another device than the one asked for by name.
-
-    Raises:
-        UserError: the device is not there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
-    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device={name} is not there; choose device=cpu or device=auto")
-    return device
 
 
 def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance]]:

@@ -26,7 +26,7 @@ from sparsewav.data.sets import evaluation_set, whole_subset
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import write_file
 from sparsewav.finetune.trainer import TrainingSettings, train_ctc
-from sparsewav.models import load_speech_model
+from sparsewav.models import choose_device, load_speech_model
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     if done.is_file():
         console.print(f"Done already: {folder} (delete it to train again)")
         return
+    device = choose_device(config.device)
     training_set = whole_subset(config.data, config.data.training_subset)
     development_set = whole_subset(config.data, config.data.development_subset)
     evaluation = evaluation_set(config.data)
@@ -78,13 +79,13 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(training_set):,} training utterances")
     started = time.perf_counter()
     settings = TrainingSettings(**asdict(config.training))
-    log = train_ctc(model, processor, training_set, development_set, settings, checkpoints)
+    log = train_ctc(
+        model, processor, training_set, development_set, settings, checkpoints, use_cpu=device.type == "cpu"
+    )
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    saved = load_speech_model(
-        str(folder)
-    )  # the one in memory is still wrapped to compute in bfloat16
+    saved = load_speech_model(str(folder))  # the one in memory is still wrapped to compute in bfloat16
     wer = {
         name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
         for name, utterances in (("development", development_set), ("evaluation", evaluation))
@@ -107,7 +108,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
             "prunable": prunable,
             "seconds": seconds,
             "settings": asdict(config.training),
-            **records.environment(torch.device("cpu")),
+            **records.environment(device),
         },
     )
     shutil.rmtree(checkpoints)

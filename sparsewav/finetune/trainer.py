@@ -70,6 +70,8 @@ def train_ctc(
     development_set: Sequence[Utterance],
     settings: TrainingSettings,
     folder: Path,
+    *,
+    use_cpu: bool = False,
 ) -> list[dict[str, float]]:
     """Train a CTC model in place.
 
@@ -80,6 +82,7 @@ def train_ctc(
         development_set: utterances whose WER is logged after every epoch; no choice is made on it.
         settings: schedule and seed.
         folder: where checkpoints go; a checkpoint found there is resumed.
+        use_cpu: leave a GPU alone that is there.
 
     Returns:
         The log: one dictionary an entry, with epoch, step and loss or eval_wer.
@@ -100,7 +103,7 @@ def train_ctc(
         weight_decay=settings.weight_decay,
         bf16=settings.bf16,
         seed=settings.seed,
-        use_cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        use_cpu=use_cpu,
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         remove_unused_columns=False,
