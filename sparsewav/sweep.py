@@ -40,7 +40,10 @@ def collect(folder: Path) -> pandas.DataFrame:
         )
     for path in sorted(folder.glob(f"*/{records.ERROR}")):
         error = json.loads(path.read_text())
-        rows.append({"run": path.parent.name, "status": "failed", "error": error["error"]} | error["choices"])
+        target = [item.partition("=")[2] for item in error["overrides"] if item.startswith("sparsity.target=")]
+        asked = {"target_sparsity": float(target[0])} if target else {}
+        row = {"run": path.parent.name, "status": "failed", "error": error["error"]}
+        rows.append(row | error["choices"] | asked)
     return pandas.DataFrame(rows)
 
 

@@ -4,16 +4,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
 from transformers import PreTrainedModel
 
+from sparsewav.config import LibriSpeechHub
 from sparsewav.data.batches import SpeechBatches, check_transcripts, collate, plan_batches
 from sparsewav.data.demo import SUBSETS, TEST_VOICES, TRAINING_VOICES, _speak_subset
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.data.sentences import draw_sentence, vocabulary
+from sparsewav.data.sets import calibration_set, evaluation_set
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio, sample_utterances
 from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe
@@ -107,6 +110,30 @@ def test_batched_transcripts_equal_single_ones(
     hypotheses = transcribe(model, processor, utterances, seconds_per_batch=60)
     assert len(set(hypotheses.values())) > 3, "the model has to say different things for this test to see a leak"
     assert hypotheses == transcribe(model, processor, utterances, seconds_per_batch=0.1)
+
+
+def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the columns of openslr/librispeech_asr, from a local file in the hub's place; nothing decodes the audio."""
+    rows = [
+        {"id": u.id, "text": u.text, "audio": {"bytes": Path(str(u.audio)).read_bytes(), "path": None}}
+        for u in read_librispeech_folder(corpus, "train")
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(sampling_rate=16_000, decode=False))
+    table.to_parquet(tmp_path / "train.parquet")
+    load = datasets.load_dataset
+
+    def load_local(name: str, configuration: str, *, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert (name, configuration, split, streaming) == ("openslr/librispeech_asr", "clean", "train.100", True)
+        return load("parquet", data_files={split: str(tmp_path / "train.parquet")}, split=split, streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    hub = LibriSpeechHub(calibration_subset="clean/train.100", evaluation_subset="clean/train.100")
+    sample = calibration_set(hub, 5, seed=1)
+    assert len({u.id for u in sample}) == 5
+    assert sample == calibration_set(hub, 5, seed=1)
+    assert [u.id for u in sample] != [u.id for u in calibration_set(hub, 5, seed=2)]
+    assert [u.id for u in evaluation_set(hub)] == [row["id"] for row in rows]
+    assert len(read_audio(sample[0])) == audio_seconds(sample[0]) * 16_000
 
 
 def test_demo_speech_is_the_same_bytes_for_the_same_seed(tmp_path: Path) -> None:

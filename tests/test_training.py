@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,31 +24,47 @@ ARCHITECTURE = (
 )
 
 
-def test_training_learns_resumes_and_leaves_a_model_that_can_be_pruned(
-    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, tmp_path: Path
+def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_pruned(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]],
+    corpus: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
 ) -> None:
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
-    training = ["training.epochs=12", "training.batch_size=4", "training.warmup_steps=2", "training.bf16=false"]
+    training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2", "training.bf16=false"]
     arguments = [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
     result = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "model"
     log = pandas.read_csv(folder / "training_log.csv")
-    assert log["eval_wer"].notna().sum() == 12
+    assert log["eval_wer"].notna().sum() == 20
+    assert log["loss"].notna().sum() == 1  # every 50 of the 60 updates
     record = json.loads((folder / "training.json").read_text())
-    assert record["settings"]["epochs"] == 12
+    assert record["settings"]["epochs"] == 20
     assert record["n_utterances"] == {"training": 12, "development": 6, "evaluation": 6}
     assert not (folder / "checkpoints").exists()
     assert all(tensor.dtype == torch.float16 for tensor in load_file(folder / "model.safetensors").values())
     assert load_speech_model(str(folder)).model.dtype == torch.float32
+    assert "Done already" in run_sparsewav(*arguments, "output=model", command="sparsewav-train").stdout
 
-    again = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
-    assert "Done already" in again.stdout
-
-    same = run_sparsewav(*arguments, "output=same", command="sparsewav-train")
-    assert same.returncode == 0
-    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    # Killed after its first checkpoint, without a chance to clean up, and with half a checkpoint left behind.
+    command = [str(Path(sys.executable).parent / "sparsewav-train"), *arguments, "output=killed"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (checkpoints / "checkpoint-999").mkdir()
+    resumed = run_sparsewav(*arguments, "output=killed", command="sparsewav-train")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
     pruned = run_sparsewav(*data[:2], *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
     assert pruned.returncode == 0, pruned.stdout + pruned.stderr

@@ -1,5 +1,7 @@
 """CTC training on Hugging Face's Trainer."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,5 +122,19 @@ def train_ctc(
     evaluation = _WordErrorRate(processor, development_set)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=read, callbacks=[evaluation])
     evaluation.trainer = trainer
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     return list(trainer.state.log_history)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a killed training left half written is deleted."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while checkpoints:
+        newest = checkpoints.pop()
+        try:
+            json.loads((newest / "trainer_state.json").read_text())  # the Trainer writes it last
+        except (OSError, ValueError):
+            shutil.rmtree(newest)
+        else:
+            return str(newest)
+    return None
