@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
-from sparsewav.files import cache_folder, write_folder
+from sparsewav.files import cache_folder, write_folder, writing
 from sparsewav.pruning.calibration import Calibration
 
 
@@ -67,8 +67,11 @@ def cached_folder(
     """
     key = hashlib.blake2b(json.dumps([kind, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / kind / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        lock.acquire()
+    with lock:
         if enabled and folder.is_dir():
             return folder, True
         with write_folder(folder) as temporary:

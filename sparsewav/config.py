@@ -3,6 +3,7 @@
 Hydra fills these dataclasses; nothing else of the package sees Hydra's own objects.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -161,7 +162,7 @@ class Config:
 
     Attributes:
         seed: of the calibration sample and the Hutchinson probes.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seconds_per_batch: most audio in one batch.
         output_root: folder of the runs' folders.
         cache: keep Hessians, sensitivities and the dense word error rate between runs.
@@ -223,7 +224,7 @@ class TrainConfig:
     Attributes:
         architecture: ``model_type`` and whatever that configuration of transformers takes.
         output: folder of the trained model.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -305,9 +306,8 @@ def _faults(config: Config) -> Iterator[str]:
     if config.seconds_per_batch <= 0:
         yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
     yield from _at_least(0, seed=config.seed)
-    device = config.device.partition(":")[0]
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        yield f"device={config.device} is not known; choose auto, cpu, cuda, cuda:1 or mps"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        yield f"device={config.device} is not known; choose auto, cpu, cuda or cuda:1"
 
 
 def _at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:

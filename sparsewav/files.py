@@ -15,7 +15,8 @@ from sparsewav.errors import UserError
 
 def cache_folder() -> Path:
     """The folder of everything that can be made again: ``$SPARSEWAV_CACHE``, or the user's cache directory."""
-    return Path(os.environ.get("SPARSEWAV_CACHE") or user_cache_path("sparsewav", appauthor=False))
+    folder = Path(os.environ.get("SPARSEWAV_CACHE") or user_cache_path("sparsewav", appauthor=False))
+    return folder.expanduser().absolute()
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def write_file(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written there (a full disk, a read-only folder).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _writing(path):
+    with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -42,7 +43,7 @@ def write_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written there (a full disk, a read-only folder).
     """
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:
@@ -56,10 +57,17 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing ``path`` in the block into one sentence.
+
+    Raises:
+        UserError: the system refused.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors wraps what the system said: "Error while serializing: I/O error: No space left on device"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rpartition(": ")[2]
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another output_root") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; free some space, or choose another folder (output_root, $SPARSEWAV_CACHE)"
+        ) from error

@@ -228,7 +228,7 @@ def test_a_full_disk_loses_nothing_computed(
     """A limit on the size of a file stands for the full disk; once it is gone the run goes on from what is cached."""
     command = ["bash", "-c", 'ulimit -f 24; exec "$0" "$@"', str(Path(sys.executable).parent / "sparsewav"), *small]
     limited = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    _assert_one_sentence(limited, r"cannot write .*: .*; free some space or choose another output_root")
+    _assert_one_sentence(limited, r"cannot write .*: .*; free some space, or choose another folder")
     assert not list((tmp_path / "outputs").rglob("model.safetensors"))
     assert list((tmp_path / "cache").rglob("dense.json"))
     result = run_sparsewav(*small)

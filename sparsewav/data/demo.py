@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from filelock import FileLock
 from rich.progress import track
 
 from sparsewav.data import espeak
 from sparsewav.data.sentences import draw_sentence
-from sparsewav.files import cache_folder, write_folder
+from sparsewav.errors import UserError
+from sparsewav.files import cache_folder, write_folder, writing
 
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
@@ -71,17 +73,25 @@ def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Pa
         A folder in LibriSpeech's layout: ``<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<nnnn>.flac``.
     """
     root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
-    for name in subsets:
-        if not (root / name).is_dir():
-            with write_folder(root / name) as folder:
-                _speak_subset(SUBSETS[name], folder, seed, processes)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / "lock")
+        lock.acquire()
+    with lock:  # parallel jobs wait for the first one to speak
+        for name in subsets:
+            if not (root / name).is_dir():
+                with write_folder(root / name) as folder:
+                    _speak_subset(SUBSETS[name], folder, seed, processes)
     return root
 
 
 def _speak_subset(subset: DemoSubset, folder: Path, seed: int, processes: int) -> None:
     def speak(shard: int) -> None:
         command = [sys.executable, "-m", "sparsewav.data.demo", subset.name, str(folder), str(seed), str(shard)]
-        subprocess.run(command, check=True, cwd=folder)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["it was killed"])[-1]
+            raise UserError(f"the demo's speech could not be made in {folder.parent}: {reason}; is there room?")
 
     shards = range(-(-subset.utterances // UTTERANCES_PER_SHARD))
     with ThreadPoolExecutor(processes) as pool:
