@@ -1,0 +1,1 @@
+"""Speech: utterances, where they come from, and the batches that a model takes."""
