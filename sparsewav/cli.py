@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate
+from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate, validate_training
 from sparsewav.errors import UserError
 
 
@@ -200,6 +200,7 @@ def train_job(settings: DictConfig) -> None:
     try:
         config: TrainConfig = OmegaConf.to_object(settings)  # type: ignore[assignment]
         _quieten_libraries()
+        validate_training(config)
         from sparsewav.finetune.train import train
 
         train(config, folder, console)

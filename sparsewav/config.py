@@ -310,6 +310,28 @@ def _faults(config: Config) -> Iterator[str]:
         yield f"device={config.device} is not known; choose auto, cpu, cuda or cuda:1"
 
 
+def validate_training(config: TrainConfig) -> None:
+    """Check every range before anything is loaded.
+
+    Raises:
+        UserError: with one line for every fault.
+    """
+    from transformers import SchedulerType
+
+    training = config.training
+    faults = list(_at_least(1, batch_size=training.batch_size, prefix="training."))
+    faults += _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
+    faults += _at_least(0, weight_decay=training.weight_decay, prefix="training.")
+    for key in ("epochs", "learning_rate"):
+        if getattr(training, key) <= 0:
+            faults.append(f"training.{key}={getattr(training, key):g} must be above 0")
+    schedulers = [item.value for item in SchedulerType]
+    if training.scheduler not in schedulers:
+        faults.append(f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
 def _at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:
     for key, value in values.items():
         if value < least:

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -73,7 +74,7 @@ def load_speech_model(
             raise UserError(f"model.name_or_path={name_or_path} is not a folder; check the path")
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"model.name_or_path={name_or_path} cannot be loaded: {_first_line(error)} "
             "(give a folder with config.json, or a name on the hub and a network to fetch it)"

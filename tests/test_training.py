@@ -1,6 +1,7 @@
 """Training a dense model from the terminal."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -68,3 +70,22 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
 
     pruned = run_sparsewav(*data[:2], *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
     assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("training.scheduler=cosin", r"^error: training\.scheduler=cosin does not exist; choose one of linear, cosine"),
+        ("architecture.conv_dim=[8,8]", r"^error: the architecture makes no model: .*conv_dim"),
+        ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, argument: str, message: str
+) -> None:
+    data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
+    result = run_sparsewav(*data, *subsets, argument, command="sparsewav-train")
+    assert result.returncode == 1
+    assert re.search(message, result.stdout, re.MULTILINE), result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,7 +1,6 @@
 """Training a dense CTC model from nothing: the shipped demo model, or a model of any corpus."""
 
 import json
-import logging
 import shutil
 import time
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pandas
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import (
     AutoConfig,
@@ -23,13 +23,12 @@ from sparsewav import records
 from sparsewav.config import TrainConfig
 from sparsewav.data.batches import check_transcripts
 from sparsewav.data.sets import evaluation_set, whole_subset
+from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import write_file
 from sparsewav.finetune.trainer import TrainingSettings, train_ctc
 from sparsewav.models import choose_device, load_speech_model
 from sparsewav.pruning.encoder import check_family, prunable_matrices
-
-logger = logging.getLogger(__name__)
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in wav2vec 2.0's order; its vocabulary has 32 tokens."""
@@ -71,9 +70,12 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     model_type = str(architecture.pop("model_type", None))
     check_family(model_type, "architecture")
     set_seed(config.training.seed)
-    model = AutoModelForCTC.from_config(
-        AutoConfig.for_model(model_type, **architecture, vocab_size=len(processor.tokenizer), pad_token_id=0)
-    )
+    try:
+        model = AutoModelForCTC.from_config(
+            AutoConfig.for_model(model_type, **architecture, vocab_size=len(processor.tokenizer), pad_token_id=0)
+        )
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(training_set):,} training utterances")
