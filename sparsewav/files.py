@@ -47,13 +47,20 @@ def write_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
         try:
-            temporary.chmod(0o755)  # mkdtemp makes it private; a run's outputs are as readable as its folder
             yield temporary
+            make_readable(temporary)
             if path.exists():
                 shutil.rmtree(path)
             temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Let everybody read a folder and its files: mkdtemp and safetensors leave them to their owner alone."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 @contextmanager

@@ -95,6 +95,7 @@ def test_a_run_writes_what_it_promises(
     assert metrics["wer_dense"] == pytest.approx(jiwer.wer(references, [row["before"] for row in predictions]))
     assert (folder / ".hydra" / "config.yaml").is_file()
     assert not list(folder.rglob("*.part"))
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.rglob("*")), "for others to read, too"
 
     # Launched again it is done, and says so without touching anything.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}

@@ -25,7 +25,7 @@ from sparsewav.data.batches import check_transcripts
 from sparsewav.data.sets import evaluation_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
-from sparsewav.files import write_file
+from sparsewav.files import make_readable, write_file
 from sparsewav.finetune.trainer import TrainingSettings, train_ctc
 from sparsewav.models import choose_device, load_speech_model
 from sparsewav.pruning.encoder import check_family, prunable_matrices
@@ -87,6 +87,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
+    make_readable(folder)
     saved = load_speech_model(str(folder))  # the one in memory is still wrapped to compute in bfloat16
     wer = {
         name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
