@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
-from sparsewav.files import cache_folder, write_folder, writing
+from sparsewav.files import cache_folder, locked, write_folder
 from sparsewav.pruning.calibration import Calibration
 
 
@@ -67,11 +66,7 @@ def cached_folder(
     """
     key = hashlib.blake2b(json.dumps([kind, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / kind / key
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_suffix(".lock"))
-        lock.acquire()
-    with lock:
+    with locked(folder.with_suffix(".lock")):
         if enabled and folder.is_dir():
             return folder, True
         with write_folder(folder) as temporary:

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from filelock import FileLock
 from rich.progress import track
 
 from sparsewav.data import espeak
 from sparsewav.data.sentences import draw_sentence
 from sparsewav.errors import UserError
-from sparsewav.files import cache_folder, write_folder, writing
+from sparsewav.files import cache_folder, locked, write_folder
 
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
@@ -73,11 +72,7 @@ def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Pa
         A folder in LibriSpeech's layout: ``<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<nnnn>.flac``.
     """
     root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / "lock")
-        lock.acquire()
-    with lock:  # parallel jobs wait for the first one to speak
+    with locked(root / "lock"):  # parallel jobs wait for the first one to speak
         for name in subsets:
             if not (root / name).is_dir():
                 with write_folder(root / name) as folder:
