@@ -116,8 +116,7 @@ def run_job(settings: DictConfig) -> float | None:
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console()
     try:
-        _refuse_added_keys(settings)
-        config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
+        config: Config = _typed(settings)
         validate(config)
         _quieten_libraries()
         from sparsewav.run import run  # imported late: --help and configuration errors need no PyTorch
@@ -198,7 +197,7 @@ def train_job(settings: DictConfig) -> None:
     console = Console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        config: TrainConfig = OmegaConf.to_object(settings)  # type: ignore[assignment]
+        config: TrainConfig = _typed(settings)
         _quieten_libraries()
         validate_training(config)
         from sparsewav.finetune.train import train
@@ -256,11 +255,15 @@ def explain(error: Exception) -> str:
         if reason.startswith("Key "):
             return _no_such_key(match[1].lstrip("+~").partition("=")[0])
         return (
-            f"{match.group(1)} has the wrong type: {reason[:1].lower()}{reason[1:]}"
-            if reason
-            else f"{match.group(1)} is not valid"
+            f"{match[1]} has the wrong type: {reason[:1].lower()}{reason[1:]}" if reason else f"{match[1]} is not valid"
         )
     return " ".join(str(error).split())
+
+
+def _typed(settings: DictConfig) -> Any:
+    """The dataclass that Hydra's settings were made from, filled."""
+    _refuse_added_keys(settings)
+    return OmegaConf.to_object(settings)
 
 
 def _refuse_added_keys(settings: DictConfig, prefix: str = "") -> None:

@@ -4,7 +4,7 @@ Hydra fills these dataclasses; nothing else of the package sees Hydra's own obje
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -205,7 +205,18 @@ class Config:
 
 @dataclass
 class TrainingConfig:
-    """Attributes: as :class:`sparsewav.finetune.trainer.TrainingSettings`."""
+    """How long and how fast to train.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: utterances in a batch.
+        learning_rate: peak of the schedule.
+        warmup_steps: updates of linear warm-up, before the decay.
+        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
+        weight_decay: of AdamW.
+        bf16: compute in bfloat16 where autocast allows it.
+        seed: of initialisation, order and dropout.
+    """
 
     epochs: float = MISSING
     batch_size: int = MISSING
@@ -264,9 +275,13 @@ def validate(config: Config) -> None:
     Raises:
         UserError: with one line for every fault.
     """
-    faults = list(_faults(config))
-    if faults:
-        raise UserError("\n".join(faults))
+    _refuse(_faults(config))
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    lines = list(faults)
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def _faults(config: Config) -> Iterator[str]:
@@ -306,8 +321,7 @@ def _faults(config: Config) -> Iterator[str]:
     if config.seconds_per_batch <= 0:
         yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
     yield from _at_least(0, seed=config.seed)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        yield f"device={config.device} is not known; choose auto, cpu, cuda or cuda:1"
+    yield from _device_faults(config.device)
 
 
 def validate_training(config: TrainConfig) -> None:
@@ -316,20 +330,28 @@ def validate_training(config: TrainConfig) -> None:
     Raises:
         UserError: with one line for every fault.
     """
-    from transformers import SchedulerType
+    _refuse(_training_faults(config))
+
+
+def _training_faults(config: TrainConfig) -> Iterator[str]:
+    from transformers import SchedulerType  # not at the top: --help does not wait for it
 
     training = config.training
-    faults = list(_at_least(1, batch_size=training.batch_size, prefix="training."))
-    faults += _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
-    faults += _at_least(0, weight_decay=training.weight_decay, prefix="training.")
+    yield from _at_least(1, batch_size=training.batch_size, prefix="training.")
+    yield from _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
+    yield from _at_least(0, weight_decay=training.weight_decay, prefix="training.")
     for key in ("epochs", "learning_rate"):
         if getattr(training, key) <= 0:
-            faults.append(f"training.{key}={getattr(training, key):g} must be above 0")
+            yield f"training.{key}={getattr(training, key):g} must be above 0"
     schedulers = [item.value for item in SchedulerType]
     if training.scheduler not in schedulers:
-        faults.append(f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}")
-    if faults:
-        raise UserError("\n".join(faults))
+        yield f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}"
+    yield from _device_faults(config.device)
+
+
+def _device_faults(device: str) -> Iterator[str]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield f"device={device} is not known; choose auto, cpu, cuda or cuda:1"
 
 
 def _at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:

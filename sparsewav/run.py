@@ -77,14 +77,15 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     with stages.stage(f"Loading {config.model.name_or_path}"):
         speech = load_speech_model(config.model.name_or_path, device=device)
     evaluation, calibration = _utterances(config, speech)
-    before, wer_dense, evaluate_seconds = _evaluate_dense(config, speech, evaluation, stages)
-    solved = _solved(config, speech, calibration, folder)
+    identity = _identity(config, speech)  # of the dense model, before anything changes it
+    before, wer_dense, evaluate_seconds = _evaluate_dense(config, speech, evaluation, identity, stages)
+    solved_identity = [identity["model"], cache.utterances_fingerprint(calibration), identity["code"]]
+    solved = _solved(folder, solved_identity) if not config.force else None
     if solved:
         console.print("Going on from the pruned model that an earlier, interrupted launch left")
         speech.model = load_speech_model(str(folder / records.MODEL), device=device).model
     else:
-        identity = _solved_identity(speech, calibration)
-        solved = _prune(config, speech, calibration, folder, stages) | {"identity": identity}
+        solved = _prune(config, speech, calibration, identity, folder, stages) | {"identity": solved_identity}
         metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
         write_pruned_model(folder, config, speech, solved)
         records.write_json(folder / records.SOLVED, solved)
@@ -124,18 +125,13 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     return metrics
 
 
-def _solved(config: Config, speech: SpeechModel, calibration: list[Utterance], folder: Path) -> dict[str, Any] | None:
+def _solved(folder: Path, identity: list[str]) -> dict[str, Any] | None:
     """What a killed launch had written of its pruned model, if it came from this very model, data and code."""
     path = folder / records.SOLVED
-    if config.force or not path.is_file():
+    if not path.is_file():
         return None
     solved = json.loads(path.read_text())
-    return solved if solved["identity"] == _solved_identity(speech, calibration) else None
-
-
-def _solved_identity(speech: SpeechModel, calibration: list[Utterance]) -> list[str]:
-    fingerprints = (cache.model_fingerprint(speech.model), cache.utterances_fingerprint(calibration))
-    return [*fingerprints, cache.code_fingerprint()]
+    return solved if solved["identity"] == identity else None
 
 
 def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance]]:
@@ -147,7 +143,7 @@ def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], l
 
 
 def _evaluate_dense(
-    config: Config, speech: SpeechModel, utterances: list[Utterance], stages: _Stages
+    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], stages: _Stages
 ) -> tuple[dict[str, str], float, float]:
     """Hypotheses of the dense model, its WER, and the seconds that transcribing took when it was really done."""
 
@@ -158,7 +154,7 @@ def _evaluate_dense(
             seconds = time.perf_counter() - started
         (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
 
-    identity = _identity(config, speech) | {"utterances": cache.utterances_fingerprint(utterances)}
+    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
     folder, _ = cache.cached_folder("dense", identity, make, enabled=config.cache)
     record = json.loads((folder / "dense.json").read_text())
     return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"]
@@ -176,10 +172,14 @@ def _identity(config: Config, speech: SpeechModel) -> dict[str, Any]:
 
 
 def _prune(
-    config: Config, speech: SpeechModel, utterances: list[Utterance], folder: Path, stages: _Stages
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    identity: dict[str, Any],
+    folder: Path,
+    stages: _Stages,
 ) -> dict[str, Any]:
     """Prune the model in place, write ``layers.csv``, and give what ``metrics.json`` has to say of it."""
-    identity = _identity(config, speech)
     traces, allocate_seconds, traces_cached = _traces(config, speech, utterances, identity, stages)
     calibration, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = _batches(config, speech, utterances)

@@ -261,11 +261,13 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
 
 
+def _groups() -> list[Path]:
+    return [path for path in conf_folder().iterdir() if path.is_dir() and path.name not in ("hydra", "architecture")]
+
+
 def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
-    groups = [
-        folder for folder in conf_folder().iterdir() if folder.is_dir() and folder.name not in ("hydra", "architecture")
-    ]
+    groups = _groups()
     assert len(groups) == 9
     for group in groups:
         for option in group.glob("*.yaml"):
@@ -275,10 +277,7 @@ def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
 
 
 def _options() -> list[str]:
-    groups = [
-        folder for folder in conf_folder().iterdir() if folder.is_dir() and folder.name not in ("hydra", "architecture")
-    ]
-    return sorted(f"{group.name}={option.stem}" for group in groups for option in group.glob("*.yaml"))
+    return sorted(f"{group.name}={option.stem}" for group in _groups() for option in group.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("option", _options())

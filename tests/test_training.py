@@ -77,6 +77,8 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
     [
         ("training.scheduler=cosin", r"^error: training\.scheduler=cosin does not exist; choose one of linear, cosine"),
         ("architecture.conv_dim=[8,8]", r"^error: the architecture makes no model: .*conv_dim"),
+        ("+foo=1", r"^error: there is no key foo"),
+        ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),
         ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
     ],
 )

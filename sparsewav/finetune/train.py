@@ -26,7 +26,7 @@ from sparsewav.data.sets import evaluation_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import make_readable, write_file
-from sparsewav.finetune.trainer import TrainingSettings, train_ctc
+from sparsewav.finetune.trainer import train_ctc
 from sparsewav.models import choose_device, load_speech_model
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 
@@ -80,9 +80,8 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(training_set):,} training utterances")
     started = time.perf_counter()
-    settings = TrainingSettings(**asdict(config.training))
     log = train_ctc(
-        model, processor, training_set, development_set, settings, checkpoints, use_cpu=device.type == "cpu"
+        model, processor, training_set, development_set, config.training, checkpoints, use_cpu=device.type == "cpu"
     )
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)

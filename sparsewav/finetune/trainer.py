@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,10 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from sparsewav.config import TrainingConfig
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.evaluation import transcribe, word_error_rate
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How long and how fast to train.
-
-    Attributes:
-        epochs: passes over the training set.
-        batch_size: utterances in a batch.
-        learning_rate: peak of the schedule.
-        warmup_steps: updates of linear warm-up, before the decay to zero.
-        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
-        weight_decay: of AdamW.
-        bf16: compute in bfloat16 where autocast allows it.
-        seed: of initialisation, order and dropout.
-    """
-
-    epochs: float = 8.0
-    batch_size: int = 24
-    learning_rate: float = 1e-3
-    warmup_steps: int = 300
-    scheduler: str = "cosine"
-    weight_decay: float = 0.01
-    bf16: bool = True
-    seed: int = 0
 
 
 class _WordErrorRate(TrainerCallback):
@@ -70,7 +45,7 @@ def train_ctc(
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
     development_set: Sequence[Utterance],
-    settings: TrainingSettings,
+    settings: TrainingConfig,
     folder: Path,
     *,
     use_cpu: bool = False,
