@@ -39,11 +39,17 @@ def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
 
 
 @cache
-def code_fingerprint() -> str:
-    """Hash of the code that cached results come from: the engine, the reading of audio, the decoding, PyTorch."""
+def code_fingerprint(*patterns: str) -> str:
+    """Hash of PyTorch's version and of this package's code.
+
+    Args:
+        patterns: of files; without any, the code that cached results come from: the engine, the reading of audio, the
+            decoding.
+    """
     package = Path(__file__).parent
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
-    for path in sorted([*package.glob("pruning/*.py"), *package.glob("data/*.py"), package / "evaluation.py"]):
+    patterns = patterns or ("pruning/*.py", "data/*.py", "evaluation.py")
+    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -26,6 +26,10 @@ from rich.table import Table
 
 from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate, validate_training
 from sparsewav.errors import UserError
+from sparsewav.files import conf_folder
+
+_config_name = "config"
+"""Of the command that this process runs: ``config`` or ``train``."""
 
 
 class RememberSweep(Callback):
@@ -37,21 +41,10 @@ class RememberSweep(Callback):
         RememberSweep.folder = Path(str(config.hydra.sweep.dir))
 
 
-def conf_folder() -> Path:
-    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
-
-    Raises:
-        UserError: neither is there.
-    """
-    package = Path(__file__).parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"{package / 'conf'} is missing; install sparsewav again")
-
-
 def _identifying(root: DictConfig) -> dict[str, Any]:
     keys = [key for key in key_names() if key not in NOT_IDENTIFYING]
+    if root.finetune_strategy.name == "none":
+        keys.remove("training")
     return OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)  # type: ignore[return-value]
 
 
@@ -120,13 +113,18 @@ def run_job(settings: DictConfig) -> float | None:
         validate(config)
         _quieten_libraries()
         from sparsewav.run import run  # imported late: --help and configuration errors need no PyTorch
-        from sparsewav.tracking import make_tracker
+        from sparsewav.tracking import RunDescription, make_tracker
 
         console.print(f"[bold]{folder.name}[/bold]")
         metrics = run(config, folder, console)
-        tracked = OmegaConf.to_container(settings, resolve=True)
-        sweep = folder.parent.name if is_sweep else None
-        make_tracker(config.tracker, tracked, folder.name, sweep)(metrics, folder)  # type: ignore[arg-type]
+        description = RunDescription(
+            name=folder.name,
+            settings=OmegaConf.to_container(settings, resolve=True),  # type: ignore[arg-type]
+            choices=_choices(),
+            overrides=list(HydraConfig.get().overrides.task),
+            group=_group(folder, is_sweep),
+        )
+        make_tracker(config.tracker, description)(metrics, folder)
         if not is_sweep:
             _show(metrics, folder, console)
         return metrics["wer"]
@@ -146,7 +144,7 @@ def _record_failure(error: Exception, folder: Path, console: Console) -> None:
     record = {
         "status": "failed",
         "error": message,
-        "choices": {str(k): v for k, v in HydraConfig.get().runtime.choices.items() if not str(k).startswith("hydra/")},
+        "choices": _choices(),
         "overrides": list(HydraConfig.get().overrides.task),
         "traceback": trace,
     }
@@ -163,13 +161,36 @@ def _record_failure(error: Exception, folder: Path, console: Console) -> None:
         pass  # the disk that is full for the results is full for the record, too; the message is on the terminal
 
 
+def _choices() -> dict[str, str]:
+    """The option chosen in every group; ``None`` where there is none."""
+    choices = HydraConfig.get().runtime.choices.items()
+    return {str(group): str(option) for group, option in choices if not str(group).startswith("hydra/")}
+
+
+def _group(folder: Path, is_sweep: bool) -> str | None:
+    """The experiment that a run belongs to, or the folder of its sweep."""
+    experiment = _choices()["experiment"]
+    if experiment != "None":
+        return experiment
+    return folder.parent.name if is_sweep else None
+
+
 def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     """The table at the end of a run."""
     seconds = metrics["seconds"]
     removed = metrics["params_total"] - metrics["params_nonzero"]
+    tuned = {}
+    if metrics["updates"]:
+        path = ", ".join(
+            f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
+            for stage in metrics["stages"]
+        )
+        tuned["word error rate, tuned"] = f"{100 * metrics['wer']:.2f} %   after {metrics['updates']:,} updates"
+        tuned["stages"] = path
     rows = {
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        "word error rate, pruned": f"{100 * metrics['wer']:.2f} %   on {metrics['n_utterances']} utterances",
+        "word error rate, pruned": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+        **tuned,
         "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
         + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
         "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
@@ -179,11 +200,14 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
             f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
             for stage in ("calibrate", "allocate", "solve")
         )
-        + f"; prune {seconds['prune']:.1f}; evaluate {seconds['evaluate']:.1f}",
+        + f"; prune {seconds['prune']:.1f}"
+        + (f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else "")
+        + f"; evaluate {seconds['evaluate']:.1f}",
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
         "outputs": str(folder),
-        "pruned model": str(folder / "model"),
     }
+    if (folder / "model").is_dir():
+        rows["pruned model"] = str(folder / "model")
     table = Table(title=f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -223,6 +247,8 @@ def train_main() -> None:
 
 
 def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    global _config_name
+    _config_name = config_name
     # With this Hydra raises its errors, instead of printing them its own way and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -291,14 +317,13 @@ def _nearest(word: str, choices: list[str]) -> str:
 
 
 def _all_keys() -> list[str]:
-    """Every key and group of the default configuration, dotted."""
+    """Every key and group of the command's default configuration, dotted."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    name = "train" if Path(sys.argv[0]).name.startswith("sparsewav-train") else "config"
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        settings = compose(name)
+        settings = compose(_config_name)
 
     def walk(node: Any, prefix: str) -> list[str]:
         keys = []
@@ -308,4 +333,4 @@ def _all_keys() -> list[str]:
                 keys += walk(node[key], f"{prefix}{key}.")
         return keys
 
-    return [*walk(settings, ""), "experiment"]
+    return [*walk(settings, ""), "experiment", "scale", "recipe"]

@@ -16,7 +16,7 @@ MISSING: Any = "???"
 
 @dataclass
 class ModelConfig:
-    """Attributes: name_or_path: ``demo``, a folder, or a name on the hub."""
+    """Attributes: name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub."""
 
     name_or_path: str = MISSING
 
@@ -28,9 +28,10 @@ class DataConfig:
     Attributes:
         calibration_subset: where the calibration sample is drawn from.
         evaluation_subset: what the word error rate is measured on.
-        training_subset: what ``sparsewav-train`` learns from.
+        training_subset: what fine-tuning and ``sparsewav-train`` learn from.
         development_subset: what ``sparsewav-train`` logs its word error rate on.
         evaluation_utterances: read only so many of the evaluation subset, the first ones; None for all.
+        training_utterances: learn from a random sample of so many of the training subset; None for all.
     """
 
     calibration_subset: str = MISSING
@@ -38,6 +39,7 @@ class DataConfig:
     training_subset: str = MISSING
     development_subset: str = MISSING
     evaluation_utterances: int | None = None
+    training_utterances: int | None = None
 
 
 @dataclass
@@ -134,9 +136,62 @@ class HutchinsonAllocation(AllocationConfig):
 
 @dataclass
 class FinetuneStrategyConfig:
-    """Attributes: name: ``none``."""
+    """Attributes: name: ``none``, ``one_pass`` or ``progressive``."""
 
     name: str = MISSING
+
+
+@dataclass
+class OnePassStrategy(FinetuneStrategyConfig):
+    """Attributes: more_when_sparser: ``training.epochs`` holds up to 50 %; above, it grows as 1 / (1 - sparsity)."""
+
+    more_when_sparser: bool = MISSING
+
+
+@dataclass
+class ProgressiveStrategy(OnePassStrategy):
+    """Attributes:
+    stages: sparsities below the target at which to stop and tune, rising.
+    same_updates: the stages share the updates that ``one_pass`` would make; otherwise each stage gets its own.
+    """
+
+    stages: list[float] = MISSING
+    same_updates: bool = MISSING
+
+
+@dataclass
+class TrainingConfig:
+    """How long and how fast to train.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: utterances of an update, over all processes and accumulation steps.
+        accumulation: forward and backward passes that the utterances of an update are split into.
+        learning_rate: peak of the schedule.
+        betas: of Adam.
+        epsilon: of Adam.
+        warmup_steps: updates of linear warm-up before the decay; below 1, a share of all updates.
+        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
+        weight_decay: decoupled, as in AdamW; 0 makes it Adam.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` where autocast allows it.
+        freeze_feature_encoder: leave the convolutions as they are.
+        checkpoint_updates: updates between two checkpoints.
+        seed: of initialisation, order and dropout.
+    """
+
+    epochs: float = MISSING
+    batch_size: int = MISSING
+    accumulation: int = MISSING
+    learning_rate: float = MISSING
+    betas: list[float] = MISSING
+    epsilon: float = MISSING
+    warmup_steps: float = MISSING
+    scheduler: str = MISSING
+    weight_decay: float = MISSING
+    precision: str = MISSING
+    freeze_feature_encoder: bool = MISSING
+    checkpoint_updates: int = MISSING
+    seed: int = MISSING
 
 
 @dataclass
@@ -161,12 +216,14 @@ class Config:
     """One run.
 
     Attributes:
+        training: of the fine-tuning, if the strategy wants it.
         seed: of the calibration sample and the Hutchinson probes.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seconds_per_batch: most audio in one batch.
         output_root: folder of the runs' folders.
         cache: keep Hessians, sensitivities and the dense word error rate between runs.
         force: redo a run that is done.
+        save_model: keep the pruned model; a sweep of hundreds of runs may do without.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -176,6 +233,7 @@ class Config:
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     finetune_strategy: FinetuneStrategyConfig = field(default_factory=FinetuneStrategyConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     seed: int = 0
     device: str = "auto"
@@ -183,6 +241,7 @@ class Config:
     output_root: str = "outputs"
     cache: bool = True
     force: bool = False
+    save_model: bool = True
 
     @property
     def target_sparsity(self) -> float:
@@ -202,30 +261,12 @@ class Config:
         """``0.75`` or ``2:4``."""
         return f"{self.n_m[0]}:{self.n_m[1]}" if self.n_m else f"{self.target_sparsity:g}"
 
-
-@dataclass
-class TrainingConfig:
-    """How long and how fast to train.
-
-    Attributes:
-        epochs: passes over the training set.
-        batch_size: utterances in a batch.
-        learning_rate: peak of the schedule.
-        warmup_steps: updates of linear warm-up, before the decay.
-        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
-        weight_decay: of AdamW.
-        bf16: compute in bfloat16 where autocast allows it.
-        seed: of initialisation, order and dropout.
-    """
-
-    epochs: float = MISSING
-    batch_size: int = MISSING
-    learning_rate: float = MISSING
-    warmup_steps: int = MISSING
-    scheduler: str = MISSING
-    weight_decay: float = MISSING
-    bf16: bool = MISSING
-    seed: int = MISSING
+    @property
+    def stages(self) -> list[float]:
+        """Sparsities at which the model is pruned, one after the other; the last is the target."""
+        strategy = self.finetune_strategy
+        early = strategy.stages if isinstance(strategy, ProgressiveStrategy) else []
+        return [*(stage for stage in early if stage < self.target_sparsity), self.target_sparsity]
 
 
 @dataclass
@@ -233,13 +274,16 @@ class TrainConfig:
     """One training of a dense model.
 
     Attributes:
-        architecture: ``model_type`` and whatever that configuration of transformers takes.
+        architecture: ``model_type`` and whatever that configuration of transformers takes; empty for that of
+            ``initial_model``.
+        initial_model: model whose parameters are taken over wherever name and shape agree; None to start from nothing.
         output: folder of the trained model.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
+    initial_model: str | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "outputs/demo-model"
     device: str = "auto"
@@ -259,13 +303,18 @@ SCHEMAS: dict[str, type] = {
     "saliency/base_obs": ObsSaliency,
     "allocation/base_uniform": AllocationConfig,
     "allocation/base_hutchinson": HutchinsonAllocation,
-    "finetune_strategy/base_finetune_strategy": FinetuneStrategyConfig,
+    "finetune_strategy/base_none": FinetuneStrategyConfig,
+    "finetune_strategy/base_one_pass": OnePassStrategy,
+    "finetune_strategy/base_progressive": ProgressiveStrategy,
+    "training/base_training": TrainingConfig,
     "tracker/base_no_tracker": TrackerConfig,
     "tracker/base_wandb": WandbTracker,
 }
 """Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
 
-NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model")
 """Keys that do not change a run's results, and so neither its folder."""
 
 
@@ -318,6 +367,8 @@ def _faults(config: Config) -> Iterator[str]:
     yield from _at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
     if config.data.evaluation_utterances is not None:
         yield from _at_least(1, evaluation_utterances=config.data.evaluation_utterances, prefix="data.")
+    if isinstance(config.finetune_strategy, OnePassStrategy):
+        yield from _finetune_faults(config, config.finetune_strategy, target)
     if config.seconds_per_batch <= 0:
         yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
     yield from _at_least(0, seed=config.seed)
@@ -334,19 +385,53 @@ def validate_training(config: TrainConfig) -> None:
 
 
 def _training_faults(config: TrainConfig) -> Iterator[str]:
+    if not config.architecture and config.initial_model is None:
+        yield "architecture is empty; choose one (architecture=demo), or name the initial_model whose it is to be"
+    if config.data.training_utterances is not None:
+        yield from _at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
+    yield from _schedule_faults(config.training)
+    yield from _device_faults(config.device)
+
+
+def _finetune_faults(config: Config, strategy: OnePassStrategy, target: float | None) -> Iterator[str]:
+    if config.n_m:
+        yield f"finetune_strategy={strategy.name} wants a share of the weights; choose sparsity=unstructured with it"
+    if strategy.more_when_sparser and target == 1:
+        yield "sparsity.target=1 leaves nothing to tune; choose finetune_strategy=none"
+    if isinstance(strategy, ProgressiveStrategy):
+        stages = strategy.stages
+        if any(not 0 < stage < 1 for stage in stages) or stages != sorted(set(stages)):
+            yield (
+                f"finetune_strategy.stages={stages} must rise, each between 0 and 1; the paper's are [0.7, 0.8, 0.9]"
+            )
+        allocation = config.allocation
+        for stage in stages:
+            if isinstance(allocation, HutchinsonAllocation) and not allocation.alpha <= min(stage, 1 - stage) + 1e-9:
+                yield f"allocation.alpha={allocation.alpha:g} does not fit {stage:g} of finetune_strategy.stages"
+    if config.data.training_utterances is not None:
+        yield from _at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
+    yield from _schedule_faults(config.training)
+
+
+def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
     from transformers import SchedulerType  # not at the top: --help does not wait for it
 
-    training = config.training
-    yield from _at_least(1, batch_size=training.batch_size, prefix="training.")
+    counts = {key: getattr(training, key) for key in ("batch_size", "accumulation", "checkpoint_updates")}
+    yield from _at_least(1, **counts, prefix="training.")
     yield from _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
     yield from _at_least(0, weight_decay=training.weight_decay, prefix="training.")
-    for key in ("epochs", "learning_rate"):
+    for key in ("epochs", "learning_rate", "epsilon"):
         if getattr(training, key) <= 0:
             yield f"training.{key}={getattr(training, key):g} must be above 0"
+    if len(training.betas) != 2 or any(not 0 <= beta < 1 for beta in training.betas):
+        yield f"training.betas={training.betas} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
+    if training.batch_size % max(training.accumulation, 1):
+        yield f"training.batch_size={training.batch_size} cannot be split into {training.accumulation} equal parts"
     schedulers = [item.value for item in SchedulerType]
     if training.scheduler not in schedulers:
         yield f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}"
-    yield from _device_faults(config.device)
+    if training.precision not in PRECISIONS:
+        yield f"training.precision={training.precision} does not exist; choose one of {', '.join(PRECISIONS)}"
 
 
 def _device_faults(device: str) -> Iterator[str]:

@@ -20,6 +20,19 @@ def cache_folder() -> Path:
     return folder.expanduser().absolute()
 
 
+def conf_folder() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{package / 'conf'} is missing; install sparsewav again")
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it takes the name ``path`` only when the block ends without an error.

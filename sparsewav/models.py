@@ -1,6 +1,10 @@
 """CTC speech models: loading them with their processors, from the hub, a folder or this package."""
 
+import hashlib
+import subprocess
+import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from transformers import (
 )
 
 from sparsewav.errors import UserError
+from sparsewav.files import cache_folder, conf_folder, locked
 from sparsewav.pruning.encoder import check_family
 
 DEMO_MODEL = "demo"
@@ -48,9 +53,55 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def demo_model_folder() -> Path:
-    """Where the shipped demo model lies."""
-    return Path(str(files("sparsewav"))) / "demo_model"
+def locate_model(name_or_path: str) -> str:
+    """Give the folder of a model, or its name on the hub; a model of the demo's cast is trained first if need be.
+
+    Args:
+        name_or_path: ``demo``, the name of a recipe in ``conf/recipe``, a local folder, or a name on the hub.
+
+    Raises:
+        UserError: the folder is not there, or the training failed.
+    """
+    if name_or_path == DEMO_MODEL:
+        return str(files("sparsewav") / "demo_model")
+    if name_or_path in _recipes():
+        return str(_trained_model(name_or_path))
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if not looks_local:
+        return name_or_path
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.name_or_path={name_or_path} is not a folder; check the path")
+    return str(folder)
+
+
+@cache
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in (conf_folder() / "recipe").glob("*.yaml"))
+
+
+def trained_model_folder(recipe: str) -> Path:
+    """Where the model of a recipe lies in the cache, trained or not yet; a changed recipe gives another folder."""
+    conf = conf_folder()
+    digest = hashlib.blake2b(digest_size=4)
+    for pattern in ("train.yaml", "recipe/*.yaml", "architecture/*.yaml", "training/dense.yaml", "data/demo.yaml"):
+        for path in sorted(conf.glob(pattern)):
+            digest.update(path.read_bytes())
+    return cache_folder() / "models" / f"{recipe}-{digest.hexdigest()}"
+
+
+def _trained_model(recipe: str) -> Path:
+    folder = trained_model_folder(recipe)
+    if (folder / "training.json").is_file():
+        return folder
+    with locked(folder.with_suffix(".lock")):  # parallel jobs wait for the first one to train
+        # A process of its own: training leaves its marks on PyTorch's state, and a run must not depend on them.
+        command = [sys.executable, "-m", "sparsewav.finetune", f"recipe={recipe}", f"output={folder}"]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(
+                f"the training of {recipe} failed (its messages are above); the same command goes on where it stopped"
+            )
+    return folder
 
 
 def load_speech_model(
@@ -59,42 +110,51 @@ def load_speech_model(
     """Load a CTC model and its processor.
 
     Args:
-        name_or_path: ``demo``, a local folder, or a name on the hub.
+        name_or_path: as :func:`locate_model` takes it.
         dtype: of the weights in memory.
         device: where to put the model.
 
     Raises:
         UserError: there is no such model, its family is unknown, or its folder lacks a piece.
     """
-    source = str(demo_model_folder()) if name_or_path == DEMO_MODEL else name_or_path
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local:
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise UserError(f"model.name_or_path={name_or_path} is not a folder; check the path")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.name_or_path={name_or_path} cannot be loaded: {_first_line(error)} "
-            "(give a folder with config.json, or a name on the hub and a network to fetch it)"
-        ) from error
-    check_family(config.model_type, name_or_path)
+    source = locate_model(name_or_path)
+    model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
     processor = load_processor(source)
-    try:
-        model = AutoModelForCTC.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the weights of model.name_or_path={name_or_path} cannot be loaded: {_first_line(error)}"
-        ) from error
     if len(processor.tokenizer) < model.config.vocab_size:
         raise UserError(
             f"model.name_or_path={name_or_path}: the tokenizer has {len(processor.tokenizer)} tokens and the model "
             f"writes {model.config.vocab_size}; take the tokenizer that the model was trained with"
         )
     model.eval().to(device)
-    name = name_or_path if name_or_path == DEMO_MODEL else Path(name_or_path).name
+    name = Path(name_or_path).name
     return SpeechModel(name, model, processor)
+
+
+def load_pretrained(source: str, dtype: torch.dtype, key: str, name: str | None = None) -> PreTrainedModel:
+    """Load a CTC model without its processor.
+
+    Args:
+        source: a folder or a name on the hub.
+        dtype: of the weights in memory.
+        key: the setting that names the model, for messages.
+        name: what the setting says, if it is not ``source``.
+
+    Raises:
+        UserError: there is no such model, its family is unknown, or its weights are broken.
+    """
+    called = f"{key}={name or source}"
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise UserError(
+            f"{called} cannot be loaded: {_first_line(error)} "
+            "(give a folder with config.json, or a name on the hub and a network to fetch it)"
+        ) from error
+    check_family(config.model_type, name or source)
+    try:
+        return AutoModelForCTC.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights of {called} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_processor(source: str) -> Wav2Vec2Processor:

@@ -5,7 +5,8 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,11 @@ LAYERS = "layers.csv"
 PREDICTIONS = "predictions.jsonl"
 MODEL = "model"
 ERROR = "error.json"
-SOLVED = "solved.json"
-"""Written when the pruned model is on disk: a killed run goes on from here."""
+TRAINING_LOG = "training_log.csv"
+STAGES = "stages"
+"""Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
+STEP = "step.json"
+"""Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -52,12 +56,17 @@ def write_predictions(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> None:
-    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card."""
+@contextmanager
+def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> Iterator[Path]:
+    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card.
+
+    Yields the temporary folder: what the block puts there appears together with the model.
+    """
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,56 +1,58 @@
-"""One run: load, evaluate, calibrate, allocate, solve, evaluate, save and record."""
+"""One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record."""
 
+import hashlib
 import json
-import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsewav import cache, records
 from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
 from sparsewav.data.batches import SpeechBatches, check_transcripts
-from sparsewav.data.sets import calibration_set, evaluation_set
+from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.evaluation import transcribe, word_error_rate
+from sparsewav.files import locked
+from sparsewav.finetune.masks import masks_of
+from sparsewav.finetune.strategies import Stage, plan_stages
+from sparsewav.finetune.trainer import train_ctc, write_training_log
 from sparsewav.models import SpeechModel, choose_device, load_speech_model
+from sparsewav.progress import stage
 from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces, prune
-from sparsewav.pruning.encoder import takes_padding
-
-logger = logging.getLogger(__name__)
+from sparsewav.pruning.encoder import prunable_matrices, takes_padding
 
 METHOD = "sparsewav"
 
 
 @dataclass
-class _Stages:
-    """The display of a run's stages, and the seconds that each took."""
+class _State:
+    """What is known after each step of a run; written beside the model that the step made.
 
-    console: Console
+    Attributes:
+        identity: hash of all that the step's model came from.
+        steps: how many are done.
+        stages: a record for every stage: sparsity, word error rates, updates.
+        hypotheses: of the newest model, by utterance id; None until it is evaluated.
+        seconds: of the pieces, over all stages.
+        cached: pieces of the first stage that came out of the cache.
+        warnings: sentences for the user.
+        log: of the trainer, over all stages.
+    """
 
-    @contextmanager
-    def stage(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Show a progress bar; yields what to call with (steps done, steps in all)."""
-        started = time.perf_counter()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        hidden = not self.console.is_terminal  # in a file or a pipe a bar would only leave blank lines
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(description, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        seconds = time.perf_counter() - started
-        logger.info("%s: %.2f s", description, seconds)
-        self.console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+    identity: str
+    steps: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    hypotheses: dict[str, str] | None = None
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
+    )
+    cached: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
@@ -67,35 +69,76 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     Raises:
         UserError: something is wrong with the configuration, the model or the data.
     """
+    # A launch that was killed may have left a process behind that is still on this run.
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        return _run(config, folder, console)
+
+
+def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     metrics_path = folder / records.METRICS
-    if metrics_path.is_file() and not config.force:
+    complete = metrics_path.is_file() and (not config.save_model or (folder / records.MODEL).is_dir())
+    if complete and not config.force:
         console.print(f"Done already: {folder} (force=true does it again)")
         return json.loads(metrics_path.read_text())
     (folder / records.ERROR).unlink(missing_ok=True)
+    if config.force:
+        shutil.rmtree(folder / records.STAGES, ignore_errors=True)
     device = choose_device(config.device)
-    stages = _Stages(console)
-    with stages.stage(f"Loading {config.model.name_or_path}"):
+    with stage(console, f"Loading {config.model.name_or_path}"):
         speech = load_speech_model(config.model.name_or_path, device=device)
-    evaluation, calibration = _utterances(config, speech)
-    identity = _identity(config, speech)  # of the dense model, before anything changes it
-    before, wer_dense, evaluate_seconds = _evaluate_dense(config, speech, evaluation, identity, stages)
-    solved_identity = [identity["model"], cache.utterances_fingerprint(calibration), identity["code"]]
-    solved = _solved(folder, solved_identity) if not config.force else None
-    if solved:
-        console.print("Going on from the pruned model that an earlier, interrupted launch left")
-        speech.model = load_speech_model(str(folder / records.MODEL), device=device).model
-    else:
-        solved = _prune(config, speech, calibration, identity, folder, stages) | {"identity": solved_identity}
-        metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
-        write_pruned_model(folder, config, speech, solved)
-        records.write_json(folder / records.SOLVED, solved)
-    with stages.stage("Evaluating the pruned model") as progress:
-        started = time.perf_counter()
-        after = transcribe(speech.model, speech.processor, evaluation, config.seconds_per_batch, progress)
-        wer = word_error_rate(evaluation, after)
-        evaluate_seconds += time.perf_counter() - started
-    records.write_predictions(folder / records.PREDICTIONS, evaluation, before, after)
-    seconds = solved["seconds"] | {"finetune": 0.0, "evaluate": evaluate_seconds}
+    evaluation, calibration, training = _utterances(config, speech)
+    dense = _identity(config, speech)  # of the dense model, before anything changes it
+    before, wer_dense, dense_seconds = _evaluate_dense(config, speech, evaluation, dense, console)
+    stages = plan_stages(config, len(training))
+    state = _State(_run_identity(dense, calibration, training))
+    done = None if config.force else _newest_step(folder, state.identity)
+    if done:
+        state, step_folder = done
+        console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
+        speech.model = load_speech_model(str(step_folder), device=device).model
+    metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
+    steps = [(kind, item) for item in stages for kind in ("prune", "finetune") if kind == "prune" or item.updates]
+    for number, (kind, item) in enumerate(steps):
+        if number < state.steps:
+            continue
+        last = number == len(steps) - 1
+        step_folder = folder / (records.MODEL if last else f"{records.STAGES}/{number}-{kind}-{item.sparsity:g}")
+        if kind == "prune":
+            _prune(config, speech, calibration, item.sparsity, dense, state, folder, console)
+        else:
+            checkpoints = folder / records.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
+            _finetune(config, speech, training, item, checkpoints, state, console)
+        state.steps, state.hypotheses = number + 1, None
+        _write_step(step_folder, config, speech, state)
+        if kind == "finetune":  # Accelerate's autocast stays around the trained model: go on with what is saved
+            speech.model = load_speech_model(str(step_folder), device=device).model
+        _evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
+    if state.hypotheses is None:
+        _evaluate_step(config, speech, evaluation, steps[-1][0], state, folder / records.MODEL, console)
+    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, len(calibration))
+
+
+def _finish(
+    config: Config,
+    folder: Path,
+    speech: SpeechModel,
+    state: _State,
+    evaluation: list[Utterance],
+    before: dict[str, str],
+    wer_dense: float,
+    dense_seconds: float,
+    calibration_utterances: int,
+) -> dict[str, Any]:
+    """Write what is left to write, ``metrics.json`` last."""
+    assert state.hypotheses is not None
+    records.write_predictions(folder / records.PREDICTIONS, evaluation, before, state.hypotheses)
+    if state.log:
+        write_training_log(folder / records.TRAINING_LOG, state.log)
+    device = speech.model.device
+    prune_seconds = sum(state.seconds[piece] for piece in ("calibrate", "allocate", "solve"))
+    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
+    total, nonzero = records.count_parameters(speech.model)
+    final = state.stages[-1]
     metrics = {
         "model": speech.name,
         "method": METHOD,
@@ -105,50 +148,97 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         "seed": config.seed,
         "pattern": config.sparsity_name if config.n_m else None,
         "target_sparsity": config.target_sparsity,
-        "achieved_sparsity": solved["achieved_sparsity"],
-        "params_total": solved["params_total"],
-        "params_nonzero": solved["params_nonzero"],
+        "achieved_sparsity": final["achieved_sparsity"],
+        "params_total": total,
+        "params_nonzero": nonzero,
         "wer_dense": wer_dense,
-        "wer_pruned": wer,
-        "wer": wer,
+        "wer_pruned": final["wer_pruned"],
+        "wer": final["wer"],
+        "updates": sum(record["updates"] for record in state.stages),
+        "stages": state.stages,
         "n_utterances": len(evaluation),
-        "n_calibration_utterances": len(calibration),
+        "n_calibration_utterances": calibration_utterances,
         "seconds": seconds,
-        "cached": solved["cached"],
-        "warnings": solved["warnings"],
+        "cached": state.cached,
+        "warnings": state.warnings,
         "peak_memory_bytes": records.peak_memory(device),
         "dtype": str(speech.model.dtype).removeprefix("torch."),
         **records.environment(device),
     }
-    records.write_json(metrics_path, metrics)
-    (folder / records.SOLVED).unlink()
+    records.write_json(folder / records.METRICS, metrics)
+    shutil.rmtree(folder / records.STAGES, ignore_errors=True)
+    if config.save_model:
+        (folder / records.MODEL / records.STEP).unlink()
+    else:
+        shutil.rmtree(folder / records.MODEL)
     return metrics
 
 
-def _solved(folder: Path, identity: list[str]) -> dict[str, Any] | None:
-    """What a killed launch had written of its pruned model, if it came from this very model, data and code."""
-    path = folder / records.SOLVED
-    if not path.is_file():
-        return None
-    solved = json.loads(path.read_text())
-    return solved if solved["identity"] == identity else None
+def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
+    """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
+    parts = [dense["model"], cache.utterances_fingerprint(calibration), dense["code"]]
+    if training:
+        parts += [cache.utterances_fingerprint(training), cache.code_fingerprint("finetune/*.py")]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance]]:
+def _newest_step(folder: Path, identity: str) -> tuple[_State, Path] | None:
+    """What a killed launch got to, if it came from this very model, data and code."""
+    found = []
+    for path in [folder / records.MODEL, *(folder / records.STAGES).glob("[0-9]*")]:
+        if (path / records.STEP).is_file():
+            state = _State(**json.loads((path / records.STEP).read_text()))
+            if state.identity == identity:
+                found.append((state, path))
+    return max(found, key=lambda item: item[0].steps, default=None)
+
+
+def _write_step(step_folder: Path, config: Config, speech: SpeechModel, state: _State) -> None:
+    """Write the model of a step, its card, and the state after it."""
+    card = _card(config, speech, state)
+    with records.write_model(step_folder, speech.model, speech.processor, card) as temporary:
+        (temporary / records.STEP).write_text(json.dumps(asdict(state)))
+
+
+def _evaluate_step(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    kind: str,
+    state: _State,
+    step_folder: Path,
+    console: Console,
+) -> None:
+    """Add the newest model's word error rate to its stage's record, on disk, too."""
+    with stage(console, f"Evaluating the {'pruned' if kind == 'prune' else 'tuned'} model") as progress:
+        started = time.perf_counter()
+        state.hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
+        state.seconds["evaluate"] += time.perf_counter() - started
+    record = state.stages[-1]
+    record["wer"] = word_error_rate(utterances, state.hypotheses)
+    if kind == "prune":
+        record["wer_pruned"] = record["wer"]
+    records.write_json(step_folder / records.STEP, asdict(state))
+
+
+def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
+    """Evaluation, calibration and training set; the last is empty when nothing is tuned."""
     evaluation = evaluation_set(config.data)
     calibration = calibration_set(config.data, config.calibration.utterances, config.seed)
-    for utterances in (evaluation, calibration):
+    tunes = config.finetune_strategy.name != "none"
+    training = training_set(config.data, config.training.seed) if tunes else []
+    for utterances in (evaluation, calibration, training):
         check_transcripts(utterances, speech.processor)
-    return evaluation, calibration
+    return evaluation, calibration, training
 
 
 def _evaluate_dense(
-    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], stages: _Stages
+    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
 ) -> tuple[dict[str, str], float, float]:
     """Hypotheses of the dense model, its WER, and the seconds that transcribing took when it was really done."""
 
     def make(folder: Path) -> None:
-        with stages.stage("Evaluating the dense model") as progress:
+        with stage(console, "Evaluating the dense model") as progress:
             started = time.perf_counter()
             hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
             seconds = time.perf_counter() - started
@@ -175,55 +265,87 @@ def _prune(
     config: Config,
     speech: SpeechModel,
     utterances: list[Utterance],
-    identity: dict[str, Any],
+    sparsity: float,
+    dense: dict[str, Any],
+    state: _State,
     folder: Path,
-    stages: _Stages,
-) -> dict[str, Any]:
-    """Prune the model in place, write ``layers.csv``, and give what ``metrics.json`` has to say of it."""
-    traces, allocate_seconds, traces_cached = _traces(config, speech, utterances, identity, stages)
+    console: Console,
+) -> None:
+    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
+    first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
+    identity = dense if first else None
+    traces, allocate_seconds, traces_cached = _traces(config, speech, utterances, identity, console)
     calibration, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = _batches(config, speech, utterances)
     if config.calibration.propagation == "parallel":
         calibration, calibrate_seconds, hessians_cached = _calibration(
-            config, speech, utterances, batches, identity, stages
+            config, speech, utterances, batches, identity, console
         )
     options: dict[str, Any] = {}
     if isinstance(config.saliency, ObsSaliency):
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
-    with stages.stage(f"Pruning to {config.sparsity_name} with {config.saliency.name}") as progress:
+    name = config.sparsity_name if config.n_m else f"{sparsity:g}"
+    with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
         report = prune(
             speech.model,
             batches,
-            config.target_sparsity,
+            sparsity,
             saliency=config.saliency.name,
             allocation=config.allocation.name,
             n_m=config.n_m,
             propagation=config.calibration.propagation,
             seed=config.seed,
+            masks=None if first else masks_of(speech.model),
             calibration=calibration,
             traces=traces,
             progress=lambda stage, done, total: progress(done, total),
             **options,
         )
     for warning in report.warnings:
-        stages.console.print(f"[yellow]! {warning}[/yellow]")
-    records.write_layers(folder / records.LAYERS, report.matrices)
-    total, nonzero = records.count_parameters(speech.model)
-    seconds = {
-        "calibrate": report.seconds["calibrate"] + calibrate_seconds,
-        "allocate": allocate_seconds,
-        "solve": report.seconds["solve"],
-    }
-    return {
-        "achieved_sparsity": report.sparsity,
-        "params_total": total,
-        "params_nonzero": nonzero,
-        "seconds": seconds | {"prune": sum(seconds.values())},
-        "cached": [stage for stage, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit],
-        "warnings": report.warnings,
-    }
+        console.print(f"[yellow]! {warning}[/yellow]")
+    if sparsity != config.target_sparsity:
+        records.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
+    else:
+        records.write_layers(folder / records.LAYERS, report.matrices)
+    state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
+    state.seconds["allocate"] += allocate_seconds
+    state.seconds["solve"] += report.seconds["solve"]
+    state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
+    state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
+    state.stages.append({"sparsity": sparsity, "achieved_sparsity": report.sparsity, "updates": 0})
+
+
+def _finetune(
+    config: Config,
+    speech: SpeechModel,
+    training: list[Utterance],
+    item: Stage,
+    checkpoints: Path,
+    state: _State,
+    console: Console,
+) -> None:
+    """Tune the model in place, its masks held, and note what was done."""
+    masks = masks_of(speech.model)
+    with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
+        started = time.perf_counter()
+        log = train_ctc(
+            speech.model,
+            speech.processor,
+            training,
+            config.training,
+            item.updates,
+            checkpoints,
+            masks=masks,
+            progress=progress,
+        )
+        state.seconds["finetune"] += time.perf_counter() - started
+    for matrix in prunable_matrices(speech.model):
+        if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
+            raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
+    state.stages[-1]["updates"] = item.updates
+    state.log += [{"stage": item.sparsity, **entry} for entry in log]
 
 
 def _batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
@@ -235,19 +357,26 @@ def _calibration(
     speech: SpeechModel,
     utterances: list[Utterance],
     batches: SpeechBatches,
-    identity: dict[str, Any],
-    stages: _Stages,
+    identity: dict[str, Any] | None,
+    console: Console,
 ) -> tuple[Calibration, float, bool]:
-    """Hessians, the seconds that gathering them took when it was really done, and whether they were cached."""
+    """Hessians, the seconds that gathering them took when it was really done, and whether they were cached.
+
+    Without an identity they are not kept.
+    """
+
+    def gather() -> tuple[Calibration, float]:
+        with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
+            started = time.perf_counter()
+            return calibrate(speech.model, batches, progress), time.perf_counter() - started
 
     def make(folder: Path) -> None:
-        with stages.stage(f"Calibrating on {len(utterances)} utterances") as progress:
-            started = time.perf_counter()
-            calibration = calibrate(speech.model, batches, progress)
-            seconds = time.perf_counter() - started
+        calibration, seconds = gather()
         cache.save_calibration(calibration, folder)
         (folder / "seconds.json").write_text(json.dumps(seconds))
 
+    if identity is None:
+        return *gather(), False
     identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
     folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
     return (
@@ -261,8 +390,8 @@ def _traces(
     config: Config,
     speech: SpeechModel,
     utterances: list[Utterance],
-    identity: dict[str, Any],
-    stages: _Stages,
+    identity: dict[str, Any] | None,
+    console: Console,
 ) -> tuple[dict[str, Trace] | None, float, bool]:
     """Hessian traces, if the allocation wants them; seconds and cached as in :func:`_calibration`."""
     allocation = config.allocation
@@ -270,8 +399,8 @@ def _traces(
         return None, 0.0, False
     utterances = utterances[: allocation.utterances]
 
-    def make(folder: Path) -> None:
-        with stages.stage(f"Estimating sensitivities on {len(utterances)} utterances") as progress:
+    def estimate() -> tuple[dict[str, Trace], float]:
+        with stage(console, f"Estimating sensitivities on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
             traces = estimate_traces(
                 speech.model,
@@ -281,10 +410,15 @@ def _traces(
                 seed=config.seed,
                 progress=progress,
             )
-            seconds = time.perf_counter() - started
+            return traces, time.perf_counter() - started
+
+    def make(folder: Path) -> None:
+        traces, seconds = estimate()
         record = {"traces": {name: asdict(trace) for name, trace in traces.items()}, "seconds": seconds}
         (folder / "traces.json").write_text(json.dumps(record))
 
+    if identity is None:
+        return *estimate(), False
     identity = identity | {
         "utterances": cache.utterances_fingerprint(utterances),
         "probes": allocation.probes,
@@ -296,26 +430,34 @@ def _traces(
     return {name: Trace(**trace) for name, trace in record["traces"].items()}, record["seconds"], cached
 
 
-def write_pruned_model(folder: Path, config: Config, speech: SpeechModel, solved: dict[str, Any]) -> None:
-    """Write ``model/`` with a card that says what was done."""
-    card = f"""---
+def _card(config: Config, speech: SpeechModel, state: _State) -> str:
+    """The model card: what was done."""
+    total, nonzero = records.count_parameters(speech.model)
+    now = state.stages[-1]
+    path = ", then ".join(
+        f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
+        for record in state.stages
+    )
+    sparsity = config.sparsity_name if config.n_m else f"{now['sparsity']:g}"
+    tuned = "in one shot, without fine-tuning" if not now["updates"] else f"with {config.finetune_strategy.name} tuning"
+    return f"""---
 library_name: transformers
 pipeline_tag: automatic-speech-recognition
 tags: [sparsewav, pruning, speech]
 ---
-# {speech.name}, pruned to {config.sparsity_name} sparsity
+# {speech.name}, pruned to {sparsity} sparsity
 
-Made by SparseWAV from `{config.model.name_or_path}` in one shot, without fine-tuning.
+Made by SparseWAV from `{config.model.name_or_path}` {tuned}.
 
 | | |
 |---|---|
 | saliency | {config.saliency.name} |
 | allocation | {config.allocation.name} |
-| sparsity of the transformer's matrices | {solved["achieved_sparsity"]:.4f} (asked for: {config.sparsity_name}) |
-| parameters | {solved["params_nonzero"]:,} of {solved["params_total"]:,} are not zero |
+| sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
+| pruned to | {path} |
+| parameters | {nonzero:,} of {total:,} are not zero |
 | calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
 
 The weights are stored dense, with zeros: `AutoModelForCTC.from_pretrained` loads them as any other model. The word
 error rates are in the run's `metrics.json`, beside this folder.
 """
-    records.write_model(folder / records.MODEL, speech.model, speech.processor, card)

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
-from sparsewav.cli import conf_folder
+import sparsewav.cli  # noqa: F401  (registers the schemas)
 from sparsewav.config import Config, validate
+from sparsewav.files import conf_folder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -166,11 +167,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert not list(root.glob("*/metrics.json"))
     result = run_sparsewav(*small, f"output_root={root}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Going on from the pruned model" in result.stdout
+    assert "Going on from model" in result.stdout
     (weights,) = root.glob("*/model/model.safetensors")
     assert weights.read_bytes() == expected.read_bytes()
     assert list(root.glob("*/metrics.json"))
-    assert not list(root.rglob("solved.json"))
+    assert not list(root.rglob("step.json"))
 
 
 def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, str]) -> Path:
@@ -185,7 +186,7 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
             stderr=subprocess.DEVNULL,
         )
         while process.poll() is None:
-            if list(root.glob("*/solved.json")):
+            if list(root.glob("*/model/step.json")):
                 process.kill()
                 process.wait()
                 if not list(root.glob("*/metrics.json")):
@@ -255,20 +256,116 @@ def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path:
     assert json.loads((folder / "metrics.json").read_text())["pattern"] == "2:4"
 
 
-def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=offline", WANDB_SILENT="true")
+def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    training = ["training.epochs=4", "training.batch_size=4", "data.training_subset=train", "training.weight_decay=0.1"]
+    result = run_sparsewav(*small, "finetune_strategy=progressive", "sparsity.target=0.8", *training)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"word error rate, tuned .* after 30 updates", result.stdout)
+    folder = _folder(tmp_path)
+    assert folder.name.startswith("tiny-wav2vec2-obs_first_order-hutchinson-0.8-progressive-")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    stages = metrics["stages"]
+    assert [stage["sparsity"] for stage in stages] == [0.7, 0.8]
+    assert [stage["updates"] for stage in stages] == [15, 15]  # 4 epochs of 12 utterances, 2.5 times as many at 80 %
+    assert metrics["updates"] == 30
+    assert {"wer_pruned", "wer"} <= set(stages[0])
+    assert (metrics["wer_pruned"], metrics["wer"]) == (stages[1]["wer_pruned"], stages[1]["wer"])
+    assert metrics["seconds"]["finetune"] > 0
+
+    # What the first stage removed is removed in the second, and both meet the sparsities that they were given.
+    first, last = (pandas.read_csv(folder / name) for name in ("layers-0.7.csv", "layers.csv"))
+    weights = load_file(folder / "model" / "model.safetensors")
+    for before, after in zip(first.itertuples(), last.itertuples(), strict=True):
+        assert after.sparsity >= before.sparsity - 1e-9
+        weight = weights[f"{after.name}.weight"]
+        assert int((weight == 0).sum()) == round(after.sparsity * weight.numel())
+    assert metrics["achieved_sparsity"] > 0.78
+    log = pandas.read_csv(folder / "training_log.csv")
+    assert sorted(set(log["stage"])) == [0.7, 0.8]
+    assert log.groupby("stage")["update"].max().tolist() == [15, 15]
+    assert not (folder / "stages").exists()
+    assert "0.7 and 15 updates, then 0.8 and 15 updates" in (folder / "model" / "README.md").read_text()
+
+
+def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
+    """What an offline run's file holds: configuration, the last value of everything logged, and the run itself.
+
+    The file is a LevelDB log (blocks of 32 KiB, records of checksum, length and type) of protocol buffers.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*/wandb/offline-run-*/*.wandb")
+    data, position, pieces = path.read_bytes(), 7, b""
+    found: dict[str, dict[str, str]] = {"config": {}, "logged": {}, "run": {}}
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind not in (1, 4):  # the first or a middle part of a record
+            continue
+        record = Record.FromString(pieces)
+        pieces = b""
+        found["config"] |= {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
+        for items in (record.history.item, record.summary.update):
+            found["logged"] |= {item.key or "/".join(item.nested_key): item.value_json for item in items}
+        if record.HasField("run"):
+            run = record.run
+            found["config"] |= {item.key: item.value_json for item in run.config.update}
+            found["run"] |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+            found["run"] |= {"project": run.project, "tags": " ".join(run.tags), "id": run.run_id}
+    return found
+
+
+def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
+    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = _folder(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = _read_wandb(tmp_path / "outputs")
+    run = found["run"]
+    assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
+    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= set(
+        run["tags"].split()
+    )
+    assert "finetune_strategy=one_pass" in run["name"]
+    assert run["id"] == folder.name.rpartition("-")[2]
+    assert json.loads(found["config"]["allocation"])["alpha"] == 0.1
+    logged = found["logged"]
+    assert json.loads(logged["eval/wer"]) == metrics["wer"]
+    assert json.loads(logged["wer_dense"]) == metrics["wer_dense"]
+    assert json.loads(logged["finetune/update"]) == metrics["updates"]
+    assert {"finetune/loss", "stage/wer", "stage/wer_pruned", "layers", "transcripts", "stages"} <= set(logged)
+
+
+def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """No key and nobody to ask for one: the run says so, is kept offline, and its results are there."""
+    nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path)}
+    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=online", **nobody)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
+    assert (_folder(tmp_path) / "metrics.json").is_file()
     assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
 
 
 def _groups() -> list[Path]:
-    return [path for path in conf_folder().iterdir() if path.is_dir() and path.name not in ("hydra", "architecture")]
+    return [
+        path
+        for path in conf_folder().iterdir()
+        if path.is_dir() and path.name not in ("hydra", "architecture", "recipe")
+    ]
 
 
 def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
     groups = _groups()
-    assert len(groups) == 9
+    assert len(groups) == 11
     for group in groups:
         for option in group.glob("*.yaml"):
             assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"

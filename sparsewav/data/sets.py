@@ -29,6 +29,18 @@ def evaluation_set(data: DataConfig) -> list[Utterance]:
     return whole_subset(data, data.evaluation_subset)[: data.evaluation_utterances]
 
 
+def training_set(data: DataConfig, seed: int) -> list[Utterance]:
+    """The training subset, or a seeded random sample of ``training_utterances`` of it.
+
+    Raises:
+        UserError: the subset is missing, broken or too small.
+    """
+    utterances = whole_subset(data, data.training_subset)
+    if data.training_utterances is None:
+        return utterances
+    return sample_utterances(utterances, data.training_utterances, seed, key="data.training_utterances")
+
+
 def whole_subset(data: DataConfig, subset: str) -> list[Utterance]:
     """Every utterance of a subset.
 

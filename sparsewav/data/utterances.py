@@ -84,16 +84,24 @@ def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
     return samples
 
 
-def sample_utterances(utterances: list[Utterance], count: int, seed: int) -> list[Utterance]:
+def sample_utterances(
+    utterances: list[Utterance], count: int, seed: int, key: str = "calibration.utterances"
+) -> list[Utterance]:
     """Draw a seeded random sample without replacement, as the paper's calibration set (its section 3.1).
+
+    Args:
+        utterances: what to draw from.
+        count: size of the sample.
+        seed: of the draw.
+        key: the setting that asks for so many, to name it in a message.
 
     Raises:
         UserError: there are fewer utterances than asked for.
     """
     if count > len(utterances):
         raise UserError(
-            f"calibration.utterances={count} asks for more than the {len(utterances)} utterances of the "
-            f"calibration subset; lower it or choose a larger data.calibration_subset"
+            f"{key}={count} asks for more than the {len(utterances)} utterances of its subset; lower it or choose a "
+            "larger subset"
         )
     drawn = np.random.default_rng(seed).choice(len(utterances), size=count, replace=False)
     return [utterances[index] for index in drawn]

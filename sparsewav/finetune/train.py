@@ -1,18 +1,21 @@
-"""Training a dense CTC model from nothing: the shipped demo model, or a model of any corpus."""
+"""Training a dense CTC model, from nothing or from a checkpoint: the demo's models, or a model of any corpus."""
 
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import pandas
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
+    PretrainedConfig,
+    PreTrainedModel,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
@@ -22,12 +25,13 @@ from transformers import (
 from sparsewav import records
 from sparsewav.config import TrainConfig
 from sparsewav.data.batches import check_transcripts
-from sparsewav.data.sets import evaluation_set, whole_subset
+from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
-from sparsewav.files import make_readable, write_file
-from sparsewav.finetune.trainer import train_ctc
-from sparsewav.models import choose_device, load_speech_model
+from sparsewav.files import make_readable
+from sparsewav.finetune.trainer import train_ctc, updates_of, write_training_log
+from sparsewav.models import choose_device, load_pretrained, load_speech_model, locate_model
+from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
@@ -48,70 +52,109 @@ def english_processor(folder: Path) -> Wav2Vec2Processor:
 def train(config: TrainConfig, folder: Path, console: Console) -> None:
     """Train, save in float16, and measure the word error rate of what was saved.
 
-    The folder gets the model and processor, ``training_log.csv`` (epoch, step, loss, learning rate, WER of the
-    development subset) and ``training.json`` (settings, seconds, WER of the evaluation subset).
+    The folder gets the model and processor, ``training_log.csv`` (update, loss, learning rate, gradient norm, WER of
+    the development subset) and ``training.json`` (settings, seconds, WER of the evaluation subset). Started by
+    ``torchrun``, every process trains and the first one writes.
 
     Raises:
-        UserError: the data or the architecture is wrong.
+        UserError: the data, the architecture or the initial model is wrong.
     """
     done = folder / "training.json"
     if done.is_file():
         console.print(f"Done already: {folder} (delete it to train again)")
         return
     device = choose_device(config.device)
-    training_set = whole_subset(config.data, config.data.training_subset)
-    development_set = whole_subset(config.data, config.data.development_subset)
+    learning = training_set(config.data, config.training.seed)
+    development = whole_subset(config.data, config.data.development_subset)
     evaluation = evaluation_set(config.data)
     checkpoints = folder / "checkpoints"
     processor = english_processor(checkpoints)
-    for utterances in (training_set, development_set, evaluation):
+    for utterances in (learning, development, evaluation):
         check_transcripts(utterances, processor)
-    architecture = dict(config.architecture)
-    model_type = str(architecture.pop("model_type", None))
-    check_family(model_type, "architecture")
     set_seed(config.training.seed)
-    try:
-        model = AutoModelForCTC.from_config(
-            AutoConfig.for_model(model_type, **architecture, vocab_size=len(processor.tokenizer), pad_token_id=0)
-        )
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
+    model: Any = _initial_model(config, processor)
+    model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
-    console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(training_set):,} training utterances")
+    updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
+    console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
     started = time.perf_counter()
-    log = train_ctc(
-        model, processor, training_set, development_set, config.training, checkpoints, use_cpu=device.type == "cpu"
-    )
+    with stage(console, f"Training for {updates:,} updates") as progress:
+        log = train_ctc(
+            model,
+            processor,
+            learning,
+            config.training,
+            updates,
+            checkpoints,
+            development_set=development,
+            progress=progress,
+        )
+    if int(os.environ.get("RANK", "0")):
+        return
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
     make_readable(folder)
-    saved = load_speech_model(str(folder))  # the one in memory is still wrapped to compute in bfloat16
-    wer = {
-        name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
-        for name, utterances in (("development", development_set), ("evaluation", evaluation))
+    saved = load_speech_model(str(folder), device=device)  # the one in memory is still wrapped by Accelerate
+    with stage(console, "Evaluating the trained model"):
+        wer = {
+            name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
+            for name, utterances in (("development", development), ("evaluation", evaluation))
+        }
+    write_training_log(folder / "training_log.csv", log)
+    record = {
+        "wer": wer,
+        "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
+        "initial_model": config.initial_model,
+        "parameters": parameters,
+        "prunable": prunable,
+        "updates": updates,
+        "seconds": seconds,
+        "settings": asdict(config.training),
+        **records.environment(device),
     }
-    with write_file(folder / "training_log.csv") as temporary:
-        columns = ["epoch", "step", "loss", "learning_rate", "grad_norm", "eval_wer"]
-        pandas.DataFrame(log).reindex(columns=columns).dropna(subset=["loss", "eval_wer"], how="all").to_csv(
-            temporary, index=False
-        )
-    records.write_json(
-        done,
-        {
-            "wer": wer,
-            "n_utterances": {
-                "training": len(training_set),
-                "development": len(development_set),
-                "evaluation": len(evaluation),
-            },
-            "parameters": parameters,
-            "prunable": prunable,
-            "seconds": seconds,
-            "settings": asdict(config.training),
-            **records.environment(device),
-        },
-    )
+    records.write_json(done, record)
     shutil.rmtree(checkpoints)
     console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
+
+
+def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
+    """Make a model with random weights, and take over those of the initial model that fit."""
+    letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
+    source = None if config.initial_model is None else locate_model(config.initial_model)
+    try:
+        if config.architecture:
+            architecture = dict(config.architecture)
+            model_type = str(architecture.pop("model_type", None))
+            check_family(model_type, "architecture")
+            settings: PretrainedConfig = AutoConfig.for_model(model_type, **architecture, **letters)
+        else:
+            assert source is not None
+            assert config.initial_model is not None
+            settings = AutoConfig.from_pretrained(source, **letters, ctc_zero_infinity=True, ctc_loss_reduction="mean")
+            check_family(settings.model_type, config.initial_model)
+        model = AutoModelForCTC.from_config(settings)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
+    if source is not None:
+        taken = _take_over(model, load_pretrained(source, torch.float32, "initial_model"))
+        if not taken:
+            raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
+    return model
+
+
+def _take_over(model: PreTrainedModel, initial: PreTrainedModel) -> int:
+    """Copy every parameter and buffer that has the same name and shape in both; returns how many parameters fit."""
+    state = model.state_dict()
+    prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
+    taken = 0
+    with torch.no_grad():
+        for name, tensor in initial.state_dict().items():
+            own = state.get(prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name)
+            if own is not None and own.shape == tensor.shape:
+                own.copy_(tensor)
+                taken += tensor.numel()
+    return taken

@@ -1,15 +1,22 @@
-"""CTC training on Hugging Face's Trainer."""
+"""CTC training on Hugging Face's Trainer, dense or with masks that hold."""
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas
 import torch
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -21,84 +28,176 @@ from transformers import (
 from sparsewav.config import TrainingConfig
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance, audio_seconds
+from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
+from sparsewav.files import write_file
+from sparsewav.finetune.masks import HoldMasks, masked_gradients
+
+BATCHES_SORTED_TOGETHER = 50
+
+LOG_COLUMNS = ["update", "loss", "learning_rate", "grad_norm", "eval_wer"]
 
 
-class _WordErrorRate(TrainerCallback):
-    """Log the development set's WER after every epoch."""
+def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
+    """Number of updates that so many epochs take, at least one."""
+    return max(1, math.ceil(epochs * utterances / batch_size - 1e-9))
 
-    def __init__(self, processor: Wav2Vec2Processor, utterances: Sequence[Utterance]) -> None:
+
+def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int, seed: int) -> list[Utterance]:
+    """Draw what each update learns from, for the whole training at once: a resumed one then sees the same.
+
+    Epoch after epoch every utterance comes once, in random order; within 50 batches utterances of nearly equal lengths
+    go together.
+
+    Args:
+        utterances: the training set.
+        batch_size: utterances of an update.
+        updates: number of updates.
+        seed: of the order.
+
+    Returns:
+        ``updates * batch_size`` utterances, update after update.
+    """
+    generator = np.random.default_rng(seed)
+    count = updates * batch_size
+    epochs = [generator.permutation(len(utterances)) for _ in range(-(-count // len(utterances)))]
+    order = np.concatenate(epochs)[:count]
+    lengths = {index: audio_seconds(utterances[index]) for index in set(order.tolist())}
+    plan: list[int] = []
+    for start in range(0, count, BATCHES_SORTED_TOGETHER * batch_size):
+        together = sorted(order[start : start + BATCHES_SORTED_TOGETHER * batch_size].tolist(), key=lengths.__getitem__)
+        batches = [together[first : first + batch_size] for first in range(0, len(together), batch_size)]
+        generator.shuffle(batches)
+        plan += [index for batch in batches for index in batch]
+    return [utterances[index] for index in plan]
+
+
+class _Report(TrainerCallback):
+    """Shows the progress, and logs the development set's WER from time to time."""
+
+    def __init__(
+        self,
+        progress: Callable[[int, int], None] | None,
+        processor: Wav2Vec2Processor,
+        development_set: Sequence[Utterance],
+        evaluate_every: int,
+    ) -> None:
+        self.progress = progress
         self.processor = processor
-        self.utterances = utterances
+        self.development_set = development_set
+        self.evaluate_every = evaluate_every
         self.trainer: Trainer | None = None
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        hypotheses = transcribe(kwargs["model"], self.processor, self.utterances)
-        assert self.trainer is not None
-        self.trainer.log({"eval_wer": word_error_rate(self.utterances, hypotheses)})
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
+        last = state.global_step == state.max_steps
+        if self.development_set and (last or state.global_step % self.evaluate_every == 0):
+            hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
+            assert self.trainer is not None
+            self.trainer.log({"eval_wer": word_error_rate(self.development_set, hypotheses)})
 
 
 def train_ctc(
     model: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    development_set: Sequence[Utterance],
     settings: TrainingConfig,
+    updates: int,
     folder: Path,
     *,
-    use_cpu: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
+    development_set: Sequence[Utterance] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a CTC model in place.
+    """Train a CTC model in place, on the device where it is.
+
+    Accelerate leaves its autocast around ``model.forward``: what is measured afterwards should be a saved and loaded
+    copy. Started by ``torchrun``, the processes share every batch.
 
     Args:
-        model: what to train; all of its parameters that require gradients.
+        model: what to train.
         processor: its feature extractor and tokenizer.
         training_set: utterances to learn from.
+        settings: schedule, precision and seed; its epochs are not looked at.
+        updates: number of optimizer steps.
+        folder: where checkpoints go; the newest whole one found there is resumed.
+        masks: for every pruned matrix a boolean mask (rows, cols), True where a weight stays; the others stay zero.
         development_set: utterances whose WER is logged after every epoch; no choice is made on it.
-        settings: schedule and seed.
-        folder: where checkpoints go; a checkpoint found there is resumed.
-        use_cpu: leave a GPU alone that is there.
+        progress: called with (updates done, updates) after every update.
 
     Returns:
-        The log: one dictionary an entry, with epoch, step and loss or eval_wer.
+        The log: one dictionary an entry, with update and loss or eval_wer.
     """
-    rows = datasets.Dataset.from_dict(
-        {
-            "index": list(range(len(training_set))),
-            "length": [audio_seconds(utterance) for utterance in training_set],
-        }
-    )
+    plan = plan_updates(training_set, settings.batch_size, updates, settings.seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        max_steps=updates,
+        gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        lr_scheduler_type=settings.scheduler,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
-        bf16=settings.bf16,
+        warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else round(settings.warmup_steps),
+        lr_scheduler_type=settings.scheduler,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
         seed=settings.seed,
-        use_cpu=use_cpu,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
+        use_cpu=model.device.type == "cpu",
+        train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_strategy="epoch",
+        save_steps=settings.checkpoint_updates,
         save_total_limit=1,
-        logging_steps=50,
+        logging_steps=min(50, max(1, updates // 10)),
         report_to="none",
+        disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
 
     def read(batch: list[dict[str, int]]) -> Batch:
-        return collate([training_set[row["index"]] for row in batch], processor)
+        return collate([plan[row["index"]] for row in batch], processor)
 
-    evaluation = _WordErrorRate(processor, development_set)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=read, callbacks=[evaluation])
-    evaluation.trainer = trainer
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    return list(trainer.state.log_history)
+    report = _Report(progress, processor, development_set, updates_of(1, len(training_set), settings.batch_size))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
+        data_collator=read,
+        callbacks=[report, *([HoldMasks(model, masks)] if masks else [])],
+    )
+    report.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    # Otherwise the Trainer leaves it to the model to divide the loss by the accumulation steps; the CTC models do not.
+    trainer.model_accepts_loss_kwargs = False
+    if settings.freeze_feature_encoder:
+        freeze: Any = model.freeze_feature_encoder
+        freeze()
+    with masked_gradients(model, masks) if masks else nullcontext():
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
+    return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
+
+
+def _share_of_a_batch(settings: TrainingConfig, processes: int) -> int:
+    """Utterances that one process takes at once."""
+    share, rest = divmod(settings.batch_size, settings.accumulation * processes)
+    if rest:
+        raise UserError(
+            f"training.batch_size={settings.batch_size} cannot be shared by {processes} processes in "
+            f"{settings.accumulation} passes; make it a multiple of {settings.accumulation * processes}"
+        )
+    return share
+
+
+def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """Write a row for every entry of the log: stage, update, loss, learning rate, gradient norm, development WER."""
+    table = pandas.DataFrame(log)
+    columns = [column for column in ("stage", *LOG_COLUMNS) if column in table or column in LOG_COLUMNS]
+    with write_file(path) as temporary:
+        table.reindex(columns=columns).to_csv(temporary, index=False)
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,74 @@
+"""One page with every table and figure: self-contained, and readable on a phone."""
+
+import base64
+from html import escape
+from pathlib import Path
+
+import pandas
+
+from experiments.results import Item, Result
+from experiments.sweeps import Scale, jobs
+from sparsewav.files import write_file
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d5d5d5; --quiet: #666; --back: #f6f6f6 }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --quiet: #aaa; --back: #222 } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
+nav a { margin-right: .8rem; white-space: nowrap }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
+td { white-space: nowrap }
+img { width: 100%; max-width: 46rem; height: auto; background: white }
+ul { color: var(--quiet); font-size: .88rem; padding-left: 1.2rem; overflow-wrap: anywhere }
+pre { background: var(--back); padding: .6rem; overflow-x: auto; font-size: .8rem }
+"""
+
+
+def write_page(scale: Scale, results: dict[str, tuple[Item, Result]]) -> Path:
+    """Write ``index.html`` with the results given, in their order; returns its path."""
+    path = scale.folder / "index.html"
+    links = " ".join(f'<a href="#{name}">{escape(_short(name))}</a>' for name in results)
+    sections = "".join(_section(name, item, result, scale) for name, (item, result) in results.items())
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>SparseWAV, {scale.name} scale</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>SparseWAV: the paper's tables and figures at {scale.name} scale</h1>\n"
+        "<p>Columns and claims marked as the paper's are its own figures; everything else was measured by the runs in "
+        f"<code>{escape(str(scale.folder))}</code>.</p>\n<nav>{links}</nav>\n{sections}</body></html>\n"
+    )
+    with write_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _short(name: str) -> str:
+    return name.replace("table", "Table ").replace("figure", "Figure ")
+
+
+def _section(name: str, item: Item, result: Result, scale: Scale) -> str:
+    if result.table is not None:
+        body = f'<div class="wide">{_table(result.table)}</div>'
+    else:
+        picture = base64.b64encode(result.files[0].read_bytes()).decode()
+        body = f'<img alt="{escape(result.title)}" src="data:image/png;base64,{picture}">'
+    notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
+    runs = sum(len(jobs(sweep, scale)) for sweep in item.sweeps)
+    commands = "\n".join([f"./reproduce.sh {scale.name} {name}", *(sweep.command(scale) for sweep in item.sweeps)])
+    files = ", ".join(f'<a href="{escape(path.name)}">{escape(path.name)}</a>' for path in result.files)
+    return (
+        f'<section id="{name}"><h2>{escape(result.title)}</h2>\n{body}\n<ul>{notes}</ul>\n'
+        f"<p>Files: {files}. Made of {runs} runs by</p><pre>{escape(commands)}</pre></section>\n"
+    )
+
+
+def _table(table: pandas.DataFrame) -> str:
+    head = "".join(f"<th>{escape(str(column))}</th>" for column in table.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n"
+        for row in table.astype(object).where(table.notna(), "–").itertuples(index=False)
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table>"

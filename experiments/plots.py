@@ -1,0 +1,97 @@
+"""Plots that a paper could print: the style, and the WER over sparsity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from sparsewav.files import write_file
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+"""Okabe and Ito's palette (2008): distinct to every kind of colour vision, and in grey."""
+MARKERS = ("o", "s", "^", "D", "v")
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "sparsewav",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot.
+
+    Attributes:
+        label: for the legend.
+        points: columns sparsity (0 to 1) and wer (a fraction), a row a run; runs of one sparsity differ by their seed.
+        dense: WER of the dense model, a fraction; None to leave its line out.
+    """
+
+    label: str
+    points: pandas.DataFrame
+    dense: float | None = None
+
+
+def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: str = "dense") -> None:
+    """Draw WER over sparsity to ``<path>.png`` and ``<path>.pdf``.
+
+    The band around a line spans one standard deviation over the seeds. The WER has a logarithmic axis: it runs from a
+    few percent to nearly a hundred.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        own_dense = len({curve.dense for curve in curves if curve.dense is not None}) > 1
+        for index, curve in enumerate(curves):
+            color, marker = COLORS[index], MARKERS[index]
+            groups = (100 * curve.points.set_index("sparsity")["wer"]).groupby(level=0)
+            mean, deviation = groups.mean(), groups.std().fillna(0.0)
+            sparsity = 100 * mean.index
+            axes.plot(sparsity, mean, color=color, marker=marker, label=curve.label, zorder=3)
+            if deviation.any():
+                low = (mean - deviation).clip(lower=0.3 * mean)
+                axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)
+            if curve.dense is not None and (own_dense or index == 0):
+                axes.axhline(
+                    100 * curve.dense,
+                    color=color if own_dense else "#444444",
+                    linestyle="--",
+                    linewidth=1.0,
+                    label=f"{dense_label} ({100 * curve.dense:.1f} %)" if not own_dense else None,
+                    zorder=2,
+                )
+        axes.set_xlabel("Sparsity of the transformer's matrices (%)")
+        axes.set_ylabel("WER (%)")
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(5, 95)
+        axes.set_xticks(range(10, 100, 10))
+        axes.set_title(title, fontsize=10)
+        axes.legend(loc="upper left", title="dashed: dense" if own_dense else None, alignment="left")
+        for suffix in ("png", "pdf"):
+            # No date in the file: the same figures give the same bytes.
+            metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
+            with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
+                figure.savefig(temporary, format=suffix, metadata=metadata)
+
+
+_TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150)

@@ -1,0 +1,173 @@
+"""The sweeps behind the tables and figures: which runs they have, which are missing, and how they are launched."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+import sparsewav.cli  # noqa: F401  (registers the schemas and the run's name)
+from sparsewav import records
+from sparsewav.errors import UserError
+from sparsewav.files import conf_folder
+
+CAST = {
+    "demo": {
+        "base": "demo",
+        "large": "demo-large-most",  # the best of the three: at 2 cores' scale the others are far from converged
+        "large_little": "demo-large-little",
+        "large_more": "demo-large-more",
+        "large_most": "demo-large-most",
+        "wavlm": "demo-wavlm",
+    },
+    "paper": {
+        "base": "wav2vec2-base-100h",
+        "large": "wav2vec2-large-100h",
+        "large_little": "wav2vec2-large-10m",
+        "large_more": "wav2vec2-large-100h",
+        "large_most": "wav2vec2-large-960h",
+        "wavlm": "wavlm-base-plus-100h",
+    },
+}
+"""Which option of the group ``model`` plays which of the paper's models, at each scale."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where and on what the sweeps run.
+
+    Attributes:
+        name: ``demo`` or ``paper``.
+        folder: where runs, tables and figures go.
+        overrides: settings added to every run, e.g. another corpus.
+    """
+
+    name: str
+    folder: Path
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One launch of ``sparsewav``.
+
+    Attributes:
+        experiment: file of ``conf/experiment`` with the grid.
+        role: of the model, a key of :data:`CAST`.
+        demo: settings at demo scale alone.
+    """
+
+    experiment: str
+    role: str
+    demo: tuple[str, ...] = ()
+
+    def arguments(self, scale: Scale) -> list[str]:
+        """Arguments of the command ``sparsewav``."""
+        model = CAST[scale.name][self.role]
+        root = [] if scale.folder == Path("outputs") / scale.name else [f"output_root={scale.folder}"]
+        own = self.demo if scale.name == "demo" else ()
+        return [f"experiment={self.experiment}", f"scale={scale.name}", f"model={model}", *own, *root, *scale.overrides]
+
+    def command(self, scale: Scale) -> str:
+        """The command, to be typed."""
+        return " ".join(["sparsewav", *self.arguments(scale)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        folder: of the run.
+        settings: its point of the grid.
+        config: the composed configuration.
+    """
+
+    folder: Path
+    settings: dict[str, str]
+    config: DictConfig
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / records.METRICS).is_file()
+
+
+@cache
+def jobs(sweep: Sweep, scale: Scale) -> list[Job]:
+    """Every run of a sweep, in the order of its grid.
+
+    Raises:
+        UserError: the configuration does not compose.
+    """
+    arguments = sweep.arguments(scale)
+    grid = _compose(arguments).hydra.sweeper.params
+    values = {key: [item.strip() for item in str(text).split(",")] for key, text in grid.items()}
+    # Only the choice of a group needs Hydra again; a plain value is set in what it composed.
+    groups = [key for key in values if "." not in key and (conf_folder() / key).is_dir()]
+    found = []
+    for point in product(*values.values()):
+        settings = dict(zip(values, point, strict=True))
+        chosen = tuple(f"{key}={settings[key]}" for key in groups)
+        config = _compose([*arguments, *chosen]).copy()
+        for key in values.keys() - set(groups):
+            OmegaConf.update(config, key, json.loads(settings[key]))
+        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
+        found.append(Job(folder, settings, config))
+    return found
+
+
+def _compose(arguments: Sequence[str]) -> DictConfig:
+    return _composed(tuple(arguments))
+
+
+@cache
+def _composed(arguments: tuple[str, ...]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return compose("config", overrides=list(arguments), return_hydra_config=True)
+
+
+def launch(sweep: Sweep, scale: Scale, extra: Iterable[str] = ()) -> int:
+    """Run what is missing of a sweep, in a process of its own that shows its progress.
+
+    Args:
+        sweep: what to run.
+        scale: where.
+        extra: further arguments that do not change the results, e.g. a launcher.
+
+    Returns:
+        How many of its runs are still missing.
+    """
+    subprocess.run([sys.executable, "-m", "sparsewav", *sweep.arguments(scale), *extra], check=False)
+    return sum(not job.done for job in jobs(sweep, scale))
+
+
+def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
+    """Read the finished runs of sweeps into a table, a row a run: its metrics, and ``experiment`` and ``role``.
+
+    Raises:
+        UserError: a run is missing; the message has the command that makes it.
+    """
+    rows: list[dict[str, Any]] = []
+    for sweep in sweeps:
+        missing = [job for job in jobs(sweep, scale) if not job.done]
+        if missing:
+            error = missing[0].folder / records.ERROR
+            reason = f" ({json.loads(error.read_text())['error']})" if error.is_file() else ""
+            raise UserError(
+                f"{len(missing)} of {len(jobs(sweep, scale))} runs are missing, the first of them "
+                f"{missing[0].folder}{reason}; make them: {sweep.command(scale)}"
+            )
+        for job in jobs(sweep, scale):
+            metrics = json.loads((job.folder / records.METRICS).read_text())
+            rows.append({"experiment": sweep.experiment, "role": sweep.role} | metrics)
+    return pandas.DataFrame(rows)

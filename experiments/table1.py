@@ -1,0 +1,77 @@
+"""Table 1: what each piece of the method is worth, at 75 % sparsity."""
+
+import pandas
+
+from experiments.results import Item, Result, describe, paper
+from experiments.sweeps import Scale, Sweep, read
+from experiments.tables import mean_and_deviation, write_table
+
+SWEEPS = (Sweep("ablation_one_shot", "base"), Sweep("ablation_finetune", "base"))
+
+ROWS = {
+    "obs": ("OBS, uniform sparsity", "obs", "uniform", "none"),
+    "mixed_sparsity": ("+ mixed sparsity", "obs", "hutchinson", "none"),
+    "improved_saliency": ("++ improved saliency", "obs_first_order", "hutchinson", "none"),
+    "one_pass": ("+++ post-pruning finetune", "obs_first_order", "hutchinson", "one_pass"),
+    "progressive": ("++++ progress", "obs_first_order", "hutchinson", "progressive"),
+}
+"""Key in ``paper.yaml``; method, saliency, allocation and fine-tuning strategy."""
+
+
+def make(scale: Scale) -> Result:
+    """Write ``table1`` and say whether the paper's ordering holds.
+
+    Raises:
+        UserError: a run is missing.
+    """
+    runs = read(SWEEPS, scale)
+    published = paper()["table1"]
+    dense = 100 * runs["wer_dense"].iloc[0]
+    name = runs["model"].iloc[0]
+    table = [
+        {
+            "Method": f"{name} (paper: wav2vec2-base-100h)",
+            "Paper WER %": published["dense"],
+            "Our WER %": f"{dense:.2f}",
+        }
+    ]
+    above: pandas.Series | None = None
+    steps: list[bool] = []
+    for key, (method, saliency, allocation, strategy) in ROWS.items():
+        choices = pandas.Series({"saliency": saliency, "allocation": allocation, "finetune_strategy": strategy})
+        chosen = runs[(runs[choices.index] == choices).all(axis=1)]
+        wer = 100 * chosen.set_index("seed")["wer"].sort_index()
+        row = {
+            "Method": method,
+            "Paper WER %": published[key],
+            "Our WER %": mean_and_deviation(wer),
+            "Seeds": len(wer),
+            "Sparsity reached": f"{chosen['achieved_sparsity'].mean():.4f}",
+            "Updates": int(chosen["updates"].iloc[0]),
+        }
+        if above is not None:
+            # Paired: the same seed draws the same calibration set and the same probes in both rows.
+            difference = wer - above
+            steps.append(bool(difference.mean() < 0))
+            row["Against the row above"] = mean_and_deviation(difference)
+            row["Better, as in the paper"] = (
+                f"{'yes' if steps[-1] else 'no'} ({(difference < 0).sum()} of {len(wer)} seeds)"
+            )
+        table.append(row)
+        above = wer
+    frame = pandas.DataFrame(table).astype({"Seeds": "Int64", "Updates": "Int64"})
+    tuned = frame["Our WER %"].iloc[-2:].str.split().str[0].astype(float)
+    notes = [
+        describe(runs, scale),
+        "WER as mean ± standard deviation over the calibration seeds; differences are paired by seed.",
+        f"The paper's ordering {'holds' if all(steps) else f'holds in {sum(steps)} of {len(steps)} steps'}.",
+        f"After tuning the WER is {tuned.iloc[0] - dense:.2f} points above the dense model's, after progressive tuning "
+        f"{tuned.iloc[1] - dense:.2f}; both had the same number of updates: "
+        f"{'yes' if frame['Updates'].iloc[-1] == frame['Updates'].iloc[-2] else 'no'}.",
+    ]
+    title = "Table 1: ablation at 75 % transformer sparsity"
+    write_table(scale.folder, "table1", title, frame, notes)
+    return Result(title, notes, frame, [scale.folder / f"table1.{suffix}" for suffix in ("csv", "md", "tex")])
+
+
+ITEM = Item(SWEEPS, make)

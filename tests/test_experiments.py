@@ -1,0 +1,240 @@
+"""The tables and figures: their sweeps, what is drawn from finished runs, and reproduce.sh as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.__main__ import ITEMS, main
+from experiments.estimate import typed
+from experiments.sweeps import CAST, Scale, Sweep, jobs
+from sparsewav import records
+from sparsewav.config import validate
+from sparsewav.files import conf_folder
+
+ROOT = Path(__file__).parent.parent
+SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.experiment}-{sweep.role}")
+def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: str) -> None:
+    found = jobs(sweep, Scale(scale, Path("outputs") / scale))
+    assert len({job.folder for job in found}) == len(found)
+    for job in found:
+        config = typed(job.config)
+        validate(config)
+        assert config.training.epochs == (40 if scale == "paper" else config.training.epochs)
+        assert config.calibration.utterances == (2048 if scale == "paper" else 128)
+
+
+def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
+    experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
+    assert experiments - {sweep.experiment for sweep in SWEEPS} == {"methods", "smoke"}
+    for cast in CAST.values():
+        assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
+
+
+def test_a_job_is_the_run_that_the_command_makes(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    sweep, scale = Sweep("ablation_one_shot", "base"), _small_scale(corpus, model_folder, tmp_path / "out")
+    result = run_sparsewav(*sweep.arguments(scale))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path.parent for path in (tmp_path / "out").rglob("metrics.json")} == {
+        job.folder for job in jobs(sweep, scale)
+    }
+
+
+def _small_scale(corpus: Path, model_folder: Path, output: Path) -> Scale:
+    return Scale("demo", output, tuple(_small(corpus, model_folder)))
+
+
+def _small(corpus: Path, model_folder: Path) -> list[str]:
+    subsets = [
+        f"data.{name}_subset={subset}"
+        for name, subset in (("calibration", "train"), ("training", "train"), ("evaluation", "test"))
+    ]
+    return [
+        f"model.name_or_path={model_folder}",
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        *subsets,
+        "calibration.utterances=10",
+        "training.epochs=20",
+        "training.batch_size=4",
+        "training.checkpoint_updates=5",
+        "training.precision=float32",
+        "device=cpu",
+    ]
+
+
+def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], dense: float = 0.05) -> None:
+    """Write the records of finished runs."""
+    for job in jobs(sweep, scale):
+        config = job.config
+        metrics = {
+            "model": CAST[scale.name][sweep.role],
+            "saliency": config.saliency.name,
+            "allocation": config.allocation.name,
+            "finetune_strategy": config.finetune_strategy.name,
+            "seed": config.seed,
+            "target_sparsity": config.sparsity.target,
+            "achieved_sparsity": config.sparsity.target - 0.01,
+            "params_total": 3_000_000,
+            "params_nonzero": 800_000,
+            "wer_dense": dense,
+            "wer": wer(job.settings),
+            "updates": 0 if config.finetune_strategy.name == "none" else 400,
+            "n_utterances": 300,
+            "n_calibration_utterances": 128,
+            "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0},
+            "cached": [],
+            "device": "cpu",
+            "threads": 2,
+        }
+        records.write_json(job.folder / records.METRICS, metrics)
+
+
+def _reproduce(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["reproduce.sh", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    return main()
+
+
+def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = Scale("demo", tmp_path)
+    one_shot, tuned = ITEMS["table1"].sweeps
+    base = {("obs", "uniform"): 0.20, ("obs", "hutchinson"): 0.16, ("obs_first_order", "hutchinson"): 0.17}
+
+    def wer(settings: dict[str, str]) -> float:
+        return base.get((settings["saliency"], settings["allocation"]), 0.5) + 0.01 * int(settings["seed"])
+
+    _finish(one_shot, scale, wer)
+    assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "6 of 6 runs are missing" in said
+    assert f"make them: sparsewav experiment=ablation_finetune scale=demo model=demo output_root={tmp_path}" in said
+
+    _finish(tuned, scale, lambda settings: {"one_pass": 0.08, "progressive": 0.07}[settings["finetune_strategy"]])
+    assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    table = pandas.read_csv(tmp_path / "table1.csv")
+    assert table["Paper WER %"].tolist() == [6.1, 57.95, 53.79, 53.01, 7.54, 7.11]
+    assert table["Our WER %"].tolist()[:4] == ["5.00", "21.00 ± 1.00", "17.00 ± 1.00", "18.00 ± 1.00"]
+    assert table["Better, as in the paper"].tolist()[2:] == [
+        "yes (3 of 3 seeds)",
+        "no (0 of 3 seeds)",
+        "yes (3 of 3 seeds)",
+        "yes (3 of 3 seeds)",
+    ]
+    assert table["Against the row above"].tolist()[2:4] == ["-4.00 ± 0.00", "1.00 ± 0.00"]
+    markdown = (tmp_path / "table1.md").read_text()
+    assert "holds in 3 of 4 steps" in markdown
+    assert "3.00 points above the dense model's, after progressive tuning 2.00" in markdown
+    latex = (tmp_path / "table1.tex").read_text()
+    assert r"$\pm$" in latex
+    assert r"\toprule" in latex
+
+
+def test_figures_table2_and_table3_are_drawn_from_finished_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = Scale("demo", tmp_path)
+    better = {"large_little": 0.5, "large_more": 0.2, "large_most": 0.1, "large": 0.1}
+
+    def wer(settings: dict[str, str]) -> float:
+        return 0.05 + float(settings.get("sparsity.target", "0.85")) ** 6 * (1 + 0.1 * int(settings.get("seed", "0")))
+
+    for sweep in SWEEPS:
+        dense = better.get(sweep.role, 0.05)
+        if sweep.experiment != "ablation_one_shot" and sweep.experiment != "ablation_finetune":
+            _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
+    items = [name for name in ITEMS if name != "table1"]
+    assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    for name in ("figure1", "figure2", "figure3", "figure4"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    points = pandas.read_csv(tmp_path / "figure1.csv")
+    assert len(points) == 9 + 9 + 2
+    shot = points[(points["finetune_strategy"] == "none") & (points["target_sparsity"] == 0.9)].iloc[0]
+    assert shot["seeds"] == 3
+    assert shot["wer_mean"] == pytest.approx(0.1 + 0.9**6 * 1.1, rel=1e-5)
+    compression = pandas.read_csv(tmp_path / "table2.csv").set_index("Method")
+    assert compression.loc["DPHuBERT", "Paper WER %"] == 10.47
+    assert pandas.isna(compression.loc["DPHuBERT", "Our WER %"])
+    assert compression.loc["SparseWAV2VEC2", "Our params (M)"] == 0.8
+    timing = pandas.read_csv(tmp_path / "table3.csv")
+    assert timing["Our seconds to prune"].notna().sum() == 2
+
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == items
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="https?:', page), "the page is self-contained"
+    # Drawn again from the same runs, everything has the same bytes.
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_dry_run_at_paper_scale_lists_every_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _reproduce("paper", "--dry-run", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert said.count("  to do  ") == sum(len(jobs(sweep, Scale("paper", Path("outputs/paper")))) for sweep in SWEEPS)
+    assert "sparsewav experiment=curve_progressive scale=paper model=wavlm-base-plus-100h" in said
+
+
+def test_reproduce_killed_in_a_fine_tuning_ends_with_the_same_table(
+    corpus: Path, model_folder: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    command = [sys.executable, "-m", "experiments", "table1", "--output"]
+    settings = ["--", *_small(corpus, model_folder)]
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])}
+
+    def reproduce(output: str) -> str:
+        result = subprocess.run(
+            [*command, output, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    process = subprocess.Popen(
+        [*command, "killed", *settings],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("killed/ablation_finetune/*/*progressive*/stages/3-*/checkpoint-*")) and not list(
+        tmp_path.glob("killed/ablation_finetune/*/*progressive*/stages/checkpoints-3-*/checkpoint-*")
+    ):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert "Going on from" in reproduce("killed")
+    reproduce("whole")
+    for name in ("table1.csv", "table1.md", "table1.tex"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for job in (tmp_path / "whole").rglob("model.safetensors"):
+        assert job.read_bytes() == (tmp_path / "killed" / job.relative_to(tmp_path / "whole")).read_bytes()
+    started = time.monotonic()
+    assert "Loading" not in reproduce("whole"), "nothing is run again"
+    assert time.monotonic() - started < 60
+    metrics = json.loads(next((tmp_path / "whole").rglob("*progressive*/metrics.json")).read_text())
+    assert [stage["sparsity"] for stage in metrics["stages"]] == [0.7, 0.75]
+    assert OmegaConf.load(next((tmp_path / "whole").rglob("*progressive*/.hydra/config.yaml"))).save_model
