@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import figure1, figure2, figure3, figure4, table1, table2, table3
-from experiments.estimate import estimate
+from experiments.estimate import estimate, training_seconds
 from experiments.page import write_page
 from experiments.results import Item, Result
 from experiments.sweeps import Scale, Sweep, jobs, launch
@@ -162,7 +162,8 @@ def _show_plan(sweeps: list[Sweep], scale: Scale, console: Console) -> None:
     plan = Table(title=f"{scale.name} scale, in {scale.folder}")
     for column in ("command", "runs", "done", "updates each", "seconds to go, estimated"):
         plan.add_column(column, justify="left" if column == "command" else "right", overflow="fold")
-    total = 0.0
+    total = training_seconds(sweeps, scale)
+    training = total
     for sweep in sweeps:
         found = jobs(sweep, scale)
         guess = estimate(sweep, scale)
@@ -174,6 +175,8 @@ def _show_plan(sweeps: list[Sweep], scale: Scale, console: Console) -> None:
             guess.updates,
             f"{guess.seconds:,.0f}",
         )
+    if training:
+        plan.add_row("training of the demo's models, on first use", "", "", "", f"{training:,.0f}")
     console.print(plan)
     for sweep in sweeps:
         for job in jobs(sweep, scale):

@@ -1,5 +1,6 @@
 """How long a sweep is going to take: rough, for ``--dry-run``."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,27 +8,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweeps import CAST, Scale, Sweep, jobs
 from sparsewav.config import Config, key_names
+from sparsewav.files import conf_folder
 from sparsewav.finetune.strategies import plan_stages
 from sparsewav.models import trained_model_folder
 
-DEMO_SECONDS = {
-    # role: (one-shot run, update, training of the model); measured on 2 cores of an AMD EPYC with AVX-512 bfloat16
-    "base": (4.0, 0.36, 0.0),
-    "large": (6.0, 0.55, 1210.0),
-    "large_little": (6.0, 0.55, 330.0),
-    "large_more": (6.0, 0.55, 770.0),
-    "large_most": (6.0, 0.55, 1210.0),
-    "wavlm": (5.0, 0.36, 100.0),
-}
-PAPER_SECONDS = {
+SECONDS = {
+    # (one-shot run, update); measured on 2 cores of an AMD EPYC with AVX-512 bfloat16
+    ("demo", "base"): (4.0, 0.36),
+    ("demo", "large"): (6.0, 0.55),
+    ("demo", "wavlm"): (5.0, 0.36),
     # Pruning as the paper gives it for one RTX 4090, with a minute for the evaluation; updates are a guess.
-    "base": (140.0, 0.3, 0.0),
-    "large": (330.0, 0.8, 0.0),
-    "large_little": (330.0, 0.8, 0.0),
-    "large_more": (330.0, 0.8, 0.0),
-    "large_most": (330.0, 0.8, 0.0),
-    "wavlm": (140.0, 0.35, 0.0),
+    ("paper", "base"): (140.0, 0.3),
+    ("paper", "large"): (330.0, 0.8),
+    ("paper", "wavlm"): (140.0, 0.35),
 }
+TRAINING_SECONDS = {
+    "demo-large-little": 330.0,
+    "demo-large-more": 440.0,
+    "demo-large-most": 440.0,
+    "demo-wavlm": 100.0,
+}
+"""Of the demo's models that are trained on first use, on the same 2 cores."""
 TRAINING_UTTERANCES = {"demo": 20_000, "paper": 28_539}
 """Of the demo's train set, and of LibriSpeech's train-clean-100."""
 
@@ -41,8 +42,8 @@ class Estimate:
 
 
 def estimate(sweep: Sweep, scale: Scale) -> Estimate:
-    """Estimate the seconds that are left of a sweep, the training of its model included."""
-    run, update, training = (DEMO_SECONDS if scale.name == "demo" else PAPER_SECONDS)[sweep.role]
+    """Estimate the seconds that are left of a sweep."""
+    run, update = SECONDS[scale.name, sweep.role.partition("_")[0]]
     updates, seconds = [], 0.0
     for job in jobs(sweep, scale):
         config = typed(job.config)
@@ -50,11 +51,22 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
         updates.append(sum(stage.updates for stage in plan_stages(config, utterances)))
         if not job.done:
             seconds += run + update * updates[-1]
-    model = CAST[scale.name][sweep.role]
-    if seconds and training and not (trained_model_folder(model) / "training.json").is_file():
-        seconds += training
     low, high = min(updates), max(updates)
     return Estimate(seconds, f"{low:,}" if low == high else f"{low:,} to {high:,}")
+
+
+def training_seconds(sweeps: Iterable[Sweep], scale: Scale) -> float:
+    """Estimate the seconds that it takes to train the models which sweeps want and which are not in the cache yet."""
+    wanted = {CAST[scale.name][sweep.role] for sweep in sweeps if not all(job.done for job in jobs(sweep, scale))}
+    models: list[str] = []
+    while wanted:  # a model, then what it starts from
+        model = wanted.pop()
+        if model in TRAINING_SECONDS and model not in models:
+            models.append(model)
+            recipe: Any = OmegaConf.load(conf_folder() / "recipe" / f"{model}.yaml")
+            wanted.add(recipe.initial_model)
+    missing = [model for model in models if not (trained_model_folder(model) / "training.json").is_file()]
+    return sum(TRAINING_SECONDS[model] for model in missing)
 
 
 def typed(settings: DictConfig) -> Config:

@@ -1,6 +1,7 @@
 """One page with every table and figure: self-contained, and readable on a phone."""
 
 import base64
+import json
 from html import escape
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pandas
 
 from experiments.results import Item, Result
 from experiments.sweeps import Scale, jobs
+from sparsewav import records
 from sparsewav.files import write_file
 
 STYLE = """
@@ -61,7 +63,23 @@ def _section(name: str, item: Item, result: Result, scale: Scale) -> str:
     files = ", ".join(f'<a href="{escape(path.name)}">{escape(path.name)}</a>' for path in result.files)
     return (
         f'<section id="{name}"><h2>{escape(result.title)}</h2>\n{body}\n<ul>{notes}</ul>\n'
-        f"<p>Files: {files}. Made of {runs} runs by</p><pre>{escape(commands)}</pre></section>\n"
+        f"<p>Files: {files}. {_cost(item, scale)} Made of {runs} runs by</p><pre>{escape(commands)}</pre></section>\n"
+    )
+
+
+def _cost(item: Item, scale: Scale) -> str:
+    """What the runs of an item cost, and what sharing their statistics saved."""
+    spent, saved = 0.0, 0.0
+    for sweep in item.sweeps:
+        for job in jobs(sweep, scale):
+            metrics = json.loads((job.folder / records.METRICS).read_text())
+            seconds = metrics["seconds"]
+            shared = sum(seconds[piece] for piece in metrics["cached"])
+            spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared
+            saved += shared
+    return (
+        f"Pruning and tuning took {spent:,.0f} s; Hessians and sensitivities shared between runs saved {saved:,.0f} s "
+        "more."
     )
 
 

@@ -4,6 +4,7 @@ Track the sweeps first: ``./reproduce.sh -- tracker=wandb tracker.entity=me``.
 """
 
 import argparse
+from typing import Any
 
 import wandb_workspaces.reports.v2 as reports
 
@@ -19,7 +20,7 @@ def build_report(entity: str, project: str) -> reports.Report:
             entity=entity, project=project, name=" and ".join(experiments), filters=f"Group in [{names}]"
         )
 
-    def grid(experiments: tuple[str, ...], *panels: object) -> reports.PanelGrid:
+    def grid(experiments: tuple[str, ...], *panels: Any) -> reports.PanelGrid:
         assert all((conf_folder() / "experiment" / f"{name}.yaml").is_file() for name in experiments)
         return reports.PanelGrid(runsets=[runs(*experiments)], panels=list(panels))
 

@@ -166,6 +166,7 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the training set.
         batch_size: utterances of an update, over all processes and accumulation steps.
+        processes: of a run's fine-tuning, on this machine; one for each GPU. (``sparsewav-train`` takes torchrun's.)
         accumulation: forward and backward passes that the utterances of an update are split into.
         learning_rate: peak of the schedule.
         betas: of Adam.
@@ -181,6 +182,7 @@ class TrainingConfig:
 
     epochs: float = MISSING
     batch_size: int = MISSING
+    processes: int = MISSING
     accumulation: int = MISSING
     learning_rate: float = MISSING
     betas: list[float] = MISSING
@@ -416,7 +418,7 @@ def _finetune_faults(config: Config, strategy: OnePassStrategy, target: float | 
 def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
     from transformers import SchedulerType  # not at the top: --help does not wait for it
 
-    counts = {key: getattr(training, key) for key in ("batch_size", "accumulation", "checkpoint_updates")}
+    counts = {key: getattr(training, key) for key in ("batch_size", "processes", "accumulation", "checkpoint_updates")}
     yield from _at_least(1, **counts, prefix="training.")
     yield from _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
     yield from _at_least(0, weight_decay=training.weight_decay, prefix="training.")
@@ -425,8 +427,9 @@ def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
             yield f"training.{key}={getattr(training, key):g} must be above 0"
     if len(training.betas) != 2 or any(not 0 <= beta < 1 for beta in training.betas):
         yield f"training.betas={training.betas} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
-    if training.batch_size % max(training.accumulation, 1):
-        yield f"training.batch_size={training.batch_size} cannot be split into {training.accumulation} equal parts"
+    parts = max(training.accumulation * training.processes, 1)
+    if training.batch_size % parts:
+        yield f"training.batch_size={training.batch_size} cannot be split into {parts} equal parts"
     schedulers = [item.value for item in SchedulerType]
     if training.scheduler not in schedulers:
         yield f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}"

@@ -53,11 +53,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def locate_model(name_or_path: str) -> str:
+def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     """Give the folder of a model, or its name on the hub; a model of the demo's cast is trained first if need be.
 
     Args:
         name_or_path: ``demo``, the name of a recipe in ``conf/recipe``, a local folder, or a name on the hub.
+        key: the setting that names the model, for messages.
 
     Raises:
         UserError: the folder is not there, or the training failed.
@@ -71,7 +72,7 @@ def locate_model(name_or_path: str) -> str:
         return name_or_path
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.name_or_path={name_or_path} is not a folder; check the path")
+        raise UserError(f"{key}={name_or_path} is not a folder; check the path")
     return str(folder)
 
 

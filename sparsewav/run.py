@@ -12,18 +12,20 @@ from rich.console import Console
 
 from sparsewav import cache, records
 from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
-from sparsewav.data.batches import SpeechBatches, check_transcripts
+from sparsewav.data.batches import check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import locked
 from sparsewav.finetune.masks import masks_of
+from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import train_ctc, write_training_log
 from sparsewav.models import SpeechModel, choose_device, load_speech_model
 from sparsewav.progress import stage
-from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces, prune
-from sparsewav.pruning.encoder import prunable_matrices, takes_padding
+from sparsewav.pruning import prune
+from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
 
 METHOD = "sparsewav"
 
@@ -78,6 +80,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     metrics_path = folder / records.METRICS
     complete = metrics_path.is_file() and (not config.save_model or (folder / records.MODEL).is_dir())
     if complete and not config.force:
+        _tidy(config, folder)  # it may have been killed right before
         console.print(f"Done already: {folder} (force=true does it again)")
         return json.loads(metrics_path.read_text())
     (folder / records.ERROR).unlink(missing_ok=True)
@@ -87,17 +90,19 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     with stage(console, f"Loading {config.model.name_or_path}"):
         speech = load_speech_model(config.model.name_or_path, device=device)
     evaluation, calibration, training = _utterances(config, speech)
-    dense = _identity(config, speech)  # of the dense model, before anything changes it
-    before, wer_dense, dense_seconds = _evaluate_dense(config, speech, evaluation, dense, console)
+    dense = identity_of(config, speech)  # of the dense model, before anything changes it
+    before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
     stages = plan_stages(config, len(training))
     state = _State(_run_identity(dense, calibration, training))
+    steps = [(kind, item) for item in stages for kind in ("prune", "finetune") if kind == "prune" or item.updates]
     done = None if config.force else _newest_step(folder, state.identity)
     if done:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
+        if state.hypotheses is None:
+            _evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
     metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
-    steps = [(kind, item) for item in stages for kind in ("prune", "finetune") if kind == "prune" or item.updates]
     for number, (kind, item) in enumerate(steps):
         if number < state.steps:
             continue
@@ -113,8 +118,6 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         if kind == "finetune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         _evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
-    if state.hypotheses is None:
-        _evaluate_step(config, speech, evaluation, steps[-1][0], state, folder / records.MODEL, console)
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, len(calibration))
 
 
@@ -166,19 +169,22 @@ def _finish(
         **records.environment(device),
     }
     records.write_json(folder / records.METRICS, metrics)
-    shutil.rmtree(folder / records.STAGES, ignore_errors=True)
-    if config.save_model:
-        (folder / records.MODEL / records.STEP).unlink()
-    else:
-        shutil.rmtree(folder / records.MODEL)
+    _tidy(config, folder)
     return metrics
+
+
+def _tidy(config: Config, folder: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    shutil.rmtree(folder / records.STAGES, ignore_errors=True)
+    (folder / records.MODEL / records.STEP).unlink(missing_ok=True)
+    if not config.save_model:
+        shutil.rmtree(folder / records.MODEL, ignore_errors=True)
 
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
     """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
-    parts = [dense["model"], cache.utterances_fingerprint(calibration), dense["code"]]
-    if training:
-        parts += [cache.utterances_fingerprint(training), cache.code_fingerprint("finetune/*.py")]
+    code = cache.code_fingerprint("run.py", "finetune/*.py")
+    parts = [dense["model"], dense["code"], code, *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -187,9 +193,9 @@ def _newest_step(folder: Path, identity: str) -> tuple[_State, Path] | None:
     found = []
     for path in [folder / records.MODEL, *(folder / records.STAGES).glob("[0-9]*")]:
         if (path / records.STEP).is_file():
-            state = _State(**json.loads((path / records.STEP).read_text()))
-            if state.identity == identity:
-                found.append((state, path))
+            record = json.loads((path / records.STEP).read_text())
+            if record["identity"] == identity:
+                found.append((_State(**record), path))
     return max(found, key=lambda item: item[0].steps, default=None)
 
 
@@ -232,35 +238,6 @@ def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], l
     return evaluation, calibration, training
 
 
-def _evaluate_dense(
-    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
-) -> tuple[dict[str, str], float, float]:
-    """Hypotheses of the dense model, its WER, and the seconds that transcribing took when it was really done."""
-
-    def make(folder: Path) -> None:
-        with stage(console, "Evaluating the dense model") as progress:
-            started = time.perf_counter()
-            hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
-            seconds = time.perf_counter() - started
-        (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
-
-    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
-    folder, _ = cache.cached_folder("dense", identity, make, enabled=config.cache)
-    record = json.loads((folder / "dense.json").read_text())
-    return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"]
-
-
-def _identity(config: Config, speech: SpeechModel) -> dict[str, Any]:
-    return {
-        "model": cache.model_fingerprint(speech.model),
-        "processor": speech.processor.to_json_string(),
-        "vocabulary": speech.processor.tokenizer.get_vocab(),
-        "code": cache.code_fingerprint(),
-        "device": records.device_name(speech.model.device),
-        "seconds_per_batch": config.seconds_per_batch,
-    }
-
-
 def _prune(
     config: Config,
     speech: SpeechModel,
@@ -274,11 +251,11 @@ def _prune(
     """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
-    traces, allocate_seconds, traces_cached = _traces(config, speech, utterances, identity, console)
+    traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
     calibration, calibrate_seconds, hessians_cached = None, 0.0, False
-    batches = _batches(config, speech, utterances)
+    batches = calibration_batches(config, speech, utterances)
     if config.calibration.propagation == "parallel":
-        calibration, calibrate_seconds, hessians_cached = _calibration(
+        calibration, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
     options: dict[str, Any] = {}
@@ -330,104 +307,17 @@ def _finetune(
     masks = masks_of(speech.model)
     with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
         started = time.perf_counter()
-        log = train_ctc(
-            speech.model,
-            speech.processor,
-            training,
-            config.training,
-            item.updates,
-            checkpoints,
-            masks=masks,
-            progress=progress,
-        )
+        arguments = (speech.processor, training, config.training, item.updates, checkpoints)
+        if config.training.processes == 1:
+            log = train_ctc(speech.model, *arguments, masks=masks, progress=progress)
+        else:
+            speech.model, log = train_masked_in_processes(speech.model, *arguments)
         state.seconds["finetune"] += time.perf_counter() - started
     for matrix in prunable_matrices(speech.model):
         if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
     state.stages[-1]["updates"] = item.updates
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
-
-
-def _batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
-    return SpeechBatches(utterances, speech.processor, config.seconds_per_batch, padding=takes_padding(speech.model))
-
-
-def _calibration(
-    config: Config,
-    speech: SpeechModel,
-    utterances: list[Utterance],
-    batches: SpeechBatches,
-    identity: dict[str, Any] | None,
-    console: Console,
-) -> tuple[Calibration, float, bool]:
-    """Hessians, the seconds that gathering them took when it was really done, and whether they were cached.
-
-    Without an identity they are not kept.
-    """
-
-    def gather() -> tuple[Calibration, float]:
-        with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
-            started = time.perf_counter()
-            return calibrate(speech.model, batches, progress), time.perf_counter() - started
-
-    def make(folder: Path) -> None:
-        calibration, seconds = gather()
-        cache.save_calibration(calibration, folder)
-        (folder / "seconds.json").write_text(json.dumps(seconds))
-
-    if identity is None:
-        return *gather(), False
-    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
-    folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
-    return (
-        cache.load_calibration(folder, speech.model.device),
-        json.loads((folder / "seconds.json").read_text()),
-        cached,
-    )
-
-
-def _traces(
-    config: Config,
-    speech: SpeechModel,
-    utterances: list[Utterance],
-    identity: dict[str, Any] | None,
-    console: Console,
-) -> tuple[dict[str, Trace] | None, float, bool]:
-    """Hessian traces, if the allocation wants them; seconds and cached as in :func:`_calibration`."""
-    allocation = config.allocation
-    if not isinstance(allocation, HutchinsonAllocation):
-        return None, 0.0, False
-    utterances = utterances[: allocation.utterances]
-
-    def estimate() -> tuple[dict[str, Trace], float]:
-        with stage(console, f"Estimating sensitivities on {len(utterances)} utterances") as progress:
-            started = time.perf_counter()
-            traces = estimate_traces(
-                speech.model,
-                _batches(config, speech, utterances),
-                probes=allocation.probes,
-                distribution=allocation.distribution,  # type: ignore[arg-type]
-                seed=config.seed,
-                progress=progress,
-            )
-            return traces, time.perf_counter() - started
-
-    def make(folder: Path) -> None:
-        traces, seconds = estimate()
-        record = {"traces": {name: asdict(trace) for name, trace in traces.items()}, "seconds": seconds}
-        (folder / "traces.json").write_text(json.dumps(record))
-
-    if identity is None:
-        return *estimate(), False
-    identity = identity | {
-        "utterances": cache.utterances_fingerprint(utterances),
-        "probes": allocation.probes,
-        "distribution": allocation.distribution,
-        "seed": config.seed,
-    }
-    folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)
-    record = json.loads((folder / "traces.json").read_text())
-    return {name: Trace(**trace) for name, trace in record["traces"].items()}, record["seconds"], cached
 
 
 def _card(config: Config, speech: SpeechModel, state: _State) -> str:

@@ -18,10 +18,13 @@ SUMMARY = "summary.csv"
 _SHOWN = {
     "saliency": "saliency",
     "allocation": "allocation",
+    "finetune_strategy": "tuning",
     "target_sparsity": "asked",
     "achieved_sparsity": "reached",
     "wer_dense": "dense WER",
+    "wer_pruned": "pruned WER",
     "wer": "WER",
+    "updates": "updates",
     "prune_seconds": "seconds",
     "status": "status",
 }
@@ -57,13 +60,16 @@ def summarize(folder: Path, console: Console) -> int:
     if table.empty:
         console.print(f"{folder} has no runs")
         return 0
-    order = [column for column in ("saliency", "allocation", "target_sparsity", "seed", "run") if column in table]
+    keys = ("saliency", "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
+    order = [column for column in keys if column in table]
     table = table.sort_values(order)
     with write_file(folder / SUMMARY) as temporary:
         table.to_csv(temporary, index=False)
     shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
     failed = int((table["status"] == "failed").sum())
     columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
+    if "updates" in table and not table["updates"].any():  # nothing was tuned: the two WERs are one
+        columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
     for column in columns:
         shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
     for row in table[columns].itertuples(index=False):

@@ -144,17 +144,34 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     assert "6 runs" in shown.stdout
 
 
-def test_the_joblib_launcher_gives_the_same_results(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+    ],
+    ids=["joblib", "submitit"],
+)
+def test_a_launcher_gives_the_same_results(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
+) -> None:
     jobs = [*small, "sparsity.target=0.5,0.7", "allocation=uniform"]
-    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
-    result = run_sparsewav("-m", *parallel, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    result = run_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
     assert result.returncode == 0, result.stdout + result.stderr
     serial, parallel_summary = (
         pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
     )
     columns = ["run", "wer", "achieved_sparsity", "params_nonzero"]
     pandas.testing.assert_frame_equal(serial[columns], parallel_summary[columns])
+
+
+def test_the_slurm_launcher_asks_for_a_gpu_a_run() -> None:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        overrides = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu"]
+        launcher = compose("config", overrides, return_hydra_config=True).hydra.launcher
+    assert (launcher.gpus_per_node, launcher.partition, launcher.timeout_min) == (1, "gpu", 1440)
+    assert launcher._target_.endswith("SlurmLauncher")
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -174,7 +191,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert not list(root.rglob("step.json"))
 
 
-def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, str]) -> Path:
+def test_a_tuned_run_killed_before_its_tuning_ends_with_the_same_records(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
+    assert run_sparsewav(*small, *tuning, "output_root=reference").returncode == 0
+    root = _kill_after_solve([*small, *tuning], tmp_path, environment, "stages/0-prune-0.75")
+    result = run_sparsewav(*small, *tuning, f"output_root={root}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Going on from 0-prune-0.75" in result.stdout
+    (expected,), (folder,) = (tmp_path / "reference").glob("tiny*"), root.glob("tiny*")
+    for name in ("model/model.safetensors", "layers.csv", "predictions.jsonl", "training_log.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    before, after = (json.loads((path / "metrics.json").read_text()) for path in (expected, folder))
+    for key in ("stages", "wer_dense", "wer_pruned", "wer", "updates", "achieved_sparsity", "params_nonzero"):
+        assert before[key] == after[key], key
+
+
+def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, str], model: str = "model") -> Path:
     """Kill a run as soon as its pruned model is on disk, without a chance to clean up; gives its output root."""
     for attempt in range(10):  # the moment lasts a few hundredths of a second and can be missed on a busy machine
         root = tmp_path / f"killed-{attempt}"
@@ -186,7 +220,7 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
             stderr=subprocess.DEVNULL,
         )
         while process.poll() is None:
-            if list(root.glob("*/model/step.json")):
+            if list(root.glob(f"*/{model}/step.json")):
                 process.kill()
                 process.wait()
                 if not list(root.glob("*/metrics.json")):

@@ -12,10 +12,12 @@ from pathlib import Path
 import pandas
 import pytest
 from omegaconf import OmegaConf
+from wandb_workspaces.reports.v2 import Config, PanelGrid
 
 from experiments.__main__ import ITEMS, main
 from experiments.estimate import typed
 from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.wandb_report import build_report
 from sparsewav import records
 from sparsewav.config import validate
 from sparsewav.files import conf_folder
@@ -184,6 +186,14 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
+    report = build_report("me", "sparsewav")
+    grids = [block for block in report.blocks if isinstance(block, PanelGrid)]
+    assert [len(grid.panels) for grid in grids] == [3, 3, 1]
+    assert "'ablation_one_shot', 'ablation_finetune'" in str(grids[0].runsets[0].filters)
+    assert grids[0].panels[0].groupby == Config("saliency.name")
 
 
 def test_dry_run_at_paper_scale_lists_every_job(

@@ -19,6 +19,7 @@ from sparsewav.config import Config, TrainingConfig
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.files import conf_folder
 from sparsewav.finetune.masks import masked_gradients, masks_of
+from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import plan_updates, train_ctc
 from sparsewav.models import SpeechModel, load_speech_model
@@ -29,6 +30,7 @@ def _settings(**changes: object) -> TrainingConfig:
     settings: dict[str, object] = {
         "epochs": 1,
         "batch_size": 4,
+        "processes": 1,
         "accumulation": 1,
         "learning_rate": 1e-2,
         "betas": [0.9, 0.999],
@@ -181,7 +183,21 @@ def test_strategies_plan_their_stages(overrides: list[str], stages: list[Stage])
     assert plan_stages(_config("training=paper", *overrides), 28_539) == stages
 
 
-def test_two_processes_share_every_batch(
+def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    training = read_librispeech_folder(corpus, "train")
+    speech = _half_pruned(model_folder)
+    masks = masks_of(speech.model)
+    before = {name: tensor.clone() for name, tensor in speech.model.state_dict().items()}
+    tuned, log = train_masked_in_processes(
+        speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path
+    )
+    after = tuned.state_dict()
+    _zeros(after, masks)
+    assert log[-1]["update"] == 3
+    assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in masks)
+
+
+def test_torchrun_processes_share_every_batch(
     run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, plain_model: Path, tmp_path: Path
 ) -> None:
     arguments = [

@@ -11,8 +11,13 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import sparsewav.cli  # noqa: F401  (registers the schemas)
+from sparsewav.config import TrainConfig, validate_training
+from sparsewav.files import conf_folder
 from sparsewav.models import load_speech_model
 
 ARCHITECTURE = (
@@ -34,7 +39,8 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
 ) -> None:
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
-    training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2", "training.bf16=false"]
+    training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2"]
+    training += ["training.precision=float32", "training.checkpoint_updates=3"]
     arguments = [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
     result = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -72,11 +78,47 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
     assert pruned.returncode == 0, pruned.stdout + pruned.stderr
 
 
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (conf_folder() / "recipe").glob("*.yaml")))
+def test_every_recipe_of_the_demo_makes_a_model_that_its_successor_can_start_from(recipe: str) -> None:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("train", [f"recipe={recipe}"]))
+    assert isinstance(config, TrainConfig)
+    validate_training(config)
+    assert config.training.freeze_feature_encoder
+    assert config.initial_model is not None
+    assert config.initial_model == "demo" or (conf_folder() / "recipe" / f"{config.initial_model}.yaml").is_file()
+    assert (conf_folder() / "model" / f"{recipe}.yaml").is_file()
+
+
+def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.training_utterances=8"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
+    training = ["training.epochs=1", "training.batch_size=4", "training.freeze_feature_encoder=true"]
+    checkpoint = [f"initial_model={model_folder}", "architecture=same", "output=tuned", "device=cpu"]
+    result = run_sparsewav(*data, *subsets, *training, *checkpoint, command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert (record["updates"], record["n_utterances"]["training"]) == (2, 8)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "tuned"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if ".feature_extractor." in name:
+            assert torch.equal(after[name], tensor.half()), name
+        else:  # two updates away from the checkpoint, not from somewhere else
+            assert float((after[name].float() - tensor).abs().max()) < 0.1, name
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("training.scheduler=cosin", r"^error: training\.scheduler=cosin does not exist; choose one of linear, cosine"),
         ("architecture.conv_dim=[8,8]", r"^error: the architecture makes no model: .*conv_dim"),
+        ("initial_model=./nowhere", r"^error: initial_model=\./nowhere is not a folder"),
+        ("training.precision=int8", r"^error: training\.precision=int8 does not exist; choose one of float32"),
+        ("training.accumulation=3", r"^error: training\.batch_size=16 cannot be split into 3 equal parts"),
+        ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
         ("+foo=1", r"^error: there is no key foo"),
         ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),
         ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),

@@ -122,7 +122,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
 def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
     """Make a model with random weights, and take over those of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = None if config.initial_model is None else locate_model(config.initial_model)
+    source = None if config.initial_model is None else locate_model(config.initial_model, "initial_model")
     try:
         if config.architecture:
             architecture = dict(config.architecture)
