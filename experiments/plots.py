@@ -55,7 +55,7 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
     few percent to nearly a hundred.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         own_dense = len({curve.dense for curve in curves if curve.dense is not None}) > 1
         for index, curve in enumerate(curves):
@@ -63,10 +63,6 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
             groups = (100 * curve.points.set_index("sparsity")["wer"]).groupby(level=0)
             mean, deviation = groups.mean(), groups.std().fillna(0.0)
             sparsity = 100 * mean.index
-            axes.plot(sparsity, mean, color=color, marker=marker, label=curve.label, zorder=3)
-            if deviation.any():
-                low = (mean - deviation).clip(lower=0.3 * mean)
-                axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)
             if curve.dense is not None and (own_dense or index == 0):
                 axes.axhline(
                     100 * curve.dense,
@@ -76,6 +72,10 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
                     label=f"{dense_label} ({100 * curve.dense:.1f} %)" if not own_dense else None,
                     zorder=2,
                 )
+            axes.plot(sparsity, mean, color=color, marker=marker, label=curve.label, zorder=3)
+            if deviation.any():
+                low = (mean - deviation).clip(lower=0.3 * mean)
+                axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("Sparsity of the transformer's matrices (%)")
         axes.set_ylabel("WER (%)")
         axes.set_yscale("log")
@@ -85,8 +85,10 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(5, 95)
         axes.set_xticks(range(10, 100, 10))
-        axes.set_title(title, fontsize=10)
-        axes.legend(loc="upper left", title="dashed: dense" if own_dense else None, alignment="left")
+        axes.set_title(f"{title} (dashed: dense)" if own_dense else title, fontsize=10)
+        handles, labels = axes.get_legend_handles_labels()
+        columns = len(labels) if sum(map(len, labels)) < 60 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # below the axes: on no curve
         for suffix in ("png", "pdf"):
             # No date in the file: the same figures give the same bytes.
             metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
