@@ -6,7 +6,7 @@ from experiments.results import Item, Result, describe, paper
 from experiments.sweeps import Scale, Sweep, read
 from experiments.tables import mean_and_deviation, write_table
 
-SWEEPS = (Sweep("compression", "base"), Sweep("compression", "wavlm"))
+SWEEPS = tuple(Sweep("compression", role, demo=("training.epochs=0.08",)) for role in ("base", "wavlm"))
 
 OURS = {
     "wav2vec2 Base": ("base", "wer_dense", "params_total"),

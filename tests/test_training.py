@@ -117,6 +117,7 @@ def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
         ("architecture.conv_dim=[8,8]", r"^error: the architecture makes no model: .*conv_dim"),
         ("initial_model=./nowhere", r"^error: initial_model=\./nowhere is not a folder"),
         ("training.precision=int8", r"^error: training\.precision=int8 does not exist; choose one of float32"),
+        ("training.precision=float16", r"^error: training\.precision=float16 wants a GPU; choose bfloat16"),
         ("training.accumulation=3", r"^error: training\.batch_size=16 cannot be split into 3 equal parts"),
         ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
         ("+foo=1", r"^error: there is no key foo"),
@@ -129,7 +130,8 @@ def test_mistakes_get_one_sentence(
 ) -> None:
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
-    result = run_sparsewav(*data, *subsets, argument, command="sparsewav-train")
+    device = [] if argument.startswith("device") else ["device=cpu"]
+    result = run_sparsewav(*data, *subsets, *device, argument, command="sparsewav-train")
     assert result.returncode == 1
     assert re.search(message, result.stdout, re.MULTILINE), result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr

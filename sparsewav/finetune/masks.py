@@ -32,7 +32,7 @@ def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Ite
         masks: for every matrix a boolean mask (rows, cols), True where a weight stays.
     """
     handles = [
-        matrix.weight.register_hook(_zero_where(~masks[matrix.name].to(matrix.weight.device)))
+        matrix.weight.register_hook(_zero_where(~masks[matrix.name]))
         for matrix in prunable_matrices(model)
         if matrix.name in masks
     ]
@@ -44,7 +44,7 @@ def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Ite
 
 
 def _zero_where(pruned: Tensor) -> Any:
-    return lambda gradient: gradient.masked_fill(pruned, 0.0)
+    return lambda gradient: gradient.masked_fill(pruned.to(gradient.device), 0.0)
 
 
 class HoldMasks(TrainerCallback):
@@ -52,9 +52,7 @@ class HoldMasks(TrainerCallback):
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
         self.pruned = [
-            (matrix.weight, ~masks[matrix.name].to(matrix.weight.device))
-            for matrix in prunable_matrices(model)
-            if matrix.name in masks
+            (matrix.weight, ~masks[matrix.name]) for matrix in prunable_matrices(model) if matrix.name in masks
         ]
 
     @torch.no_grad()
@@ -62,4 +60,4 @@ class HoldMasks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for weight, pruned in self.pruned:
-            weight.masked_fill_(pruned, 0.0)
+            weight.masked_fill_(pruned.to(weight.device), 0.0)  # the Trainer may have moved the model

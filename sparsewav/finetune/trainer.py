@@ -128,7 +128,12 @@ def train_ctc(
 
     Returns:
         The log: one dictionary an entry, with update and loss or eval_wer.
+
+    Raises:
+        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
     """
+    if settings.precision == "float16" and model.device.type == "cpu":
+        raise UserError("training.precision=float16 wants a GPU; choose bfloat16 or float32")
     plan = plan_updates(training_set, settings.batch_size, updates, settings.seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -154,6 +159,9 @@ def train_ctc(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        # One process is one GPU: the Trainer would otherwise split every batch over all it sees, and multiply it.
+        arguments._n_gpu = 1
     arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
 
     def read(batch: list[dict[str, int]]) -> Batch:
