@@ -25,7 +25,7 @@ def make(scale: Scale) -> Result:
         label = f"{chosen['model'].iloc[0]} ({100 * dense:.1f} %; paper: {hours})"
         curves.append(Curve(label, points_of(chosen), dense))
         increases[label] = mean_increase(chosen)
-    plot_curves(scale.folder / "figure4", "One-shot pruning of models trained on more and more data", curves)
+    plot_curves(scale.folder / "figure4", "Large models, more and more training data", curves)
     write_points(scale, "figure4", runs)
     sparsities = [sparsity for sparsity in next(iter(increases.values())).index if sparsity >= 0.5]
     losses = [[increase[sparsity] for increase in increases.values()] for sparsity in sparsities]
