@@ -22,7 +22,7 @@ nav a { margin-right: .8rem; white-space: nowrap }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
-td { white-space: nowrap }
+td { white-space: nowrap } td:last-child { white-space: normal; min-width: 7rem }
 img { width: 100%; max-width: 46rem; height: auto; background: white }
 ul { color: var(--quiet); font-size: .88rem; padding-left: 1.2rem; overflow-wrap: anywhere }
 pre { background: var(--back); padding: .6rem; overflow-x: auto; font-size: .8rem }

@@ -95,7 +95,9 @@ class _Report(TrainerCallback):
         if self.development_set and (last or state.global_step % self.evaluate_every == 0):
             hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
             assert self.trainer is not None
+            should_log = control.should_log  # logging takes it back, and with it the loss that is due at this step
             self.trainer.log({"eval_wer": word_error_rate(self.development_set, hypotheses)})
+            control.should_log = should_log
 
 
 def train_ctc(
