@@ -47,7 +47,7 @@ Stopped, even killed, it goes on where it was when launched again; what is done 
 def main() -> int:
     """Run the command line; returns the exit code."""
     arguments = _parse(sys.argv[1:])
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # in a log, room for the tables
     folder = arguments.output or Path("outputs") / arguments.scale
     launcher = tuple(word for word in arguments.overrides if word.startswith("hydra"))
     settings = tuple(word for word in arguments.overrides if not word.startswith("hydra"))
@@ -147,7 +147,7 @@ def _show(result: Result, console: Console) -> None:
     if result.table is not None:
         shown = Table(title=result.title)
         for column in result.table.columns:
-            shown.add_column(column)
+            shown.add_column(column, overflow="fold")
         for row in result.table.astype(object).where(result.table.notna(), "–").itertuples(index=False):
             shown.add_row(*(escape(str(cell)) for cell in row))
         console.print(shown)

@@ -29,7 +29,6 @@ STYLE: Any = {
     "legend.frameon": False,
     "pdf.fonttype": 42,
     "savefig.dpi": 200,
-    "svg.hashsalt": "sparsewav",
 }
 
 

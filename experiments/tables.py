@@ -28,7 +28,7 @@ def write_table(folder: Path, name: str, title: str, table: pandas.DataFrame, no
 
 
 def mean_and_deviation(values: Sequence[float] | pandas.Series, digits: int = 2) -> str:
-    """Format ``mean ± standard deviation (count)``, or the one value there is."""
+    """Format ``mean ± standard deviation``, or the one value there is."""
     series = pandas.Series(values)
     if len(series) == 1:
         return f"{series.iloc[0]:.{digits}f}"

@@ -40,7 +40,7 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
 
 def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
     experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
-    assert experiments - {sweep.experiment for sweep in SWEEPS} == {"methods", "smoke"}
+    assert experiments - {sweep.experiment for sweep in SWEEPS} == {"methods", "smoke", "tuning_length"}
     for cast in CAST.values():
         assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
 
