@@ -174,7 +174,8 @@ class TrainingConfig:
         warmup_steps: updates of linear warm-up before the decay; below 1, a share of all updates.
         scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
         weight_decay: decoupled, as in AdamW; 0 makes it Adam.
-        precision: ``float32``, or ``bfloat16`` or ``float16`` where autocast allows it.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` where autocast allows it; ``auto`` for bfloat16 where the
+            processor or GPU multiplies it itself, float32 elsewhere.
         freeze_feature_encoder: leave the convolutions as they are.
         checkpoint_updates: updates between two checkpoints.
         seed: of initialisation, order and dropout.
@@ -314,7 +315,7 @@ SCHEMAS: dict[str, type] = {
 }
 """Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model")
 """Keys that do not change a run's results, and so neither its folder."""

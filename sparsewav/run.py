@@ -20,7 +20,7 @@ from sparsewav.files import locked
 from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
-from sparsewav.finetune.trainer import train_ctc, write_training_log
+from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
 from sparsewav.models import SpeechModel, choose_device, load_speech_model
 from sparsewav.progress import stage
 from sparsewav.pruning import prune
@@ -158,6 +158,7 @@ def _finish(
         "wer_pruned": final["wer_pruned"],
         "wer": final["wer"],
         "updates": sum(record["updates"] for record in state.stages),
+        "training_precision": choose_precision(config.training.precision, device) if state.log else None,
         "stages": state.stages,
         "n_utterances": len(evaluation),
         "n_calibration_utterances": calibration_utterances,

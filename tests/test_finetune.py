@@ -21,7 +21,7 @@ from sparsewav.files import conf_folder
 from sparsewav.finetune.masks import masked_gradients, masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
-from sparsewav.finetune.trainer import plan_updates, train_ctc
+from sparsewav.finetune.trainer import choose_precision, plan_updates, train_ctc
 from sparsewav.models import SpeechModel, load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 
@@ -195,6 +195,15 @@ def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path:
     _zeros(after, masks)
     assert log[-1]["update"] == 3
     assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in masks)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
+def test_automatic_precision_is_the_one_that_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch, capability: str, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx512_f": True})
+    assert choose_precision("auto", torch.device("cpu")) == precision
+    assert choose_precision("float32", torch.device("cpu")) == "float32"
 
 
 def test_torchrun_processes_share_every_batch(

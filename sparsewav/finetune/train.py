@@ -29,7 +29,7 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.files import make_readable
-from sparsewav.finetune.trainer import train_ctc, updates_of, write_training_log
+from sparsewav.finetune.trainer import choose_precision, train_ctc, updates_of, write_training_log
 from sparsewav.models import choose_device, load_pretrained, load_speech_model, locate_model
 from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
@@ -112,6 +112,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
         "updates": updates,
         "seconds": seconds,
         "settings": asdict(config.training),
+        "training_precision": choose_precision(config.training.precision, device),
         **records.environment(device),
     }
     records.write_json(done, record)
