@@ -13,7 +13,7 @@ from sparsewav.finetune.strategies import plan_stages
 from sparsewav.models import trained_model_folder
 
 SECONDS = {
-    # (one-shot run, update); measured on 2 cores of an AMD EPYC with AVX-512 bfloat16
+    # (one-shot run, update); measured on 2 cores of an AMD EPYC, in float32
     ("demo", "base"): (4.0, 0.36),
     ("demo", "large"): (6.0, 0.55),
     ("demo", "wavlm"): (5.0, 0.36),
