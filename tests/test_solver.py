@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.saliency import SALIENCIES
-from sparsewav.pruning.solver import group_quotas, prune_matrices, prune_matrix
+from sparsewav.pruning.selection import group_quotas
+from sparsewav.pruning.solver import prune_matrices, prune_matrix
 
 UPDATING = ("obs", "obs_first_order")
 

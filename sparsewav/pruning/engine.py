@@ -16,7 +16,7 @@ from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequ
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 from sparsewav.pruning.saliency import SALIENCIES
 from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.solver import prune_matrices
+from sparsewav.pruning.solver import PrunedMatrix, prune_matrices
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class _Solver:
                 names=names,
             )
             for name, result in zip(names, results, strict=True):
-                reports[name] = self._report(by_name[name], result.weight, result.keep, hessian)
+                reports[name] = self._report(by_name[name], result, hessian)
                 by_name[name].weight.data.copy_(result.weight)
                 self.masks[name] = result.keep
             if progress:
@@ -241,7 +241,7 @@ class _Solver:
         self.masks = {name: self.masks[name] for name in (report.name for report in self.reports)}
         self.seconds += time.perf_counter() - started
 
-    def _report(self, matrix: PrunableMatrix, pruned: Tensor, keep: Tensor, hessian: Tensor) -> MatrixReport:
+    def _report(self, matrix: PrunableMatrix, pruned: PrunedMatrix, hessian: Tensor) -> MatrixReport:
         dense = matrix.weight.detach()
         trace = self.traces[matrix.name] if self.traces else None
         return MatrixReport(
@@ -252,15 +252,36 @@ class _Solver:
             sensitivity_error=trace.standard_error / trace.size if trace else None,
             rank=self.ranks.get(matrix.name),
             target_sparsity=self.targets[matrix.name],
-            sparsity=float((~keep).float().mean(dtype=torch.float64)),
-            relative_error=_energy(dense - pruned, hessian) / max(_energy(dense, hessian), 1e-30),
+            sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
+            relative_error=_error(dense, pruned, hessian) / max(_energy(dense, hessian), 1e-30),
         )
 
 
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    """||WX||² from W (rows, cols) and H = XXᵀ (cols, cols)."""
+def _error(dense: Tensor, pruned: PrunedMatrix, hessian: Tensor) -> float:
+    """||WX − ŴX||² on the calibration set."""
+    change = dense - pruned.weight
+    if pruned.increments is not None:
+        # The sweep has it summed up already, with λ||W − Ŵ||² on top (dead inputs aside).
+        damped = float(pruned.increments.sum(dtype=torch.float64))
+        live = hessian.diagonal() > 0
+        from_damping = pruned.damping * float((change.square().sum(0, dtype=torch.float64) * live).sum())
+        if from_damping < 0.9 * damped:  # or the difference would be left with the rounding of its terms
+            return damped - from_damping
+    return _energy(change, hessian)
+
+
+def _energy(weight: Tensor, hessian: Tensor, block_size: int = 512) -> float:
+    """||WX||² from W (rows, cols) and H = XXᵀ (cols, cols), of which the upper blocks alone are multiplied."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return float(((weight @ hessian.to(weight.dtype)) * weight).sum(dtype=torch.float64))
+    total = 0.0
+    for start in range(0, len(hessian), block_size):
+        stop = min(start + block_size, len(hessian))
+        block = hessian[start:stop].to(weight.dtype)
+        product = torch.addmm(
+            weight[:, start:stop] @ block[:, start:stop], weight[:, stop:], block[:, stop:].T, beta=1, alpha=2
+        )
+        total += float((product * weight[:, start:stop]).sum(dtype=torch.float64))
+    return total
 
 
 def _stage(progress: StageProgress | None, stage: str) -> Callable[[int, int], None] | None:

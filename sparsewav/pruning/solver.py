@@ -2,22 +2,24 @@
 
 The OBS sweep goes over the columns from left to right (the order of SparseGPT, Frantar and Alistarh 2023). With
 H⁻¹ = UᵀU, U upper triangular, [H⁻¹]_pp of the problem that remains at column p is U_pp², and the update of eq. 1
-that makes up for a removed weight is −(w_p / U_pp) U_p,p: on the columns at its right.
+that makes up for a removed weight is −(w_p / U_pp) U_p,p: on the columns at its right. Within a block of columns it is
+done so; how a block answers to all columns before it takes R = U⁻¹ alone (:mod:`~sparsewav.pruning.factorization`).
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.factorization import factorize, invert_upper
 from sparsewav.pruning.saliency import SALIENCIES, Block, Saliency
+from sparsewav.pruning.selection import group_quotas, lowest, lowest_of_rows, n_of_m
 
-logger = logging.getLogger(__name__)
-
-DAMPING_ATTEMPTS = 5
+COLUMNS = 32
+"""So many columns pass their removals on to each other one by one; to the rest of the block one product does."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +109,21 @@ def prune_matrices(
     keeps = keeps or [None] * len(weights)
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
-    stacked = torch.cat([weight.detach() for weight in weights]).to(dtype)
-    keep = torch.cat(
-        [
-            torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.to(weight.device, torch.bool)
-            for weight, mask in zip(weights, keeps, strict=True)
-        ]
-    )
+    stacked = torch.cat([weight.detach().T.to(dtype) for weight in weights], dim=1)
+    removed = torch.zeros_like(stacked, dtype=torch.bool)
     rows = _row_spans(weights)
+    for span, keep in zip(rows, keeps, strict=True):
+        if keep is not None:
+            removed[:, span] = ~keep.T.to(stacked.device, torch.bool)
     solve = _sweep if method.updates else _mask_only
     problem = _Problem(
-        stacked, hessian.to(dtype), keep, rows, sparsities, method, n_m, block_size, percdamp, ", ".join(names)
+        stacked, hessian.to(dtype), removed, rows, sparsities, method, n_m, block_size, percdamp, ", ".join(names)
     )
-    pruned, kept, increments, damping = solve(problem)
+    pruned, removed, increments, damping = solve(problem)
     return [
         PrunedMatrix(
-            weight=pruned[span].to(weight.dtype),
-            keep=kept[span],
+            weight=pruned[:, span].T.to(weight.dtype, memory_format=torch.contiguous_format),
+            keep=~removed[:, span].T.contiguous(),
             increments=None if increments is None else increments[span],
             damping=damping,
         )
@@ -147,6 +147,8 @@ def _check(
                 f"the Hessian of {name} has shape {tuple(hessian.shape)}; its weight {tuple(weight.shape)} needs "
                 f"({weight.shape[1]}, {weight.shape[1]})"
             )
+        if not weight.sum().isfinite():  # one pass, and a value that is not finite stays in the sum
+            raise UserError(f"the weight of {name} has NaN or infinite values; check the model's file")
         if not 0 <= sparsity <= 1:
             raise UserError(f"sparsity {sparsity:g} of {name} is not between 0 and 1")
         if n_m and (not 0 < n_m[0] <= n_m[1] or weight.shape[1] % n_m[1]):
@@ -164,84 +166,20 @@ def _row_spans(weights: Sequence[Tensor]) -> list[slice]:
     return spans
 
 
-def group_quotas(total: int, sizes: Tensor, removed: Tensor) -> Tensor:
-    """Share a number of removals among groups as evenly as what is already removed allows.
-
-    Every group gets the same share of its size, except one that has lost more already: it keeps that, and the others
-    get the less.
-
-    Args:
-        total: removals over all groups, those already made among them.
-        sizes: of the groups, shape (groups,).
-        removed: already removed in every group, shape (groups,).
-
-    Returns:
-        Removals of every group, shape (groups,), int64: at least ``removed``, summing to ``max(total, sum(removed))``.
-    """
-    total = max(total, int(removed.sum()))
-    sizes, removed = sizes.double().cpu(), removed.double().cpu()
-    # The share is where the piecewise linear sum of max(removed, share * size) reaches the total: groups drop out of it
-    # one by one, those with the largest share already removed first.
-    open_groups = torch.ones_like(sizes, dtype=torch.bool)
-    while True:
-        size = float(sizes[open_groups].sum())
-        share = (total - float(removed[~open_groups].sum())) / size if size else 0.0
-        full = open_groups & (removed > share * sizes)
-        if not full.any():
-            break
-        open_groups &= ~full
-    wanted = torch.where(open_groups, share * sizes, removed)
-    # Rounding the running sum spreads the fractions evenly and keeps the total.
-    ends = (wanted.cumsum(0) + 1e-6).floor()
-    ends[-1] = total
-    quotas = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.float64)).to(torch.int64)
-    return _repair(quotas, removed.to(torch.int64), sizes.to(torch.int64))
-
-
-def _repair(quotas: Tensor, removed: Tensor, sizes: Tensor) -> Tensor:
-    """Move single removals between groups until none has fewer than it already lost, or more than it holds."""
-    bounded = quotas.clamp(removed, sizes)
-    surplus = int((quotas - bounded).sum())
-    while surplus:
-        step = 1 if surplus > 0 else -1
-        room = bounded < sizes if surplus > 0 else bounded > removed
-        for index in room.nonzero().flatten()[: abs(surplus)].tolist():
-            bounded[index] += step
-            surplus -= step
-    return bounded
-
-
-def _lowest(scores: Tensor, keep: Tensor, quotas: Tensor) -> Tensor:
-    """Masks, True where a weight stays, that remove from every row of ``scores`` as many as its quota says.
-
-    What ``keep`` removed already is removed first; quotas (rows,), the rest (rows, candidates).
-    """
-    scores = scores.masked_fill(~keep, float("-inf"))
-    mask = torch.ones_like(keep)
-    most = int(quotas.max())
-    if most == 0:
-        return mask
-    if len(scores) == 1:
-        return mask.index_fill(1, scores[0].topk(most, largest=False, sorted=False).indices, False)
-    order = scores.topk(most, largest=False, sorted=True).indices  # (rows, most)
-    wanted = torch.arange(most, device=scores.device) < quotas.to(scores.device)[:, None]
-    return mask.scatter(1, order, ~wanted)
-
-
-def _n_of_m(scores: Tensor, keep: Tensor, n: int, m: int) -> Tensor:
-    """Mask that keeps at most n of every m consecutive columns; all (rows, cols)."""
-    groups, kept = scores.reshape(-1, m), keep.reshape(-1, m)
-    quota = torch.full((len(groups),), m - n)
-    return (_lowest(groups, kept, quota) & kept).reshape(scores.shape)
-
-
 @dataclass(frozen=True)
 class _Problem:
-    """Matrices stacked on one another: weight and keep are (all rows, cols), ``rows`` says which belong together."""
+    """Matrices that read the same input, side by side, and transposed: a column is one stretch of memory.
+
+    Attributes:
+        weight: shape (cols, rows of all matrices); the solver's own copy.
+        hessian: shape (cols, cols).
+        removed: True where a mask in force removed a weight, shape (cols, rows).
+        rows: of every matrix.
+    """
 
     weight: Tensor
     hessian: Tensor
-    keep: Tensor
+    removed: Tensor
     rows: list[slice]
     sparsities: Sequence[float]
     method: Saliency
@@ -257,104 +195,107 @@ def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor, None, float]:
     def no_gradient() -> Tensor:
         raise NotImplementedError(f"{method.score.__name__} prunes without weight updates and has no gradient")
 
-    weight, keep, method = problem.weight, problem.keep, problem.method
+    weight, keep, method = problem.weight.T, ~problem.removed.T, problem.method
     diagonal = problem.hessian.diagonal()
     scores = method.score(Block(weight, torch.ones_like(diagonal), diagonal, no_gradient))
     kept = keep.clone()
     for span, sparsity in zip(problem.rows, problem.sparsities, strict=True):
         if problem.n_m:
-            kept[span] = _n_of_m(scores[span], keep[span], *problem.n_m)
+            kept[span] = n_of_m(scores[span], keep[span], *problem.n_m)
             continue
         shape = (1, -1) if method.compared_within == "matrix" else scores[span].shape
         candidates, candidates_kept = scores[span].reshape(shape), keep[span].reshape(shape)
         sizes = torch.full((len(candidates),), candidates.shape[1])
         quotas = group_quotas(round(sparsity * candidates.numel()), sizes, (~candidates_kept).sum(1))
-        kept[span] = _lowest(candidates, candidates_kept, quotas).reshape(scores[span].shape)
+        kept[span] = ~lowest_of_rows(candidates, candidates_kept, quotas).reshape(scores[span].shape)
     kept &= keep
-    return weight.masked_fill(~kept, 0.0), kept, None, 0.0
+    return weight.masked_fill(~kept, 0.0).T, ~kept.T, None, 0.0
 
 
 def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
     """The OBS sweep: mask a block of columns, then remove its weights column by column, updating the rest."""
-    dense, hessian, rows = problem.weight, problem.hessian, problem.rows
-    weight = dense.clone()
-    cols = weight.shape[1]
+    dense, removed, hessian = problem.weight, problem.removed, problem.hessian
     live = hessian.diagonal() > 0
-    weight[:, ~live] = 0
-    keep = problem.keep & live
-    upper, damping = _factor(hessian, live, problem.percdamp, problem.name)
+    factor, damping = factorize(hessian, live, problem.percdamp, problem.name)
     block_size = problem.block_size
     if problem.n_m:  # no group of m may lie in two blocks
         block_size = max(block_size // problem.n_m[1], 1) * problem.n_m[1]
-    starts = range(0, cols, block_size)
     quotas = [
-        _block_quotas(keep[span], live, sparsity, block_size)
-        for span, sparsity in zip(rows, problem.sparsities, strict=True)
+        _block_quotas(removed[:, rows], live, sparsity, block_size)
+        for rows, sparsity in zip(problem.rows, problem.sparsities, strict=True)
     ]
-    kept = keep.clone()
-    increments = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-    for index, start in enumerate(starts):
-        span = slice(start, min(start + block_size, cols))
-        block = weight[:, span].clone()  # (rows, block)
-        pivots = upper.diagonal()[span]
+    if not live.all():
+        dense[~live], removed[~live] = 0, True
+    # Of the columns still to come: (ΔR)ᵀ, Δ the change of those settled. Of the settled ones: what is left of them.
+    result = torch.zeros_like(dense)
+    increments = torch.zeros(dense.shape[1], dtype=dense.dtype, device=dense.device)
+    for index, start in enumerate(range(0, len(dense), block_size)):
+        span = slice(start, min(start + block_size, len(dense)))
+        upper = invert_upper(factor[span, span])  # U's own block
+        block = result[span]  # (block, rows); a view, and from here on the block's weights
+        change = torch.mm(-upper.T, block)  # the best for this block after what became of those before it
+        torch.add(dense[span], change, out=block)
 
-        def gradient(span: slice = span) -> Tensor:
-            return 2 * (weight - dense) @ hessian[:, span]  # eq. 3, (rows, block)
+        def gradient(change: Tensor = change) -> Tensor:
+            # Eq. 3's 2(Ŵ − W)XXᵀ. What is not settled yet minimises the damped objective, so that λ's part is left.
+            return -2 * damping * change.T
 
-        scores = problem.method.score(Block(block, pivots.square(), hessian.diagonal()[span], gradient))
+        pivots = upper.diagonal()
+        scores = problem.method.score(Block(block.T, pivots.square(), hessian.diagonal()[span], gradient)).T
         if problem.n_m:
-            kept[:, span] = _n_of_m(scores, keep[:, span], *problem.n_m)
+            removed[span] = ~n_of_m(scores.T, ~removed[span].T, *problem.n_m).T
         else:
-            for matrix, quota in zip(rows, quotas, strict=True):
-                kept[matrix, span] &= _remove_in_block(scores[matrix], kept[matrix, span], live[span], quota[index])
-        errors = torch.zeros_like(block)
-        for column in range(block.shape[1]):
-            removed = block[:, column].masked_fill(kept[:, start + column], 0.0)
-            errors[:, column] = removed / pivots[column]
-            block[:, column:] -= errors[:, column, None] * upper[start + column, start + column : span.stop]
-        increments += errors.square().sum(1)
-        weight[:, span] = block.masked_fill(~kept[:, span], 0.0)
-        weight[:, span.stop :] -= errors @ upper[span, span.stop :]
-    return weight, kept, increments, damping
+            for rows, quota in zip(problem.rows, quotas, strict=True):
+                _mark_lowest(removed[span, rows], scores[:, rows], live[span], int(quota[index]))
+        errors = _remove(block, upper, removed[span])
+        increments += errors.square().sum(0)
+        if span.stop < len(dense):
+            result[span.stop :].addmm_(factor[span, span.stop :].T, block - dense[span])
+    return result, removed, increments, damping
 
 
-def _block_quotas(keep: Tensor, live: Tensor, sparsity: float, block_size: int) -> Tensor:
-    """How many weights of one matrix every block of columns loses, dead columns left out of the count."""
-    rows = len(keep)
-    sizes = torch.stack([part.sum() * rows for part in live.split(block_size)])
-    removed = torch.stack([(~part).sum() for part in (keep | ~live).split(block_size, dim=1)])
-    return group_quotas(round(sparsity * int(sizes.sum())), sizes, removed)
+def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
+    """Remove the weights of a block column by column, each time updating the columns to come.
 
+    Args:
+        block: current weights, shape (block, rows); holds what is left of them afterwards.
+        upper: U of the block's columns, shape (block, block).
+        removed: shape (block, rows).
 
-def _remove_in_block(scores: Tensor, keep: Tensor, live: Tensor, quota: Tensor) -> Tensor:
-    """Mask of one matrix's block that removes exactly the quota among its live columns."""
-    mask = torch.ones_like(keep)
-    candidates = scores[:, live]
-    lowest = _lowest(candidates.reshape(1, -1), keep[:, live].reshape(1, -1), quota.reshape(1))
-    mask[:, live] = lowest.reshape(candidates.shape)
-    return mask
-
-
-def _factor(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tuple[Tensor, float]:
-    """Give U, upper triangular with (H + λI)⁻¹ = UᵀU, and the λ that it took.
-
-    Dead inputs get a one on the diagonal: nothing couples to them.
+    Returns:
+        w_p / U_pp of every removed weight, zero elsewhere; shape (block, rows).
     """
-    mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
-    damping = percdamp * mean
-    for attempt in range(DAMPING_ATTEMPTS + 1):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping)
-        damped.diagonal()[~live] = 1.0
-        # H = RRᵀ with R upper triangular is the Cholesky factorisation of H turned upside down, and U = R⁻¹.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed) and lower.isfinite().all():
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), damping
-        if attempt < DAMPING_ATTEMPTS:
-            damping = max(10 * damping, 1e-6 * mean)
-            logger.warning("The Hessian of %s is not positive definite; raising its damping to %.3g", name, damping)
-    raise UserError(
-        f"the Hessian of {name} is not positive definite even with damping {damping:.3g}; "
-        "calibrate on more or other utterances, or raise calibration.percdamp"
-    )
+    lower = upper.T.contiguous()
+    scale = removed / upper.diagonal()[:, None]
+    errors = torch.empty_like(block)
+    # The same memory as arrays of numpy, where that is possible: its calls cost half, and there are thousands.
+    arrays: Any = [
+        tensor.numpy() if tensor.device.type == "cpu" else tensor for tensor in (block, lower, scale, errors)
+    ]
+    weights, coefficients, scales, passed_on = arrays
+    for start in range(0, len(block), COLUMNS):
+        stop = min(start + COLUMNS, len(block))
+        if start:
+            block[start:stop].addmm_(lower[start:stop, :start], errors[:start], alpha=-1)
+        for column in range(start, stop):
+            if column > start:
+                weights[column] -= coefficients[column, start:column] @ passed_on[start:column]
+            passed_on[column] = weights[column] * scales[column]
+    block.masked_fill_(removed, 0.0)
+    return errors
+
+
+def _block_quotas(removed: Tensor, live: Tensor, sparsity: float, block_size: int) -> Tensor:
+    """How many weights of one matrix (cols, rows) every block of columns loses, dead columns left out of the count."""
+    sizes = torch.stack([part.sum() for part in live.split(block_size)]) * removed.shape[1]
+    counts = removed.sum(1) * live
+    already = torch.stack([part.sum() for part in counts.split(block_size)])
+    return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
+
+
+def _mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
+    """Let ``removed`` have exactly ``quota`` of the live columns' weights, its own first; all (block, rows)."""
+    scores = scores.masked_fill(removed, float("-inf"))
+    if not live.all():
+        scores = scores.masked_fill(~live[:, None], float("inf"))
+    removed |= lowest(scores, quota)
