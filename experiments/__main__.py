@@ -59,10 +59,14 @@ def main() -> int:
             return 0
         started = time.perf_counter()
         failed = []
+        drawn: dict[str, Result] = {}
         for name in arguments.items:
             missing = 0 if arguments.draw else _run(name, scale, launcher, console)
-            failed += [name] if missing or not _draw(name, scale, console) else []
-        _write_page(scale, console)
+            result = _draw(name, scale, console)
+            if result:
+                drawn[name] = result
+            failed += [name] if missing or not result else []
+        _write_page(scale, drawn, console)
         console.print(f"{time.perf_counter() - started:.0f} seconds")
         if failed:
             console.print(f"[bold red]not done:[/bold red] {', '.join(failed)}; the same command does what is missing")
@@ -122,20 +126,21 @@ def _run(name: str, scale: Scale, launcher: tuple[str, ...], console: Console) -
     return missing
 
 
-def _draw(name: str, scale: Scale, console: Console) -> bool:
-    """Draw one item and show it; False, with the reason on the terminal, if it cannot be drawn."""
+def _draw(name: str, scale: Scale, console: Console) -> Result | None:
+    """Draw one item and show it; None, with the reason on the terminal, if it cannot be drawn."""
     try:
-        _show(ITEMS[name].make(scale), console)
+        result = ITEMS[name].make(scale)
     except UserError as error:
         console.print(f"[bold red]{name}:[/bold red] {escape(str(error))}", soft_wrap=True)
-        return False
-    return True
+        return None
+    _show(result, console)
+    return result
 
 
-def _write_page(scale: Scale, console: Console) -> None:
+def _write_page(scale: Scale, drawn: dict[str, Result], console: Console) -> None:
     """Write the page with every item that is finished, those of earlier launches, too."""
     finished = {
-        name: (item, item.make(scale))
+        name: (item, drawn.get(name) or item.make(scale))
         for name, item in ITEMS.items()
         if all(job.done for sweep in item.sweeps for job in jobs(sweep, scale))
     }
