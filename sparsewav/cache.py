@@ -86,7 +86,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
     save_file(
         {name: hessian.contiguous() for name, hessian in calibration.hessians.items()}, folder / "hessians.safetensors"
     )
-    record = {"reads": calibration.reads, "frames": calibration.frames}
+    record = {"reads": calibration.reads, "frames": calibration.frames, "sampled": calibration.sampled}
     (folder / "calibration.json").write_text(json.dumps(record))
 
 
@@ -95,4 +95,4 @@ def load_calibration(folder: Path, device: torch.device) -> Calibration:
     record = json.loads((folder / "calibration.json").read_text())
     hessians = load_file(folder / "hessians.safetensors", device=str(device))
     order = dict.fromkeys(record["reads"].values())
-    return Calibration({name: hessians[name] for name in order}, record["reads"], record["frames"])
+    return Calibration({name: hessians[name] for name in order}, record["reads"], record["frames"], record["sampled"])

@@ -66,10 +66,12 @@ class CalibrationConfig:
     """Attributes:
     utterances: size of the random sample.
     propagation: ``parallel`` or ``sequential``.
+    frames_per_column: of a matrix's inputs a random sample of so many frames for each of its columns; None for all.
     """
 
     utterances: int = MISSING
     propagation: str = MISSING
+    frames_per_column: float | None = MISSING
 
 
 @dataclass
@@ -368,6 +370,8 @@ def _faults(config: Config) -> Iterator[str]:
     if config.calibration.propagation not in ("parallel", "sequential"):
         yield f"calibration.propagation={config.calibration.propagation} is neither parallel nor sequential"
     yield from _at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
+    if config.calibration.frames_per_column is not None:
+        yield from _at_least(1, frames_per_column=config.calibration.frames_per_column, prefix="calibration.")
     if config.data.evaluation_utterances is not None:
         yield from _at_least(1, evaluation_utterances=config.data.evaluation_utterances, prefix="data.")
     if isinstance(config.finetune_strategy, OnePassStrategy):

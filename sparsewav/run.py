@@ -274,6 +274,7 @@ def _prune(
             allocation=config.allocation.name,
             n_m=config.n_m,
             propagation=config.calibration.propagation,
+            frames_per_column=config.calibration.frames_per_column,
             seed=config.seed,
             masks=None if first else masks_of(speech.model),
             calibration=calibration,

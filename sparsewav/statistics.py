@@ -67,10 +67,13 @@ def gather_hessians(
     Without an identity they are not kept.
     """
 
+    sample = config.calibration.frames_per_column
+
     def gather() -> tuple[Calibration, float]:
         with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
-            return calibrate(speech.model, batches, progress), time.perf_counter() - started
+            calibration = calibrate(speech.model, batches, progress, frames_per_column=sample, seed=config.seed)
+            return calibration, time.perf_counter() - started
 
     def make(folder: Path) -> None:
         calibration, seconds = gather()
@@ -80,6 +83,8 @@ def gather_hessians(
     if identity is None:
         return *gather(), False
     identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
+    if sample is not None:
+        identity |= {"frames_per_column": sample, "seed": config.seed}
     folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
     return (
         cache.load_calibration(folder, speech.model.device),

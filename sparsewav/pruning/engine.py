@@ -88,6 +88,7 @@ def prune(
     probe_distribution: Probe = "gaussian",
     n_m: tuple[int, int] | None = None,
     propagation: str = "parallel",
+    frames_per_column: float | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
     seed: int = 0,
@@ -112,9 +113,11 @@ def prune(
         n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
         propagation: calibrate every matrix on the dense model's activations (``parallel``) or layer by layer on those
             of the layers already pruned (``sequential``).
+        frames_per_column: sum each Hessian over a random sample of so many frames for each of its columns; None for
+            all frames.
         block_size: columns that the solver masks together.
         percdamp: damping as a share of the Hessian's mean diagonal.
-        seed: of the Hutchinson probes.
+        seed: of the Hutchinson probes and the sample of frames.
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
         calibration: Hessians computed earlier for this model (``parallel`` alone).
         traces: Hessian traces computed earlier for this model.
@@ -162,12 +165,25 @@ def prune(
         if propagation == "parallel":
             if calibration is None:
                 started = time.perf_counter()
-                calibration = calibrate(model, batches, _stage(progress, "calibrate"))
+                calibration = calibrate(
+                    model,
+                    batches,
+                    _stage(progress, "calibrate"),
+                    frames_per_column=frames_per_column,
+                    seed=seed,
+                )
                 seconds["calibrate"] = time.perf_counter() - started
             solver.solve(matrices, calibration, _stage(progress, "solve"))
         else:
             started = time.perf_counter()
-            calibrate_sequentially(model, batches, solver.solve, _stage(progress, "calibrate"))
+            calibrate_sequentially(
+                model,
+                batches,
+                solver.solve,
+                _stage(progress, "calibrate"),
+                frames_per_column=frames_per_column,
+                seed=seed,
+            )
             seconds["calibrate"] = time.perf_counter() - started - solver.seconds
         seconds["solve"] = solver.seconds
     finally:
