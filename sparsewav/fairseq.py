@@ -476,7 +476,8 @@ def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], cal
     if extra := sorted(tensors.keys() - names.keys()):
         raise UserError(f"{called} has {_some(extra)}, which this kind of model does not have; it is not supported")
     model: PreTrainedModel
-    with torch.device("meta"):  # shapes alone: no memory, and no numbers drawn from the generator of the run
+    # Shapes alone take no memory; a run that converts must draw the same numbers as one that finds the folder.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = HubertForCTC(config) if isinstance(config, HubertConfig) else Wav2Vec2ForCTC(config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     for theirs, name in names.items():

@@ -418,3 +418,11 @@ def test_a_run_on_a_file(
     # The file names the model, whatever else is said of it.
     again = run_sparsewav("model=demo", *arguments)
     assert "Done already" in again.stdout
+
+
+def test_converting_draws_no_random_numbers(small: Make, tmp_path: Path) -> None:
+    """A first run, which converts, and a later one, which finds the folder, must end with the same bytes."""
+    path = _save(_cfg(small()), tmp_path / "best.pt")
+    state = torch.get_rng_state()
+    converted_folder(path)
+    assert torch.equal(torch.get_rng_state(), state)
