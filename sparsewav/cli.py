@@ -45,7 +45,10 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     keys = [key for key in key_names() if key not in NOT_IDENTIFYING]
     if root.finetune_strategy.name == "none":
         keys.remove("training")
-    return OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)  # type: ignore[return-value]
+    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
+    # One of the two names the model; the other one changes nothing, and so neither the run's folder.
+    del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
+    return settings
 
 
 def _hash(value: Any) -> str:
@@ -55,9 +58,9 @@ def _hash(value: Any) -> str:
 def _run_name(*, _root_: DictConfig) -> str:
     """Readable part and hash of everything that the run's results depend on."""
     settings = _identifying(_root_)
-    sparsity = settings["sparsity"]
+    model, sparsity = settings["model"], settings["sparsity"]
     parts = (
-        Path(settings["model"]["name_or_path"]).name,
+        Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
         settings["saliency"]["name"],
         settings["allocation"]["name"],
         f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",

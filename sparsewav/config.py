@@ -16,9 +16,20 @@ MISSING: Any = "???"
 
 @dataclass
 class ModelConfig:
-    """Attributes: name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub."""
+    """Which model is pruned.
+
+    Attributes:
+        name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub.
+        fairseq_checkpoint: a file that fairseq saved, taken in place of ``name_or_path``; None if there is none.
+    """
 
     name_or_path: str = MISSING
+    fairseq_checkpoint: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What the model is loaded from, as the user named it."""
+        return self.fairseq_checkpoint or self.name_or_path
 
 
 @dataclass

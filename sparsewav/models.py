@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sparsewav.errors import UserError
+from sparsewav.fairseq import converted_folder
 from sparsewav.files import cache_folder, conf_folder, locked
 from sparsewav.pruning.encoder import check_family
 
@@ -129,6 +130,24 @@ def load_speech_model(
     model.eval().to(device)
     name = Path(name_or_path).name
     return SpeechModel(name, model, processor)
+
+
+def load_fairseq_model(
+    checkpoint: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> SpeechModel:
+    """Load a CTC model from a file that fairseq saved; its name is the file's, without the suffix.
+
+    Args:
+        checkpoint: as :func:`sparsewav.fairseq.converted_folder` takes it.
+        dtype: of the weights in memory.
+        device: where to put the model.
+
+    Raises:
+        UserError: the file is not there, or is not such a model.
+    """
+    speech = load_speech_model(str(converted_folder(checkpoint)), dtype, device)
+    speech.name = Path(checkpoint).stem
+    return speech
 
 
 def load_pretrained(source: str, dtype: torch.dtype, key: str, name: str | None = None) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
-from sparsewav.models import SpeechModel, choose_device, load_speech_model
+from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model
 from sparsewav.progress import stage
 from sparsewav.pruning import prune
 from sparsewav.pruning.encoder import prunable_matrices
@@ -87,8 +87,11 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     if config.force:
         shutil.rmtree(folder / records.STAGES, ignore_errors=True)
     device = choose_device(config.device)
-    with stage(console, f"Loading {config.model.name_or_path}"):
-        speech = load_speech_model(config.model.name_or_path, device=device)
+    with stage(console, f"Loading {config.model.source}"):
+        if config.model.fairseq_checkpoint:
+            speech = load_fairseq_model(config.model.fairseq_checkpoint, device=device)
+        else:
+            speech = load_speech_model(config.model.name_or_path, device=device)
     evaluation, calibration, training = _utterances(config, speech)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
@@ -339,7 +342,7 @@ tags: [sparsewav, pruning, speech]
 ---
 # {speech.name}, pruned to {sparsity} sparsity
 
-Made by SparseWAV from `{config.model.name_or_path}` {tuned}.
+Made by SparseWAV from `{config.model.source}` {tuned}.
 
 | | |
 |---|---|

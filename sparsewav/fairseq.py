@@ -1,0 +1,495 @@
+"""Published fairseq checkpoints of CTC models, read without fairseq and turned into folders of transformers.
+
+What fairseq writes is taken from its sources, https://github.com/facebookresearch/fairseq: ``fairseq/trainer.py`` (the
+file), ``fairseq/models/wav2vec/wav2vec2.py``, ``wav2vec2_asr.py`` and ``fairseq/models/hubert`` (configuration and
+parameters), ``fairseq/data/dictionary.py`` (vocabulary).
+"""
+
+import ast
+import json
+import pickle
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+)
+
+from sparsewav import cache
+from sparsewav.errors import UserError
+
+KEY = "model.fairseq_checkpoint"
+
+DICTIONARY = "dict.ltr.txt"
+"""Name of the file with fairseq's letters; it lies beside a checkpoint."""
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+"""The first four tokens of every dictionary of fairseq; the first one is its blank."""
+
+LIBRISPEECH_LETTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"
+"""The letters of https://dl.fbaipublicfiles.com/fairseq/wav2vec/dict.ltr.txt, the dictionary of the models that fairseq
+publishes as fine-tuned on LibriSpeech or Libri-light; ``vocab.json`` of facebook/wav2vec2-base-100h has them, too."""
+
+ENCODER = "w2v_encoder.w2v_model."
+"""Prefix of the pretrained encoder's parameters in a fine-tuned model."""
+
+HEAD = "w2v_encoder.proj"
+"""The projection to the vocabulary."""
+
+LAYER_MODULES = {
+    "self_attn.q_proj": "attention.q_proj",
+    "self_attn.k_proj": "attention.k_proj",
+    "self_attn.v_proj": "attention.v_proj",
+    "self_attn.out_proj": "attention.out_proj",
+    "self_attn_layer_norm": "layer_norm",
+    "fc1": "feed_forward.intermediate_dense",
+    "fc2": "feed_forward.output_dense",
+    "final_layer_norm": "final_layer_norm",
+}
+"""Modules of a transformer layer: fairseq's names and those of transformers."""
+
+PRETRAINING_ONLY = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "label_embs_concat")
+"""Parameters of the encoder that no logit of a CTC model depends on, and so the only ones that are left out: they make
+and meet the targets of the self-supervised loss. fairseq drops them itself when it fine-tunes
+(``remove_pretraining_modules``), but files that were put together from two may still have them."""
+
+MOST_CONVOLUTIONS = 100
+"""A file that asks for more is broken, or wants the memory filled; the published ones have 7."""
+
+ONLY = {
+    "layer_type": "transformer",
+    "activation_fn": "gelu",
+    "quantize_input": False,
+    "pos_conv_depth": 1,
+    "conv_pos_batch_norm": False,
+    "crop_seq_to_multiple": 1,
+    "blank_weight": 0,
+}
+"""Settings of fairseq for which a file must have this value, or none."""
+
+TUNING_SETTINGS = {
+    "dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "dropout_input": "feat_proj_dropout",
+    "final_dropout": "final_dropout",
+    "layerdrop": "layerdrop",
+    "mask_prob": "mask_time_prob",
+    "mask_length": "mask_time_length",
+    "mask_channel_prob": "mask_feature_prob",
+    "mask_channel_length": "mask_feature_length",
+}
+"""Settings that act in training alone: fairseq's names and those of transformers."""
+
+STAND_INS = re.compile(
+    r"argparse\.Namespace|(fairseq|omegaconf|typing)\..+|_?operator\.getitem|collections\.defaultdict"
+    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
+    r"|builtins\.(bool|bytes|dict|float|int|list|object|str|tuple|type)"
+)
+"""Names in a checkpoint's pickle that get a stand-in: what fairseq puts around the weights. That is the arguments or
+the configuration with its types, the dictionary, and NumPy's numbers among the records of the training."""
+
+
+class StandIn:
+    """Takes the place of a class or function that a pickle names, and does nothing but keep what it is given.
+
+    The real ones are neither imported nor called, so it does not matter what they would do, nor which version of them
+    wrote the file.
+    """
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def converted_folder(path_or_name: str) -> Path:
+    """Give the folder of transformers' checkpoint for a fairseq file; it is made in the cache on first use.
+
+    The vocabulary is that of ``dict.ltr.txt`` beside the file; else the one inside the file, if there is one; else, for
+    32 tokens, :data:`LIBRISPEECH_LETTERS`.
+
+    Args:
+        path_or_name: of a fine-tuned wav2vec 2.0 or HuBERT with a CTC head, e.g. ``wav2vec_small_100h.pt``.
+
+    Returns:
+        A folder with ``config.json``, ``model.safetensors`` (float32), ``vocab.json``, ``preprocessor_config.json``.
+
+    Raises:
+        UserError: the file is not there, is broken, wants more than tensors and plain data to be made when it is read,
+            is not such a model, or does not fit its own configuration by name and shape.
+    """
+    called = f"{KEY}={path_or_name}"
+    path = Path(path_or_name).expanduser()
+    if not path.is_file():
+        raise UserError(f"{called} is not a file; check the path")
+    dictionary = path.with_name(DICTIONARY)
+    status = path.stat()
+    identity = {
+        "file": [str(path.resolve()), status.st_size, status.st_mtime_ns],
+        "dictionary": dictionary.read_bytes().hex() if dictionary.is_file() else None,
+        "code": [cache.code_fingerprint("fairseq.py"), transformers.__version__],
+    }
+    folder, _ = cache.cached_folder("fairseq", identity, lambda folder: _convert(path, called, folder), enabled=True)
+    return folder
+
+
+def _convert(path: Path, called: str, folder: Path) -> None:
+    checkpoint = read_checkpoint(path, called)
+    tensors = _parameters(checkpoint, called)
+    tuning, encoder, normalize = _settings(checkpoint, called)
+    tokens = _vocabulary(checkpoint, path.with_name(DICTIONARY), tensors[f"{HEAD}.weight"].shape[0], called)
+    config = _model_config(tuning, encoder, tensors, called)
+    _fill(config, tensors, called).save_pretrained(folder)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
+    Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(
+        do_normalize=normalize, return_attention_mask=config.feat_extract_norm == "layer"
+    ).save_pretrained(folder)
+
+
+def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
+    """Read what a fairseq file holds, running nothing that the file brings or names.
+
+    PyTorch's ``weights_only`` unpickler makes tensors and plain data; the names in :data:`STAND_INS` get a
+    :class:`StandIn`, and every other name is refused.
+
+    Args:
+        path: of the file, in PyTorch's zip format or the one before.
+        called: how messages speak of it.
+
+    Returns:
+        The file's dictionary: ``model`` (tensors by name), ``args``, ``cfg`` and ``task_state`` (plain data), and more.
+
+    Raises:
+        UserError: the file is broken, is no dictionary, or names something else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(_stand_ins(path))):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict):
+            checkpoint |= {key: _plain(checkpoint.get(key)) for key in ("args", "cfg", "task_state")}
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if not name:
+            raise UserError(f"{called} is broken, or no checkpoint of PyTorch; fetch it again") from error
+        raise UserError(
+            f"{called} needs {name[1]} to be read, which might run anything and is refused; load the file with fairseq "
+            "where you trust it, and save its 'model' and its 'cfg' or 'args' alone"
+        ) from error
+    except Exception as error:  # a file may be broken in every way that zip files, pickles and tensors can
+        raise UserError(f"{called} is broken, or no checkpoint of PyTorch; fetch it again") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise UserError(f"{called} is no checkpoint of fairseq: it has no 'model'; name a file that fairseq saved")
+    return checkpoint
+
+
+def _stand_ins(path: Path) -> Iterator[type]:
+    """A class for every name in a file's pickle that may have one; the pickle's instructions are read, not followed."""
+    for module, name in sorted(_names_in_pickle(path)):
+        if STAND_INS.fullmatch(f"{module}.{name}"):
+            yield type(name, (StandIn,), {"__module__": module, "__qualname__": name})
+
+
+def _names_in_pickle(path: Path) -> set[tuple[str, str]]:
+    names = set()
+
+    def gather(source: Any) -> None:
+        for instruction, argument, _ in pickletools.genops(source):
+            if instruction.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                # PyTorch writes protocol 2, in which names are those of Python 2.
+                names.add(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                if entry.endswith("/data.pkl"):
+                    gather(archive.read(entry))
+    else:
+        with path.open("rb") as file:
+            for _ in range(4):  # magic number, version, description of the machine, and then the object
+                gather(file)
+    return names
+
+
+def _plain(value: Any) -> Any:
+    """Turn stand-ins into plain data: namespaces and omegaconf's containers into dictionaries and lists."""
+    if isinstance(value, StandIn):
+        if isinstance(value.state, dict):
+            for key in ("_content", "_val"):  # of a container and of a value of omegaconf; the rest is about types
+                if key in value.state:
+                    return _plain(value.state[key])
+            return _plain(value.state)
+        return _plain(value.arguments[0]) if len(value.arguments) == 1 else None  # a choice among fairseq's, by value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
+    """The parameters of a CTC model, less those of the pretraining."""
+    tensors = checkpoint["model"]
+    dropped = tuple(ENCODER + name for name in PRETRAINING_ONLY)
+    tensors = {name: tensor for name, tensor in tensors.items() if not str(name).startswith(dropped)}
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+        raise UserError(f"{called} is no checkpoint of fairseq: its 'model' has more than tensors")
+    if f"{HEAD}.weight" not in tensors:
+        raise UserError(
+            f"{called} has no CTC head ({HEAD}.weight): it was pretrained only, or writes with a decoder; take a file "
+            "that was fine-tuned with CTC"
+        )
+    _shape(tensors, f"{HEAD}.weight", 2, called)
+    return tensors
+
+
+def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, called: str) -> tuple[int, ...]:
+    """The shape of a tensor that must be there and have so many dimensions."""
+    if name not in tensors:
+        raise UserError(f"{called} lacks {name}; fetch it again")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise UserError(f"{called} has {name} of shape {shape}, where {dimensions} dimensions belong; fetch it again")
+    return shape
+
+
+def _settings(checkpoint: dict[str, Any], called: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Settings of the fine-tuning, those of the pretrained encoder, and whether audio is normalised.
+
+    Newer files have ``cfg``, with a section for the model and one for the task; older ones ``args``, without sections.
+    In both, the encoder's own settings lie in ``w2v_args``, in either style.
+    """
+    settings = checkpoint.get("cfg") or checkpoint.get("args")
+    if not isinstance(settings, dict):
+        raise UserError(f"{called} is no checkpoint of fairseq: it has neither 'cfg' nor 'args'")
+    tuning, task = _section(settings, "model"), _section(settings, "task")
+    encoder = tuning.get("w2v_args") or settings.get("w2v_args")
+    if not isinstance(encoder, dict):
+        raise UserError(
+            f"{called} does not hold the settings of its encoder ('w2v_args'): it was saved by a fairseq that looked "
+            "them up in the pretrained file; take the newer file of that name, or save it again with a newer fairseq"
+        )
+    for source in (task, tuning, _section(encoder, "task")):
+        if isinstance(source.get("normalize"), bool):
+            return tuning, _section(encoder, "model"), source["normalize"]
+    raise UserError(f"{called} does not say whether audio is normalised ('normalize' of its 'task' or 'args')")
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of ``cfg``; all of ``args``, which has none."""
+    section = settings.get(name)
+    return section if isinstance(section, dict) else settings
+
+
+def _vocabulary(checkpoint: dict[str, Any], dictionary: Path, size: int, called: str) -> list[str]:
+    """The tokens in the order of the head's rows, with the blank called ``<pad>`` as transformers has it."""
+    task_state = checkpoint.get("task_state")
+    saved = task_state.get("target_dictionary") if isinstance(task_state, dict) else None
+    if dictionary.is_file():
+        try:
+            lines = dictionary.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{dictionary} is no dictionary of fairseq: it is not UTF-8") from error
+        tokens = [*SPECIAL_TOKENS, *(line.rsplit(" ", 1)[0] for line in lines if line.strip())]
+        source = str(dictionary)
+    elif isinstance(saved, dict) and isinstance(saved.get("symbols"), list):
+        tokens, source = saved["symbols"], "the dictionary inside it"
+    elif size == len(SPECIAL_TOKENS) + len(LIBRISPEECH_LETTERS):
+        tokens, source = [*SPECIAL_TOKENS, *LIBRISPEECH_LETTERS], "LibriSpeech's dictionary"
+    else:
+        raise UserError(
+            f"{called} writes {size} tokens and does not say which; put the {DICTIONARY} that it was trained with "
+            "beside it"
+        )
+    if len(tokens) != size or len(set(tokens)) != size or tuple(tokens[:4]) != SPECIAL_TOKENS or "|" not in tokens:
+        raise UserError(
+            f"{called} writes {size} tokens, which {source} does not fit: it has {len(set(tokens))} different ones, "
+            f"and must have {' '.join(SPECIAL_TOKENS)} first and | between words; put the {DICTIONARY} that the model "
+            "was trained with beside it"
+        )
+    return ["<pad>", "<s>", *tokens[2:]]
+
+
+def _model_config(
+    tuning: dict[str, Any], encoder: dict[str, Any], tensors: dict[str, Tensor], called: str
+) -> Wav2Vec2Config | HubertConfig:
+    """The configuration of the model of transformers; what the tensors tell, too, must agree with the settings."""
+    for key, only in ONLY.items():
+        for settings in (tuning, encoder):
+            if settings.get(key, only) not in (only, None):
+                raise UserError(f"{called} has {key}={settings[key]}, which is not supported; only {key}={only} is")
+    sizes = _sizes(tensors, called)
+    for key, size in sizes.items():
+        if encoder.get(key, size) != size:
+            raise UserError(f"{called} contradicts itself: its settings say {key}={encoder[key]}, its tensors {size}")
+    for key in ("conv_feature_layers", "encoder_attention_heads", "layer_norm_first"):
+        if key not in encoder:
+            raise UserError(f"{called} does not say {key}, which its tensors do not tell; save it again with fairseq")
+    convolutions = _convolutions(encoder["conv_feature_layers"], called)
+    by_layer = sizes["extractor_mode"] == "layer_norm"
+    heads, width = encoder["encoder_attention_heads"], sizes["encoder_embed_dim"]
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"{called} has encoder_attention_heads={heads}, which does not divide its width {width}")
+    options: dict[str, Any] = {
+        ours: tuning[theirs] for theirs, ours in TUNING_SETTINGS.items() if tuning.get(theirs) is not None
+    }
+    masked = tuning.get("apply_mask", True) and (tuning.get("mask_prob") or tuning.get("mask_channel_prob"))
+    if not masked:  # transformers leaves the mask's embedding out of a model that can never use it
+        options = {key: value for key, value in options.items() if not key.startswith("mask_")}
+    options |= {
+        "apply_spec_augment": bool(masked),
+        "vocab_size": tensors[f"{HEAD}.weight"].shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": sizes["encoder_layers"],
+        "intermediate_size": sizes["encoder_ffn_embed_dim"],
+        "num_attention_heads": heads,
+        "conv_dim": [width for width, _, _ in convolutions],
+        "conv_kernel": [kernel for _, kernel, _ in convolutions],
+        "conv_stride": [stride for _, _, stride in convolutions],
+        "conv_bias": sizes["conv_bias"],
+        "feat_extract_norm": "layer" if by_layer else "group",
+        "do_stable_layer_norm": bool(encoder["layer_norm_first"]),
+        "num_conv_pos_embeddings": sizes["conv_pos"],
+        "num_conv_pos_embedding_groups": sizes["conv_pos_groups"],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    names = [str(settings.get(key)) for settings in (tuning, encoder) for key in ("_name", "arch")]
+    if any("data2vec" in name for name in names):
+        raise UserError(f"{called} is a data2vec model; only wav2vec 2.0 and HuBERT are read from fairseq's files")
+    kind = HubertConfig if any("hubert" in name for name in names) else Wav2Vec2Config
+    try:
+        return kind(**options)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{called} has settings that make no model: {' '.join(str(error).split())}") from error
+
+
+def _sizes(tensors: dict[str, Tensor], called: str) -> dict[str, Any]:
+    """What the tensors tell of the encoder, by fairseq's names."""
+    layers = [re.match(re.escape(ENCODER) + r"encoder\.layers\.(\d+)\.", name) for name in tensors]
+    ffn, width = _shape(tensors, f"{ENCODER}encoder.layers.0.fc1.weight", 2, called)
+    _, group_width, positions = _shape(tensors, f"{ENCODER}encoder.pos_conv.0.weight_v", 3, called)
+    return {
+        "encoder_embed_dim": width,
+        "encoder_layers": max(int(match[1]) for match in layers if match) + 1,
+        "encoder_ffn_embed_dim": ffn,
+        "conv_bias": ENCODER + "feature_extractor.conv_layers.0.0.bias" in tensors,
+        # One group norm after the first convolution, or a layer norm after each.
+        "extractor_mode": "layer_norm"
+        if ENCODER + "feature_extractor.conv_layers.0.2.1.weight" in tensors
+        else "default",
+        "conv_pos": positions,
+        "conv_pos_groups": width // group_width,
+    }
+
+
+def _convolutions(text: Any, called: str) -> list[tuple[int, int, int]]:
+    """Width, kernel and stride of every convolution, from e.g. ``[(512, 10, 5)] + [(512, 3, 2)] * 4``.
+
+    fairseq evaluates this text as Python; here only lists of tuples of numbers, ``+`` and ``*`` mean anything.
+    """
+
+    def evaluate(node: ast.expr) -> list[Any]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            layers = evaluate(node.left) + evaluate(node.right)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            layers = evaluate(node.left) * min(ast.literal_eval(node.right), MOST_CONVOLUTIONS + 1)
+        else:
+            layers = list(ast.literal_eval(node))
+        if len(layers) > MOST_CONVOLUTIONS:
+            raise ValueError("too many")
+        return layers
+
+    try:
+        layers = evaluate(ast.parse(text, mode="eval").body)
+        if layers and all(min(layer) > 0 for layer in layers):
+            return [(int(width), int(kernel), int(stride)) for width, kernel, stride in layers]
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        pass  # said below
+    raise UserError(f"{called} has conv_feature_layers={text}, which is no list of (width, kernel, stride)")
+
+
+def parameter_names(config: PretrainedConfig) -> dict[str, str]:
+    """Name of every parameter of a CTC model: fairseq's and that of transformers.
+
+    Args:
+        config: of a wav2vec 2.0 or a HuBERT of transformers.
+    """
+    ours = f"{config.model_type}."
+    modules = {
+        HEAD: "lm_head",
+        f"{ENCODER}layer_norm": f"{ours}feature_projection.layer_norm",
+        f"{ENCODER}post_extract_proj": f"{ours}feature_projection.projection",
+        f"{ENCODER}encoder.layer_norm": f"{ours}encoder.layer_norm",
+    }
+    by_layer = config.feat_extract_norm == "layer"
+    for index in range(len(config.conv_dim) if by_layer else 1):
+        norm = f"feature_extractor.conv_layers.{index}."
+        modules[f"{ENCODER}{norm}{'2.1' if by_layer else '2'}"] = f"{ours}{norm}layer_norm"
+    for index in range(config.num_hidden_layers):
+        layer = f"encoder.layers.{index}."
+        modules |= {ENCODER + layer + theirs: ours + layer + name for theirs, name in LAYER_MODULES.items()}
+    names = {f"{theirs}.{kind}": f"{name}.{kind}" for theirs, name in modules.items() for kind in ("weight", "bias")}
+    for index in range(len(config.conv_dim)):
+        convolution = f"feature_extractor.conv_layers.{index}."
+        for kind in ("weight", "bias") if config.conv_bias else ("weight",):
+            names[f"{ENCODER}{convolution}0.{kind}"] = f"{ours}{convolution}conv.{kind}"
+    positions = f"{ours}encoder.pos_conv_embed.conv."
+    return names | {
+        f"{ENCODER}encoder.pos_conv.0.bias": f"{positions}bias",
+        # Length and direction of a weight-normalised kernel.
+        f"{ENCODER}encoder.pos_conv.0.weight_g": f"{positions}parametrizations.weight.original0",
+        f"{ENCODER}encoder.pos_conv.0.weight_v": f"{positions}parametrizations.weight.original1",
+        f"{ENCODER}mask_emb": f"{ours}masked_spec_embed",
+    }
+
+
+def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], called: str) -> PreTrainedModel:
+    """Make the model that a configuration describes, of these tensors and no others."""
+    names = parameter_names(config)
+    if missing := sorted(names.keys() - tensors.keys()):
+        raise UserError(f"{called} lacks {_some(missing)}; fetch it again")
+    if extra := sorted(tensors.keys() - names.keys()):
+        raise UserError(f"{called} has {_some(extra)}, which this kind of model does not have; it is not supported")
+    model: PreTrainedModel
+    # Shapes alone take no memory; a run that converts must draw the same numbers as one that finds the folder.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = HubertForCTC(config) if isinstance(config, HubertConfig) else Wav2Vec2ForCTC(config)
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    for theirs, name in names.items():
+        if tensors[theirs].shape != shapes[name]:
+            raise UserError(
+                f"{called} has {theirs} of shape {tuple(tensors[theirs].shape)}, and its settings want "
+                f"{tuple(shapes[name])}; fetch it again"
+            )
+    model.load_state_dict({name: tensors[theirs].float() for theirs, name in names.items()}, assign=True)
+    return model
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
