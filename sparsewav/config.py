@@ -137,7 +137,8 @@ class HutchinsonAllocation(AllocationConfig):
     exact_budget: meet the target to one weight.
     probes: random vectors for every calibration batch.
     distribution: ``gaussian`` or ``rademacher``.
-    utterances: how many of the calibration set.
+    utterances: how many of the calibration set at most.
+    rank_tolerance: stop once a matrix is expected to be out of place by no more than this share of all ranks.
     """
 
     alpha: float = MISSING
@@ -145,6 +146,7 @@ class HutchinsonAllocation(AllocationConfig):
     probes: int = MISSING
     distribution: str = MISSING
     utterances: int = MISSING
+    rank_tolerance: float = MISSING
 
 
 @dataclass
@@ -375,6 +377,7 @@ def _faults(config: Config) -> Iterator[str]:
         if allocation.distribution not in ("gaussian", "rademacher"):
             yield f"allocation.distribution={allocation.distribution} is neither gaussian nor rademacher"
         yield from _at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
+        yield from _at_least(0, rank_tolerance=allocation.rank_tolerance, prefix="allocation.")
     if isinstance(config.saliency, ObsSaliency):
         yield from _at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
         yield from _at_least(1, block_size=config.saliency.block_size, prefix="saliency.")

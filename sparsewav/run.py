@@ -296,7 +296,15 @@ def _prune(
     state.seconds["solve"] += report.seconds["solve"]
     state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
     state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
-    state.stages.append({"sparsity": sparsity, "achieved_sparsity": report.sparsity, "updates": 0})
+    probes = next(iter(traces.values())).samples if traces else 0
+    state.stages.append(
+        {
+            "sparsity": sparsity,
+            "achieved_sparsity": report.sparsity,
+            "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
+            "updates": 0,
+        }
+    )
 
 
 def _finetune(

@@ -114,6 +114,7 @@ def gather_traces(
                 calibration_batches(config, speech, utterances),
                 probes=allocation.probes,
                 distribution=allocation.distribution,  # type: ignore[arg-type]
+                rank_tolerance=allocation.rank_tolerance,
                 seed=config.seed,
                 progress=progress,
             )
@@ -130,6 +131,7 @@ def gather_traces(
         "utterances": cache.utterances_fingerprint(utterances),
         "probes": allocation.probes,
         "distribution": allocation.distribution,
+        "rank_tolerance": allocation.rank_tolerance,
         "seed": config.seed,
     }
     folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)

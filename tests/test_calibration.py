@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequentially
+from sparsewav.pruning.calibration import (
+    BLOCK,
+    WAITING_FRAMES,
+    Calibration,
+    _Sum,
+    calibrate,
+    calibrate_sequentially,
+)
 from sparsewav.pruning.encoder import PrunableMatrix, projections_as_modules, prunable_matrices
 
 Batch = dict[str, Tensor]
@@ -243,3 +250,41 @@ def test_a_batch_without_a_mask_is_all_speech(tiny_model: Factory, noise_batch: 
     masked = calibrate(model, [batch])
     expected = {name: masked.hessian(name).double() for name in masked.reads}
     assert_same_hessians(calibrate(model, (item for item in [unmasked])), expected)
+
+
+def test_sampled_frames_stand_for_all(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
+    """A sample has the size asked for, depends on the seed alone, and sums to H in the mean over seeds."""
+    model = tiny_model("wav2vec2", "layer")
+    batches = [noise_batch([400, 203]), noise_batch([320], seed=1)]
+    everything = calibrate(model, batches)
+    assert_same_hessians(calibrate(model, batches, frames_per_column=1e6), doubled(everything))
+    name = next(iter(everything.hessians))
+    cols = len(everything.hessians[name])
+    share = 10 / cols
+    sampled = calibrate(model, batches, frames_per_column=share, seed=3)
+    assert sampled.frames == everything.frames == 24 + 12 + 19
+    assert sampled.sampled[name] == 2 * 5  # ten frames, half of them from either batch
+    assert torch.equal(calibrate(model, batches, frames_per_column=share, seed=3).hessian(name), sampled.hessian(name))
+    assert not torch.equal(sampled.hessian(name), everything.hessian(name))
+    seeds = 300
+    mean = sum(calibrate(model, batches, frames_per_column=share, seed=seed).hessian(name) for seed in range(seeds))
+    assert isinstance(mean, Tensor)
+    scale = float(everything.hessian(name).diagonal().max())
+    torch.testing.assert_close(mean / seeds, everything.hessian(name), rtol=0, atol=0.1 * scale)
+
+
+def doubled(calibration: Calibration) -> dict[str, Tensor]:
+    return {name: calibration.hessian(name).double() for name in calibration.reads}
+
+
+def test_wide_hessians_are_whole_and_symmetric() -> None:
+    """Blocks above the diagonal, frames that wait and the mirrored rest give XXᵀ where nothing divides evenly."""
+    generator = torch.Generator().manual_seed(0)
+    total = _Sum(BLOCK * 2 + 7, torch.device("cpu"))
+    pieces = [torch.randn(frames, BLOCK * 2 + 7, generator=generator) for frames in (3, WAITING_FRAMES, 100, 1)]
+    for piece in pieces:
+        total.add(piece)
+    hessian, frames = total.finish(), torch.cat(pieces).double()
+    assert total.frames == len(frames)
+    assert torch.equal(hessian, hessian.T)
+    torch.testing.assert_close(hessian.double(), frames.T @ frames, rtol=1e-4, atol=1e-3)

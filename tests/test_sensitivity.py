@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import sensitivity
 from sparsewav.pruning.encoder import prunable_matrices
-from sparsewav.pruning.sensitivity import Trace, estimate_traces, unseparated_neighbors
+from sparsewav.pruning.sensitivity import (
+    LEAST_BATCHES,
+    Trace,
+    estimate_traces,
+    rank_displacement,
+    unseparated_neighbors,
+)
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
@@ -211,3 +217,28 @@ def test_unseparated_neighbors_by_hand() -> None:
     assert unseparated_neighbors(traces) == 2
     nan = float("nan")
     assert unseparated_neighbors({"a": Trace(1.0, nan, 1), "b": Trace(9.0, nan, 1)}) == 1
+
+
+def test_rank_displacement_by_hand() -> None:
+    """Two matrices a standard error of their difference apart are in the wrong order with the normal's 15.9 %."""
+    traces = {"a": Trace(1.0, 3.0, 1), "b": Trace(6.0, 4.0, 1)}
+    assert rank_displacement(traces) == pytest.approx(0.158655, rel=1e-5)
+    assert rank_displacement(traces | {"c": Trace(1e6, 1.0, 1)}) == pytest.approx(2 * 0.158655 / 3 / 2, rel=1e-5)
+    assert rank_displacement({"a": Trace(1.0, 0.0, 1), "b": Trace(2.0, 0.0, 1)}) == 0
+    assert math.isnan(rank_displacement({"a": Trace(1.0, math.nan, 1), "b": Trace(2.0, math.nan, 1)}))
+
+
+def test_probing_stops_when_the_ranks_are_settled(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
+    """A tolerance that is met ends it after the fewest batches, in their random order; one that is not takes all."""
+    model = tiny_model("wav2vec2", "layer")
+    batches = [noise_batch([240], seed=seed) for seed in range(LEAST_BATCHES + 4)]
+    calls: list[tuple[int, int]] = []
+    early = estimate_traces(
+        model, batches, rank_tolerance=0.6, progress=lambda done, total: calls.append((done, total))
+    )
+    everything = estimate_traces(model, batches)
+    assert {trace.samples for trace in early.values()} == {LEAST_BATCHES}
+    assert {trace.samples for trace in everything.values()} == {len(batches)}
+    assert calls[-1] == (len(batches), len(batches))  # the bar fills up
+    assert early != everything
+    assert estimate_traces(model, batches, rank_tolerance=1e-9) == everything

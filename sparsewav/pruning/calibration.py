@@ -87,6 +87,8 @@ class _Sum:
         for start in range(0, len(self.hessian), BLOCK):
             stop = min(start + BLOCK, len(self.hessian))
             self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
+            corner = self.hessian[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)  # symmetric to the last bit
         return self.hessian
 
     def _multiply(self) -> None:

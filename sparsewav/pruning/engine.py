@@ -86,6 +86,7 @@ def prune(
     exact_budget: bool = False,
     probes: int = 1,
     probe_distribution: Probe = "gaussian",
+    rank_tolerance: float = 0.0,
     n_m: tuple[int, int] | None = None,
     propagation: str = "parallel",
     frames_per_column: float | None = None,
@@ -110,6 +111,7 @@ def prune(
         exact_budget: let ``hutchinson`` meet ``sparsity`` to one weight; the paper's own progression misses it.
         probes: Hutchinson probes for each calibration batch.
         probe_distribution: ``gaussian`` (the paper's) or ``rademacher``.
+        rank_tolerance: stop probing once ranks are expected to be displaced by no more than this share of all ranks.
         n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
         propagation: calibrate every matrix on the dense model's activations (``parallel``) or layer by layer on those
             of the layers already pruned (``sequential``).
@@ -155,6 +157,7 @@ def prune(
                     batches,
                     probes=probes,
                     distribution=probe_distribution,
+                    rank_tolerance=rank_tolerance,
                     seed=seed,
                     progress=_stage(progress, "allocate"),
                 )

@@ -2,14 +2,15 @@
 
 PyTorch's CTC loss has no second derivative, so the Hessian-vector product is a central difference of gradients,
 Hz ≈ (∇L(w + εz) − ∇L(w − εz)) / 2ε. One z over all matrices at once gives every trace: the products between different
-matrices have expectation zero.
+matrices have expectation zero. Only the ranking of the matrices is used, so that the estimate may stop as soon as more
+batches would hardly change it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from sparsewav.pruning.encoder import PrunableMatrix, model_batches, prunable_ma
 
 Probe = Literal["gaussian", "rademacher"]
 
+LEAST_BATCHES = 8
+"""Standard errors from fewer would say little."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -31,11 +35,13 @@ class Trace:
         value: of the mean loss per utterance.
         standard_error: over probes and batches; NaN from a single one.
         size: number of diagonal elements.
+        samples: pairs of a probe and a batch that it was made of; each took two gradients.
     """
 
     value: float
     standard_error: float
     size: int
+    samples: int = 1
 
     @property
     def sensitivity(self) -> float:
@@ -50,12 +56,14 @@ def estimate_traces(
     probes: int = 1,
     distribution: Probe = "gaussian",
     epsilon: float = 1e-3,
+    rank_tolerance: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Trace]:
     """Estimate the Hessian trace of every prunable matrix.
 
-    Every pair of a probe and a batch draws a z of its own, so that more batches also mean more probes.
+    Every pair of a probe and a batch draws a z of its own, so that more batches also mean more probes. The batches come
+    in random order.
 
     Args:
         model: CTC model in evaluation mode, float32 or float64; its weights are the same bytes afterwards.
@@ -63,8 +71,10 @@ def estimate_traces(
         probes: how many z for each batch.
         distribution: of z's elements; the paper's is Gaussian, Rademacher has less variance.
         epsilon: size of the step relative to the weights' norm.
-        seed: of z.
-        progress: called after every probe of every batch.
+        rank_tolerance: stop once the ranks are settled so far: the expected displacement of a rank, as a share of all
+            ranks and averaged over the matrices (:func:`rank_displacement`); 0 takes all batches.
+        seed: of z and of the batches' order.
+        progress: called after every batch.
 
     Returns:
         Traces by matrix name.
@@ -77,28 +87,55 @@ def estimate_traces(
             f"sensitivities need a model in float32, this one is in {model.dtype}; load it with dtype=float32"
         )
     matrices = prunable_matrices(model)
-    batches = list(batches) if not hasattr(batches, "__len__") else batches
+    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
+    order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(_seed_of(seed))).tolist()
     products: list[Tensor] = []  # one (matrices,) vector of zᵢᵀ(Hz)ᵢ for every probe and batch, per utterance
     weights: list[int] = []
+    traces: dict[str, Trace] = {}
     with _only_matrices_trainable(model, matrices), _summed_loss(model):
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
-        for index, batch in enumerate(batches):
-            parts = list(model_batches(model, batch))
+        for done, index in enumerate(order, start=1):
+            parts = list(model_batches(model, sized[index]))
             utterances = sum(len(part["input_values"]) for part in parts)
             for probe in range(probes):
                 generator = torch.Generator().manual_seed(_seed_of(seed, index, probe))
                 z = [_draw(matrix, distribution, generator) for matrix in matrices]
                 products.append(_quadratic_forms(model, matrices, parts, z, step_size / _norm(z)) / utterances)
                 weights.append(utterances)
-                if progress:
-                    progress(index * probes + probe + 1, len(batches) * probes)  # type: ignore[arg-type]
+            traces = _traces(matrices, products, weights)
+            settled = done >= LEAST_BATCHES and rank_displacement(traces) <= rank_tolerance
+            if progress:
+                progress(len(order) if settled else done, len(order))
+            if settled:
+                break
     if not products:
         raise UserError("the calibration set is empty; give at least one utterance")
+    return traces
+
+
+def _traces(matrices: list[PrunableMatrix], products: list[Tensor], weights: list[int]) -> dict[str, Trace]:
     values, errors = _weighted_mean(torch.stack(products), torch.tensor(weights, dtype=torch.float64))
     return {
-        matrix.name: Trace(value, error, matrix.size)
+        matrix.name: Trace(value, error, matrix.size, len(products))
         for matrix, value, error in zip(matrices, values.tolist(), errors.tolist(), strict=True)
     }
+
+
+def rank_displacement(traces: dict[str, Trace]) -> float:
+    """By how many ranks a matrix is expected to be out of place, as a share of all ranks; mean over the matrices.
+
+    Each pair of matrices is in the wrong order with the probability that a normal variable with the pair's difference
+    and standard errors has the other sign. NaN from a single sample.
+    """
+    means = torch.tensor([trace.sensitivity for trace in traces.values()], dtype=torch.float64)
+    errors = torch.tensor([trace.standard_error / trace.size for trace in traces.values()], dtype=torch.float64)
+    if len(means) < 2:
+        return 0.0
+    difference = (means[:, None] - means).abs()
+    spread = (errors[:, None].square() + errors.square()).sqrt()
+    wrong = torch.special.ndtr(-difference / spread.clamp(min=1e-300))  # (matrices, matrices)
+    wrong.fill_diagonal_(0.0)
+    return float(wrong.sum(1).mean()) / (len(means) - 1)
 
 
 def unseparated_neighbors(traces: dict[str, Trace]) -> int:
@@ -134,43 +171,50 @@ def _quadratic_forms(
 ) -> Tensor:
     """zᵢᵀ(Hz)ᵢ of every matrix, shape (matrices,), float64, of the loss summed over the batches."""
     originals = [matrix.weight.detach().clone() for matrix in matrices]
-    gradients: list[list[Tensor]] = []
+    products: list[Tensor] = []
     try:
         for sign in (1, -1):
             for matrix, original, direction in zip(matrices, originals, z, strict=True):
                 matrix.weight.data.copy_(original).add_(direction, alpha=sign * epsilon)
-            gradients.append(_gradients(model, matrices, batches))
+            products.append(_products_with_gradients(model, matrices, batches, z))
     finally:
         for matrix, original in zip(matrices, originals, strict=True):
             matrix.weight.data.copy_(original)
-    return torch.stack(
-        [
-            (direction.double() * (plus.double() - minus.double())).sum().cpu() / (2 * epsilon)
-            for direction, plus, minus in zip(z, *gradients, strict=True)
-        ]
-    )
+    return (products[0] - products[1]) / (2 * epsilon)
 
 
-def _gradients(
-    model: PreTrainedModel, matrices: list[PrunableMatrix], batches: list[dict[str, Tensor]]
-) -> list[Tensor]:
-    totals = [torch.zeros_like(matrix.weight) for matrix in matrices]
-    for batch in batches:
-        if "labels" not in batch:
-            raise UserError(
-                "sensitivities need transcripts: give the calibration batches labels, or allocation=uniform"
-            )
-        loss = model(**batch).loss
-        if not loss.isfinite():
-            raise UserError(
-                "the CTC loss of a calibration batch is not finite: a transcript is longer than its audio has frames, "
-                "or the model's weights are broken; remove that utterance"
-            )
-        for total, gradient in zip(
-            totals, torch.autograd.grad(loss, [matrix.weight for matrix in matrices]), strict=True
-        ):
-            total += gradient
-    return totals
+def _products_with_gradients(
+    model: PreTrainedModel, matrices: list[PrunableMatrix], batches: list[dict[str, Tensor]], z: list[Tensor]
+) -> Tensor:
+    """zᵢᵀ∇ᵢL of every matrix, shape (matrices,), float64; a gradient is gone as soon as it is multiplied."""
+    products = torch.zeros(len(matrices), dtype=torch.float64)
+
+    def multiply(index: int) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            products[index] += (z[index].double() * weight.grad.double()).sum().cpu()
+            weight.grad = None
+
+        return hook
+
+    hooks = [matrix.weight.register_post_accumulate_grad_hook(multiply(index)) for index, matrix in enumerate(matrices)]
+    try:
+        for batch in batches:
+            if "labels" not in batch:
+                raise UserError(
+                    "sensitivities need transcripts: give the calibration batches labels, or allocation=uniform"
+                )
+            loss = model(**batch).loss
+            if not loss.isfinite():
+                raise UserError(
+                    "the CTC loss of a calibration batch is not finite: a transcript is longer than its audio has "
+                    "frames, or the model's weights are broken; remove that utterance"
+                )
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return products
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
