@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from sparsewav.files import write_file
 
@@ -79,7 +79,10 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
         axes.set_ylabel("WER (%)")
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
+        ticks: list[float] = [tick for tick in _TICKS if low <= tick <= high]
+        if len(ticks) < 3:  # a narrow range falls between them
+            ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlim(5, 95)
