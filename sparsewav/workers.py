@@ -20,6 +20,9 @@ from sparsewav.pruning import processes
 
 T = TypeVar("T")
 
+_END = "end"
+"""In place of an order."""
+
 _with_gpu = 0
 """How many of the processes have a GPU."""
 
@@ -35,30 +38,22 @@ TIMEOUT = timedelta(days=24)
 def lead_or_work(main: Callable[[], T]) -> T | None:
     """Do ``main`` in the first of the processes, while the others work for it until it ends.
 
+    The others never report a failure by themselves: it would make their launcher stop the first process, too, before
+    that one has said what is wrong.
+
     Returns:
         What ``main`` returned, in the first process; None in the others.
-
-    Raises:
-        SystemExit: in the other processes, with the first one's exit code, if that is not 0.
     """
     _join()
-    if processes.rank() > 0:
-        code = _work()
-        distributed.destroy_process_group()
-        if code:
-            raise SystemExit(code)
-        return None
-    code = 1  # unless it comes to its end
     try:
-        result = main()
-        code = 0
-        return result
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        raise
+        if processes.rank() == 0:
+            return main()
+        _work()
+        return None
     finally:
-        with suppress(RuntimeError):  # a process that died cannot be told
-            processes.broadcast(code)
+        if processes.rank() == 0:
+            with suppress(RuntimeError):  # a process that died cannot be told
+                processes.broadcast(_END)
         distributed.destroy_process_group()
 
 
@@ -105,13 +100,13 @@ def _join() -> None:
     _with_gpu = sum(processes.gather(has_gpu))
 
 
-def _work() -> int:
-    """Do what the first process asks for until it ends; gives its exit code."""
+def _work() -> None:
+    """Do what the first process asks for until it ends."""
     model: PreTrainedModel | None = None
     while True:
         order: Any = processes.broadcast(None)
-        if isinstance(order, int):
-            return order
+        if order == _END:
+            return
         with suppress(UserError, processes.ProcessFailure):  # raised in all processes; the first one reports it
             model = _do(order, model)
         del order  # or its tensors would stay while the first process tunes
