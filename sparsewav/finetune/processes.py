@@ -86,7 +86,8 @@ def _train(
         }
     speech = load_speech_model(str(folder / "pruned"), device=f"cuda:{rank}" if on_gpu else "cpu")
     model: Any = speech.model
-    with stage(Console(quiet=rank > 0), f"Training in {settings.processes} processes") as progress:
+    place = "a process of its own" if settings.processes == 1 else f"{settings.processes} processes"
+    with stage(Console(quiet=rank > 0), f"Training in {place}") as progress:
         log = train_ctc(
             model,
             speech.processor,
