@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -27,6 +27,8 @@ from rich.table import Table
 from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate, validate_training
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+
+T = TypeVar("T")
 
 _config_name = "config"
 """Of the command that this process runs: ``config`` or ``train``."""
@@ -100,7 +102,7 @@ def _quieten_libraries() -> None:
 
 
 def run_job(settings: DictConfig) -> float | None:
-    """One job of a run or a sweep: Hydra's task function.
+    """One job of a run or a sweep: Hydra's task function. The tasks of one Slurm job do it together.
 
     Returns:
         The word error rate, for sweepers; None from a failed job of a sweep, which does not stop the others.
@@ -108,6 +110,27 @@ def run_job(settings: DictConfig) -> float | None:
     Raises:
         SystemExit: with code 1 when the one job of a run failed.
     """
+    if "SUBMITIT_EXECUTOR" not in os.environ or (tasks := _submitit_environment()).world_size == 1:
+        return _run_job(settings)
+    tasks.export(set_cuda_visible_devices=False, overwrite=True)
+    return _together(lambda: _run_job(settings))
+
+
+def _submitit_environment() -> Any:
+    from submitit.helpers import TorchDistributedEnvironment
+
+    return TorchDistributedEnvironment()
+
+
+def _together(main: Callable[[], T]) -> T | None:
+    """Do something in the first of the processes that were started together; the others work for it."""
+    _quieten_libraries()
+    from sparsewav.workers import lead_or_work
+
+    return lead_or_work(main)
+
+
+def _run_job(settings: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console()
@@ -236,7 +259,14 @@ def train_job(settings: DictConfig) -> None:
 
 
 def main() -> None:
-    """Console entry ``sparsewav``."""
+    """Console entry ``sparsewav``; torchrun starts it in several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        _together(_main)
+    else:
+        _main()
+
+
+def _main() -> None:
     _launch(run_job, "config")
     if RememberSweep.folder is not None:
         from sparsewav.sweep import summarize

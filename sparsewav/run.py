@@ -23,9 +23,10 @@ from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
 from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model
 from sparsewav.progress import stage
-from sparsewav.pruning import prune
+from sparsewav.pruning import processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
+from sparsewav.workers import in_all_processes
 
 METHOD = "sparsewav"
 
@@ -269,10 +270,11 @@ def _prune(
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
     name = config.sparsity_name if config.n_m else f"{sparsity:g}"
     with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
-        report = prune(
+        report = in_all_processes(
+            prune,
             speech.model,
             batches,
-            sparsity,
+            sparsity=sparsity,
             saliency=config.saliency.name,
             allocation=config.allocation.name,
             n_m=config.n_m,
@@ -321,7 +323,8 @@ def _finetune(
     with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
         started = time.perf_counter()
         arguments = (speech.processor, training, config.training, item.updates, checkpoints)
-        if config.training.processes == 1:
+        # Beside this process's group the Trainer would take the processes that wait in it for its own.
+        if config.training.processes == 1 and processes.world() == 1:
             log = train_ctc(speech.model, *arguments, masks=masks, progress=progress)
         else:
             speech.model, log = train_masked_in_processes(speech.model, *arguments)

@@ -17,6 +17,7 @@ from sparsewav.models import SpeechModel
 from sparsewav.progress import stage
 from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces
 from sparsewav.pruning.encoder import takes_padding
+from sparsewav.workers import in_all_processes
 
 
 def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
@@ -72,7 +73,9 @@ def gather_hessians(
     def gather() -> tuple[Calibration, float]:
         with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
-            calibration = calibrate(speech.model, batches, progress, frames_per_column=sample, seed=config.seed)
+            calibration = in_all_processes(
+                calibrate, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
+            )
             return calibration, time.perf_counter() - started
 
     def make(folder: Path) -> None:

@@ -149,8 +149,9 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "hydra.launcher.tasks_per_node=2"],
     ],
-    ids=["joblib", "submitit"],
+    ids=["joblib", "submitit", "submitit-two-processes"],
 )
 def test_a_launcher_gives_the_same_results(
     run_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
@@ -167,11 +168,58 @@ def test_a_launcher_gives_the_same_results(
 
 
 def test_the_slurm_launcher_asks_for_a_gpu_a_run() -> None:
+    overrides = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        overrides = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu"]
         launcher = compose("config", overrides, return_hydra_config=True).hydra.launcher
+        overrides.append("hydra.launcher.tasks_per_node=4")
+        wider = compose("config", overrides, return_hydra_config=True).hydra.launcher
     assert (launcher.gpus_per_node, launcher.partition, launcher.timeout_min) == (1, "gpu", 1440)
     assert launcher._target_.endswith("SlurmLauncher")
+    assert (wider.gpus_per_node, wider.tasks_per_node) == (4, 4)
+
+
+def test_torchrun_gives_the_same_results(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """A sweep that tunes and fails by turns, in two processes: what one process writes, and one report of each kind."""
+    training = ["training.epochs=1", "training.batch_size=4", "training.precision=float32", "training.warmup_steps=1"]
+    tuned = ["finetune_strategy=progressive", "finetune_strategy.stages=[0.5]", "data.training_subset=train", *training]
+    sweep = ["-m", *small, "sparsity.target=0.7,0.95", "calibration.propagation=parallel,sequential", *tuned]
+    processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
+    alone = run_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
+    # Its own cache, or it would read Hessians instead of summing them.
+    changes = {"OMP_NUM_THREADS": "1", "SPARSEWAV_CACHE": str(tmp_path / "other")}
+    several = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    output = several.stdout + several.stderr
+    assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
+    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
+    one, two = (sorted((tmp_path / root).glob("sweep-*/*/metrics.json")) for root in ("one", "two"))
+    assert [path.parent.name for path in one] == [path.parent.name for path in two]
+    assert len(one) == 2
+    for ours, theirs in zip(one, two, strict=True):
+        metrics, others = (json.loads(path.read_text()) for path in (ours, theirs))
+        for key in ("wer", "wer_pruned", "wer_dense", "achieved_sparsity", "params_nonzero", "updates"):
+            assert metrics[key] == others[key], key
+        for name in ("layers.csv", "layers-0.5.csv"):
+            pandas.testing.assert_frame_equal(
+                pandas.read_csv(ours.parent / name), pandas.read_csv(theirs.parent / name), rtol=1e-4
+            )
+        weights, other_weights = (load_file(path.parent / "model" / "model.safetensors") for path in (ours, theirs))
+        for name, weight in weights.items():
+            assert torch.equal(weight == 0, other_weights[name] == 0), name
+            torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
+
+    again = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    assert again.stdout.count("Done already") == 2, again.stdout + again.stderr
+
+
+def test_torchrun_ends_at_once_when_a_run_cannot_start(run_sparsewav: Run, small: list[str]) -> None:
+    started = time.monotonic()
+    processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
+    result = run_sparsewav(*processes, *small, "sparsity.target=1.5", command="torchrun")
+    assert time.monotonic() - started < 60
+    assert result.returncode == 1
+    output = result.stdout + result.stderr  # torchrun adds a report of its own, traceback included, to whatever fails
+    assert output.count("sparsity.target=1.5 is not between 0 and 1") == 1, output
+    assert "sparsewav/cli.py" not in output
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

@@ -1,4 +1,4 @@
-"""Training shared by several processes on this machine, e.g. one for each GPU."""
+"""Training in processes of its own on this machine, e.g. one for each GPU, that share it."""
 
 import json
 import os
@@ -76,16 +76,18 @@ def _train(
     port: int,
 ) -> None:
     """One of the processes; the first shows the progress and writes the result."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(settings.processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    if settings.processes > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(settings.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     speech = load_speech_model(str(folder / "pruned"), device=f"cuda:{rank}" if on_gpu else "cpu")
     model: Any = speech.model
-    with stage(Console(quiet=rank > 0), f"Training in {settings.processes} processes") as progress:
+    place = "a process of its own" if settings.processes == 1 else f"{settings.processes} processes"
+    with stage(Console(quiet=rank > 0), f"Training in {place}") as progress:
         log = train_ctc(
             model,
             speech.processor,
@@ -100,5 +102,6 @@ def _train(
         model.to("cpu").save_pretrained(folder / "trained")
         speech.processor.save_pretrained(folder / "trained")
         (folder / "log.json").write_text(json.dumps(log))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if settings.processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning import processes
 from sparsewav.pruning.encoder import (
     PrunableMatrix,
     encoder_layers,
@@ -144,17 +145,24 @@ class _Observer:
         self._seen.clear()
 
     def finish(self) -> Calibration:
-        """Give the Hessians.
+        """Give the Hessians, summed over the processes.
 
         Raises:
             UserError: there was no frame, or an activation that is not finite.
         """
-        if self.frames == 0:
+        found = processes.gather((self.frames, self.reads, {name: total.frames for name, total in self._sums.items()}))
+        frames = sum(count for count, _, _ in found)
+        if frames == 0:
             raise UserError("the calibration set is empty; give at least one utterance")
-        calibration = Calibration(reads=self.reads, frames=self.frames)
-        for name, total in self._sums.items():
+        # A process that had no batch saw nothing read, the others saw the same.
+        calibration = Calibration(reads=next(reads for _, reads, _ in found if reads), frames=frames)
+        modules = {matrix.name: matrix.module for matrix in self.matrices}
+        for name in dict.fromkeys(calibration.reads.values()):
+            weight = modules[name].weight
+            total = self._sums.get(name) or _Sum(weight.shape[1], weight.device)
             calibration.hessians[name] = total.finish()
-            calibration.sampled[name] = total.frames
+            processes.add_up(calibration.hessians[name])
+            calibration.sampled[name] = sum(sampled.get(name, 0) for _, _, sampled in found)
             if not calibration.hessians[name].isfinite().all():
                 raise UserError(
                     f"the inputs of {name} on the calibration set are NaN or infinite; "
@@ -209,6 +217,8 @@ def calibrate(
 ) -> Calibration:
     """Accumulate all Hessians in one pass of the model as it is (propagation ``parallel``).
 
+    Of several processes each takes its share of the batches, and all get the Hessians of the whole set.
+
     Args:
         model: CTC model in evaluation mode.
         batches: calibration batches with ``input_values`` (batch, samples) and ``attention_mask`` (batch, samples).
@@ -222,15 +232,15 @@ def calibrate(
     """
     observer = _Observer(prunable_matrices(model), frames_per_column, seed)
     sized: Any = batches if hasattr(batches, "__len__") else list(batches)
-    with projections_as_modules(model), observer.attached():
-        for index, batch in enumerate(sized):
+    with processes.together(), projections_as_modules(model), observer.attached():
+        for index, batch in processes.share(sized):
             parts = list(model_batches(model, batch))
             for number, (part, share) in enumerate(zip(parts, _shares(model, parts, len(sized)), strict=True)):
                 observer.start_batch(_frame_mask(model, part), 1000 * index + number, share)
                 getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
                 observer.end_batch()
             if progress:
-                progress(index + 1, len(sized))
+                progress(min(index + processes.world(), len(sized)), len(sized))
     return observer.finish()
 
 
@@ -272,13 +282,13 @@ def _first_layer_inputs(
     sized: Any = batches if hasattr(batches, "__len__") else list(batches)
     hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        for batch in sized:
+        for index, batch in processes.share(sized):
             parts = list(model_batches(model, batch))
-            for part, share in zip(parts, _shares(model, parts, len(sized)), strict=True):
+            for number, (part, share) in enumerate(zip(parts, _shares(model, parts, len(sized)), strict=True)):
                 with suppress(_StopForward):
                     getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
                 hidden_states, arguments = caught.pop()
-                item = _LayerInputs(folder, len(items), share)
+                item = _LayerInputs(folder, 1000 * index + number, share)
                 item.save("hidden_states", hidden_states)
                 item.save("others", (arguments, _frame_mask(model, part)))
                 items.append(item)
@@ -311,7 +321,8 @@ def calibrate_sequentially(
     """Calibrate and prune layer by layer, each on the outputs of the pruned layers before it (``sequential``).
 
     The hidden states of the calibration set wait on disk, in the folder for temporary files; of them, one batch of one
-    layer is in memory at a time.
+    layer is in memory at a time. Of several processes each takes its share of the batches; ``prune_layer`` is called in
+    all of them with the Hessians of the whole set.
 
     Args:
         model: CTC model in evaluation mode.
@@ -327,10 +338,11 @@ def calibrate_sequentially(
     layers = encoder_layers(model)
     matrices = prunable_matrices(model)
     with projections_as_modules(model), TemporaryDirectory(prefix="sparsewav-") as folder:
-        inputs = _first_layer_inputs(model, layers, batches, Path(folder))
+        with processes.together():
+            inputs = _first_layer_inputs(model, layers, batches, Path(folder))
         for index, layer in enumerate(layers):
             observer = _Observer([matrix for matrix in matrices if matrix.layer == index], frames_per_column, seed)
-            with observer.attached():
+            with processes.together(), observer.attached():
                 for item in inputs:
                     arguments, frame_mask = item.load("others", model.device)
                     observer.start_batch(frame_mask, item.number, item.share)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning import processes
 from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly, rank_by_sensitivity
 from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequentially
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
@@ -100,6 +101,9 @@ def prune(
 ) -> PruneReport:
     """Prune a CTC model in place, in one shot.
 
+    In a process group (:mod:`torch.distributed`) all processes call it with the same arguments, share the calibration
+    and the matrices, and end with the same model.
+
     Args:
         model: a CTC model of transformers; its prunable matrices are those of :mod:`~sparsewav.pruning.encoder`.
         calibration_batches: dictionaries with ``input_values`` (batch, samples), ``attention_mask`` (batch, samples)
@@ -162,6 +166,7 @@ def prune(
                     progress=_stage(progress, "allocate"),
                 )
                 seconds["allocate"] = time.perf_counter() - started
+            traces = processes.broadcast(traces)  # GPUs do not sum in the same order twice, and all must rank alike
             sensitivities = {name: traces[name].sensitivity for name in sizes}
             targets = allocate_by_rank(sizes, sensitivities, sparsity, alpha, exact_budget=exact_budget)
         solver = _Solver(targets, traces, saliency, n_m, block_size, percdamp, dict(masks or {}))
@@ -233,27 +238,45 @@ class _Solver:
         calibration: Calibration,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Prune matrices in place, those with the same input together."""
+        """Prune matrices in place, those with the same input together; the processes share the Hessians."""
         started = time.perf_counter()
         by_name = {matrix.name: matrix for matrix in matrices}
         reports: dict[str, MatrixReport] = {}
-        for key, names in calibration.groups().items():
-            hessian = calibration.hessians[key]
-            results = prune_matrices(
-                [by_name[name].weight for name in names],
-                hessian,
-                [self.targets[name] for name in names],
-                saliency=self.saliency,
-                keeps=[self.masks_in_force.get(name) for name in names],
-                n_m=self.n_m,
-                block_size=self.block_size,
-                percdamp=self.percdamp,
-                names=names,
-            )
-            for name, result in zip(names, results, strict=True):
-                reports[name] = self._report(by_name[name], result, hessian)
-                by_name[name].weight.data.copy_(result.weight)
-                self.masks[name] = result.keep
+        groups = calibration.groups()
+        # To factor a Hessian, and to sweep the matrices that it is for.
+        sizes = [sum(by_name[name].size for name in names) for names in groups.values()]
+        widths = [len(calibration.hessians[key]) for key in groups]
+        costs = [cols**3 / 3 + size * cols for size, cols in zip(sizes, widths, strict=True)]
+        owners = dict(zip(groups, processes.deal(costs), strict=True))
+        with processes.together():
+            for key, names in groups.items():
+                if owners[key] != processes.rank():
+                    continue
+                hessian = calibration.hessians[key]
+                results = prune_matrices(
+                    [by_name[name].weight for name in names],
+                    hessian,
+                    [self.targets[name] for name in names],
+                    saliency=self.saliency,
+                    keeps=[self.masks_in_force.get(name) for name in names],
+                    n_m=self.n_m,
+                    block_size=self.block_size,
+                    percdamp=self.percdamp,
+                    names=names,
+                )
+                for name, result in zip(names, results, strict=True):
+                    reports[name] = self._report(by_name[name], result, hessian)
+                    by_name[name].weight.data.copy_(result.weight)
+                    self.masks[name] = result.keep
+                if progress:
+                    progress(len(reports), len(matrices))
+        if processes.world() > 1:
+            for key, names in groups.items():
+                for name in names:
+                    weight = by_name[name].weight.data
+                    pruned: Any = (weight, self.masks.get(name), reports.get(name))
+                    received, self.masks[name], reports[name] = processes.broadcast(pruned, owners[key])
+                    weight.copy_(received)
             if progress:
                 progress(len(reports), len(matrices))
         self.reports.extend(reports[matrix.name] for matrix in matrices)
@@ -337,6 +360,7 @@ def _warnings(targets: Mapping[str, float], traces: Mapping[str, Trace] | None) 
         negative = sum(trace.value < 0 for trace in traces.values())
         if negative:
             warnings.append(f"{negative} sensitivities are negative (the CTC loss is not convex); ranked by value")
-    for warning in warnings:
-        logger.warning(warning)
+    if processes.rank() == 0:  # once is enough
+        for warning in warnings:
+            logger.warning(warning)
     return warnings
