@@ -194,6 +194,7 @@ def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Callable[..., 
             capture_output=True,
             text=True,
             check=False,
+            timeout=900,  # a command that hangs fails its test instead of the whole suite
         )
 
     return run
