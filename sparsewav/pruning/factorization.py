@@ -17,7 +17,7 @@ from sparsewav.errors import UserError
 logger = logging.getLogger(__name__)
 
 DAMPING_ATTEMPTS = 5
-BLOCK = 384
+BLOCK = 256
 """Columns that are factored together; the rest of the work is products, which run at the machine's full speed."""
 
 

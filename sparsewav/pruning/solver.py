@@ -288,14 +288,15 @@ def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
 def _block_quotas(removed: Tensor, live: Tensor, sparsity: float, block_size: int) -> Tensor:
     """How many weights of one matrix (cols, rows) every block of columns loses, dead columns left out of the count."""
     sizes = torch.stack([part.sum() for part in live.split(block_size)]) * removed.shape[1]
-    counts = removed.sum(1) * live
+    counts = removed.sum(1) * live if removed.any() else torch.zeros_like(live, dtype=torch.int64)
     already = torch.stack([part.sum() for part in counts.split(block_size)])
     return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
 
 
 def _mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
     """Let ``removed`` have exactly ``quota`` of the live columns' weights, its own first; all (block, rows)."""
-    scores = scores.masked_fill(removed, float("-inf"))
+    if removed.any():
+        scores = scores.masked_fill(removed, float("-inf"))
     if not live.all():
         scores = scores.masked_fill(~live[:, None], float("inf"))
     removed |= lowest(scores, quota)
