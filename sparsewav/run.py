@@ -12,20 +12,22 @@ from rich.console import Console
 
 from sparsewav import cache, records
 from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
-from sparsewav.data.batches import check_transcripts
+from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.evaluation import transcribe, word_error_rate
+from sparsewav.fairseq import converted_folder
 from sparsewav.files import locked
 from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
-from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model
+from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import stage
-from sparsewav.pruning import prune
+from sparsewav.pruning import PruneReport, prune
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
+from sparsewav.streaming import prune_folder
 
 METHOD = "sparsewav"
 
@@ -262,29 +264,32 @@ def _prune(
         calibration, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
     if isinstance(config.saliency, ObsSaliency):
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
     name = config.sparsity_name if config.n_m else f"{sparsity:g}"
     with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
-        report = prune(
-            speech.model,
-            batches,
-            sparsity,
-            saliency=config.saliency.name,
-            allocation=config.allocation.name,
-            n_m=config.n_m,
-            propagation=config.calibration.propagation,
-            frames_per_column=config.calibration.frames_per_column,
-            seed=config.seed,
-            masks=None if first else masks_of(speech.model),
-            calibration=calibration,
-            traces=traces,
-            progress=lambda stage, done, total: progress(done, total),
-            **options,
-        )
+        options |= {
+            "saliency": config.saliency.name,
+            "allocation": config.allocation.name,
+            "seed": config.seed,
+            "progress": lambda stage, done, total: progress(done, total),
+        }
+        if config.model.stream:
+            report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
+        else:
+            report = prune(
+                speech.model,
+                batches,
+                sparsity,
+                propagation=config.calibration.propagation,
+                masks=None if first else masks_of(speech.model),
+                calibration=calibration,
+                traces=traces,
+                **options,
+            )
     for warning in report.warnings:
         console.print(f"[yellow]! {warning}[/yellow]")
     if sparsity != config.target_sparsity:
@@ -297,6 +302,25 @@ def _prune(
     state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
     state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
     state.stages.append({"sparsity": sparsity, "achieved_sparsity": report.sparsity, "updates": 0})
+
+
+def _prune_from_disk(
+    config: Config, speech: SpeechModel, batches: SpeechBatches, sparsity: float, folder: Path, options: dict[str, Any]
+) -> PruneReport:
+    """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
+    device = speech.model.device
+    speech.model.eval().to("meta")  # what is left is its shape and configuration
+    pruned = folder / records.STAGES / "streamed"
+    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed
+    report = prune_folder(_source_folder(config), pruned, batches, sparsity, device=device, **options)
+    speech.model = load_speech_model(str(pruned), device=device).model
+    return report
+
+
+def _source_folder(config: Config) -> str:
+    if config.model.fairseq_checkpoint:
+        return str(converted_folder(config.model.fairseq_checkpoint))
+    return locate_model(config.model.name_or_path)
 
 
 def _finetune(
