@@ -189,7 +189,7 @@ def _tidy(config: Config, folder: Path) -> None:
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
     """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
-    code = cache.code_fingerprint("run.py", "finetune/*.py")
+    code = cache.code_fingerprint("run.py", "streaming.py", "finetune/*.py")
     parts = [dense["model"], dense["code"], code, *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
