@@ -10,16 +10,19 @@ from sparsewav.errors import UserError
 
 if TYPE_CHECKING:
     from sparsewav.pruning import MatrixReport, PruneReport, prune
+    from sparsewav.streaming import prune_folder
 
 __version__ = "0.1.0"
-__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "prune"]
+__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "prune", "prune_folder"]
 
 
 def __getattr__(name: str) -> Any:
     # The engine is imported on first use, so that `sparsewav --help` does not wait for PyTorch.
-    if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
-        import importlib
+    import importlib
 
+    if name == "prune_folder":
+        return importlib.import_module("sparsewav.streaming").prune_folder
+    if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
         pruning = importlib.import_module("sparsewav.pruning")
         return pruning if name == "pruning" else getattr(pruning, name)
     raise AttributeError(f"module 'sparsewav' has no attribute {name!r}")

@@ -50,6 +50,8 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
     # One of the two names the model; the other one changes nothing, and so neither the run's folder.
     del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
+    if not settings["model"]["stream"]:
+        del settings["model"]["stream"]  # runs from before there was this key keep their folders
     return settings
 
 

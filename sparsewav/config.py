@@ -21,10 +21,12 @@ class ModelConfig:
     Attributes:
         name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub.
         fairseq_checkpoint: a file that fairseq saved, taken in place of ``name_or_path``; None if there is none.
+        stream: prune from disk with one transformer layer in memory at a time, for models that memory hardly holds.
     """
 
     name_or_path: str = MISSING
     fairseq_checkpoint: str | None = None
+    stream: bool = False
 
     @property
     def source(self) -> str:
@@ -383,6 +385,14 @@ def _faults(config: Config) -> Iterator[str]:
         yield from _at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
     if config.calibration.propagation not in ("parallel", "sequential"):
         yield f"calibration.propagation={config.calibration.propagation} is neither parallel nor sequential"
+    if config.model.stream:
+        if config.calibration.propagation != "sequential" or allocation.name != "uniform":
+            yield (
+                "model.stream=true goes from layer to layer and never has the whole model's gradients; choose "
+                "calibration.propagation=sequential and allocation=uniform with it"
+            )
+        if config.finetune_strategy.name != "none":
+            yield "model.stream=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
     yield from _at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
     if config.calibration.frames_per_column is not None:
         yield from _at_least(1, frames_per_column=config.calibration.frames_per_column, prefix="calibration.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -150,7 +151,9 @@ def load_fairseq_model(
     return speech
 
 
-def load_pretrained(source: str, dtype: torch.dtype, key: str, name: str | None = None) -> PreTrainedModel:
+def load_pretrained(
+    source: str, dtype: torch.dtype, key: str, name: str | None = None, **changes: Any
+) -> PreTrainedModel:
     """Load a CTC model without its processor.
 
     Args:
@@ -158,6 +161,7 @@ def load_pretrained(source: str, dtype: torch.dtype, key: str, name: str | None 
         dtype: of the weights in memory.
         key: the setting that names the model, for messages.
         name: what the setting says, if it is not ``source``.
+        changes: to the model's configuration.
 
     Raises:
         UserError: there is no such model, its family is unknown, or its weights are broken.
@@ -172,7 +176,7 @@ def load_pretrained(source: str, dtype: torch.dtype, key: str, name: str | None 
         ) from error
     check_family(config.model_type, name or source)
     try:
-        return AutoModelForCTC.from_pretrained(source, dtype=dtype)
+        return AutoModelForCTC.from_pretrained(source, dtype=dtype, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of {called} cannot be loaded: {_first_line(error)}") from error
 

@@ -12,20 +12,23 @@ from rich.console import Console
 
 from sparsewav import cache, records
 from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
-from sparsewav.data.batches import check_transcripts
+from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.evaluation import transcribe, word_error_rate
+from sparsewav.fairseq import converted_folder
 from sparsewav.files import locked
 from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
-from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model
+from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import stage
-from sparsewav.pruning import processes, prune
+from sparsewav.pruning import PruneReport, processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
+from sparsewav.streaming import prune_folder
 from sparsewav.workers import in_all_processes
 
 METHOD = "sparsewav"
@@ -88,6 +91,8 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     if config.force:
         shutil.rmtree(folder / records.STAGES, ignore_errors=True)
     device = choose_device(config.device)
+    if config.model.stream:
+        _check_stream(config)
     with stage(console, f"Loading {config.model.source}"):
         if config.model.fairseq_checkpoint:
             speech = load_fairseq_model(config.model.fairseq_checkpoint, device=device)
@@ -188,7 +193,7 @@ def _tidy(config: Config, folder: Path) -> None:
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
     """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
-    code = cache.code_fingerprint("run.py", "finetune/*.py")
+    code = cache.code_fingerprint("run.py", "streaming.py", "finetune/*.py")
     parts = [dense["model"], dense["code"], code, *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -263,30 +268,33 @@ def _prune(
         calibration, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
     if isinstance(config.saliency, ObsSaliency):
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
     name = config.sparsity_name if config.n_m else f"{sparsity:g}"
     with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
-        report = in_all_processes(
-            prune,
-            speech.model,
-            batches,
-            sparsity=sparsity,
-            saliency=config.saliency.name,
-            allocation=config.allocation.name,
-            n_m=config.n_m,
-            propagation=config.calibration.propagation,
-            frames_per_column=config.calibration.frames_per_column,
-            seed=config.seed,
-            masks=None if first else masks_of(speech.model),
-            calibration=calibration,
-            traces=traces,
-            progress=lambda stage, done, total: progress(done, total),
-            **options,
-        )
+        options |= {
+            "saliency": config.saliency.name,
+            "allocation": config.allocation.name,
+            "seed": config.seed,
+            "progress": lambda stage, done, total: progress(done, total),
+        }
+        if config.model.stream:
+            report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
+        else:
+            report = in_all_processes(
+                prune,
+                speech.model,
+                batches,
+                sparsity=sparsity,
+                propagation=config.calibration.propagation,
+                masks=None if first else masks_of(speech.model),
+                calibration=calibration,
+                traces=traces,
+                **options,
+            )
     for warning in report.warnings:
         console.print(f"[yellow]! {warning}[/yellow]")
     if sparsity != config.target_sparsity:
@@ -307,6 +315,36 @@ def _prune(
             "updates": 0,
         }
     )
+
+
+def _prune_from_disk(
+    config: Config, speech: SpeechModel, batches: SpeechBatches, sparsity: float, folder: Path, options: dict[str, Any]
+) -> PruneReport:
+    """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
+    device = speech.model.device
+    speech.model.eval().to("meta")  # what is left is its shape and configuration
+    pruned = folder / records.STAGES / "streamed"
+    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed
+    report = prune_folder(_source_folder(config), pruned, batches, sparsity, device=device, **options)
+    speech.model = load_speech_model(str(pruned), device=device).model
+    return report
+
+
+def _check_stream(config: Config) -> None:
+    """Refuse at once what pruning from disk cannot do."""
+    if processes.world() > 1:
+        raise UserError("model.stream=true prunes in one process; start it without torchrun")
+    if not Path(_source_folder(config)).is_dir():
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path} is not a folder, and model.stream=true reads the layers "
+            "from one; fetch the model from the hub and name its folder"
+        )
+
+
+def _source_folder(config: Config) -> str:
+    if config.model.fairseq_checkpoint:
+        return str(converted_folder(config.model.fairseq_checkpoint))
+    return locate_model(config.model.name_or_path)
 
 
 def _finetune(

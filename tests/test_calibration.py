@@ -1,6 +1,7 @@
 """Calibration against Hessians summed frame by frame from inputs that are caught in another way."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,22 @@ def test_matrices_share_a_hessian_where_they_read_the_same(
         if ".layers.1." in names[0] and "dense" not in names[0]
     ]
     assert sorted(attention, key=sorted) == sorted(groups, key=sorted)
+
+
+def test_inputs_are_let_go_layer_by_layer(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
+    """While a layer is observed, none of the inputs of the layers before it is in memory any more."""
+    model = tiny_model("wav2vec2", num_hidden_layers=3)
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        alive.append(sum(reference() is not None for reference in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    for layer in model.wav2vec2.encoder.layers:
+        layer.feed_forward.output_dense.register_forward_pre_hook(watch)
+    calibrate(model, [noise_batch([400]), noise_batch([320])])
+    assert alive == [0] * 6
 
 
 @pytest.mark.parametrize("propagation", [calibrate, lambda m, b: calibrate_sequentially(m, b, lambda *_: None)])

@@ -286,6 +286,10 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
         (["sparsity.target=abc"], r"sparsity\.target=abc has the wrong type"),
         (["sparsity.target=1.2"], r"sparsity\.target=1\.2 is not between 0 and 1"),
         (["sparsity.target=0.95"], r"choose an alpha from 0 to 0\.05"),
+        (
+            ["model.stream=true", "calibration.propagation=sequential"],
+            r"choose calibration\.propagation=sequential and allocation=uniform with it",
+        ),
         (["sparsity=n_m"], "choose allocation=uniform"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
         (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
@@ -427,6 +431,21 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     assert {"finetune/loss", "stage/wer", "stage/wer_pruned"} <= set(logged)
     for table in ("layers", "transcripts", "stages"):
         assert any(key.startswith(table) and "table" in value for key, value in logged.items()), table
+
+
+def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """model.stream=true changes how much memory a run takes, and nothing that it writes."""
+    options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
+    folders = []
+    for stream in ("false", "true"):
+        result = run_sparsewav(*small, *options, f"model.stream={stream}", f"output_root=streamed-{stream}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        (metrics,) = (tmp_path / f"streamed-{stream}").glob("*/metrics.json")
+        folders.append(metrics.parent)
+    whole, streamed = folders
+    for name in ("model/model.safetensors", "model/config.json", "layers.csv", "predictions.jsonl"):
+        assert (whole / name).read_bytes() == (streamed / name).read_bytes(), name
+    assert not (streamed / "stages").exists()
 
 
 def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ sample of frames will do, while every utterance has its part in it.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,8 @@ from sparsewav.pruning.encoder import (
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
+AroundLayer = Callable[[int], AbstractContextManager[object]]
+"""Called with a layer's index; the layer has its weights within the block that it gives, and need not outside."""
 
 BLOCK = 384
 """Columns of a Hessian that are summed in one product."""
@@ -113,12 +115,13 @@ class _Observer:
         self.reads: dict[str, str] = {}
         self._sums: dict[str, _Sum] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
+        self._layer: int | None = None
         self._order = torch.empty(0, dtype=torch.long)  # places of the batch's frames, shuffled where they are sampled
         self._share = 0.0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        hooks = [matrix.module.register_forward_pre_hook(self._hook_of(matrix.name)) for matrix in self.matrices]
+        hooks = [matrix.module.register_forward_pre_hook(self._hook_of(matrix)) for matrix in self.matrices]
         try:
             yield
         finally:
@@ -170,14 +173,17 @@ class _Observer:
                 )
         return calibration
 
-    def _hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def _hook_of(self, matrix: PrunableMatrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._observe(name, inputs[0])
+            self._observe(matrix.name, matrix.layer, inputs[0])
 
         return hook
 
-    def _observe(self, name: str, inputs: Tensor) -> None:
-        # The tensor is kept until the batch ends: its id could otherwise be given to another one.
+    def _observe(self, name: str, layer: int, inputs: Tensor) -> None:
+        if layer != self._layer:  # no input is shared between layers, and those of a large model fill gigabytes
+            self._layer = layer
+            self._seen.clear()
+        # The tensor is kept until the layer is through: its id could otherwise be given to another one.
         key, _ = self._seen.setdefault(id(inputs), (name, inputs))
         self.reads[name] = key
         if key != name:
@@ -317,6 +323,7 @@ def calibrate_sequentially(
     *,
     frames_per_column: float | None = None,
     seed: int = 0,
+    around_layer: AroundLayer = nullcontext,
 ) -> None:
     """Calibrate and prune layer by layer, each on the outputs of the pruned layers before it (``sequential``).
 
@@ -331,6 +338,8 @@ def calibrate_sequentially(
         progress: called after every layer.
         frames_per_column: as in :func:`calibrate`.
         seed: as in :func:`calibrate`.
+        around_layer: all that is done with a layer is done within its block. Outside of it the layer's parameters may
+            be anywhere (on the meta device), but for the first layer's position embedding, if it has one.
 
     Raises:
         UserError: the set is empty, or an activation is not finite.
@@ -341,17 +350,18 @@ def calibrate_sequentially(
         with processes.together():
             inputs = _first_layer_inputs(model, layers, batches, Path(folder))
         for index, layer in enumerate(layers):
-            observer = _Observer([matrix for matrix in matrices if matrix.layer == index], frames_per_column, seed)
-            with processes.together(), observer.attached():
-                for item in inputs:
-                    arguments, frame_mask = item.load("others", model.device)
-                    observer.start_batch(frame_mask, item.number, item.share)
-                    _run_layer(layer, layers[0], item.load("hidden_states", model.device), arguments)
-                    observer.end_batch()
-            prune_layer(observer.matrices, observer.finish())
-            for item in inputs:
-                arguments, _ = item.load("others", model.device)
-                hidden_states = item.load("hidden_states", model.device)
-                item.save("hidden_states", _run_layer(layer, layers[0], hidden_states, arguments))
+            with around_layer(index):
+                observer = _Observer([matrix for matrix in matrices if matrix.layer == index], frames_per_column, seed)
+                with processes.together(), observer.attached():
+                    for item in inputs:
+                        arguments, frame_mask = item.load("others", model.device)
+                        observer.start_batch(frame_mask, item.number, item.share)
+                        _run_layer(layer, layers[0], item.load("hidden_states", model.device), arguments)
+                        observer.end_batch()
+                prune_layer(observer.matrices, observer.finish())
+                for item in inputs if index + 1 < len(layers) else []:
+                    arguments, _ = item.load("others", model.device)
+                    hidden_states = item.load("hidden_states", model.device)
+                    item.save("hidden_states", _run_layer(layer, layers[0], hidden_states, arguments))
             if progress:
                 progress(index + 1, len(layers))

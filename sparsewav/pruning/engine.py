@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import processes
 from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly, rank_by_sensitivity
-from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequentially
+from sparsewav.pruning.calibration import AroundLayer, Calibration, calibrate, calibrate_sequentially
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 from sparsewav.pruning.saliency import SALIENCIES
 from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
@@ -61,7 +62,8 @@ class PruneReport:
 
     Attributes:
         matrices: a report for every matrix, in the model's order.
-        masks: for every matrix a boolean mask (rows, cols), True where a weight stays.
+        masks: for every matrix a boolean mask (rows, cols), True where a weight stays; empty where they were not to be
+            kept.
         sparsity: pruned weights over prunable weights.
         target_sparsity: what was asked for.
         seconds: of the stages ``calibrate``, ``allocate`` and ``solve``; what was given ready-made took none.
@@ -97,6 +99,8 @@ def prune(
     masks: Mapping[str, Tensor] | None = None,
     calibration: Calibration | None = None,
     traces: Mapping[str, Trace] | None = None,
+    around_layer: AroundLayer = nullcontext,
+    keep_masks: bool = True,
     progress: StageProgress | None = None,
 ) -> PruneReport:
     """Prune a CTC model in place, in one shot.
@@ -127,6 +131,9 @@ def prune(
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
         calibration: Hessians computed earlier for this model (``parallel`` alone).
         traces: Hessian traces computed earlier for this model.
+        around_layer: brings a layer's weights and takes them away (``sequential`` alone), for models that memory does
+            not hold whole; see :func:`~sparsewav.pruning.calibration.calibrate_sequentially`.
+        keep_masks: let the report hold the masks, a byte for every weight.
         progress: called as the stages advance.
 
     Raises:
@@ -169,7 +176,7 @@ def prune(
             traces = processes.broadcast(traces)  # GPUs do not sum in the same order twice, and all must rank alike
             sensitivities = {name: traces[name].sensitivity for name in sizes}
             targets = allocate_by_rank(sizes, sensitivities, sparsity, alpha, exact_budget=exact_budget)
-        solver = _Solver(targets, traces, saliency, n_m, block_size, percdamp, dict(masks or {}))
+        solver = _Solver(targets, traces, saliency, n_m, block_size, percdamp, dict(masks or {}), keep_masks)
         if propagation == "parallel":
             if calibration is None:
                 started = time.perf_counter()
@@ -191,6 +198,7 @@ def prune(
                 _stage(progress, "calibrate"),
                 frames_per_column=frames_per_column,
                 seed=seed,
+                around_layer=around_layer,
             )
             seconds["calibrate"] = time.perf_counter() - started - solver.seconds
         seconds["solve"] = solver.seconds
@@ -199,7 +207,7 @@ def prune(
     return PruneReport(
         matrices=solver.reports,
         masks=solver.masks,
-        sparsity=sum(int((~mask).sum()) for mask in solver.masks.values()) / sum(sizes.values()),
+        sparsity=solver.removed / sum(sizes.values()),
         target_sparsity=sparsity,
         seconds=seconds,
         warnings=_warnings(targets, traces if allocation == "hutchinson" else None),
@@ -218,6 +226,7 @@ class _Solver:
         block_size: int,
         percdamp: float,
         masks_in_force: dict[str, Tensor],
+        keep_masks: bool,
     ) -> None:
         self.targets = targets
         self.traces = traces
@@ -227,7 +236,9 @@ class _Solver:
         self.block_size = block_size
         self.percdamp = percdamp
         self.masks_in_force = masks_in_force
+        self.keep_masks = keep_masks
         self.masks: dict[str, Tensor] = {}
+        self.removed = 0
         self.reports: list[MatrixReport] = []
         self.seconds = 0.0
 
@@ -277,10 +288,11 @@ class _Solver:
                     pruned: Any = (weight, self.masks.get(name), reports.get(name))
                     received, self.masks[name], reports[name] = processes.broadcast(pruned, owners[key])
                     weight.copy_(received)
-            if progress:
-                progress(len(reports), len(matrices))
+        self.removed += sum(round(reports[matrix.name].sparsity * matrix.size) for matrix in matrices)
+        if not self.keep_masks:
+            self.masks.clear()
         self.reports.extend(reports[matrix.name] for matrix in matrices)
-        self.masks = {name: self.masks[name] for name in (report.name for report in self.reports)}
+        self.masks = {report.name: self.masks[report.name] for report in self.reports if report.name in self.masks}
         self.seconds += time.perf_counter() - started
 
     def _report(self, matrix: PrunableMatrix, pruned: PrunedMatrix, hessian: Tensor) -> MatrixReport:
