@@ -65,7 +65,7 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     else:
         threshold = flat.kthvalue(count).values
     marked = flat <= threshold
-    surplus = int(marked.sum()) - count
+    surplus = int(marked.count_nonzero()) - count
     if surplus:
         ties = (flat == threshold).nonzero().flatten()
         marked[ties[len(ties) - surplus :]] = False

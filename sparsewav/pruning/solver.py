@@ -109,9 +109,11 @@ def prune_matrices(
     keeps = keeps or [None] * len(weights)
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
-    stacked = torch.cat([weight.detach().T.to(dtype) for weight in weights], dim=1)
-    removed = torch.zeros_like(stacked, dtype=torch.bool)
     rows = _row_spans(weights)
+    stacked = torch.empty(len(hessian), rows[-1].stop, dtype=dtype, device=weights[0].device)
+    for span, weight in zip(rows, weights, strict=True):
+        _transpose(weight.detach(), stacked[:, span])
+    removed = torch.zeros_like(stacked, dtype=torch.bool)
     for span, keep in zip(rows, keeps, strict=True):
         if keep is not None:
             removed[:, span] = ~keep.T.to(stacked.device, torch.bool)
@@ -122,8 +124,10 @@ def prune_matrices(
     pruned, removed, increments, damping = solve(problem)
     return [
         PrunedMatrix(
-            weight=pruned[:, span].T.to(weight.dtype, memory_format=torch.contiguous_format),
-            keep=~removed[:, span].T.contiguous(),
+            weight=_transpose(pruned[:, span], torch.empty_like(weight, memory_format=torch.contiguous_format)),
+            keep=_transpose(
+                removed[:, span], torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+            ).logical_not_(),
             increments=None if increments is None else increments[span],
             damping=damping,
         )
@@ -156,6 +160,14 @@ def _check(
                 f"the pattern {n_m[0]}:{n_m[1]} does not fit {name}: it needs 0 < n <= m and {weight.shape[1]} columns "
                 "to be a multiple of m"
             )
+
+
+def _transpose(matrix: Tensor, out: Tensor) -> Tensor:
+    """Put a matrix, turned around, into another, strip by strip, so that it stays in the processor's cache."""
+    for start in range(0, len(matrix), 256):
+        strip = slice(start, start + 256)
+        out[:, strip] = matrix[strip].T
+    return out
 
 
 def _row_spans(weights: Sequence[Tensor]) -> list[slice]:
