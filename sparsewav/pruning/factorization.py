@@ -51,7 +51,7 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
             logger.warning("The Hessian of %s is not positive definite; raising its damping to %.3g", name, damping)
     raise UserError(
         f"the Hessian of {name} is not positive definite even with damping {damping:.3g}; "
-        "calibrate on more or other utterances, or raise calibration.percdamp"
+        "calibrate on more or other utterances, or raise saliency.percdamp"
     )
 
 
