@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.workspace import workspace
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
     mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
     damping = percdamp * mean
     for attempt in range(DAMPING_ATTEMPTS + 1):
-        damped = hessian.clone()
+        damped = _upper_blocks(hessian)
         damped.diagonal().add_(damping)
         damped.diagonal()[~live] = 1.0
         if _factor_in_place(damped):
@@ -53,6 +54,14 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
         f"the Hessian of {name} is not positive definite even with damping {damping:.3g}; "
         "calibrate on more or other utterances, or raise saliency.percdamp"
     )
+
+
+def _upper_blocks(matrix: Tensor) -> Tensor:
+    """Copy what lies above the diagonal, and the blocks on it; the rest of the memory is not touched."""
+    copy = workspace("factor", matrix.shape, matrix)
+    for start in range(0, len(matrix), BLOCK):
+        copy[start : start + BLOCK, start:] = matrix[start : start + BLOCK, start:]
+    return copy
 
 
 def invert_upper(factor: Tensor) -> Tensor:
@@ -74,7 +83,11 @@ def _factor_in_place(matrix: Tensor) -> bool:
         if start == 0:
             break
         above = matrix[:start, start:stop]
-        above.copy_(above @ invert_upper(corner).T)
+        inverse = invert_upper(corner)
+        middle = len(inverse) // 2  # below the diagonal it is zero: the right half of the columns need not the left
+        left_part = above @ inverse[:middle].T
+        above[:, middle:] = above[:, middle:] @ inverse[middle:, middle:].T
+        above[:, :middle] = left_part
         for left in range(0, start, BLOCK):
             right = min(left + BLOCK, start)
             matrix[:right, left:right].addmm_(above[:right], above[left:right].T, alpha=-1)

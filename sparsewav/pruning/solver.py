@@ -17,6 +17,7 @@ from sparsewav.errors import UserError
 from sparsewav.pruning.factorization import factorize, invert_upper
 from sparsewav.pruning.saliency import SALIENCIES, Block, Saliency
 from sparsewav.pruning.selection import group_quotas, lowest, lowest_of_rows, n_of_m
+from sparsewav.pruning.workspace import workspace
 
 COLUMNS = 32
 """So many columns pass their removals on to each other one by one; to the rest of the block one product does."""
@@ -110,7 +111,7 @@ def prune_matrices(
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
     rows = _row_spans(weights)
-    stacked = torch.empty(len(hessian), rows[-1].stop, dtype=dtype, device=weights[0].device)
+    stacked = workspace("weight", (len(hessian), rows[-1].stop), weights[0].new_empty(0, dtype=dtype))
     for span, weight in zip(rows, weights, strict=True):
         _transpose(weight.detach(), stacked[:, span])
     removed = torch.zeros_like(stacked, dtype=torch.bool)
@@ -238,8 +239,9 @@ def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
     ]
     if not live.all():
         dense[~live], removed[~live] = 0, True
+    fresh = not removed.any()
     # Of the columns still to come: (ΔR)ᵀ, Δ the change of those settled. Of the settled ones: what is left of them.
-    result = torch.zeros_like(dense)
+    result = workspace("result", dense.shape, dense).zero_()
     increments = torch.zeros(dense.shape[1], dtype=dense.dtype, device=dense.device)
     for index, start in enumerate(range(0, len(dense), block_size)):
         span = slice(start, min(start + block_size, len(dense)))
@@ -258,7 +260,11 @@ def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
             removed[span] = ~n_of_m(scores.T, ~removed[span].T, *problem.n_m).T
         else:
             for rows, quota in zip(problem.rows, quotas, strict=True):
-                _mark_lowest(removed[span, rows], scores[:, rows], live[span], int(quota[index]))
+                marked = removed[span, rows]
+                if fresh:
+                    marked.copy_(lowest(scores[:, rows], int(quota[index])))
+                else:
+                    _mark_lowest(marked, scores[:, rows], live[span], int(quota[index]))
         errors = _remove(block, upper, removed[span])
         increments += errors.square().sum(0)
         if span.stop < len(dense):
@@ -293,7 +299,7 @@ def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
             if column > start:
                 weights[column] -= coefficients[column, start:column] @ passed_on[start:column]
             passed_on[column] = weights[column] * scales[column]
-    block.masked_fill_(removed, 0.0)
+    block.mul_(~removed).add_(0.0)  # faster than masked_fill_; the sum makes 0.0 of -0.0
     return errors
 
 
@@ -307,8 +313,5 @@ def _block_quotas(removed: Tensor, live: Tensor, sparsity: float, block_size: in
 
 def _mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
     """Let ``removed`` have exactly ``quota`` of the live columns' weights, its own first; all (block, rows)."""
-    if removed.any():
-        scores = scores.masked_fill(removed, float("-inf"))
-    if not live.all():
-        scores = scores.masked_fill(~live[:, None], float("inf"))
+    scores = scores.masked_fill(removed, float("-inf")).masked_fill(~live[:, None], float("inf"))
     removed |= lowest(scores, quota)
