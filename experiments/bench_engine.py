@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib as mpl
 import pandas
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
@@ -52,7 +54,7 @@ EPILOG = """parts:
   solver        a layer of wav2vec2-base: ours, the plain loop, llm-compressor's sparsify_weight if it is installed
   calibration   Hessians of full-size wav2vec2-base (random weights), for 1000 frames, beside the forward pass itself
   pipeline      calibrate, allocate and solve of full-size wav2vec2-base, the paper's set-up scaled down
-  scaling       time against matrix size, calibration frames, layers
+  scaling       time against matrix size, calibration frames, layers, processes
 """
 
 
@@ -210,10 +212,13 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
     frames = calibrate(dense, batches).frames
     probed = batches[: max(round(len(batches) * 128 / PAPER_UTTERANCES), 1)]
 
+    solve_seconds: list[float] = []
+
     def ours() -> None:
         model = copy.deepcopy(dense)
         traces = estimate_traces(model, probed, rank_tolerance=0.05)
-        sparsewav.prune(model, batches, SPARSITY, traces=traces, frames_per_column=_scaled_sample(frames))
+        report = sparsewav.prune(model, batches, SPARSITY, traces=traces, frames_per_column=_scaled_sample(frames))
+        solve_seconds.append(report.seconds["solve"])
 
     contestants: dict[str, Callable[[], Any]] = {
         OURS: ours,
@@ -221,12 +226,13 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
         FLOOR: lambda: forward(dense, batches),
     }
     rows = alternate(arguments.rounds, f"wav2vec2-base, {frames:,} frames", contestants)
-    calibration = calibrate(dense, batches, frames_per_column=_scaled_sample(frames))
-
-    def solve() -> None:
-        sparsewav.prune(copy.deepcopy(dense), batches, SPARSITY, allocation="uniform", calibration=calibration)
-
-    return pandas.DataFrame(rows + alternate(arguments.rounds, "of it the solve", {OURS: solve}))
+    whole, floor = ([row["seconds"] for row in rows if row["contestant"] == name] for name in (OURS, FLOOR))
+    for number, solve in enumerate(solve_seconds[1:]):  # the first round does not count
+        row = {"contestant": OURS, "round": number + 1}
+        rows.append(row | {"subject": "of it the solve", "seconds": solve})
+        rest = (whole[number] - solve) / floor[number]
+        rows.append(row | {"subject": "the rest, in forwards of the same round", "seconds": rest})
+    return pandas.DataFrame(rows)
 
 
 def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
@@ -255,7 +261,32 @@ def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
             PLAIN: partial(_pruned_uniformly_by_the_plain_loop, model, batches),
         }
         rows += _at("layers, pruned on 2 utterances", layers, alternate(arguments.rounds, f"{layers} layers", pair))
+    for number in range(arguments.rounds):  # every process starts anew: it is these that take turns
+        for count in (1, 2):
+            row = {"subject": f"{count} processes", "contestant": OURS, "round": number + 1}
+            rows += _at("processes of one thread, 4 layers", count, [row | {"seconds": _seconds_together(count)}])
     return pandas.DataFrame(rows)
+
+
+def _seconds_together(count: int) -> float:
+    """Seconds that so many processes of one thread each take to prune a model together, after one that is not timed."""
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_prune_together, (count, Path(folder)), nprocs=count)
+        return float((Path(folder) / "seconds").read_text())
+
+
+def _prune_together(rank: int, count: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    model, batches = random_base(layers=4), speech(4)
+    for _ in range(2):
+        distributed.barrier()
+        started = time.perf_counter()
+        _pruned_uniformly(model, batches)
+        seconds = time.perf_counter() - started
+    if rank == 0:
+        (folder / "seconds").write_text(str(seconds))
+    distributed.destroy_process_group()
 
 
 def _pruned_uniformly(dense: PreTrainedModel, batches: list[Batch]) -> None:
@@ -290,6 +321,8 @@ def plot_scaling(path: Path, table: pandas.DataFrame) -> None:
             axes.set_xticks(sorted(set(table[table["axis"] == axis]["size"])))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.axes[0].set_ylabel("Seconds, median")
         handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
