@@ -113,10 +113,12 @@ def summary(table: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def alternate(rounds: int, subject: str, contestants: dict[str, Callable[[], Any]]) -> list[dict[str, Any]]:
+def alternate(
+    rounds: int, subject: str, contestants: dict[str, Callable[[], Any]], *, warm_up: bool = True
+) -> list[dict[str, Any]]:
     """Time contestants in turns, after a round that does not count."""
     rows = []
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name, contestant in contestants.items():
             started = time.perf_counter()
             contestant()

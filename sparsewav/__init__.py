@@ -9,17 +9,29 @@ from typing import TYPE_CHECKING, Any
 from sparsewav.errors import UserError
 
 if TYPE_CHECKING:
+    from sparsewav.acceleration import AccelerationReport, accelerate
     from sparsewav.pruning import MatrixReport, PruneReport, prune
     from sparsewav.streaming import prune_folder
 
 __version__ = "0.1.0"
-__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "prune", "prune_folder"]
+__all__ = [
+    "AccelerationReport",
+    "MatrixReport",
+    "PruneReport",
+    "UserError",
+    "__version__",
+    "accelerate",
+    "prune",
+    "prune_folder",
+]
 
 
 def __getattr__(name: str) -> Any:
     # The engine is imported on first use, so that `sparsewav --help` does not wait for PyTorch.
     import importlib
 
+    if name in ("AccelerationReport", "accelerate"):
+        return getattr(importlib.import_module("sparsewav.acceleration"), name)
     if name == "prune_folder":
         return importlib.import_module("sparsewav.streaming").prune_folder
     if name in ("MatrixReport", "PruneReport", "prune", "pruning"):

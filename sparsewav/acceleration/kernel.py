@@ -1,0 +1,130 @@
+"""The sparse product in C++: compiled for this processor on first use, kept in the cache, called through ctypes."""
+
+import ctypes
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsewav.cache import cached_folder
+
+SOURCE = Path(__file__).with_name("product.cpp")
+
+MOST_COLUMNS = 2**16
+"""Column numbers are stored in 16 bits."""
+
+
+class NoKernel(Exception):
+    """The kernel cannot be built or loaded on this machine; the message says why."""
+
+
+Product = Callable[..., None]
+
+
+@cache
+def sparse_product() -> Product:
+    """Compile the kernel if need be, and load it.
+
+    Processes that ask at once wait for the first one to compile.
+
+    Returns:
+        The function ``sparsewav_product`` of ``product.cpp``.
+
+    Raises:
+        NoKernel: there is no compiler, or it failed.
+        UserError: the cache cannot be written.
+    """
+    compiler = _compiler()
+    source = SOURCE.read_text(encoding="utf-8")
+    identity = {"source": source, "compiler": compiler, "processor": processor_name(), "flags": _FLAGS}
+    folder, _ = cached_folder("kernels", identity, lambda folder: _compile(compiler, folder), enabled=True)
+    try:
+        library: Any = ctypes.CDLL(str(folder / "product.so"))
+    except OSError as error:
+        raise NoKernel(f"the compiled kernel does not load: {error}") from error
+    function = library.sparsewav_product
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [pointer, *[whole] * 4, *[pointer] * 6, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+TILE = 64
+"""Frames in a tile of the kernel; its buffer is rounded up to that."""
+
+_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", *_OPENMP]
+
+
+def _compiler() -> list[str]:
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+        words = shlex.split(name)
+        if words and shutil.which(words[0]):
+            return words
+    raise NoKernel(f"there is no C++ compiler ({asked or 'c++, g++ or clang++'})")
+
+
+def _compile(compiler: list[str], folder: Path) -> None:
+    # Linked without OpenMP's library: its functions are then those of the one that PyTorch has loaded, and the two
+    # share their threads. With a second library two pools would fight over the cores.
+    object_file = folder / "product.o"
+    for command in (
+        [*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
+        [*compiler, "-shared", str(object_file), "-o", str(folder / "product.so")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise NoKernel(f"{shlex.join(command)} failed: {lines[0]}")
+    object_file.unlink()
+
+
+@cache
+def processor_name() -> str:
+    """The processor's model, as Linux gives it, and its instruction sets: what ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
+    return " ".join([platform.machine(), *(fields[name] for name in names if name in fields)])
+
+
+def multiply(
+    inputs: Tensor, rows: int, width: int, offsets: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``inputs @ weight.T + bias`` with a weight in blocks of columns.
+
+    Args:
+        inputs: (frames, cols), float32, contiguous, on the CPU.
+        rows: of the weight.
+        width: columns in a block of the weight.
+        offsets: (blocks * rows + 1,), int32: where each row of each block begins in the other two.
+        columns: (nonzeros,), int16 that hold the bits of unsigned numbers.
+        values: (nonzeros,), float32.
+        bias: (rows,), float32.
+
+    Returns:
+        (frames, rows), float32.
+    """
+    frames, cols = inputs.shape
+    tiles = inputs.new_empty((frames + TILE - 1) // TILE * TILE * cols)
+    outputs = inputs.new_empty(frames, rows)
+    sparse_product()(
+        *(inputs.data_ptr(), frames, rows, cols, -(-cols // width)),
+        *(offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), bias.data_ptr() if bias is not None else None),
+        *(tiles.data_ptr(), outputs.data_ptr(), torch.get_num_threads()),
+    )
+    return outputs
