@@ -42,6 +42,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     script = str(environment / "bin" / "sparsewav")
     assert "Worth copying" in run(script, "--help").stdout
     assert (packages / "sparsewav" / "conf" / "config.yaml").is_file()
+    assert (packages / "sparsewav" / "acceleration" / "product.cpp").is_file()
     result = run(script, "experiment=smoke", "allocation=uniform", "saliency=obs", "sparsity.target=0.5")
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(tmp_path.glob("outputs/demo-obs-uniform-0.5-*/model/model.safetensors"))

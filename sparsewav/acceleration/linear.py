@@ -19,6 +19,10 @@ class SparseLinear(nn.Module):
         width: columns in a block of the kernel's layout, or None for PyTorch's own CSR product.
     """
 
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
     def __init__(self, linear: nn.Linear, width: int | None) -> None:
         super().__init__()
         weight = linear.weight.detach()

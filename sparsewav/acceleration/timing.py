@@ -87,7 +87,8 @@ def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timin
     totals = [sum(row[1 + index] / row[0] for row in seconds) for index in range(len(candidates))]
     best = totals.index(min(totals))
     return Timing(
-        *linear.weight.shape,
+        linear.out_features,
+        linear.in_features,
         sparsity(linear.weight),
         tuple(row[0] for row in seconds),
         tuple(row[1 + best] for row in seconds),
