@@ -4,6 +4,15 @@ The OBS sweep goes over the columns from left to right (the order of SparseGPT, 
 H⁻¹ = UᵀU, U upper triangular, [H⁻¹]_pp of the problem that remains at column p is U_pp², and the update of eq. 1
 that makes up for a removed weight is −(w_p / U_pp) U_p,p: on the columns at its right. Within a block of columns it is
 done so; how a block answers to all columns before it takes R = U⁻¹ alone (:mod:`~sparsewav.pruning.factorization`).
+
+Two more solvers give the same counts with smaller errors and more work: ``obs_refit`` keeps the sweep's mask and solves
+the kept weights exactly (:mod:`~sparsewav.pruning.refit`), ``alps`` finds a better mask, too
+(:mod:`~sparsewav.pruning.alps`).
+
+All of them minimise ||(W − Ŵ)X||² + λ||W − Ŵ||². Where the pruned matrix reads other inputs X̂ than the dense one did
+(``asymmetric``), it is ||WX − ŴX̂||² + λ||W − Ŵ||² with H = X̂X̂ᵀ and C = XX̂ᵀ, and that is
+||(T − Ŵ)X̂||² + λ||T − Ŵ||² plus a constant, with T = W(C + λI)(H + λI)⁻¹ = W + W(C − H)(H + λI)⁻¹: the same problem
+with T in place of W.
 """
 
 from collections.abc import Sequence
@@ -14,10 +23,14 @@ import torch
 from torch import Tensor
 
 from sparsewav.errors import UserError
+from sparsewav.pruning import alps
 from sparsewav.pruning.factorization import factorize, invert_upper
+from sparsewav.pruning.refit import solve_on_support
 from sparsewav.pruning.saliency import SALIENCIES, Block, Saliency
 from sparsewav.pruning.selection import group_quotas, lowest, lowest_of_rows, n_of_m
 from sparsewav.pruning.workspace import workspace
+
+SOLVERS = ("obs_sweep", "obs_refit", "alps")
 
 COLUMNS = 32
 """So many columns pass their removals on to each other one by one; to the rest of the block one product does."""
@@ -31,7 +44,7 @@ class PrunedMatrix:
         weight: shape (rows, cols), zero wherever ``keep`` is False.
         keep: shape (rows, cols), True where a weight stays.
         increments: shape (rows,), what each row's removals added to its damped objective (eq. 1, summed); they are
-            ||(W − Ŵ)X||² + λ ||W − Ŵ||². None without weight updates.
+            ||(W − Ŵ)X||² + λ ||W − Ŵ||². None without weight updates, and from other solvers than the plain sweep.
         damping: λ that was added to the Hessian's diagonal; 0 without weight updates.
     """
 
@@ -51,6 +64,10 @@ def prune_matrix(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    solver: str = "obs_sweep",
+    tolerance: float = 1e-4,
+    most_steps: int = 300,
+    cross: Tensor | None = None,
     name: str = "the matrix",
 ) -> PrunedMatrix:
     """Prune one weight matrix; neither argument is changed.
@@ -68,10 +85,16 @@ def prune_matrix(
         n_m: keep n of every m consecutive weights of a row instead of an exact count; ``sparsity`` is 1 − n/m then.
         block_size: columns that are masked together and updated lazily.
         percdamp: λ as a share of the Hessian's mean diagonal.
+        solver: a key of :data:`SOLVERS`; those after the first need a saliency with weight updates, and ``alps`` takes
+            the mask from the weights themselves, whatever the saliency.
+        tolerance: of the conjugate gradients of ``obs_refit`` and ``alps``, relative.
+        most_steps: of ``alps``.
+        cross: XX̂ᵀ of the dense model's inputs X and those that ``hessian`` is of, X̂, shape (cols, cols); None where
+            they are the same.
         name: what to call the matrix in a message.
 
     Raises:
-        UserError: a shape, the sparsity or the saliency is wrong, or the Hessian is not positive definite even with
+        UserError: a shape, the sparsity, the saliency or the solver is wrong, or the Hessian is not positive definite even with
             λ raised five times.
     """
     return prune_matrices(
@@ -83,6 +106,10 @@ def prune_matrix(
         n_m=n_m,
         block_size=block_size,
         percdamp=percdamp,
+        solver=solver,
+        tolerance=tolerance,
+        most_steps=most_steps,
+        cross=cross,
         names=[name],
     )[0]
 
@@ -97,6 +124,10 @@ def prune_matrices(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    solver: str = "obs_sweep",
+    tolerance: float = 1e-4,
+    most_steps: int = 300,
+    cross: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> list[PrunedMatrix]:
     """Prune matrices that read the same input: one factorisation, one stacked sweep, a quota for each.
@@ -107,6 +138,11 @@ def prune_matrices(
     method = SALIENCIES.get(saliency)
     if method is None:
         raise UserError(f"saliency {saliency!r} does not exist; choose one of {', '.join(SALIENCIES)}")
+    check_solver(solver, saliency)
+    if cross is not None and cross.shape != hessian.shape:
+        raise UserError(f"the cross term has shape {tuple(cross.shape)}, the Hessian {tuple(hessian.shape)}")
+    if cross is not None and not method.updates:
+        raise UserError(f"saliency {saliency!r} updates no weights, and a cross term asks for it; choose obs")
     keeps = keeps or [None] * len(weights)
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
@@ -118,11 +154,24 @@ def prune_matrices(
     for span, keep in zip(rows, keeps, strict=True):
         if keep is not None:
             removed[:, span] = ~keep.T.to(stacked.device, torch.bool)
-    solve = _sweep if method.updates else _mask_only
     problem = _Problem(
         stacked, hessian.to(dtype), removed, rows, sparsities, method, n_m, block_size, percdamp, ", ".join(names)
     )
-    pruned, removed, increments, damping = solve(problem)
+    increments, damping = None, 0.0
+    if not method.updates:
+        pruned, removed = _mask_only(problem)
+    else:
+        live = problem.hessian.diagonal() > 0
+        factor, damping = factorize(problem.hessian, live, percdamp, problem.name)
+        shift = None if cross is None else _shift_of_target(problem, factor, cross.to(dtype))
+        if solver == "alps":
+            pruned, removed = _admm(problem, live, damping, shift, tolerance, most_steps)
+        else:
+            pruned, removed, increments = _sweep(problem, live, factor, damping, shift)
+        if solver == "obs_refit":
+            target = problem.weight if shift is None else problem.weight.add_(shift)
+            pruned = solve_on_support(target, _damped(problem.hessian, live, damping), ~removed, pruned, tolerance)
+            increments = None
     return [
         PrunedMatrix(
             weight=_transpose(pruned[:, span], torch.empty_like(weight, memory_format=torch.contiguous_format)),
@@ -134,6 +183,21 @@ def prune_matrices(
         )
         for weight, span in zip(weights, rows, strict=True)
     ]
+
+
+def check_solver(solver: str, saliency: str) -> None:
+    """Refuse a solver that does not exist, or that needs a saliency with weight updates and has another one.
+
+    Raises:
+        UserError: so.
+    """
+    if solver not in SOLVERS:
+        raise UserError(f"solver {solver!r} does not exist; choose one of {', '.join(SOLVERS)}")
+    if solver != SOLVERS[0] and not SALIENCIES[saliency].updates:
+        raise UserError(
+            f"solver {solver!r} updates the kept weights, and saliency {saliency!r} does not; choose obs or "
+            "obs_first_order with it"
+        )
 
 
 def _check(
@@ -202,7 +266,22 @@ class _Problem:
     name: str
 
 
-def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor, None, float]:
+def _shift_of_target(problem: _Problem, factor: Tensor, cross: Tensor) -> Tensor:
+    """Tᵀ − Wᵀ = (H + λI)⁻¹ (C − H)ᵀ Wᵀ, shape (cols, rows); zero to the last bit where C is H."""
+    shift = (cross - problem.hessian).T @ problem.weight
+    torch.linalg.solve_triangular(factor, shift, upper=True, out=shift)
+    return torch.linalg.solve_triangular(factor.triu().T, shift, upper=False)
+
+
+def _damped(hessian: Tensor, live: Tensor, damping: float) -> Tensor:
+    """H + λI, with a one on the diagonal of dead inputs, to which nothing couples."""
+    damped = hessian.clone()
+    damped.diagonal().add_(damping)
+    damped.diagonal()[~live] = 1.0
+    return damped
+
+
+def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor]:
     """Remove the lowest scores of each matrix, or of each row, and leave the rest as it is."""
 
     def no_gradient() -> Tensor:
@@ -222,14 +301,43 @@ def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor, None, float]:
         quotas = group_quotas(round(sparsity * candidates.numel()), sizes, (~candidates_kept).sum(1))
         kept[span] = ~lowest_of_rows(candidates, candidates_kept, quotas).reshape(scores[span].shape)
     kept &= keep
-    return weight.masked_fill(~kept, 0.0).T, ~kept.T, None, 0.0
+    return weight.masked_fill(~kept, 0.0).T, ~kept.T
 
 
-def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
+def _admm(
+    problem: _Problem, live: Tensor, damping: float, shift: Tensor | None, tolerance: float, most_steps: int
+) -> tuple[Tensor, Tensor]:
+    """ALPS: the mask of ADMM, all weights of a matrix competing, and the kept weights solved exactly."""
+    in_force = problem.removed
+    quotas = [
+        int(_block_quotas(in_force[:, rows], live, sparsity, len(live)))
+        for rows, sparsity in zip(problem.rows, problem.sparsities, strict=True)
+    ]
+    target = problem.weight if shift is None else problem.weight + shift
+    if not live.all():
+        target[~live], in_force[~live] = 0, True
+
+    def project(scores: Tensor) -> Tensor:
+        if problem.n_m:
+            return ~n_of_m(scores.T, ~in_force.T, *problem.n_m).T
+        removed = in_force.clone()
+        for rows, quota in zip(problem.rows, quotas, strict=True):
+            _mark_lowest(removed[:, rows], scores[:, rows], live, quota)
+        return removed
+
+    damped = _damped(problem.hessian, live, damping)
+    removed, start = alps.find_mask(target, damped, project, most_steps)
+    if not removed.any():
+        return target, removed
+    return solve_on_support(target, damped, ~removed, start, tolerance), removed
+
+
+def _sweep(
+    problem: _Problem, live: Tensor, factor: Tensor, damping: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The OBS sweep: mask a block of columns, then remove its weights column by column, updating the rest."""
-    dense, removed, hessian = problem.weight, problem.removed, problem.hessian
-    live = hessian.diagonal() > 0
-    factor, damping = factorize(hessian, live, problem.percdamp, problem.name)
+    hessian, removed = problem.hessian, problem.removed
+    dense = problem.weight if shift is None else problem.weight + shift
     block_size = problem.block_size
     if problem.n_m:  # no group of m may lie in two blocks
         block_size = max(block_size // problem.n_m[1], 1) * problem.n_m[1]
@@ -250,9 +358,10 @@ def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
         change = torch.mm(-upper.T, block)  # the best for this block after what became of those before it
         torch.add(dense[span], change, out=block)
 
-        def gradient(change: Tensor = change) -> Tensor:
-            # Eq. 3's 2(Ŵ − W)XXᵀ. What is not settled yet minimises the damped objective, so that λ's part is left.
-            return -2 * damping * change.T
+        def gradient(change: Tensor = change, span: slice = span) -> Tensor:
+            # Eq. 3's 2(Ŵ − W)XXᵀ, or 2(ŴX̂ − WX)X̂ᵀ. What is not settled yet minimises the damped objective, so that
+            # λ's part is left, which draws to the dense weights.
+            return -2 * damping * (change if shift is None else change + shift[span]).T
 
         pivots = upper.diagonal()
         scores = problem.method.score(Block(block.T, pivots.square(), hessian.diagonal()[span], gradient)).T
@@ -269,7 +378,7 @@ def _sweep(problem: _Problem) -> tuple[Tensor, Tensor, Tensor, float]:
         increments += errors.square().sum(0)
         if span.stop < len(dense):
             result[span.stop :].addmm_(factor[span, span.stop :].T, block - dense[span])
-    return result, removed, increments, damping
+    return result, removed, increments
 
 
 def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
