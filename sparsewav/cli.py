@@ -30,6 +30,9 @@ from sparsewav.files import conf_folder
 
 T = TypeVar("T")
 
+PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
+"""The paper's choice in the groups that came later."""
+
 _config_name = "config"
 """Of the command that this process runs: ``config`` or ``train``."""
 
@@ -52,6 +55,9 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
     if not settings["model"]["stream"]:
         del settings["model"]["stream"]  # runs from before there was this key keep their folders
+    for group, plain in PLAIN.items():  # and so do those from before there were these groups
+        if settings[group]["name"] == plain:
+            del settings[group]
     return settings
 
 
@@ -68,6 +74,7 @@ def _run_name(*, _root_: DictConfig) -> str:
         settings["saliency"]["name"],
         settings["allocation"]["name"],
         f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
+        *(settings[group]["name"] for group in PLAIN if group in settings),
         *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
         _hash(settings),
     )
@@ -226,7 +233,8 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
         "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
         "seconds": ", ".join(
             f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
-            for stage in ("calibrate", "allocate", "solve")
+            for stage in ("calibrate", "allocate", "solve", "recover")
+            if stage in seconds
         )
         + f"; prune {seconds['prune']:.1f}"
         + (f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else "")
@@ -236,7 +244,9 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     }
     if (folder / "model").is_dir():
         rows["pruned model"] = str(folder / "model")
-    table = Table(title=f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}", show_header=False)
+    others = "".join(f", {metrics[group]}" for group, plain in PLAIN.items() if metrics[group] != plain)
+    title = f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}{others}"
+    table = Table(title=title, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():

@@ -78,7 +78,7 @@ class LibriSpeechHub(DataConfig):
 class CalibrationConfig:
     """Attributes:
     utterances: size of the random sample.
-    propagation: ``parallel`` or ``sequential``.
+    propagation: ``parallel``, ``sequential`` or ``stepwise``.
     frames_per_column: of a matrix's inputs a random sample of so many frames for each of its columns; None for all.
     """
 
@@ -123,6 +123,59 @@ class ObsSaliency(SaliencyConfig):
 
     percdamp: float = MISSING
     block_size: int = MISSING
+
+
+@dataclass
+class SolverConfig:
+    """Attributes: name: a key of :data:`sparsewav.pruning.solver.SOLVERS`."""
+
+    name: str = MISSING
+
+
+@dataclass
+class RefitSolver(SolverConfig):
+    """Attributes: tolerance: of the conjugate gradients, relative."""
+
+    tolerance: float = MISSING
+
+
+@dataclass
+class AlpsSolver(RefitSolver):
+    """Attributes: most_steps: of ADMM."""
+
+    most_steps: int = MISSING
+
+
+@dataclass
+class ObjectiveConfig:
+    """Attributes: name: ``symmetric`` or ``asymmetric``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class AsymmetricObjective(ObjectiveConfig):
+    """Attributes: strength: how much of the inputs' drift is made up for, 0 to 1."""
+
+    strength: float = MISSING
+
+
+@dataclass
+class RecoveryConfig:
+    """Attributes: name: ``none`` or ``block``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class BlockRecovery(RecoveryConfig):
+    """Attributes:
+    steps: of every layer.
+    learning_rate: at the first step.
+    """
+
+    steps: int = MISSING
+    learning_rate: float = MISSING
 
 
 @dataclass
@@ -251,6 +304,9 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     finetune_strategy: FinetuneStrategyConfig = field(default_factory=FinetuneStrategyConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -321,6 +377,13 @@ SCHEMAS: dict[str, type] = {
     "sparsity/base_n_m": PatternSparsity,
     "saliency/base_score": SaliencyConfig,
     "saliency/base_obs": ObsSaliency,
+    "solver/base_sweep": SolverConfig,
+    "solver/base_refit": RefitSolver,
+    "solver/base_alps": AlpsSolver,
+    "objective/base_symmetric": ObjectiveConfig,
+    "objective/base_asymmetric": AsymmetricObjective,
+    "recovery/base_no_recovery": RecoveryConfig,
+    "recovery/base_block": BlockRecovery,
     "allocation/base_uniform": AllocationConfig,
     "allocation/base_hutchinson": HutchinsonAllocation,
     "finetune_strategy/base_none": FinetuneStrategyConfig,
@@ -383,8 +446,9 @@ def _faults(config: Config) -> Iterator[str]:
     if isinstance(config.saliency, ObsSaliency):
         yield from _at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
         yield from _at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
-    if config.calibration.propagation not in ("parallel", "sequential"):
-        yield f"calibration.propagation={config.calibration.propagation} is neither parallel nor sequential"
+    if config.calibration.propagation not in ("parallel", "sequential", "stepwise"):
+        yield f"calibration.propagation={config.calibration.propagation} is none of parallel, sequential and stepwise"
+    yield from _accuracy_faults(config)
     if config.model.stream:
         if config.calibration.propagation != "sequential" or allocation.name != "uniform":
             yield (
@@ -404,6 +468,38 @@ def _faults(config: Config) -> Iterator[str]:
         yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
     yield from _at_least(0, seed=config.seed)
     yield from _device_faults(config.device)
+
+
+def _accuracy_faults(config: Config) -> Iterator[str]:
+    """Of solver, objective and recovery."""
+    solver, objective, recovery = config.solver, config.objective, config.recovery
+    if isinstance(solver, RefitSolver) and not 0 < solver.tolerance < 1:
+        yield f"solver.tolerance={solver.tolerance:g} must be above 0 and below 1, e.g. 1e-4"
+    if isinstance(solver, AlpsSolver):
+        yield from _at_least(1, most_steps=solver.most_steps, prefix="solver.")
+    if isinstance(objective, AsymmetricObjective) and not 0 <= objective.strength <= 1:
+        yield f"objective.strength={objective.strength:g} is not between 0 and 1"
+    if isinstance(recovery, BlockRecovery):
+        yield from _at_least(1, steps=recovery.steps, prefix="recovery.")
+        if recovery.learning_rate <= 0:
+            yield f"recovery.learning_rate={recovery.learning_rate:g} must be above 0"
+    updating = [f"solver={solver.name}"] if isinstance(solver, RefitSolver) else []
+    two_models = [f"objective={objective.name}"] if isinstance(objective, AsymmetricObjective) else []
+    if not isinstance(config.saliency, ObsSaliency):
+        for choice in updating + two_models:
+            yield (
+                f"{choice} updates the kept weights, and saliency={config.saliency.name} does not; choose saliency=obs "
+                "or obs_first_order with it"
+            )
+    two_models += [f"recovery={recovery.name}"] if isinstance(recovery, BlockRecovery) else []
+    for choice in two_models:
+        if config.calibration.propagation == "parallel":
+            yield (
+                f"{choice} needs what the pruned layers give; choose calibration.propagation=stepwise (or sequential) "
+                "with it"
+            )
+        if config.model.stream:
+            yield f"model.stream=true has one layer in memory, and {choice} takes two; drop one of them"
 
 
 def validate_training(config: TrainConfig) -> None:

@@ -11,7 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from sparsewav import cache, records
-from sparsewav.config import Config, HutchinsonAllocation, ObsSaliency
+from sparsewav.config import (
+    AlpsSolver,
+    AsymmetricObjective,
+    BlockRecovery,
+    Config,
+    HutchinsonAllocation,
+    ObsSaliency,
+    RefitSolver,
+)
 from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
@@ -147,7 +155,7 @@ def _finish(
     if state.log:
         write_training_log(folder / records.TRAINING_LOG, state.log)
     device = speech.model.device
-    prune_seconds = sum(state.seconds[piece] for piece in ("calibrate", "allocate", "solve"))
+    prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in ("calibrate", "allocate", "solve", "recover"))
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
     total, nonzero = records.count_parameters(speech.model)
     final = state.stages[-1]
@@ -155,6 +163,9 @@ def _finish(
         "model": speech.name,
         "method": METHOD,
         "saliency": config.saliency.name,
+        "solver": config.solver.name,
+        "objective": config.objective.name,
+        "recovery": config.recovery.name,
         "allocation": config.allocation.name,
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
@@ -273,13 +284,20 @@ def _prune(
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
+    options |= _accuracy_options(config)
     name = config.sparsity_name if config.n_m else f"{sparsity:g}"
+    recovers = config.recovery.name != "none"
+
+    def advance(piece: str, done: int, total: int) -> None:
+        if not recovers or piece == "recover":  # the bar shows what takes the longest
+            progress(done, total)
+
     with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
         options |= {
             "saliency": config.saliency.name,
             "allocation": config.allocation.name,
             "seed": config.seed,
-            "progress": lambda stage, done, total: progress(done, total),
+            "progress": advance,
         }
         if config.model.stream:
             report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
@@ -303,7 +321,9 @@ def _prune(
         records.write_layers(folder / records.LAYERS, report.matrices)
     state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
     state.seconds["allocate"] += allocate_seconds
-    state.seconds["solve"] += report.seconds["solve"]
+    for piece in ("solve", "recover"):
+        if piece in report.seconds:
+            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
     state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
     state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
     probes = next(iter(traces.values())).samples if traces else 0
@@ -315,6 +335,26 @@ def _prune(
             "updates": 0,
         }
     )
+    if report.recoveries:
+        state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+def _accuracy_options(config: Config) -> dict[str, Any]:
+    """What solver, objective and recovery ask of the engine, where they are not the paper's."""
+    options: dict[str, Any] = {}
+    if isinstance(config.solver, RefitSolver):
+        options |= {"solver": config.solver.name, "solver_tolerance": config.solver.tolerance}
+    if isinstance(config.solver, AlpsSolver):
+        options["solver_steps"] = config.solver.most_steps
+    if isinstance(config.objective, AsymmetricObjective):
+        options |= {"objective": config.objective.name, "drift_strength": config.objective.strength}
+    if isinstance(config.recovery, BlockRecovery):
+        options |= {
+            "recovery": config.recovery.name,
+            "recovery_steps": config.recovery.steps,
+            "recovery_rate": config.recovery.learning_rate,
+        }
+    return options
 
 
 def _prune_from_disk(
@@ -396,6 +436,7 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 | | |
 |---|---|
 | saliency | {config.saliency.name} |
+| solver | {config.solver.name}, objective {config.objective.name}, recovery {config.recovery.name} |
 | allocation | {config.allocation.name} |
 | sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
 | pruned to | {path} |

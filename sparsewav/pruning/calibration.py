@@ -6,9 +6,10 @@ summed alone; and it is known well enough from some frames for each of its colum
 sample of frames will do, while every utterance has its part in it.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,17 +24,20 @@ from sparsewav.pruning import processes
 from sparsewav.pruning.encoder import (
     PrunableMatrix,
     encoder_layers,
-    frame_counts,
     model_batches,
     projections_as_modules,
     prunable_matrices,
 )
+from sparsewav.pruning.layers import LayerInputs, first_layer_inputs, frame_mask_of, run_layer, shares_of
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
 AroundLayer = Callable[[int], AbstractContextManager[object]]
 """Called with a layer's index; the layer has its weights within the block that it gives, and need not outside."""
+
+AfterLayer = Callable[[nn.Module, Callable[[LayerInputs], Tensor], list[LayerInputs]], None]
+"""Called with a pruned layer, what runs it on a batch, and the batches, with the dense model's outputs of the layer."""
 
 BLOCK = 384
 """Columns of a Hessian that are summed in one product."""
@@ -50,12 +54,17 @@ class Calibration:
         reads: for every matrix the key of its Hessian.
         frames: how many frames the calibration set has.
         sampled: how many of them each Hessian was summed over, by its key; the sum is scaled to all.
+        drifts: (X − X̂)X̂ᵀ of the inputs that the matrices have in the dense model, X, and those that the Hessians are
+            of, X̂; shape (cols, cols), by the Hessian's key; empty where there is no other model.
+        drift_sums: (X − X̂)(X − X̂)ᵀ, likewise.
     """
 
     hessians: dict[str, Tensor] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     frames: int = 0
     sampled: dict[str, int] = field(default_factory=dict)
+    drifts: dict[str, Tensor] = field(default_factory=dict)
+    drift_sums: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian(self, name: str) -> Tensor:
         """The Hessian of a matrix, by the matrix's name; shape (cols, cols)."""
@@ -104,16 +113,56 @@ class _Sum:
             self.hessian[start:stop, start:].addmm_(frames[:, start:stop].T, frames[:, start:])
 
 
-class _Observer:
-    """Adds the frames that reach some matrices to their Hessians."""
+class _DriftSum:
+    """(X − X̂)X̂ᵀ, summed as pairs of frames come in; zero to the last bit where they are the same."""
 
-    def __init__(self, matrices: list[PrunableMatrix], frames_per_column: float | None, seed: int) -> None:
+    def __init__(self, cols: int, device: torch.device) -> None:
+        self._drift = torch.zeros(cols, cols, dtype=torch.float32, device=device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, difference: Tensor, frames: Tensor) -> None:
+        """Add X − X̂ and X̂ of some frames, each of shape (frames, cols)."""
+        self._waiting.append((difference, frames))
+        if sum(len(waiting) for waiting, _ in self._waiting) >= WAITING_FRAMES:
+            self.finish()
+
+    def finish(self) -> Tensor:
+        """The sum; shape (cols, cols)."""
+        if self._waiting:
+            difference, frames = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self._drift.addmm_(difference.T, frames)
+        return self._drift
+
+
+class _Observer:
+    """Adds the frames that reach some matrices to their Hessians.
+
+    Args:
+        matrices: whose inputs are observed.
+        frames_per_column: as in :func:`calibrate`.
+        seed: as in :func:`calibrate`.
+        dense: for every matrix its module in the dense model, which is run before the pruned one on every batch; None
+            where there is no other model.
+    """
+
+    def __init__(
+        self,
+        matrices: list[PrunableMatrix],
+        frames_per_column: float | None,
+        seed: int,
+        dense: dict[str, nn.Module] | None = None,
+    ) -> None:
         self.matrices = matrices
+        self.dense = dense
         self.frames_per_column = frames_per_column
         self.seed = seed
         self.frames = 0
         self.reads: dict[str, str] = {}
         self._sums: dict[str, _Sum] = {}
+        self._drifts: dict[str, _DriftSum] = {}
+        self._drift_sums: dict[str, _Sum] = {}
+        self._dense_inputs: dict[str, Tensor] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
         self._layer: int | None = None
         self._order = torch.empty(0, dtype=torch.long)  # places of the batch's frames, shuffled where they are sampled
@@ -122,6 +171,8 @@ class _Observer:
     @contextmanager
     def attached(self) -> Iterator[None]:
         hooks = [matrix.module.register_forward_pre_hook(self._hook_of(matrix)) for matrix in self.matrices]
+        for name, module in (self.dense or {}).items():
+            hooks.append(module.register_forward_pre_hook(self._dense_hook_of(name)))
         try:
             yield
         finally:
@@ -146,6 +197,7 @@ class _Observer:
 
     def end_batch(self) -> None:
         self._seen.clear()
+        self._dense_inputs.clear()
 
     def finish(self) -> Calibration:
         """Give the Hessians, summed over the processes.
@@ -171,11 +223,23 @@ class _Observer:
                     f"the inputs of {name} on the calibration set are NaN or infinite; "
                     "check the model's weights, or load it in float32"
                 )
+            if self.dense is not None:
+                drift = self._drifts.get(name) or _DriftSum(weight.shape[1], weight.device)
+                total = self._drift_sums.get(name) or _Sum(weight.shape[1], weight.device)
+                calibration.drifts[name], calibration.drift_sums[name] = drift.finish(), total.finish()
+                processes.add_up(calibration.drifts[name])
+                processes.add_up(calibration.drift_sums[name])
         return calibration
 
     def _hook_of(self, matrix: PrunableMatrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._observe(matrix.name, matrix.layer, inputs[0])
+
+        return hook
+
+    def _dense_hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._dense_inputs[name] = inputs[0]
 
         return hook
 
@@ -191,25 +255,24 @@ class _Observer:
         cols, order = inputs.shape[-1], self._order
         if self.frames_per_column is not None:
             order = order[: math.ceil(self.frames_per_column * cols * self._share)]
-        frames = inputs.reshape(-1, cols)[order].to(torch.float32)  # (frames, cols)
-        if len(order) < len(self._order):
-            frames *= (len(self._order) / len(order)) ** 0.5
+
+        def sample(states: Tensor) -> Tensor:
+            frames = states.reshape(-1, cols)[order].to(torch.float32)  # (frames, cols)
+            if len(order) < len(self._order):
+                frames *= (len(self._order) / len(order)) ** 0.5
+            return frames
+
+        frames = sample(inputs)
         if name not in self._sums:
             self._sums[name] = _Sum(cols, inputs.device)
         self._sums[name].add(frames)
-
-
-def _frame_mask(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Shape (batch, frames), True where an utterance has a frame."""
-    counts = frame_counts(model, batch["attention_mask"])
-    frames = int(frame_counts(model, torch.ones_like(batch["attention_mask"][:1])))
-    return torch.arange(frames, device=counts.device) < counts[:, None]
-
-
-def _shares(model: PreTrainedModel, parts: list[dict[str, Tensor]], batches: int) -> list[float]:
-    """Of every part of a batch, in the sample of a set of so many batches."""
-    frames = [int(frame_counts(model, part["attention_mask"]).sum()) for part in parts]
-    return [count / sum(frames) / batches for count in frames]
+        if self.dense is not None:
+            difference = sample(self._dense_inputs[name]) - frames
+            if name not in self._drifts:
+                self._drifts[name] = _DriftSum(cols, inputs.device)
+                self._drift_sums[name] = _Sum(cols, inputs.device)
+            self._drifts[name].add(difference, frames)
+            self._drift_sums[name].add(difference)
 
 
 @torch.no_grad()
@@ -241,77 +304,13 @@ def calibrate(
     with processes.together(), projections_as_modules(model), observer.attached():
         for index, batch in processes.share(sized):
             parts = list(model_batches(model, batch))
-            for number, (part, share) in enumerate(zip(parts, _shares(model, parts, len(sized)), strict=True)):
-                observer.start_batch(_frame_mask(model, part), 1000 * index + number, share)
+            for number, (part, share) in enumerate(zip(parts, shares_of(model, parts, len(sized)), strict=True)):
+                observer.start_batch(frame_mask_of(model, part), 1000 * index + number, share)
                 getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
                 observer.end_batch()
             if progress:
                 progress(min(index + processes.world(), len(sized)), len(sized))
     return observer.finish()
-
-
-class _StopForward(Exception):
-    """Raised inside a forward pass that has given what was wanted of it."""
-
-
-@dataclass(frozen=True)
-class _LayerInputs:
-    """What one batch brings to the next layer; the large pieces lie on disk, so that memory does not grow with the set.
-
-    Attributes:
-        folder: holds the hidden states (batch, frames, width) and the layer's other arguments.
-        number: of the batch.
-        share: of the batch in the sample of frames.
-    """
-
-    folder: Path
-    number: int
-    share: float
-
-    def load(self, piece: str, device: torch.device) -> Any:
-        return torch.load(self.folder / f"{self.number}-{piece}.pt", map_location=device, weights_only=True)
-
-    def save(self, piece: str, value: Any) -> None:
-        torch.save(value, self.folder / f"{self.number}-{piece}.pt")
-
-
-def _first_layer_inputs(
-    model: PreTrainedModel, layers: nn.ModuleList, batches: Iterable[dict[str, Tensor]], folder: Path
-) -> list[_LayerInputs]:
-    caught: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args[0], kwargs))
-        raise _StopForward
-
-    items: list[_LayerInputs] = []
-    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
-    hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for index, batch in processes.share(sized):
-            parts = list(model_batches(model, batch))
-            for number, (part, share) in enumerate(zip(parts, _shares(model, parts, len(sized)), strict=True)):
-                with suppress(_StopForward):
-                    getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
-                hidden_states, arguments = caught.pop()
-                item = _LayerInputs(folder, 1000 * index + number, share)
-                item.save("hidden_states", hidden_states)
-                item.save("others", (arguments, _frame_mask(model, part)))
-                items.append(item)
-    finally:
-        hook.remove()
-    return items
-
-
-def _run_layer(layer: nn.Module, first_layer: nn.Module, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-    if "position_bias" in arguments and layer is not first_layer:
-        # WavLM's first layer makes the position bias that the others take. It is made anew for every batch and layer,
-        # because keeping it for a whole calibration set would take (heads x frames²) numbers an utterance.
-        batch, frames, _ = hidden_states.shape
-        bias = first_layer.attention.compute_bias(frames, frames)  # type: ignore[union-attr,operator]
-        arguments = arguments | {"position_bias": bias.repeat(batch, 1, 1)}
-    output = layer(hidden_states, **arguments)
-    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -324,6 +323,9 @@ def calibrate_sequentially(
     frames_per_column: float | None = None,
     seed: int = 0,
     around_layer: AroundLayer = nullcontext,
+    stepwise: bool = False,
+    against_dense: bool = False,
+    after_layer: AfterLayer | None = None,
 ) -> None:
     """Calibrate and prune layer by layer, each on the outputs of the pruned layers before it (``sequential``).
 
@@ -340,28 +342,76 @@ def calibrate_sequentially(
         seed: as in :func:`calibrate`.
         around_layer: all that is done with a layer is done within its block. Outside of it the layer's parameters may
             be anywhere (on the meta device), but for the first layer's position embedding, if it has one.
+        stepwise: within a layer, too, prune the matrices one input after the other, each on what those before it give
+            once they are pruned.
+        against_dense: run the dense layers on the dense hidden states beside, and gather how the inputs have drifted.
+        after_layer: called when all of a layer is pruned, before the next one gets its outputs; may change the layer.
+            The batches then hold the dense model's outputs of the layer as ``dense_states``.
 
     Raises:
         UserError: the set is empty, or an activation is not finite.
     """
     layers = encoder_layers(model)
     matrices = prunable_matrices(model)
+    two_models = against_dense or after_layer is not None
     with projections_as_modules(model), TemporaryDirectory(prefix="sparsewav-") as folder:
         with processes.together():
-            inputs = _first_layer_inputs(model, layers, batches, Path(folder))
+            inputs = first_layer_inputs(model, layers, batches, Path(folder))
+            for item in inputs if two_models else []:
+                item.save("dense_states", item.load("hidden_states", model.device))
         for index, layer in enumerate(layers):
+
+            def run(item: LayerInputs, layer: nn.Module = layer, piece: str = "hidden_states") -> Tensor:
+                arguments, _ = item.load("others", model.device)
+                return run_layer(layer, layers[0], item.load(piece, model.device), arguments)
+
             with around_layer(index):
-                observer = _Observer([matrix for matrix in matrices if matrix.layer == index], frames_per_column, seed)
-                with processes.together(), observer.attached():
-                    for item in inputs:
-                        arguments, frame_mask = item.load("others", model.device)
-                        observer.start_batch(frame_mask, item.number, item.share)
-                        _run_layer(layer, layers[0], item.load("hidden_states", model.device), arguments)
-                        observer.end_batch()
-                prune_layer(observer.matrices, observer.finish())
+                dense_layer = copy.deepcopy(layer) if two_models else layer
+                groups = [[matrix for matrix in matrices if matrix.layer == index]]
+                if stepwise:
+                    groups = _in_order_of_reading(groups[0], inputs, run)
+                for group in groups:
+                    dense = _same_modules(group, layer, dense_layer) if against_dense else None
+                    observer = _Observer(group, frames_per_column, seed, dense)
+                    with processes.together(), observer.attached():
+                        for item in inputs:
+                            observer.start_batch(item.load("others", model.device)[1], item.number, item.share)
+                            if against_dense:
+                                run(item, dense_layer, "dense_states")
+                            run(item)
+                            observer.end_batch()
+                    prune_layer(group, observer.finish())
+                for item in inputs if two_models else []:
+                    item.save("dense_states", run(item, dense_layer, "dense_states"))
+                if after_layer:
+                    after_layer(layer, run, inputs)
                 for item in inputs if index + 1 < len(layers) else []:
-                    arguments, _ = item.load("others", model.device)
-                    hidden_states = item.load("hidden_states", model.device)
-                    item.save("hidden_states", _run_layer(layer, layers[0], hidden_states, arguments))
+                    item.save("hidden_states", run(item))
             if progress:
                 progress(index + 1, len(layers))
+
+
+def _in_order_of_reading(
+    matrices: list[PrunableMatrix], inputs: list[LayerInputs], run: Callable[[LayerInputs], Tensor]
+) -> list[list[PrunableMatrix]]:
+    """A layer's matrices, those that read the very same tensor together, in the order in which they read."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, read: seen.setdefault(id(read[0]), (read[0], []))[1].append(name)
+
+    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix.name)) for matrix in matrices]
+    for item in inputs[:1]:
+        run(item)
+    for hook in hooks:
+        hook.remove()
+    by_name = {matrix.name: matrix for matrix in matrices}
+    found = processes.gather([names for _, names in seen.values()])
+    order = next((groups for groups in found if groups), [list(by_name)])  # a process without a batch saw none
+    return [[by_name[name] for name in by_name if name in names] for names in order]
+
+
+def _same_modules(matrices: list[PrunableMatrix], layer: nn.Module, other: nn.Module) -> dict[str, nn.Module]:
+    """The modules of another copy of a layer that stand where some matrices do in the layer, by the matrices' names."""
+    places = {module: place for place, module in layer.named_modules()}
+    return {matrix.name: other.get_submodule(places[matrix.module]) for matrix in matrices}

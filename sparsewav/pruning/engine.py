@@ -4,29 +4,32 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import processes
 from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly, rank_by_sensitivity
 from sparsewav.pruning.calibration import AroundLayer, Calibration, calibrate, calibrate_sequentially
-from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, prunable_matrices
+from sparsewav.pruning.layers import LayerInputs
+from sparsewav.pruning.recovery import RECOVERIES, LayerRecovery, recover_layer
 from sparsewav.pruning.saliency import SALIENCIES
 from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.solver import PrunedMatrix, prune_matrices
+from sparsewav.pruning.solver import PrunedMatrix, check_solver, prune_matrices
 
 logger = logging.getLogger(__name__)
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate`` and ``solve``."""
+"""Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
 
 ALLOCATIONS = ("uniform", "hutchinson")
-PROPAGATIONS = ("parallel", "sequential")
+PROPAGATIONS = ("parallel", "sequential", "stepwise")
+OBJECTIVES = ("symmetric", "asymmetric")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class MatrixReport:
         rank: in the order of sensitivity, 0 for the highest.
         target_sparsity: allocated.
         sparsity: reached, zeros over weights.
-        relative_error: ||WX − ŴX||² / ||WX||² on the calibration set.
+        relative_error: ||WX − ŴX||² / ||WX||² on the calibration set; with the asymmetric objective
+            ||WX − ŴX̂||² / ||WX||², X the dense model's inputs, X̂ those that the matrix was pruned on.
     """
 
     name: str
@@ -66,8 +70,10 @@ class PruneReport:
             kept.
         sparsity: pruned weights over prunable weights.
         target_sparsity: what was asked for.
-        seconds: of the stages ``calibrate``, ``allocate`` and ``solve``; what was given ready-made took none.
+        seconds: of the stages ``calibrate``, ``allocate`` and ``solve``, and ``recover`` where there is a recovery;
+            what was given ready-made took none.
         warnings: sentences the user should read.
+        recoveries: of every transformer layer, where there is one.
     """
 
     matrices: list[MatrixReport]
@@ -76,6 +82,7 @@ class PruneReport:
     target_sparsity: float
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    recoveries: list[LayerRecovery] = field(default_factory=list)
 
 
 def prune(
@@ -95,6 +102,14 @@ def prune(
     frames_per_column: float | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    solver: str = "obs_sweep",
+    solver_tolerance: float = 1e-4,
+    solver_steps: int = 300,
+    objective: str = "symmetric",
+    drift_strength: float = 1.0,
+    recovery: str = "none",
+    recovery_steps: int = 100,
+    recovery_rate: float = 1e-3,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
     calibration: Calibration | None = None,
@@ -121,13 +136,24 @@ def prune(
         probe_distribution: ``gaussian`` (the paper's) or ``rademacher``.
         rank_tolerance: stop probing once ranks are expected to be displaced by no more than this share of all ranks.
         n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
-        propagation: calibrate every matrix on the dense model's activations (``parallel``) or layer by layer on those
-            of the layers already pruned (``sequential``).
+        propagation: calibrate every matrix on the dense model's activations (``parallel``), layer by layer on those of
+            the layers already pruned (``sequential``), or matrix by matrix within a layer, too (``stepwise``).
         frames_per_column: sum each Hessian over a random sample of so many frames for each of its columns; None for
             all frames.
         block_size: columns that the solver masks together.
         percdamp: damping as a share of the Hessian's mean diagonal.
-        seed: of the Hutchinson probes and the sample of frames.
+        solver: ``obs_sweep`` (the paper's), ``obs_refit`` (its mask, the kept weights solved exactly) or ``alps`` (a
+            mask of its own by ADMM; the saliency is not used).
+        solver_tolerance: relative, of the last two's conjugate gradients.
+        solver_steps: of ``alps`` at most.
+        objective: ``symmetric``, min ||(W − Ŵ)X̂||², or ``asymmetric``, min ||WX − ŴX̂||², X the inputs in the dense and
+            X̂ in the pruned model, so that a matrix makes up for those before it; not with propagation ``parallel``.
+        drift_strength: 0 to 1, how much of X − X̂ the asymmetric objective takes into account.
+        recovery: ``none``, or ``block``: when a transformer layer is pruned let its kept weights, biases and layer
+            norms learn the dense model's output of that layer; not with propagation ``parallel``.
+        recovery_steps: of one layer.
+        recovery_rate: Adam's first learning rate; it falls to zero.
+        seed: of the Hutchinson probes, the sample of frames and the recovery's order of batches.
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
         calibration: Hessians computed earlier for this model (``parallel`` alone).
         traces: Hessian traces computed earlier for this model.
@@ -143,6 +169,10 @@ def prune(
     _check_choice("saliency", saliency, SALIENCIES)
     _check_choice("allocation", allocation, ALLOCATIONS)
     _check_choice("propagation", propagation, PROPAGATIONS)
+    check_solver(solver, saliency)
+    _check_choice("objective", objective, OBJECTIVES)
+    _check_choice("recovery", recovery, RECOVERIES)
+    _check_two_models(objective, drift_strength, recovery, propagation, saliency)
     if n_m:
         _check_pattern(n_m, sparsity, allocation)
     matrices = prunable_matrices(model)
@@ -176,7 +206,17 @@ def prune(
             traces = processes.broadcast(traces)  # GPUs do not sum in the same order twice, and all must rank alike
             sensitivities = {name: traces[name].sensitivity for name in sizes}
             targets = allocate_by_rank(sizes, sensitivities, sparsity, alpha, exact_budget=exact_budget)
-        solver = _Solver(targets, traces, saliency, n_m, block_size, percdamp, dict(masks or {}), keep_masks)
+        solving: dict[str, Any] = {
+            "saliency": saliency,
+            "n_m": n_m,
+            "block_size": block_size,
+            "percdamp": percdamp,
+            "solver": solver,
+            "tolerance": solver_tolerance,
+            "most_steps": solver_steps,
+        }
+        strength = drift_strength if objective == "asymmetric" else None
+        pruner = _Pruner(targets, traces, solving, strength, dict(masks or {}), keep_masks, recovery != "none")
         if propagation == "parallel":
             if calibration is None:
                 started = time.perf_counter()
@@ -188,59 +228,105 @@ def prune(
                     seed=seed,
                 )
                 seconds["calibrate"] = time.perf_counter() - started
-            solver.solve(matrices, calibration, _stage(progress, "solve"))
+            pruner.solve(matrices, calibration, _stage(progress, "solve"))
         else:
             started = time.perf_counter()
+            number_of_layers = len(encoder_layers(model))
+
+            def recover(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs]) -> None:
+                done = len(pruner.recoveries) * recovery_steps
+                total = number_of_layers * recovery_steps
+                pruner.recover(
+                    layer,
+                    run,
+                    inputs,
+                    steps=recovery_steps,
+                    learning_rate=recovery_rate,
+                    seed=seed,
+                    progress=(lambda step, _: progress("recover", done + step, total)) if progress else None,
+                )
+
             calibrate_sequentially(
                 model,
                 batches,
-                solver.solve,
+                pruner.solve,
                 _stage(progress, "calibrate"),
                 frames_per_column=frames_per_column,
                 seed=seed,
                 around_layer=around_layer,
+                stepwise=propagation == "stepwise",
+                against_dense=objective == "asymmetric",
+                after_layer=recover if recovery == "block" else None,
             )
-            seconds["calibrate"] = time.perf_counter() - started - solver.seconds
-        seconds["solve"] = solver.seconds
+            seconds["calibrate"] = time.perf_counter() - started - pruner.seconds - pruner.recovery_seconds
+        seconds["solve"] = pruner.seconds
+        if recovery != "none":
+            seconds["recover"] = pruner.recovery_seconds
     finally:
         model.train(was_training)
     return PruneReport(
-        matrices=solver.reports,
-        masks=solver.masks,
-        sparsity=solver.removed / sum(sizes.values()),
+        matrices=[pruner.reports[name] for name in sizes],
+        masks={name: pruner.masks[name] for name in sizes if name in pruner.masks},
+        sparsity=pruner.removed / sum(sizes.values()),
         target_sparsity=sparsity,
         seconds=seconds,
         warnings=_warnings(targets, traces if allocation == "hutchinson" else None),
+        recoveries=pruner.recoveries,
     )
 
 
-class _Solver:
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known of the inputs of a matrix.
+
+    Attributes:
+        hessian: X̂X̂ᵀ, shape (cols, cols).
+        drift: (X − X̂)X̂ᵀ; None where the objective is symmetric.
+        drift_sum: (X − X̂)(X − X̂)ᵀ.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+    drift_sum: Tensor | None
+
+    def error(self, dense: Tensor, pruned: Tensor) -> float:
+        """||WX − ŴX̂||²; with nothing in place of Ŵ it is ||WX||²."""
+        change = dense - pruned
+        error = _energy(change, self.hessian)
+        if self.drift is not None and self.drift_sum is not None:
+            mixed = ((dense @ self.drift) * change).sum(dtype=torch.float64)
+            error += 2 * float(mixed) + _energy(dense, self.drift_sum)
+        return error
+
+
+class _Pruner:
     """Prunes matrices as their Hessians come in, and keeps the books."""
 
     def __init__(
         self,
         targets: dict[str, float],
         traces: Mapping[str, Trace] | None,
-        saliency: str,
-        n_m: tuple[int, int] | None,
-        block_size: int,
-        percdamp: float,
+        solving: dict[str, Any],
+        drift_strength: float | None,
         masks_in_force: dict[str, Tensor],
         keep_masks: bool,
+        recovers: bool,
     ) -> None:
         self.targets = targets
         self.traces = traces
         self.ranks = rank_by_sensitivity({name: t.sensitivity for name, t in traces.items()}) if traces else {}
-        self.saliency = saliency
-        self.n_m = n_m
-        self.block_size = block_size
-        self.percdamp = percdamp
+        self.solving = solving
+        self.drift_strength = drift_strength
         self.masks_in_force = masks_in_force
         self.keep_masks = keep_masks
+        self.recovers = recovers
         self.masks: dict[str, Tensor] = {}
         self.removed = 0
-        self.reports: list[MatrixReport] = []
+        self.reports: dict[str, MatrixReport] = {}
+        self.recoveries: list[LayerRecovery] = []
         self.seconds = 0.0
+        self.recovery_seconds = 0.0
+        self._to_recover: list[tuple[PrunableMatrix, Tensor, _Inputs]] = []  # with the dense weights
 
     @torch.no_grad()
     def solve(
@@ -259,24 +345,26 @@ class _Solver:
         widths = [len(calibration.hessians[key]) for key in groups]
         costs = [cols**3 / 3 + size * cols for size, cols in zip(sizes, widths, strict=True)]
         owners = dict(zip(groups, processes.deal(costs), strict=True))
+        if self.recovers:  # the errors are measured again after it, in all processes
+            for matrix in matrices:
+                found = _inputs_of(calibration, calibration.reads[matrix.name])
+                self._to_recover.append((matrix, matrix.weight.detach().clone(), found))
         with processes.together():
             for key, names in groups.items():
                 if owners[key] != processes.rank():
                     continue
-                hessian = calibration.hessians[key]
+                inputs = _inputs_of(calibration, key)
                 results = prune_matrices(
                     [by_name[name].weight for name in names],
-                    hessian,
+                    inputs.hessian,
                     [self.targets[name] for name in names],
-                    saliency=self.saliency,
                     keeps=[self.masks_in_force.get(name) for name in names],
-                    n_m=self.n_m,
-                    block_size=self.block_size,
-                    percdamp=self.percdamp,
+                    drift=None if self.drift_strength is None else self.drift_strength * calibration.drifts[key],
                     names=names,
+                    **self.solving,
                 )
                 for name, result in zip(names, results, strict=True):
-                    reports[name] = self._report(by_name[name], result, hessian)
+                    reports[name] = self._report(by_name[name], result, inputs)
                     by_name[name].weight.data.copy_(result.weight)
                     self.masks[name] = result.keep
                 if progress:
@@ -291,11 +379,23 @@ class _Solver:
         self.removed += sum(round(reports[matrix.name].sparsity * matrix.size) for matrix in matrices)
         if not self.keep_masks:
             self.masks.clear()
-        self.reports.extend(reports[matrix.name] for matrix in matrices)
-        self.masks = {report.name: self.masks[report.name] for report in self.reports if report.name in self.masks}
+        self.reports |= reports
         self.seconds += time.perf_counter() - started
 
-    def _report(self, matrix: PrunableMatrix, pruned: PrunedMatrix, hessian: Tensor) -> MatrixReport:
+    @torch.no_grad()
+    def recover(
+        self, layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs], **options: Any
+    ) -> None:
+        """Let a pruned layer learn, and put the errors of what it has become into the reports."""
+        started = time.perf_counter()
+        self.recoveries.append(recover_layer(layer, run, inputs, **options))
+        for matrix, dense, found in self._to_recover:
+            error = found.error(dense, matrix.weight) / max(found.error(dense, torch.zeros_like(dense)), 1e-30)
+            self.reports[matrix.name] = replace(self.reports[matrix.name], relative_error=error)
+        self._to_recover.clear()
+        self.recovery_seconds += time.perf_counter() - started
+
+    def _report(self, matrix: PrunableMatrix, pruned: PrunedMatrix, inputs: _Inputs) -> MatrixReport:
         dense = matrix.weight.detach()
         trace = self.traces[matrix.name] if self.traces else None
         return MatrixReport(
@@ -307,21 +407,25 @@ class _Solver:
             rank=self.ranks.get(matrix.name),
             target_sparsity=self.targets[matrix.name],
             sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
-            relative_error=_error(dense, pruned, hessian) / max(_energy(dense, hessian), 1e-30),
+            relative_error=_error(dense, pruned, inputs) / max(inputs.error(dense, torch.zeros_like(dense)), 1e-30),
         )
 
 
-def _error(dense: Tensor, pruned: PrunedMatrix, hessian: Tensor) -> float:
-    """||WX − ŴX||² on the calibration set."""
-    change = dense - pruned.weight
-    if pruned.increments is not None:
+def _inputs_of(calibration: Calibration, key: str) -> _Inputs:
+    return _Inputs(calibration.hessians[key], calibration.drifts.get(key), calibration.drift_sums.get(key))
+
+
+def _error(dense: Tensor, pruned: PrunedMatrix, inputs: _Inputs) -> float:
+    """||WX − ŴX̂||² on the calibration set."""
+    if pruned.increments is not None and inputs.drift is None:
         # The sweep has it summed up already, with λ||W − Ŵ||² on top (dead inputs aside).
+        change = dense - pruned.weight
         damped = float(pruned.increments.sum(dtype=torch.float64))
-        live = hessian.diagonal() > 0
+        live = inputs.hessian.diagonal() > 0
         from_damping = pruned.damping * float((change.square().sum(0, dtype=torch.float64) * live).sum())
         if from_damping < 0.9 * damped:  # or the difference would be left with the rounding of its terms
             return damped - from_damping
-    return _energy(change, hessian)
+    return inputs.error(dense, pruned.weight)
 
 
 def _energy(weight: Tensor, hessian: Tensor, block_size: int = 512) -> float:
@@ -347,6 +451,21 @@ def _stage(progress: StageProgress | None, stage: str) -> Callable[[int, int], N
 def _check_choice(key: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise UserError(f"{key} {value!r} does not exist; choose one of {', '.join(choices)}")
+
+
+def _check_two_models(objective: str, drift_strength: float, recovery: str, propagation: str, saliency: str) -> None:
+    for key, value, plain in (("objective", objective, "symmetric"), ("recovery", recovery, "none")):
+        if value != plain and propagation == "parallel":
+            raise UserError(
+                f"{key} {value!r} needs what the pruned layers give; choose propagation sequential or stepwise with it"
+            )
+    if objective == "asymmetric" and not SALIENCIES[saliency].updates:
+        raise UserError(
+            f"objective {objective!r} updates the kept weights, and saliency {saliency!r} does not; choose obs or "
+            "obs_first_order with it"
+        )
+    if not 0 <= drift_strength <= 1:
+        raise UserError(f"drift_strength {drift_strength:g} is not between 0 and 1")
 
 
 def _check_pattern(n_m: tuple[int, int], sparsity: float, allocation: str) -> None:

@@ -10,9 +10,9 @@ the kept weights exactly (:mod:`~sparsewav.pruning.refit`), ``alps`` finds a bet
 (:mod:`~sparsewav.pruning.alps`).
 
 All of them minimise ||(W − Ŵ)X||² + λ||W − Ŵ||². Where the pruned matrix reads other inputs X̂ than the dense one did
-(``asymmetric``), it is ||WX − ŴX̂||² + λ||W − Ŵ||² with H = X̂X̂ᵀ and C = XX̂ᵀ, and that is
-||(T − Ŵ)X̂||² + λ||T − Ŵ||² plus a constant, with T = W(C + λI)(H + λI)⁻¹ = W + W(C − H)(H + λI)⁻¹: the same problem
-with T in place of W.
+(``asymmetric``), it is ||WX − ŴX̂||² + λ||W − Ŵ||² with H = X̂X̂ᵀ. With D = (X − X̂)X̂ᵀ, the drift of the inputs, that is
+||(T − Ŵ)X̂||² + λ||T − Ŵ||² plus a constant, where T = W + WD(H + λI)⁻¹: the same problem with T in place of W. What
+draws the weights to their dense values is the damping alone.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def prune_matrix(
     solver: str = "obs_sweep",
     tolerance: float = 1e-4,
     most_steps: int = 300,
-    cross: Tensor | None = None,
+    drift: Tensor | None = None,
     name: str = "the matrix",
 ) -> PrunedMatrix:
     """Prune one weight matrix; neither argument is changed.
@@ -89,13 +89,13 @@ def prune_matrix(
             the mask from the weights themselves, whatever the saliency.
         tolerance: of the conjugate gradients of ``obs_refit`` and ``alps``, relative.
         most_steps: of ``alps``.
-        cross: XX̂ᵀ of the dense model's inputs X and those that ``hessian`` is of, X̂, shape (cols, cols); None where
-            they are the same.
+        drift: (X − X̂)X̂ᵀ of the dense model's inputs X and those that ``hessian`` is of, X̂, shape (cols, cols); None
+            where they are the same.
         name: what to call the matrix in a message.
 
     Raises:
-        UserError: a shape, the sparsity, the saliency or the solver is wrong, or the Hessian is not positive definite even with
-            λ raised five times.
+        UserError: a shape, the sparsity, the saliency or the solver is wrong, or the Hessian is not positive definite
+            even with λ raised five times.
     """
     return prune_matrices(
         [weight],
@@ -109,7 +109,7 @@ def prune_matrix(
         solver=solver,
         tolerance=tolerance,
         most_steps=most_steps,
-        cross=cross,
+        drift=drift,
         names=[name],
     )[0]
 
@@ -127,7 +127,7 @@ def prune_matrices(
     solver: str = "obs_sweep",
     tolerance: float = 1e-4,
     most_steps: int = 300,
-    cross: Tensor | None = None,
+    drift: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> list[PrunedMatrix]:
     """Prune matrices that read the same input: one factorisation, one stacked sweep, a quota for each.
@@ -139,10 +139,10 @@ def prune_matrices(
     if method is None:
         raise UserError(f"saliency {saliency!r} does not exist; choose one of {', '.join(SALIENCIES)}")
     check_solver(solver, saliency)
-    if cross is not None and cross.shape != hessian.shape:
-        raise UserError(f"the cross term has shape {tuple(cross.shape)}, the Hessian {tuple(hessian.shape)}")
-    if cross is not None and not method.updates:
-        raise UserError(f"saliency {saliency!r} updates no weights, and a cross term asks for it; choose obs")
+    if drift is not None and drift.shape != hessian.shape:
+        raise UserError(f"the drift has shape {tuple(drift.shape)}, the Hessian {tuple(hessian.shape)}")
+    if drift is not None and not method.updates:
+        raise UserError(f"saliency {saliency!r} updates no weights, and a drift of the inputs asks for it; choose obs")
     keeps = keeps or [None] * len(weights)
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
@@ -163,7 +163,7 @@ def prune_matrices(
     else:
         live = problem.hessian.diagonal() > 0
         factor, damping = factorize(problem.hessian, live, percdamp, problem.name)
-        shift = None if cross is None else _shift_of_target(problem, factor, cross.to(dtype))
+        shift = None if drift is None else _shift_of_target(problem, factor, drift.to(dtype))
         if solver == "alps":
             pruned, removed = _admm(problem, live, damping, shift, tolerance, most_steps)
         else:
@@ -266,11 +266,10 @@ class _Problem:
     name: str
 
 
-def _shift_of_target(problem: _Problem, factor: Tensor, cross: Tensor) -> Tensor:
-    """Tᵀ − Wᵀ = (H + λI)⁻¹ (C − H)ᵀ Wᵀ, shape (cols, rows); zero to the last bit where C is H."""
-    shift = (cross - problem.hessian).T @ problem.weight
-    torch.linalg.solve_triangular(factor, shift, upper=True, out=shift)
-    return torch.linalg.solve_triangular(factor.triu().T, shift, upper=False)
+def _shift_of_target(problem: _Problem, factor: Tensor, drift: Tensor) -> Tensor:
+    """Tᵀ − Wᵀ = (H + λI)⁻¹ Dᵀ Wᵀ, shape (cols, rows)."""
+    shift = torch.linalg.solve_triangular(factor, drift.T @ problem.weight, upper=True)
+    return torch.linalg.solve_triangular(factor.T, shift, upper=False)
 
 
 def _damped(hessian: Tensor, live: Tensor, damping: float) -> Tensor:
