@@ -24,14 +24,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate, validate_training
+from sparsewav.config import (
+    NOT_IDENTIFYING,
+    PLAIN,
+    SCHEMAS,
+    Config,
+    TrainConfig,
+    key_names,
+    validate,
+    validate_training,
+)
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 
 T = TypeVar("T")
-
-PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
-"""The paper's choice in the groups that came later."""
 
 _config_name = "config"
 """Of the command that this process runs: ``config`` or ``train``."""

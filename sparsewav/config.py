@@ -397,6 +397,9 @@ SCHEMAS: dict[str, type] = {
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
+PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
+"""The paper's choice in the groups that came later."""
+
 NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model")
 """Keys that do not change a run's results, and so neither its folder."""
 

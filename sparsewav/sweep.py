@@ -11,12 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsewav import records
+from sparsewav.config import PLAIN
 from sparsewav.files import write_file
 
 SUMMARY = "summary.csv"
 
 _SHOWN = {
     "saliency": "saliency",
+    "solver": "solver",
+    "objective": "objective",
+    "recovery": "recovery",
     "allocation": "allocation",
     "finetune_strategy": "tuning",
     "target_sparsity": "asked",
@@ -60,7 +64,7 @@ def summarize(folder: Path, console: Console) -> int:
     if table.empty:
         console.print(f"{folder} has no runs")
         return 0
-    keys = ("saliency", "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
+    keys = ("saliency", *PLAIN, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
     order = [column for column in keys if column in table]
     table = table.sort_values(order)
     with write_file(folder / SUMMARY) as temporary:
@@ -70,6 +74,7 @@ def summarize(folder: Path, console: Console) -> int:
     columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
     if "updates" in table and not table["updates"].any():  # nothing was tuned: the two WERs are one
         columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
+    columns = [column for column in columns if column not in PLAIN or set(table[column].dropna()) != {PLAIN[column]}]
     for column in columns:
         shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
     for row in table[columns].itertuples(index=False):

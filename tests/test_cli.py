@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
-import sparsewav.cli  # noqa: F401  (registers the schemas)
+from sparsewav.cli import _identifying
 from sparsewav.config import Config, validate
 from sparsewav.files import conf_folder
 
@@ -291,6 +291,8 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
             r"choose calibration\.propagation=sequential and allocation=uniform with it",
         ),
         (["sparsity=n_m"], "choose allocation=uniform"),
+        (["objective=asymmetric"], r"choose calibration\.propagation=stepwise \(or sequential\) with it"),
+        (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
         (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
         (["device=cuda:99"], r"device=cuda:99 is not there"),
@@ -340,6 +342,40 @@ def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path:
         groups = model.get_submodule(name).weight.reshape(-1, 4)
         assert ((groups == 0).sum(1) == 2).all()
     assert json.loads((folder / "metrics.json").read_text())["pattern"] == "2:4"
+
+
+def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """Solver, objective and recovery reach the engine and the records; runs without them keep their folders."""
+    settings = ["allocation=uniform", "calibration.propagation=stepwise", "output_root=out"]
+    plain = run_sparsewav(*small, *settings)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    others = ["solver=alps", "objective=asymmetric", "recovery=block", "recovery.steps=15"]
+    result = run_sparsewav(*small, *settings, *others)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("alps", "asymmetric", "block", "recover"):
+        assert name in result.stdout
+    (folder,) = (tmp_path / "out").glob("*-alps-asymmetric-block-*")
+    (plain_folder,) = set((tmp_path / "out").glob("tiny*")) - {folder}
+    metrics, before = (json.loads((path / "metrics.json").read_text()) for path in (folder, plain_folder))
+    assert (metrics["solver"], metrics["objective"], metrics["recovery"]) == ("alps", "asymmetric", "block")
+    assert (before["solver"], before["objective"], before["recovery"]) == ("obs_sweep", "symmetric", "none")
+    seconds = metrics["seconds"]
+    assert seconds["recover"] > 0
+    assert seconds["prune"] == pytest.approx(sum(seconds[key] for key in ("calibrate", "allocate", "solve", "recover")))
+    errors = metrics["stages"][0]["layer_errors"]
+    assert len(errors) == 2
+    assert all(item["error"] < item["error_before"] for item in errors)
+    layers = [pandas.read_csv(path / "layers.csv") for path in (folder, plain_folder)]
+    assert list(layers[0]["sparsity"]) == list(layers[1]["sparsity"])
+
+
+def test_the_folders_of_the_papers_runs_keep_their_names() -> None:
+    """The hash of a configuration without the later groups is the one from before there were any."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        settings = compose("config")
+        chosen = _identifying(settings)
+        assert not {"solver", "objective", "recovery"} & set(chosen)
+        assert _identifying(compose("config", ["solver=alps"]))["solver"]["name"] == "alps"
 
 
 def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
@@ -469,7 +505,7 @@ def _groups() -> list[Path]:
 def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
     groups = _groups()
-    assert len(groups) == 11
+    assert len(groups) == 14
     for group in groups:
         for option in group.glob("*.yaml"):
             assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"
@@ -483,7 +519,12 @@ def _options() -> list[str]:
 
 @pytest.mark.parametrize("option", _options())
 def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
-    extra = {"data=librispeech_dir": ["data.root=/data"], "sparsity=n_m": ["allocation=uniform"]}.get(option, [])
+    extra = {
+        "data=librispeech_dir": ["data.root=/data"],
+        "sparsity=n_m": ["allocation=uniform"],
+        "objective=asymmetric": ["calibration.propagation=stepwise"],
+        "recovery=block": ["calibration.propagation=sequential"],
+    }.get(option, [])
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", [option, *extra]))
     assert isinstance(config, Config)

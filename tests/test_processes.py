@@ -64,11 +64,12 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
-    families = ("wav2vec2", "wavlm", "hubert")
+    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2")
     options: list[dict[str, Any]] = [
         {"allocation": "hutchinson"},
         {"allocation": "uniform", "propagation": "sequential", "frames_per_column": 2.0},
         {"allocation": "uniform", "frames_per_column": 2.0, "saliency": "wanda"},
+        {"allocation": "uniform", "propagation": "stepwise", "objective": "asymmetric", "solver": "obs_refit"},
     ]
     models = [tiny_model(family) for family in families]
     of_processes = in_processes(count, tmp_path, pruned, models, batches, options)
