@@ -109,7 +109,7 @@ def prune(
     drift_strength: float = 1.0,
     recovery: str = "none",
     recovery_steps: int = 100,
-    recovery_rate: float = 1e-3,
+    recovery_rate: float = 3e-3,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
     calibration: Calibration | None = None,
