@@ -69,7 +69,14 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
         {"allocation": "hutchinson"},
         {"allocation": "uniform", "propagation": "sequential", "frames_per_column": 2.0},
         {"allocation": "uniform", "frames_per_column": 2.0, "saliency": "wanda"},
-        {"allocation": "uniform", "propagation": "stepwise", "objective": "asymmetric", "solver": "obs_refit"},
+        {
+            "allocation": "uniform",
+            "propagation": "stepwise",
+            "objective": "asymmetric",
+            "solver": "obs_refit",
+            "solver_tolerance": 1e-6,
+            "percdamp": 0.1,
+        },
     ]
     models = [tiny_model(family) for family in families]
     of_processes = in_processes(count, tmp_path, pruned, models, batches, options)
