@@ -25,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsewav.config import NOT_IDENTIFYING, SCHEMAS, Config, TrainConfig, key_names, validate, validate_training
+from sparsewav.config_methods import OURS
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 
@@ -52,6 +53,12 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
     if not settings["model"]["stream"]:
         del settings["model"]["stream"]  # runs from before there was this key keep their folders
+    if settings["method"]["name"] == OURS:  # so do runs from before there were others
+        del settings["method"], settings["shorten"]
+    else:
+        del settings["saliency"], settings["allocation"], settings["calibration"]
+    if settings.get("training", {}).get("clip") == 1:
+        del settings["training"]["clip"]
     return settings
 
 
@@ -63,10 +70,10 @@ def _run_name(*, _root_: DictConfig) -> str:
     """Readable part and hash of everything that the run's results depend on."""
     settings = _identifying(_root_)
     model, sparsity = settings["model"], settings["sparsity"]
+    ours = "saliency" in settings
     parts = (
         Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
-        settings["saliency"]["name"],
-        settings["allocation"]["name"],
+        *([settings["saliency"]["name"], settings["allocation"]["name"]] if ours else [settings["method"]["name"]]),
         f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
         *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
         _hash(settings),
@@ -215,28 +222,43 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
         )
         tuned["word error rate, tuned"] = f"{100 * metrics['wer']:.2f} %   after {metrics['updates']:,} updates"
         tuned["stages"] = path
+    compression = metrics["compression"]
+    if compression:
+        made = {
+            "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "parameters, before": f"{compression['params_dense']:,}",
+            "parameters, after": f"{metrics['params_nonzero']:,}   ({100 * compression['share_left']:.1f} %)",
+            "seconds": f"compress {seconds['compress']:.1f}",
+        }
+    else:
+        made = {
+            "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
+            + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "parameters, before": f"{metrics['params_total']:,}",
+            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
+            "seconds": ", ".join(
+                f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
+                for stage in ("calibrate", "allocate", "solve")
+            )
+            + f"; prune {seconds['prune']:.1f}",
+        }
+    made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
+    made["seconds"] += f"; evaluate {seconds['evaluate']:.1f}"
+    smaller = "compressed" if compression else "pruned"
     rows = {
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        "word error rate, pruned": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
         **tuned,
-        "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
-        + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
-        "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-        "parameters, before": f"{metrics['params_total']:,}",
-        "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
-        "seconds": ", ".join(
-            f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
-            for stage in ("calibrate", "allocate", "solve")
-        )
-        + f"; prune {seconds['prune']:.1f}"
-        + (f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else "")
-        + f"; evaluate {seconds['evaluate']:.1f}",
+        **made,
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
         "outputs": str(folder),
     }
     if (folder / "model").is_dir():
-        rows["pruned model"] = str(folder / "model")
-    table = Table(title=f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}", show_header=False)
+        rows[f"{smaller} model"] = str(folder / "model")
+    how = metrics["method"] if compression else f"{metrics['saliency']}, {metrics['allocation']}"
+    table = Table(title=f"{metrics['model']}: {how}", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():
