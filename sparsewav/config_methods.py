@@ -84,6 +84,123 @@ class TrainedMethod(OptimizationConfig, MethodConfig):
         yield from optimization_faults(self, "method.")
 
 
+@dataclass
+class MagnitudeConfig(MethodConfig):
+    """One-shot global magnitude pruning; the fine-tuning holds its zeros.
+
+    Attributes:
+        sparsity: share of the transformer's weights that go.
+    """
+
+    sparsity: float = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from share(sparsity=self.sparsity, prefix="method.")
+
+
+@dataclass
+class ParpConfig(TrainedMethod):
+    """PARP (Lai et al. 2021).
+
+    Attributes:
+        sparsity: share of the transformer's weights that go in the end.
+        first_sparsity: share that goes at first; PARP-P's ramp starts here, PARP's is flat (``sparsity``).
+        reprunes: how often it prunes again within its updates, the last time at their end.
+    """
+
+    sparsity: float = MISSING
+    first_sparsity: float = MISSING
+    reprunes: int = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from share(sparsity=self.sparsity, first_sparsity=self.first_sparsity, prefix="method.")
+        if self.first_sparsity > self.sparsity:
+            yield (
+                f"method.first_sparsity={self.first_sparsity:g} must not be above method.sparsity={self.sparsity:g}, "
+                "where its ramp ends"
+            )
+        yield from at_least(1, reprunes=self.reprunes, prefix="method.")
+
+
+@dataclass
+class DistilHubertConfig(TrainedMethod):
+    """DistilHuBERT (Chang et al. 2022).
+
+    Attributes:
+        layers: of the student, of a teacher 12 deep.
+        predicted: the teacher's layers that a head each predicts, of 12.
+        cosine_weight: λ of the loss.
+        front_end_gradient: share of the gradient that reaches the convolutions.
+    """
+
+    layers: int = MISSING
+    predicted: list[int] = MISSING
+    cosine_weight: float = MISSING
+    front_end_gradient: float = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if not 1 <= self.layers <= 12:
+            yield f"method.layers={self.layers} must be from 1 to 12, of a teacher 12 deep"
+        if not self.predicted or any(not 1 <= layer <= 12 for layer in self.predicted):
+            yield f"method.predicted={self.predicted} must name layers from 1 to 12, e.g. [4, 8, 12]"
+        yield from at_least(0, cosine_weight=self.cosine_weight, prefix="method.")
+        yield from share(front_end_gradient=self.front_end_gradient, prefix="method.")
+
+
+@dataclass
+class ThinStudent(TrainedMethod):
+    """A student as deep as its teacher, and thinner; sizes for a teacher of 768, 3072 and 12.
+
+    Attributes:
+        width: of the transformer.
+        units: of its feed-forward networks.
+        heads: of its attention.
+        front_end_gradient: share of the gradient that reaches the convolutions.
+    """
+
+    width: int = MISSING
+    units: int = MISSING
+    heads: int = MISSING
+    front_end_gradient: float = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from at_least(1, width=self.width, units=self.units, heads=self.heads, prefix="method.")
+        yield from share(front_end_gradient=self.front_end_gradient, prefix="method.")
+
+
+@dataclass
+class FitHubertMethod(ThinStudent):
+    """FitHuBERT (Lee et al. 2022).
+
+    Attributes:
+        hint_weight: of the hints at all layers but the last, whose weight is 1.
+    """
+
+    hint_weight: float = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from at_least(0, hint_weight=self.hint_weight, prefix="method.")
+
+
+@dataclass
+class DeepVersusWideConfig(ThinStudent):
+    """12-Layer Half (Ashihara et al. 2022).
+
+    Attributes:
+        cosine_weight: λ of the loss.
+    """
+
+    cosine_weight: float = MISSING
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from at_least(0, cosine_weight=self.cosine_weight, prefix="method.")
+
+
 def shorten(updates: float, factor: float) -> int:
     """So many updates divided by a factor, at least one."""
     return max(1, math.ceil(updates / factor - 1e-9))
@@ -91,6 +208,11 @@ def shorten(updates: float, factor: float) -> int:
 
 METHOD_SCHEMAS: dict[str, type] = {
     "method/base_sparsewav": MethodConfig,
+    "method/base_magnitude": MagnitudeConfig,
+    "method/base_parp": ParpConfig,
+    "method/base_distilhubert": DistilHubertConfig,
+    "method/base_fithubert": FitHubertMethod,
+    "method/base_deep_vs_wide": DeepVersusWideConfig,
 }
 """Where Hydra's configuration store gets the schema of each method."""
 
@@ -120,6 +242,13 @@ def one_of(choices: Iterable[str], prefix: str = "", **values: str) -> Iterator[
     for key, value in values.items():
         if value not in choices:
             yield f"{prefix}{key}={value} does not exist; choose one of {', '.join(choices)}"
+
+
+def share(prefix: str = "", **values: float) -> Iterator[str]:
+    """A sentence for every value that is not a share."""
+    for key, value in values.items():
+        if not 0 <= value <= 1:
+            yield f"{prefix}{key}={value:g} is not between 0 and 1"
 
 
 def at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:

@@ -69,5 +69,19 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, Method] = {}
-"""By the name that ``method.name`` has. The order is that of Table 2."""
+# After the classes that they need.
+from sparsewav.baselines.deep_vs_wide import deep_vs_wide  # noqa: E402
+from sparsewav.baselines.distilhubert import distilhubert  # noqa: E402
+from sparsewav.baselines.fithubert import fithubert  # noqa: E402
+from sparsewav.baselines.magnitude import magnitude  # noqa: E402
+from sparsewav.baselines.parp import parp  # noqa: E402
+
+METHODS: dict[str, Method] = {
+    "distilhubert": distilhubert,
+    "fithubert": fithubert,
+    "deep_vs_wide": deep_vs_wide,
+    "magnitude": magnitude,
+    "parp": parp,
+    "parp_p": parp,
+}
+"""By the name that ``method.name`` has."""

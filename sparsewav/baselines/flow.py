@@ -66,7 +66,7 @@ def card(config: Config, speech: SpeechModel, state: State) -> str:
     own = speech.model.config.model_type.startswith("sparsewav")
     loading = "`AutoModelForCTC.from_pretrained` loads it as any other model."
     if own:
-        loading = "`import sparsewav` registers its class; then `AutoModelForCTC.from_pretrained` loads it."
+        loading = "`import sparsewav.models` registers its class; then `AutoModelForCTC.from_pretrained` loads it."
     facts = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in done["facts"].items())
     return f"""---
 library_name: transformers
