@@ -10,7 +10,7 @@ SECONDS_COUNTED = 10
 """Length of the utterance that is counted: attention grows with the square of it."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # the counter does not work in inference mode
 def multiply_accumulates(model: PreTrainedModel, sample_rate: int = 16_000) -> tuple[int, int]:
     """Count what a model multiplies and adds up for a second of audio, in an utterance of ten.
 

@@ -54,7 +54,7 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     if not settings["model"]["stream"]:
         del settings["model"]["stream"]  # runs from before there was this key keep their folders
     if settings["method"]["name"] == OURS:  # so do runs from before there were others
-        del settings["method"], settings["shorten"]
+        del settings["method"], settings["shorten"], settings["quicken"]
     else:
         del settings["saliency"], settings["allocation"], settings["calibration"]
     if settings.get("training", {}).get("clip") == 1:

@@ -225,6 +225,7 @@ class Config:
         method: ours, or a baseline; for a baseline sparsity, saliency and allocation decide no more than how long the
             fine-tuning is, so that it is as long as ours.
         shorten: the baselines' published numbers of updates are divided by it.
+        quicken: their published learning rates are multiplied by it.
         seed: of the calibration sample and the Hutchinson probes; of a baseline's new weights and order.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seconds_per_batch: most audio in one batch.
@@ -245,6 +246,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     shorten: float = 1.0
+    quicken: float = 1.0
     seed: int = 0
     device: str = "auto"
     seconds_per_batch: float = 60.0
@@ -444,6 +446,8 @@ def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
 def _method_faults(config: Config) -> Iterator[str]:
     if config.shorten < 1:
         yield f"shorten={config.shorten:g} must be at least 1, which trains a baseline as long as published"
+    if config.quicken <= 0:
+        yield f"quicken={config.quicken:g} must be above 0; 1 takes a baseline's published learning rates"
     if config.method.name == OURS:
         return
     if config.finetune_strategy.name == "progressive":

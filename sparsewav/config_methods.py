@@ -60,6 +60,10 @@ class MethodConfig:
         """The same with every published number of updates divided by a factor."""
         return self
 
+    def quickened(self, factor: float) -> Self:
+        """The same with every published learning rate times a factor."""
+        return self
+
     def faults(self) -> Iterator[str]:
         """A sentence for every value that cannot be."""
         yield from ()
@@ -78,6 +82,9 @@ class TrainedMethod(OptimizationConfig, MethodConfig):
     def shortened(self, factor: float) -> Self:
         warmup = self.warmup_steps if self.warmup_steps < 1 else shorten(self.warmup_steps, factor)
         return replace(self, updates=shorten(self.updates, factor), warmup_steps=warmup)
+
+    def quickened(self, factor: float) -> Self:
+        return replace(self, learning_rate=self.learning_rate * factor)
 
     def faults(self) -> Iterator[str]:
         yield from at_least(1, updates=self.updates, prefix="method.")

@@ -1,5 +1,7 @@
 """The class of a FitHuBERT with a CTC head: registered with transformers by ``import sparsewav.models``."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -43,17 +45,16 @@ class FitHubertForCTC(Wav2Vec2ForCTC):
 
     def __init__(self, config: FitHubertConfig) -> None:
         super().__init__(config)
+        assert config.vocab_size is not None  # wav2vec 2.0's class has refused it
         self.restoration = Restoration(config.hidden_size, config.time_reduction, config.restored_size)
         self.lm_head = nn.Linear(config.restored_size, config.vocab_size)
         self.post_init()
 
-    def _get_feat_extract_output_lengths(
-        self, input_lengths: Tensor | int, add_adapter: bool | None = None
-    ) -> Tensor | int:
+    def _get_feat_extract_output_lengths(self, input_lengths: Any, add_adapter: bool | None = None) -> Any:
         """Frames that the CTC head reads."""
         return super()._get_feat_extract_output_lengths(input_lengths, add_adapter) * self.config.time_reduction
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_values: Tensor,
         attention_mask: Tensor | None = None,
@@ -68,8 +69,8 @@ class FitHubertForCTC(Wav2Vec2ForCTC):
         if labels is not None:
             mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
             frames = self._get_feat_extract_output_lengths(mask.sum(-1))
-            assert isinstance(frames, Tensor)
             spoken = labels >= 0
+            assert self.config.pad_token_id is not None
             with torch.backends.cudnn.flags(enabled=False):
                 loss = F.ctc_loss(
                     logits.log_softmax(-1, dtype=torch.float32).transpose(0, 1),

@@ -157,7 +157,7 @@ def _finish(
         "wer": final["wer"],
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
-        "compression": None if ours else state.compression | {"shorten": config.shorten},
+        "compression": None if ours else state.compression | {"shorten": config.shorten, "quicken": config.quicken},
         "stages": state.stages,
         "n_utterances": len(evaluation),
         "n_calibration_utterances": calibration_utterances,

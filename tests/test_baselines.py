@@ -82,7 +82,7 @@ def trained(corpus: Path, model_folder: Path, tmp_path: Path) -> Callable[..., A
 
 
 def test_parp_lets_weights_come_back_and_ends_on_a_prune(trained: Callable[..., Any]) -> None:
-    overrides = ("method.reprunes=2", "method.learning_rate=0.01", "sparsity.target=0.5", "allocation=uniform")
+    overrides = ("method.reprunes=2", "method.learning_rate=0.2", "sparsity.target=0.5", "allocation=uniform")
     teacher, student, report = trained("parp", *overrides)
     prune_by_magnitude(teacher, 0.5)
     first, last = masks_of(teacher), masks_of(student)

@@ -1,7 +1,7 @@
 """The methods that the paper compares with: each takes a dense CTC model and gives a smaller one.
 
-A method is a function in a module of its own, a schema in :mod:`sparsewav.config_methods`, a file in ``conf/method``,
-and a line in :data:`METHODS`.
+A method is the function ``compress`` of a module of its own, a schema in :mod:`sparsewav.config_methods`, a file in
+``conf/method``, and a line in :data:`METHODS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,19 +69,14 @@ class Method(Protocol):
         """
 
 
-# After the classes that they need.
-from sparsewav.baselines.deep_vs_wide import deep_vs_wide  # noqa: E402
-from sparsewav.baselines.distilhubert import distilhubert  # noqa: E402
-from sparsewav.baselines.fithubert import fithubert  # noqa: E402
-from sparsewav.baselines.magnitude import magnitude  # noqa: E402
-from sparsewav.baselines.parp import parp  # noqa: E402
+from sparsewav.baselines import deep_vs_wide, distilhubert, fithubert, magnitude, parp  # noqa: E402  (want the above)
 
 METHODS: dict[str, Method] = {
-    "distilhubert": distilhubert,
-    "fithubert": fithubert,
-    "deep_vs_wide": deep_vs_wide,
-    "magnitude": magnitude,
-    "parp": parp,
-    "parp_p": parp,
+    "distilhubert": distilhubert.compress,
+    "fithubert": fithubert.compress,
+    "deep_vs_wide": deep_vs_wide.compress,
+    "magnitude": magnitude.compress,
+    "parp": parp.compress,
+    "parp_p": parp.compress,
 }
 """By the name that ``method.name`` has."""

@@ -76,7 +76,7 @@ class Distiller(nn.Module):
         return {"loss": sum(losses, start=states[0].new_zeros(())) / len(losses)}
 
 
-def deep_vs_wide(
+def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],

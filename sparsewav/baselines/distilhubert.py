@@ -66,7 +66,7 @@ class Distiller(nn.Module):
         return {"loss": sum(losses, start=last.new_zeros(())) / len(losses)}
 
 
-def distilhubert(
+def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],

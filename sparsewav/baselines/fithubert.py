@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,17 +65,14 @@ def thin_front_end(widths: Sequence[int], kernels: Sequence[int], strides: Seque
 def make_student(teacher: PreTrainedModel, settings: FitHubertMethod) -> FitHubertForCTC:
     """A new thin model; the output layer is the teacher's, as what it reads is to become the teacher's last layer."""
     config = teacher.config
-    front_end = thin_front_end(config.conv_dim, config.conv_kernel, config.conv_stride)
-    student = FitHubertForCTC(
-        FitHubertConfig(
-            **{key: getattr(config, key) for key in KEPT},
-            **front_end,
-            num_feat_extract_layers=len(front_end["conv_dim"]),
-            **thin_sizes(teacher, settings),
-            time_reduction=TIME_REDUCTION,
-            restored_size=config.hidden_size,
-        )
-    )
+    options: dict[str, Any] = {
+        **{key: getattr(config, key) for key in KEPT},
+        **thin_front_end(config.conv_dim, config.conv_kernel, config.conv_stride),
+        **thin_sizes(teacher, settings),
+        "time_reduction": TIME_REDUCTION,
+        "restored_size": config.hidden_size,
+    }
+    student: Any = FitHubertForCTC(FitHubertConfig(**options))
     student.lm_head.load_state_dict(teacher.lm_head.state_dict())
     return student.to(teacher.device)
 
@@ -111,7 +109,7 @@ class Distiller(nn.Module):
         return {"loss": losses[-1] + self.hint_weight * torch.stack(losses[:-1]).sum() if self.hints else losses[-1]}
 
 
-def fithubert(
+def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],

@@ -29,7 +29,7 @@ def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
         matrix.weight.masked_fill_(~mask.view_as(matrix.weight), 0.0)
 
 
-def magnitude(
+def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],

@@ -44,7 +44,7 @@ class _PruneAgain(TrainerCallback):
             prune_by_magnitude(self.model, sparsity)
 
 
-def parp(
+def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
