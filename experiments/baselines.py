@@ -75,7 +75,7 @@ def note(runs: pandas.DataFrame, scale: Scale) -> str:
     quickened = " and ".join(f"{factor:g}" for factor in rates)
     different = "; ".join(f"{name}: {row.differs}" for name, row in registered().items())
     return (
-        f"Published numbers of updates were divided by {shortened}, and learning rates multiplied by {quickened}, for all "
-        "methods alike; batch sizes and other settings are the published ones (conf/method). What differs from the "
+        f"Published numbers of updates were divided by {shortened}, and learning rates multiplied by {quickened}, for "
+        "all methods alike; batch sizes and other settings are the published ones (conf/method). What differs from the "
         f"original recipes: {different}."
     )
