@@ -116,15 +116,15 @@ def test_distilhubert_learns_from_every_predicted_layer_and_little_in_the_front_
     tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., Any]
 ) -> None:
     teacher, batch = tiny_model("hubert"), noise_batch([400, 320])
-    student = distilhubert.make_student(teacher, 1)
-    gradients = {}
+    student = distilhubert.make_student(teacher, 1).eval()  # no dropout
+    losses = []
     for predicted in ([1], [2], [1, 2]):
         torch.manual_seed(0)
         distiller = distilhubert.Distiller(student, Frozen(teacher), predicted, 1.0)
-        gradients[len(predicted) + predicted[0] / 10] = distiller(**batch)["loss"].item()
+        losses.append(distiller(**batch)["loss"].item())
         distiller(**batch)["loss"].backward()
         assert all(parameter.grad is not None for parameter in distiller.heads.parameters())
-    assert len(set(gradients.values())) == 3
+    assert len(set(losses)) == 3
     assert all(parameter.grad is None for parameter in teacher.parameters())
     full = student.hubert.feature_extractor.conv_layers[0].conv.weight
     student.zero_grad()
