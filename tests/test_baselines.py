@@ -21,6 +21,7 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.finetune.masks import masks_of
+from sparsewav.finetune.trainer import ParameterGroup, train
 from sparsewav.models import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 
@@ -65,7 +66,7 @@ def test_magnitude_takes_the_smallest_weights_of_all_matrices(tiny_model: Callab
 
 
 @pytest.fixture
-def trained(corpus: Path, model_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+def compressed(corpus: Path, model_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     """Compress the tiny model of a folder with a method: (name, *overrides); gives teacher, student and report."""
 
     def run(method: str, *overrides: str) -> Any:
@@ -81,9 +82,9 @@ def trained(corpus: Path, model_folder: Path, tmp_path: Path) -> Callable[..., A
     return run
 
 
-def test_parp_lets_weights_come_back_and_ends_on_a_prune(trained: Callable[..., Any]) -> None:
+def test_parp_lets_weights_come_back_and_ends_on_a_prune(compressed: Callable[..., Any]) -> None:
     overrides = ("method.reprunes=2", "method.learning_rate=0.2", "sparsity.target=0.5", "allocation=uniform")
-    teacher, student, report = trained("parp", *overrides)
+    teacher, student, report = compressed("parp", *overrides)
     prune_by_magnitude(teacher, 0.5)
     first, last = masks_of(teacher), masks_of(student)
     assert report.facts["regrown"] > 0
@@ -103,9 +104,9 @@ def test_parp_p_prunes_more_each_time() -> None:
     ]
 
 
-def test_distilhubert_starts_from_the_teachers_first_layers_and_drops_its_heads(trained: Callable[..., Any]) -> None:
+def test_distilhubert_starts_from_the_teachers_first_layers_and_drops_its_heads(compressed: Callable[..., Any]) -> None:
     overrides = ("method.layers=6", "method.predicted=[6,12]", "method.learning_rate=1e-9")
-    teacher, student, report = trained("distilhubert", *overrides)
+    teacher, student, report = compressed("distilhubert", *overrides)
     assert report.facts == {"layers": 1, "predicted_layers": [1, 2]}
     assert all(name in dict(teacher.named_parameters()) for name, _ in student.named_parameters())
     for name, parameter in student.wav2vec2.named_parameters():  # at no learning rate to speak of: still its start
@@ -224,6 +225,36 @@ def test_a_method_runs_by_the_command_line_and_is_found_done(
     assert ("import sparsewav" in (folder / "model" / "README.md").read_text()) == (method == "fithubert")
     second = run_sparsewav(*arguments)
     assert "Done already" in second.stdout
+
+
+class _Seesaw(torch.nn.Module):
+    """A loss whose slope is 1 in both of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.multiplier = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight + self.multiplier).sum()}
+
+
+def test_a_parameter_group_has_its_own_rate_and_may_climb(corpus: Path, tmp_path: Path) -> None:
+    settings = settings_of("distilhubert", "method.learning_rate=0.1", "method.scheduler=constant")
+    model = _Seesaw()
+    log = train(
+        model,
+        lambda utterances: {"values": torch.ones(len(utterances))},
+        read_librispeech_folder(corpus, "train"),
+        settings,
+        3,
+        tmp_path,
+        seed=0,
+        parameter_groups=[ParameterGroup([model.multiplier], 0.5, ascend=True)],
+    )
+    assert model.weight.item() == pytest.approx(-0.3, rel=0.01)  # a step of Adam is as long as its rate
+    assert model.multiplier.item() == pytest.approx(1.5, rel=0.01)
+    assert [entry["update"] for entry in log] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
