@@ -74,8 +74,10 @@ def note(runs: pandas.DataFrame, scale: Scale) -> str:
     rates = sorted({item["quicken"] for item in runs["compression"] if isinstance(item, dict)})
     quickened = " and ".join(f"{factor:g}" for factor in rates)
     different = "; ".join(f"{name}: {row.differs}" for name, row in registered().items())
+    warned = {warning for item in runs["warnings"] if isinstance(item, list) for warning in item if "PARP" in warning}
+    warnings = " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in sorted(warned))
     return (
         f"Published numbers of updates were divided by {shortened}, and learning rates multiplied by {quickened}, for "
         "all methods alike; batch sizes and other settings are the published ones (conf/method). What differs from the "
-        f"original recipes: {different}."
+        f"original recipes: {different}. {warnings}".strip()
     )

@@ -88,6 +88,7 @@ def test_parp_lets_weights_come_back_and_ends_on_a_prune(compressed: Callable[..
     prune_by_magnitude(teacher, 0.5)
     first, last = masks_of(teacher), masks_of(student)
     assert report.facts["regrown"] > 0
+    assert not report.warnings
     assert report.facts["regrown"] == sum(int((last[name] & ~first[name]).sum()) for name in first)
     sizes = [(mask.numel(), int((~mask).sum())) for mask in last.values()]
     assert sum(zeros for _, zeros in sizes) == round(0.5 * sum(size for size, _ in sizes))

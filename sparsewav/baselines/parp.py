@@ -75,11 +75,16 @@ def compress(
             progress=progress,
         )
     regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())
+    stuck = (
+        "no weight that PARP removed came back: in so few updates, at this learning rate, none outgrew one of those that "
+        "stayed; this is magnitude pruning with a training (lower shorten, or raise method.learning_rate)"
+    )
     report = CompressionReport(
         updates=settings.updates,
         batch_size=settings.batch_size,
         masked=True,
         log=[{"phase": "prune and adjust", **entry} for entry in log],
+        warnings=[] if regrown else [stuck],
         facts={"regrown": regrown, "reprunes": sum(ramp(settings, n + 1) is not None for n in range(settings.updates))},
     )
     return dense, report
