@@ -76,8 +76,8 @@ def compress(
         )
     regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())
     stuck = (
-        "no weight that PARP removed came back: in so few updates, at this learning rate, none outgrew one of those that "
-        "stayed; this is magnitude pruning with a training (lower shorten, or raise method.learning_rate)"
+        "no weight that PARP removed came back: in so few updates, at this learning rate, none outgrew one of those "
+        "that stayed; this is magnitude pruning with a training (lower shorten, or raise method.learning_rate)"
     )
     report = CompressionReport(
         updates=settings.updates,
