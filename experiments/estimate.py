@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweeps import CAST, Scale, Sweep, jobs
 from sparsewav.config import Config, key_names
+from sparsewav.config_methods import TrainedMethod
 from sparsewav.files import conf_folder
 from sparsewav.finetune.strategies import plan_stages
 from sparsewav.models import trained_model_folder
@@ -49,8 +50,10 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
         config = typed(job.config)
         utterances = config.data.training_utterances or TRAINING_UTTERANCES[scale.name]
         updates.append(sum(stage.updates for stage in plan_stages(config, utterances)))
+        method = config.method.shortened(config.shorten)
+        compressing = method.updates * method.batch_size / 16 if isinstance(method, TrainedMethod) else 0.0
         if not job.done:
-            seconds += run + update * updates[-1]
+            seconds += run + update * (updates[-1] + compressing)
     low, high = min(updates), max(updates)
     return Estimate(seconds, f"{low:,}" if low == high else f"{low:,} to {high:,}")
 

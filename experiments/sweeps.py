@@ -64,17 +64,19 @@ class Sweep:
         experiment: file of ``conf/experiment`` with the grid.
         role: of the model, a key of :data:`CAST`.
         demo: settings at demo scale alone.
+        both: settings at either scale.
     """
 
     experiment: str
     role: str
     demo: tuple[str, ...] = ()
+    both: tuple[str, ...] = ()
 
     def arguments(self, scale: Scale) -> list[str]:
         """Arguments of the command ``sparsewav``."""
         model = CAST[scale.name][self.role]
         root = [] if scale.folder == Path("outputs") / scale.name else [f"output_root={scale.folder}"]
-        own = self.demo if scale.name == "demo" else ()
+        own = (*self.both, *(self.demo if scale.name == "demo" else ()))
         return [f"experiment={self.experiment}", f"scale={scale.name}", f"model={model}", *own, *root, *scale.overrides]
 
     def command(self, scale: Scale) -> str:

@@ -34,6 +34,7 @@ from sparsewav.config import (
     validate,
     validate_training,
 )
+from sparsewav.config_methods import OURS
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 
@@ -64,6 +65,13 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     for group, plain in PLAIN.items():  # and so do those from before there were these groups
         if settings[group]["name"] == plain:
             del settings[group]
+    if settings["method"]["name"] == OURS:
+        del settings["method"], settings["shorten"], settings["quicken"]
+    else:
+        for key in ("saliency", "allocation", "calibration", *PLAIN):
+            settings.pop(key, None)
+    if settings.get("training", {}).get("clip") == 1:
+        del settings["training"]["clip"]
     return settings
 
 
@@ -75,10 +83,10 @@ def _run_name(*, _root_: DictConfig) -> str:
     """Readable part and hash of everything that the run's results depend on."""
     settings = _identifying(_root_)
     model, sparsity = settings["model"], settings["sparsity"]
+    ours = "saliency" in settings
     parts = (
         Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
-        settings["saliency"]["name"],
-        settings["allocation"]["name"],
+        *([settings["saliency"]["name"], settings["allocation"]["name"]] if ours else [settings["method"]["name"]]),
         f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
         *(settings[group]["name"] for group in PLAIN if group in settings),
         *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
@@ -228,31 +236,45 @@ def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
         )
         tuned["word error rate, tuned"] = f"{100 * metrics['wer']:.2f} %   after {metrics['updates']:,} updates"
         tuned["stages"] = path
+    compression = metrics["compression"]
+    if compression:
+        made = {
+            "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "parameters, before": f"{compression['params_dense']:,}",
+            "parameters, after": f"{metrics['params_nonzero']:,}   ({100 * compression['share_left']:.1f} %)",
+            "seconds": f"compress {seconds['compress']:.1f}",
+        }
+    else:
+        made = {
+            "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
+            + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "parameters, before": f"{metrics['params_total']:,}",
+            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
+            "seconds": ", ".join(
+                f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
+                for stage in ("calibrate", "allocate", "solve", "recover")
+                if stage in seconds
+            )
+            + f"; prune {seconds['prune']:.1f}",
+        }
+    made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
+    made["seconds"] += f"; evaluate {seconds['evaluate']:.1f}"
+    smaller = "compressed" if compression else "pruned"
     rows = {
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        "word error rate, pruned": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
         **tuned,
-        "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
-        + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
-        "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-        "parameters, before": f"{metrics['params_total']:,}",
-        "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
-        "seconds": ", ".join(
-            f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
-            for stage in ("calibrate", "allocate", "solve", "recover")
-            if stage in seconds
-        )
-        + f"; prune {seconds['prune']:.1f}"
-        + (f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else "")
-        + f"; evaluate {seconds['evaluate']:.1f}",
+        **made,
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
         "outputs": str(folder),
     }
     if (folder / "model").is_dir():
-        rows["pruned model"] = str(folder / "model")
-    others = "".join(f", {metrics[group]}" for group, plain in PLAIN.items() if metrics[group] != plain)
-    title = f"{metrics['model']}: {metrics['saliency']}, {metrics['allocation']}{others}"
-    table = Table(title=title, show_header=False)
+        rows[f"{smaller} model"] = str(folder / "model")
+    others = "".join(f", {metrics[group]}" for group, plain in PLAIN.items() if metrics[group] not in (plain, None))
+    how = metrics["method"] if compression else f"{metrics['saliency']}, {metrics['allocation']}{others}"
+    table = Table(title=f"{metrics['model']}: {how}", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():

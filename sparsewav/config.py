@@ -8,10 +8,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from sparsewav.config_methods import (
+    METHOD_SCHEMAS,
+    MISSING,
+    OURS,
+    MethodConfig,
+    OptimizationConfig,
+    at_least,
+    optimization_faults,
+)
 from sparsewav.errors import UserError
-
-MISSING: Any = "???"
-"""A value that the user has to give."""
 
 
 @dataclass
@@ -230,40 +236,19 @@ class ProgressiveStrategy(OnePassStrategy):
 
 
 @dataclass
-class TrainingConfig:
-    """How long and how fast to train.
+class TrainingConfig(OptimizationConfig):
+    """How long and how fast to train for recognition; the rest of the keys is :class:`OptimizationConfig`'s.
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: utterances of an update, over all processes and accumulation steps.
         processes: of a run's fine-tuning, on this machine; one for each GPU. (``sparsewav-train`` takes torchrun's.)
-        accumulation: forward and backward passes that the utterances of an update are split into.
-        learning_rate: peak of the schedule.
-        betas: of Adam.
-        epsilon: of Adam.
-        warmup_steps: updates of linear warm-up before the decay; below 1, a share of all updates.
-        scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
-        weight_decay: decoupled, as in AdamW; 0 makes it Adam.
-        precision: ``float32``, or ``bfloat16`` or ``float16`` where autocast allows it; ``auto`` for bfloat16 where the
-            processor or GPU multiplies it itself, float32 elsewhere.
         freeze_feature_encoder: leave the convolutions as they are.
-        checkpoint_updates: updates between two checkpoints.
         seed: of initialisation, order and dropout.
     """
 
     epochs: float = MISSING
-    batch_size: int = MISSING
     processes: int = MISSING
-    accumulation: int = MISSING
-    learning_rate: float = MISSING
-    betas: list[float] = MISSING
-    epsilon: float = MISSING
-    warmup_steps: float = MISSING
-    scheduler: str = MISSING
-    weight_decay: float = MISSING
-    precision: str = MISSING
     freeze_feature_encoder: bool = MISSING
-    checkpoint_updates: int = MISSING
     seed: int = MISSING
 
 
@@ -290,7 +275,11 @@ class Config:
 
     Attributes:
         training: of the fine-tuning, if the strategy wants it.
-        seed: of the calibration sample and the Hutchinson probes.
+        method: ours, or a baseline; for a baseline sparsity, saliency and allocation decide no more than how long the
+            fine-tuning is, so that it is as long as ours.
+        shorten: the baselines' published numbers of updates are divided by it.
+        quicken: their published learning rates are multiplied by it.
+        seed: of the calibration sample and the Hutchinson probes; of a baseline's new weights and order.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seconds_per_batch: most audio in one batch.
         output_root: folder of the runs' folders.
@@ -310,7 +299,10 @@ class Config:
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     finetune_strategy: FinetuneStrategyConfig = field(default_factory=FinetuneStrategyConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    shorten: float = 1.0
+    quicken: float = 1.0
     seed: int = 0
     device: str = "auto"
     seconds_per_batch: float = 60.0
@@ -392,10 +384,9 @@ SCHEMAS: dict[str, type] = {
     "training/base_training": TrainingConfig,
     "tracker/base_no_tracker": TrackerConfig,
     "tracker/base_wandb": WandbTracker,
+    **METHOD_SCHEMAS,
 }
 """Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
-
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
 """The paper's choice in the groups that came later."""
@@ -444,11 +435,11 @@ def _faults(config: Config) -> Iterator[str]:
             )
         if allocation.distribution not in ("gaussian", "rademacher"):
             yield f"allocation.distribution={allocation.distribution} is neither gaussian nor rademacher"
-        yield from _at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
-        yield from _at_least(0, rank_tolerance=allocation.rank_tolerance, prefix="allocation.")
+        yield from at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
+        yield from at_least(0, rank_tolerance=allocation.rank_tolerance, prefix="allocation.")
     if isinstance(config.saliency, ObsSaliency):
-        yield from _at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
-        yield from _at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
+        yield from at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
+        yield from at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
     if config.calibration.propagation not in ("parallel", "sequential", "stepwise"):
         yield f"calibration.propagation={config.calibration.propagation} is none of parallel, sequential and stepwise"
     yield from _accuracy_faults(config)
@@ -460,16 +451,17 @@ def _faults(config: Config) -> Iterator[str]:
             )
         if config.finetune_strategy.name != "none":
             yield "model.stream=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
-    yield from _at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
+    yield from at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
     if config.calibration.frames_per_column is not None:
-        yield from _at_least(1, frames_per_column=config.calibration.frames_per_column, prefix="calibration.")
+        yield from at_least(1, frames_per_column=config.calibration.frames_per_column, prefix="calibration.")
     if config.data.evaluation_utterances is not None:
-        yield from _at_least(1, evaluation_utterances=config.data.evaluation_utterances, prefix="data.")
+        yield from at_least(1, evaluation_utterances=config.data.evaluation_utterances, prefix="data.")
     if isinstance(config.finetune_strategy, OnePassStrategy):
         yield from _finetune_faults(config, config.finetune_strategy, target)
     if config.seconds_per_batch <= 0:
         yield f"seconds_per_batch={config.seconds_per_batch:g} must be above 0"
-    yield from _at_least(0, seed=config.seed)
+    yield from _method_faults(config)
+    yield from at_least(0, seed=config.seed)
     yield from _device_faults(config.device)
 
 
@@ -479,11 +471,11 @@ def _accuracy_faults(config: Config) -> Iterator[str]:
     if isinstance(solver, RefitSolver) and not 0 < solver.tolerance < 1:
         yield f"solver.tolerance={solver.tolerance:g} must be above 0 and below 1, e.g. 1e-4"
     if isinstance(solver, AlpsSolver):
-        yield from _at_least(1, most_steps=solver.most_steps, prefix="solver.")
+        yield from at_least(1, most_steps=solver.most_steps, prefix="solver.")
     if isinstance(objective, AsymmetricObjective) and not 0 <= objective.strength <= 1:
         yield f"objective.strength={objective.strength:g} is not between 0 and 1"
     if isinstance(recovery, BlockRecovery):
-        yield from _at_least(1, steps=recovery.steps, prefix="recovery.")
+        yield from at_least(1, steps=recovery.steps, prefix="recovery.")
         if recovery.learning_rate <= 0:
             yield f"recovery.learning_rate={recovery.learning_rate:g} must be above 0"
     updating = [f"solver={solver.name}"] if isinstance(solver, RefitSolver) else []
@@ -518,7 +510,7 @@ def _training_faults(config: TrainConfig) -> Iterator[str]:
     if not config.architecture and config.initial_model is None:
         yield "architecture is empty; choose one (architecture=demo), or name the initial_model whose it is to be"
     if config.data.training_utterances is not None:
-        yield from _at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
+        yield from at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
     yield from _schedule_faults(config.training)
     yield from _device_faults(config.device)
 
@@ -539,41 +531,40 @@ def _finetune_faults(config: Config, strategy: OnePassStrategy, target: float | 
             if isinstance(allocation, HutchinsonAllocation) and not allocation.alpha <= min(stage, 1 - stage) + 1e-9:
                 yield f"allocation.alpha={allocation.alpha:g} does not fit {stage:g} of finetune_strategy.stages"
     if config.data.training_utterances is not None:
-        yield from _at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
+        yield from at_least(1, training_utterances=config.data.training_utterances, prefix="data.")
     yield from _schedule_faults(config.training)
 
 
 def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
-    from transformers import SchedulerType  # not at the top: --help does not wait for it
+    yield from at_least(0, seed=training.seed, prefix="training.")
+    if training.epochs <= 0:
+        yield f"training.epochs={training.epochs:g} must be above 0"
+    yield from optimization_faults(training, "training.", training.processes)
 
-    counts = {key: getattr(training, key) for key in ("batch_size", "processes", "accumulation", "checkpoint_updates")}
-    yield from _at_least(1, **counts, prefix="training.")
-    yield from _at_least(0, warmup_steps=training.warmup_steps, seed=training.seed, prefix="training.")
-    yield from _at_least(0, weight_decay=training.weight_decay, prefix="training.")
-    for key in ("epochs", "learning_rate", "epsilon"):
-        if getattr(training, key) <= 0:
-            yield f"training.{key}={getattr(training, key):g} must be above 0"
-    if len(training.betas) != 2 or any(not 0 <= beta < 1 for beta in training.betas):
-        yield f"training.betas={training.betas} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
-    parts = max(training.accumulation * training.processes, 1)
-    if training.batch_size % parts:
-        yield f"training.batch_size={training.batch_size} cannot be split into {parts} equal parts"
-    schedulers = [item.value for item in SchedulerType]
-    if training.scheduler not in schedulers:
-        yield f"training.scheduler={training.scheduler} does not exist; choose one of {', '.join(schedulers)}"
-    if training.precision not in PRECISIONS:
-        yield f"training.precision={training.precision} does not exist; choose one of {', '.join(PRECISIONS)}"
+
+def _method_faults(config: Config) -> Iterator[str]:
+    if config.shorten < 1:
+        yield f"shorten={config.shorten:g} must be at least 1, which trains a baseline as long as published"
+    if config.quicken <= 0:
+        yield f"quicken={config.quicken:g} must be above 0; 1 takes a baseline's published learning rates"
+    if config.method.name == OURS:
+        return
+    if config.finetune_strategy.name == "progressive":
+        yield (
+            f"finetune_strategy=progressive goes with method={OURS} alone; choose one_pass, which makes as many updates"
+        )
+    if config.model.stream:
+        yield f"model.stream=true goes with method={OURS} alone"
+    if config.training.processes != 1 and config.finetune_strategy.name != "none":
+        yield f"training.processes={config.training.processes} goes with method={OURS} alone; choose 1"
+    if config.n_m:
+        yield f"sparsity=n_m goes with method={OURS} alone; choose sparsity=unstructured"
+    yield from config.method.faults()
 
 
 def _device_faults(device: str) -> Iterator[str]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         yield f"device={device} is not known; choose auto, cpu, cuda or cuda:1"
-
-
-def _at_least(least: float, prefix: str = "", **values: float) -> Iterator[str]:
-    for key, value in values.items():
-        if value < least:
-            yield f"{prefix}{key}={value:g} must be at least {least:g}"
 
 
 def key_names(config_type: type = Config) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+import sparsewav.fithubert_model  # noqa: F401  (registers its class)
 from sparsewav.errors import UserError
 from sparsewav.fairseq import converted_folder
 from sparsewav.files import cache_folder, conf_folder, locked

@@ -26,6 +26,8 @@ PREDICTIONS = "predictions.jsonl"
 MODEL = "model"
 ERROR = "error.json"
 TRAINING_LOG = "training_log.csv"
+COMPRESSION_LOG = "compression_log.csv"
+"""The trainer's log of a baseline's compression, before the fine-tuning."""
 STAGES = "stages"
 """Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
 STEP = "step.json"
@@ -42,6 +44,12 @@ def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
     """Write a row for every matrix."""
     with write_file(path) as temporary:
         pandas.DataFrame([asdict(matrix) for matrix in matrices]).to_csv(temporary, index=False)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write dictionaries as the rows of a CSV file."""
+    with write_file(path) as temporary:
+        pandas.DataFrame(list(rows)).to_csv(temporary, index=False)
 
 
 def write_predictions(

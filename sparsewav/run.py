@@ -1,16 +1,21 @@
-"""One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record."""
+"""One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record.
+
+A baseline has its own compression in the place of calibrating, allocating and solving.
+"""
 
 import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sparsewav import cache, records
+from sparsewav.arithmetic import multiply_accumulates
+from sparsewav.baselines import flow
 from sparsewav.config import (
     AlpsSolver,
     AsymmetricObjective,
@@ -20,11 +25,11 @@ from sparsewav.config import (
     ObsSaliency,
     RefitSolver,
 )
+from sparsewav.config_methods import OURS
 from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.fairseq import converted_folder
 from sparsewav.files import locked
 from sparsewav.finetune.masks import masks_of
@@ -36,37 +41,9 @@ from sparsewav.progress import stage
 from sparsewav.pruning import PruneReport, processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
+from sparsewav.steps import State, evaluate_step, newest_step, tidy, write_step
 from sparsewav.streaming import prune_folder
 from sparsewav.workers import in_all_processes
-
-METHOD = "sparsewav"
-
-
-@dataclass
-class _State:
-    """What is known after each step of a run; written beside the model that the step made.
-
-    Attributes:
-        identity: hash of all that the step's model came from.
-        steps: how many are done.
-        stages: a record for every stage: sparsity, word error rates, updates.
-        hypotheses: of the newest model, by utterance id; None until it is evaluated.
-        seconds: of the pieces, over all stages.
-        cached: pieces of the first stage that came out of the cache.
-        warnings: sentences for the user.
-        log: of the trainer, over all stages.
-    """
-
-    identity: str
-    steps: int = 0
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    hypotheses: dict[str, str] | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
-    )
-    cached: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
@@ -92,15 +69,18 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     metrics_path = folder / records.METRICS
     complete = metrics_path.is_file() and (not config.save_model or (folder / records.MODEL).is_dir())
     if complete and not config.force:
-        _tidy(config, folder)  # it may have been killed right before
+        tidy(config, folder)  # it may have been killed right before
         console.print(f"Done already: {folder} (force=true does it again)")
         return json.loads(metrics_path.read_text())
     (folder / records.ERROR).unlink(missing_ok=True)
     if config.force:
         shutil.rmtree(folder / records.STAGES, ignore_errors=True)
     device = choose_device(config.device)
+    ours = config.method.name == OURS
     if config.model.stream:
         _check_stream(config)
+    if not ours:
+        flow.check(config)
     with stage(console, f"Loading {config.model.source}"):
         if config.model.fairseq_checkpoint:
             speech = load_fairseq_model(config.model.fairseq_checkpoint, device=device)
@@ -110,31 +90,34 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
     stages = plan_stages(config, len(training))
-    state = _State(_run_identity(dense, calibration, training))
-    steps = [(kind, item) for item in stages for kind in ("prune", "finetune") if kind == "prune" or item.updates]
-    done = None if config.force else _newest_step(folder, state.identity)
+    state = State(_run_identity(dense, calibration, training))
+    smaller = "prune" if ours else "compress"
+    steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
+    done = None if config.force else newest_step(folder, state.identity)
     if done:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
         if state.hypotheses is None:
-            _evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
+            evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
     metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
     for number, (kind, item) in enumerate(steps):
         if number < state.steps:
             continue
         last = number == len(steps) - 1
         step_folder = folder / (records.MODEL if last else f"{records.STAGES}/{number}-{kind}-{item.sparsity:g}")
+        checkpoints = folder / records.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
         if kind == "prune":
             _prune(config, speech, calibration, item.sparsity, dense, state, folder, console)
+        elif kind == "compress":
+            flow.compress(config, speech, training, state, checkpoints, console)
         else:
-            checkpoints = folder / records.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
             _finetune(config, speech, training, item, checkpoints, state, console)
         state.steps, state.hypotheses = number + 1, None
-        _write_step(step_folder, config, speech, state)
-        if kind == "finetune":  # Accelerate's autocast stays around the trained model: go on with what is saved
+        write_step(step_folder, speech, state, (_card if ours else flow.card)(config, speech, state))
+        if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
-        _evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
+        evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, len(calibration))
 
 
@@ -142,7 +125,7 @@ def _finish(
     config: Config,
     folder: Path,
     speech: SpeechModel,
-    state: _State,
+    state: State,
     evaluation: list[Utterance],
     before: dict[str, str],
     wer_dense: float,
@@ -154,19 +137,25 @@ def _finish(
     records.write_predictions(folder / records.PREDICTIONS, evaluation, before, state.hypotheses)
     if state.log:
         write_training_log(folder / records.TRAINING_LOG, state.log)
+    compression_log = state.compression.pop("log", [])
+    if compression_log:
+        records.write_table(folder / records.COMPRESSION_LOG, compression_log)
     device = speech.model.device
-    prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in ("calibrate", "allocate", "solve", "recover"))
+    ours = config.method.name == OURS
+    pieces = ("calibrate", "allocate", "solve", "recover", "compress")
+    prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
     total, nonzero = records.count_parameters(speech.model)
+    executed, nonzero_products = multiply_accumulates(speech.model, speech.processor.feature_extractor.sampling_rate)
     final = state.stages[-1]
     metrics = {
         "model": speech.name,
-        "method": METHOD,
-        "saliency": config.saliency.name,
-        "solver": config.solver.name,
-        "objective": config.objective.name,
-        "recovery": config.recovery.name,
-        "allocation": config.allocation.name,
+        "method": config.method.name,
+        "saliency": config.saliency.name if ours else None,
+        "solver": config.solver.name if ours else None,
+        "objective": config.objective.name if ours else None,
+        "recovery": config.recovery.name if ours else None,
+        "allocation": config.allocation.name if ours else None,
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
         "pattern": config.sparsity_name if config.n_m else None,
@@ -174,11 +163,14 @@ def _finish(
         "achieved_sparsity": final["achieved_sparsity"],
         "params_total": total,
         "params_nonzero": nonzero,
+        "macs_per_second": executed,
+        "macs_per_second_nonzero": nonzero_products,
         "wer_dense": wer_dense,
         "wer_pruned": final["wer_pruned"],
         "wer": final["wer"],
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
+        "compression": None if ours else state.compression | {"shorten": config.shorten, "quicken": config.quicken},
         "stages": state.stages,
         "n_utterances": len(evaluation),
         "n_calibration_utterances": calibration_utterances,
@@ -190,70 +182,24 @@ def _finish(
         **records.environment(device),
     }
     records.write_json(folder / records.METRICS, metrics)
-    _tidy(config, folder)
+    tidy(config, folder)
     return metrics
-
-
-def _tidy(config: Config, folder: Path) -> None:
-    """Delete what only an unfinished run needs."""
-    shutil.rmtree(folder / records.STAGES, ignore_errors=True)
-    (folder / records.MODEL / records.STEP).unlink(missing_ok=True)
-    if not config.save_model:
-        shutil.rmtree(folder / records.MODEL, ignore_errors=True)
 
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
     """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
-    code = cache.code_fingerprint("run.py", "streaming.py", "finetune/*.py")
+    code = cache.code_fingerprint("run.py", "steps.py", "streaming.py", "finetune/*.py", "baselines/*.py")
     parts = [dense["model"], dense["code"], code, *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _newest_step(folder: Path, identity: str) -> tuple[_State, Path] | None:
-    """What a killed launch got to, if it came from this very model, data and code."""
-    found = []
-    for path in [folder / records.MODEL, *(folder / records.STAGES).glob("[0-9]*")]:
-        if (path / records.STEP).is_file():
-            record = json.loads((path / records.STEP).read_text())
-            if record["identity"] == identity:
-                found.append((_State(**record), path))
-    return max(found, key=lambda item: item[0].steps, default=None)
-
-
-def _write_step(step_folder: Path, config: Config, speech: SpeechModel, state: _State) -> None:
-    """Write the model of a step, its card, and the state after it."""
-    card = _card(config, speech, state)
-    with records.write_model(step_folder, speech.model, speech.processor, card) as temporary:
-        (temporary / records.STEP).write_text(json.dumps(asdict(state)))
-
-
-def _evaluate_step(
-    config: Config,
-    speech: SpeechModel,
-    utterances: list[Utterance],
-    kind: str,
-    state: _State,
-    step_folder: Path,
-    console: Console,
-) -> None:
-    """Add the newest model's word error rate to its stage's record, on disk, too."""
-    with stage(console, f"Evaluating the {'pruned' if kind == 'prune' else 'tuned'} model") as progress:
-        started = time.perf_counter()
-        state.hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
-        state.seconds["evaluate"] += time.perf_counter() - started
-    record = state.stages[-1]
-    record["wer"] = word_error_rate(utterances, state.hypotheses)
-    if kind == "prune":
-        record["wer_pruned"] = record["wer"]
-    records.write_json(step_folder / records.STEP, asdict(state))
-
-
 def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
-    """Evaluation, calibration and training set; the last is empty when nothing is tuned."""
+    """Evaluation, calibration and training set; the last two are empty where nothing is calibrated or learnt."""
     evaluation = evaluation_set(config.data)
-    calibration = calibration_set(config.data, config.calibration.utterances, config.seed)
-    tunes = config.finetune_strategy.name != "none"
-    training = training_set(config.data, config.training.seed) if tunes else []
+    ours = config.method.name == OURS
+    calibration = calibration_set(config.data, config.calibration.utterances, config.seed) if ours else []
+    learns = config.finetune_strategy.name != "none" or not ours
+    training = training_set(config.data, config.training.seed) if learns else []
     for utterances in (evaluation, calibration, training):
         check_transcripts(utterances, speech.processor)
     return evaluation, calibration, training
@@ -265,7 +211,7 @@ def _prune(
     utterances: list[Utterance],
     sparsity: float,
     dense: dict[str, Any],
-    state: _State,
+    state: State,
     folder: Path,
     console: Console,
 ) -> None:
@@ -393,11 +339,11 @@ def _finetune(
     training: list[Utterance],
     item: Stage,
     checkpoints: Path,
-    state: _State,
+    state: State,
     console: Console,
 ) -> None:
-    """Tune the model in place, its masks held, and note what was done."""
-    masks = masks_of(speech.model)
+    """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
+    masks = masks_of(speech.model) if state.compression.get("masked", True) else None
     with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
         started = time.perf_counter()
         arguments = (speech.processor, training, config.training, item.updates, checkpoints)
@@ -407,14 +353,15 @@ def _finetune(
         else:
             speech.model, log = train_masked_in_processes(speech.model, *arguments)
         state.seconds["finetune"] += time.perf_counter() - started
-    for matrix in prunable_matrices(speech.model):
+    for matrix in prunable_matrices(speech.model) if masks else []:
+        assert masks is not None
         if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
     state.stages[-1]["updates"] = item.updates
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
 
 
-def _card(config: Config, speech: SpeechModel, state: _State) -> str:
+def _card(config: Config, speech: SpeechModel, state: State) -> str:
     """The model card: what was done."""
     total, nonzero = records.count_parameters(speech.model)
     now = state.stages[-1]

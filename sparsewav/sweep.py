@@ -12,11 +12,13 @@ from rich.table import Table
 
 from sparsewav import records
 from sparsewav.config import PLAIN
+from sparsewav.config_methods import OURS
 from sparsewav.files import write_file
 
 SUMMARY = "summary.csv"
 
 _SHOWN = {
+    "method": "method",
     "saliency": "saliency",
     "solver": "solver",
     "objective": "objective",
@@ -64,7 +66,7 @@ def summarize(folder: Path, console: Console) -> int:
     if table.empty:
         console.print(f"{folder} has no runs")
         return 0
-    keys = ("saliency", *PLAIN, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
+    keys = ("method", "saliency", *PLAIN, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
     order = [column for column in keys if column in table]
     table = table.sort_values(order)
     with write_file(folder / SUMMARY) as temporary:
@@ -72,6 +74,8 @@ def summarize(folder: Path, console: Console) -> int:
     shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
     failed = int((table["status"] == "failed").sum())
     columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
+    if "method" in table and set(table["method"]) <= {OURS}:
+        columns.remove("method")
     if "updates" in table and not table["updates"].any():  # nothing was tuned: the two WERs are one
         columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
     columns = [column for column in columns if column not in PLAIN or set(table[column].dropna()) != {PLAIN[column]}]

@@ -101,7 +101,11 @@ def _track_in_wandb(config: WandbTracker, description: RunDescription, metrics: 
                 "prune/peak_memory": metrics["peak_memory_bytes"],
                 "params/nonzero": metrics["params_nonzero"],
                 "params/total": metrics["params_total"],
-                "layers": wandb.Table(dataframe=pandas.read_csv(folder / records.LAYERS)),
+                **(
+                    {"layers": wandb.Table(dataframe=pandas.read_csv(folder / records.LAYERS))}
+                    if (folder / records.LAYERS).is_file()  # a baseline has none
+                    else {}
+                ),
                 "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
                 "transcripts": wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN)),
             }

@@ -505,7 +505,7 @@ def _groups() -> list[Path]:
 def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
     groups = _groups()
-    assert len(groups) == 14
+    assert len(groups) == 15
     for group in groups:
         for option in group.glob("*.yaml"):
             assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"

@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
 from experiments.__main__ import ITEMS, main
+from experiments.baselines import ROWS
 from experiments.estimate import typed
 from experiments.sweeps import CAST, Scale, Sweep, jobs
 from experiments.wandb_report import build_report
 from sparsewav import records
+from sparsewav.baselines import METHODS
 from sparsewav.config import validate
 from sparsewav.files import conf_folder
 
@@ -27,7 +29,7 @@ SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.s
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
-@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.experiment}-{sweep.role}")
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: "-".join([sweep.experiment, sweep.role, *sweep.both]))
 def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: str) -> None:
     found = jobs(sweep, Scale(scale, Path("outputs") / scale))
     assert len({job.folder for job in found}) == len(found)
@@ -85,6 +87,7 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
         config = job.config
         metrics = {
             "model": CAST[scale.name][sweep.role],
+            "method": config.method.name,
             "saliency": config.saliency.name,
             "allocation": config.allocation.name,
             "finetune_strategy": config.finetune_strategy.name,
@@ -98,11 +101,24 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
             "updates": 0 if config.finetune_strategy.name == "none" else 400,
             "n_utterances": 300,
             "n_calibration_utterances": 128,
-            "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0},
+            "macs_per_second": 200_000_000,
+            "macs_per_second_nonzero": 100_000_000,
+            "compression": None,
+            "warnings": [],
+            "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0, "finetune": 4.0},
             "cached": [],
             "device": "cpu",
             "threads": 2,
         }
+        if config.method.name != "sparsewav":
+            metrics["compression"] = {
+                "updates": 200,
+                "batch_size": 24,
+                "params_dense": 3_200_000,
+                "shorten": 1e3,
+                "quicken": 4.0,
+            }
+            metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
         records.write_json(job.folder / records.METRICS, metrics)
 
 
@@ -173,11 +189,21 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert shot["seeds"] == 3
     assert shot["wer_mean"] == pytest.approx(0.1 + 0.9**6 * 1.1, rel=1e-5)
     compression = pandas.read_csv(tmp_path / "table2.csv").set_index("Method")
-    assert compression.loc["DPHuBERT", "Paper WER %"] == 10.47
-    assert pandas.isna(compression.loc["DPHuBERT", "Our WER %"])
+    assert compression.loc["HuBERT Base", "Paper WER %"] == 6.42
+    assert pandas.isna(compression.loc["HuBERT Base", "Our WER %"])
+    assert compression.loc["DistilHuBERT", "Left"] == "25.0 %"
+    assert compression.loc["DistilHuBERT", "Training"] == "200 x 24 + 400 x 16"
+    assert {row.method for row in ROWS.values()} >= set(METHODS), "every method has a row"
+    assert compression["Our WER %"].notna().sum() == 4 + sum(row.method in METHODS for row in ROWS.values())
     assert compression.loc["SparseWAV2VEC2", "Our params (M)"] == 0.8
     timing = pandas.read_csv(tmp_path / "table3.csv")
-    assert timing["Our seconds to prune"].notna().sum() == 2
+    ours = timing[timing["Method"] == "SparseWAV"]
+    assert ours["Our seconds"].tolist() == ["6.0 ± 0.0"] * 2
+    assert timing.set_index("Method").loc["DistilHuBERT", "Times as long as ours"] == 10.0
+    assert (
+        "divided by 1000, and learning rates multiplied by 4, for all methods alike"
+        in (tmp_path / "table3.md").read_text()
+    )
 
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == items

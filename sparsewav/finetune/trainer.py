@@ -1,10 +1,11 @@
-"""CTC training on Hugging Face's Trainer, dense or with masks that hold."""
+"""Training on Hugging Face's Trainer: anything that has a loss, and CTC models, dense or with masks that hold."""
 
 import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import datasets
 import numpy as np
 import pandas
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -25,7 +26,7 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from sparsewav.config import TrainingConfig
+from sparsewav.config import OptimizationConfig, TrainingConfig
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
@@ -96,32 +97,154 @@ def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int,
     return [utterances[index] for index in plan]
 
 
-class _Report(TrainerCallback):
-    """Shows the progress, and logs the development set's WER from time to time."""
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own, which follows the schedule as everybody's does.
 
-    def __init__(
-        self,
-        progress: Callable[[int, int], None] | None,
-        processor: Wav2Vec2Processor,
-        development_set: Sequence[Utterance],
-        evaluate_every: int,
-    ) -> None:
+    Attributes:
+        parameters: some of the trained model's.
+        learning_rate: peak of the schedule for them.
+        ascend: climb the loss instead of going down, as a Lagrange multiplier does.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    ascend: bool = False
+
+
+class _Progress(TrainerCallback):
+    """Tells how many updates are done."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
         self.progress = progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+
+class _LogErrorRate(TrainerCallback):
+    """Logs the development set's WER from time to time."""
+
+    def __init__(self, processor: Wav2Vec2Processor, development_set: Sequence[Utterance], evaluate_every: int) -> None:
         self.processor = processor
         self.development_set = development_set
         self.evaluate_every = evaluate_every
-        self.trainer: Trainer | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.progress:
-            self.progress(state.global_step, state.max_steps)
         last = state.global_step == state.max_steps
-        if self.development_set and (last or state.global_step % self.evaluate_every == 0):
+        if last or state.global_step % self.evaluate_every == 0:
             hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
-            assert self.trainer is not None
-            should_log = control.should_log  # logging takes it back, and with it the loss that is due at this step
-            self.trainer.log({"eval_wer": word_error_rate(self.development_set, hypotheses)})
-            control.should_log = should_log
+            wer = word_error_rate(self.development_set, hypotheses)
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+
+
+def train(
+    model: nn.Module,
+    read: Callable[[Sequence[Utterance]], Batch],
+    training_set: Sequence[Utterance],
+    settings: OptimizationConfig,
+    updates: int,
+    folder: Path,
+    *,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    parameter_groups: Sequence[ParameterGroup] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train anything that has a loss in place, on the device where it is.
+
+    Accelerate leaves its autocast around ``model.forward``: what is measured afterwards should be a saved and loaded
+    copy. Started by ``torchrun``, the processes share every batch.
+
+    Args:
+        model: called with the batch as keywords; what it returns has a ``loss``. A checkpoint holds its state
+            dictionary: what is frozen, like a distillation's teacher, is best kept out of it.
+        read: turns the utterances of an update into a batch.
+        training_set: utterances to learn from.
+        settings: schedule, precision and clipping.
+        updates: number of optimizer steps.
+        folder: where checkpoints go; the newest whole one found there is resumed.
+        seed: of order and dropout.
+        callbacks: of the Trainer, e.g. to set weights to zero after every update.
+        parameter_groups: parameters with learning rates of their own, without weight decay; all other parameters that
+            take a gradient follow ``settings``.
+        progress: called with (updates done, updates) after every update.
+
+    Returns:
+        The log: one dictionary an entry, with update and loss.
+
+    Raises:
+        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
+    """
+    device = next(model.parameters()).device
+    precision = choose_precision(settings.precision, device)
+    plan = plan_updates(training_set, settings.batch_size, updates, seed)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=updates,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else round(settings.warmup_steps),
+        lr_scheduler_type=settings.scheduler,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_steps=settings.checkpoint_updates,
+        save_total_limit=1,
+        logging_steps=min(50, max(1, updates // 10)),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        # One process is one GPU: the Trainer would otherwise split every batch over all it sees, and multiply it.
+        arguments._n_gpu = 1
+    arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
+        data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
+        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
+        optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    # Otherwise the Trainer leaves it to the model to divide the loss by the accumulation steps; the CTC models do not.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
+    return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
+
+
+def _optimizer(
+    model: nn.Module, settings: OptimizationConfig, groups: Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """Adam as the settings want it, with the groups' own learning rates and directions."""
+    apart = {id(parameter) for group in groups for parameter in group.parameters}
+    rest = [item for item in model.parameters() if item.requires_grad and id(item) not in apart]
+    options: list[dict[str, Any]] = [
+        {"params": list(group.parameters), "lr": group.learning_rate, "maximize": group.ascend, "weight_decay": 0.0}
+        for group in groups
+    ]
+    if rest:
+        options.insert(0, {"params": rest})
+    return torch.optim.AdamW(
+        options,
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def train_ctc(
@@ -136,10 +259,7 @@ def train_ctc(
     development_set: Sequence[Utterance] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a CTC model in place, on the device where it is.
-
-    Accelerate leaves its autocast around ``model.forward``: what is measured afterwards should be a saved and loaded
-    copy. Started by ``torchrun``, the processes share every batch.
+    """Train a CTC model in place, as :func:`train` does.
 
     Args:
         model: what to train.
@@ -158,63 +278,28 @@ def train_ctc(
     Raises:
         UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
     """
-    precision = choose_precision(settings.precision, model.device)
-    plan = plan_updates(training_set, settings.batch_size, updates, settings.seed)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=updates,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        adam_epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else round(settings.warmup_steps),
-        lr_scheduler_type=settings.scheduler,
-        bf16=precision == "bfloat16",
-        fp16=precision == "float16",
-        seed=settings.seed,
-        use_cpu=model.device.type == "cpu",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        save_steps=settings.checkpoint_updates,
-        save_total_limit=1,
-        logging_steps=min(50, max(1, updates // 10)),
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:
-        # One process is one GPU: the Trainer would otherwise split every batch over all it sees, and multiply it.
-        arguments._n_gpu = 1
-    arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
-
-    def read(batch: list[dict[str, int]]) -> Batch:
-        return collate([plan[row["index"]] for row in batch], processor)
-
-    report = _Report(progress, processor, development_set, updates_of(1, len(training_set), settings.batch_size))
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
-        data_collator=read,
-        callbacks=[report, *([HoldMasks(model, masks)] if masks else [])],
-    )
-    report.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    # Otherwise the Trainer leaves it to the model to divide the loss by the accumulation steps; the CTC models do not.
-    trainer.model_accepts_loss_kwargs = False
+    callbacks: list[TrainerCallback] = [HoldMasks(model, masks)] if masks else []
+    if development_set:
+        epoch = updates_of(1, len(training_set), settings.batch_size)
+        callbacks.append(_LogErrorRate(processor, development_set, epoch))
     if settings.freeze_feature_encoder:
         freeze: Any = model.freeze_feature_encoder
         freeze()
     with masked_gradients(model, masks) if masks else nullcontext():
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
-    return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
+        return train(
+            model,
+            lambda utterances: collate(utterances, processor),
+            training_set,
+            settings,
+            updates,
+            folder,
+            seed=settings.seed,
+            callbacks=callbacks,
+            progress=progress,
+        )
 
 
-def _share_of_a_batch(settings: TrainingConfig, processes: int) -> int:
+def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
     """Utterances that one process takes at once."""
     share, rest = divmod(settings.batch_size, settings.accumulation * processes)
     if rest:

@@ -14,6 +14,9 @@ from sparsewav.errors import UserError
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer")
 """``model_type`` of every supported model family."""
 
+OWN_PREFIX = "sparsewav-"
+"""Starts the ``model_type`` of what this package's own methods make and transformers has no class for."""
+
 ROLES = (
     *("q_proj", "k_proj", "v_proj", "out_proj"),
     *("linear_q", "linear_k", "linear_v", "linear_out"),  # the conformer's names of the same four
@@ -52,7 +55,7 @@ def check_family(model_type: str, name: str) -> None:
     Raises:
         UserError: ``model_type`` is not in :data:`FAMILIES`.
     """
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES and not model_type.startswith(OWN_PREFIX):
         raise UserError(
             f"model {name} is of the family {model_type!r}, which is not supported; supported are {', '.join(FAMILIES)}"
         )

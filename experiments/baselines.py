@@ -1,0 +1,83 @@
+"""The sweeps of the methods that the paper compares with: what Tables 2 and 3 share."""
+
+from dataclasses import dataclass
+
+import pandas
+
+from experiments.sweeps import Scale, Sweep
+from sparsewav.baselines import METHODS
+
+DEMO = ("training.epochs=0.08",)
+"""Half the demo's tuning, for every method and for ours."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method as a row of Table 2.
+
+    Attributes:
+        method: its name here.
+        role: of the model that it starts from.
+        differs: from the original recipe.
+    """
+
+    method: str
+    role: str
+    differs: str
+
+
+ROWS = {
+    "DistilHuBERT": Row("distilhubert", "base", "a recogniser is the teacher"),
+    "FitHuBERT": Row(
+        "fithubert",
+        "base",
+        "a recogniser is the teacher; the time reduction has the activation of the other convolutions",
+    ),
+    "12-Layer Half": Row("deep_vs_wide", "base", "a recogniser is the teacher"),
+    "DPHuBERT": Row("dphubert", "base", "a recogniser is the teacher"),
+    "DPWavLM": Row("dpwavlm", "wavlm", "a recogniser is the teacher"),
+    "Wang et al.": Row("wang2023", "base", "a recogniser is the teacher"),
+    "Peng et al., L0 fine-tuning": Row("l0_finetune", "base", "starts from a recogniser"),
+    "Magnitude, one shot": Row("magnitude", "base", "starts from a recogniser"),
+    "PARP": Row("parp", "base", "starts from a recogniser; masked tuning follows it"),
+    "PARP-P": Row("parp_p", "base", "starts from a recogniser; masked tuning follows it"),
+}
+"""By the paper's name in Table 2, or ours where the paper has no such row; those in METHODS are run."""
+
+
+def sweep_of(method: str, role: str) -> Sweep:
+    """The runs of one method on one model."""
+    return Sweep("baseline", role, demo=DEMO, both=(f"method={method}",))
+
+
+def registered() -> dict[str, Row]:
+    """The rows whose method is there."""
+    return {name: row for name, row in ROWS.items() if row.method in METHODS}
+
+
+SWEEPS = tuple(sweep_of(row.method, row.role) for row in registered().values())
+
+
+def cost(run: pandas.Series) -> str:
+    """Updates and utterances of an update of a run's compression, and of its tuning."""
+    compression, tuning = run["compression"], f"{run['updates']:,} x 16"
+    if not isinstance(compression, dict):
+        return tuning
+    own = f"{compression['updates']:,} x {compression['batch_size']} + " if compression["updates"] else ""
+    return own + tuning
+
+
+def note(runs: pandas.DataFrame, scale: Scale) -> str:
+    """What the baselines' runs had shortened, and what differs from their recipes."""
+    factors = sorted({item["shorten"] for item in runs["compression"] if isinstance(item, dict)})
+    shortened = " and ".join(f"{factor:g}" for factor in factors)
+    rates = sorted({item["quicken"] for item in runs["compression"] if isinstance(item, dict)})
+    quickened = " and ".join(f"{factor:g}" for factor in rates)
+    different = "; ".join(f"{name}: {row.differs}" for name, row in registered().items())
+    warned = {warning for item in runs["warnings"] if isinstance(item, list) for warning in item if "PARP" in warning}
+    warnings = " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in sorted(warned))
+    return (
+        f"Published numbers of updates were divided by {shortened}, and learning rates multiplied by {quickened}, for "
+        "all methods alike; batch sizes and other settings are the published ones (conf/method). What differs from the "
+        f"original recipes: {different}. {warnings}".strip()
+    )

@@ -1,0 +1,44 @@
+"""Global magnitude pruning: the smallest weights of all prunable matrices together."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Wav2Vec2Processor
+
+from sparsewav.baselines import CompressionReport
+from sparsewav.config_methods import MagnitudeConfig
+from sparsewav.data.utterances import Utterance
+from sparsewav.pruning.encoder import prunable_matrices
+
+
+@torch.no_grad()
+def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
+    """Set the smallest weights of all prunable matrices to zero, whichever matrix they are in.
+
+    Args:
+        model: CTC model, changed in place.
+        sparsity: share of the prunable weights that is zero afterwards, to one weight; ties go by position.
+    """
+    matrices = prunable_matrices(model)
+    magnitudes = torch.cat([matrix.weight.abs().flatten().float() for matrix in matrices])
+    order = magnitudes.argsort(stable=True)
+    keep = torch.ones_like(magnitudes, dtype=torch.bool)
+    keep[order[: round(sparsity * len(order))]] = False
+    for matrix, mask in zip(matrices, keep.split([matrix.size for matrix in matrices]), strict=True):
+        matrix.weight.masked_fill_(~mask.view_as(matrix.weight), 0.0)
+
+
+def compress(
+    dense: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: MagnitudeConfig,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Prune once; the fine-tuning holds the zeros. Arguments as of :class:`~sparsewav.baselines.Method`."""
+    prune_by_magnitude(dense, settings.sparsity)
+    return dense, CompressionReport(updates=0, batch_size=0, masked=True)

@@ -1,0 +1,90 @@
+"""PARP: prune, adjust, prune again (Lai et al., NeurIPS 2021)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    Wav2Vec2Processor,
+)
+
+from sparsewav.baselines import CompressionReport
+from sparsewav.baselines.distillation import base_of, no_masking, reader
+from sparsewav.baselines.magnitude import prune_by_magnitude
+from sparsewav.config_methods import ParpConfig
+from sparsewav.data.utterances import Utterance
+from sparsewav.finetune.masks import masks_of
+from sparsewav.finetune.trainer import train
+
+
+def ramp(settings: ParpConfig, update: int) -> float | None:
+    """The sparsity to prune to after an update; None if nothing is pruned there. 0 stands for the start."""
+    prunes = settings.updates if settings.reprunes > settings.updates else settings.reprunes
+    number, due = divmod(update * prunes, settings.updates)
+    if due >= prunes:
+        return None
+    return settings.first_sparsity + (settings.sparsity - settings.first_sparsity) * number / prunes
+
+
+class _PruneAgain(TrainerCallback):
+    """Prunes to the ramp's sparsity; what was zero and has grown since may stay in the place of something smaller."""
+
+    def __init__(self, model: PreTrainedModel, settings: ParpConfig) -> None:
+        self.model = model
+        self.settings = settings
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        sparsity = ramp(self.settings, state.global_step)
+        if sparsity is not None:
+            prune_by_magnitude(self.model, sparsity)
+
+
+def compress(
+    dense: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: ParpConfig,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Prune, train for recognition with every weight free to come back, and prune again, at last at the end.
+
+    Arguments as of :class:`~sparsewav.baselines.Method`. ``facts`` has how many of the weights that went at first are
+    back in the end (``regrown``).
+    """
+    prune_by_magnitude(dense, settings.first_sparsity)
+    first = masks_of(dense)
+    base_of(dense).feature_extractor._freeze_parameters()
+    with no_masking(dense):
+        log = train(
+            dense,
+            reader(processor),
+            training_set,
+            settings,
+            settings.updates,
+            folder,
+            seed=seed,
+            callbacks=[_PruneAgain(dense, settings)],
+            progress=progress,
+        )
+    regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())
+    stuck = (
+        "no weight that PARP removed came back: in so few updates, at this learning rate, none outgrew one of those "
+        "that stayed; this is magnitude pruning with a training (lower shorten, or raise method.learning_rate)"
+    )
+    report = CompressionReport(
+        updates=settings.updates,
+        batch_size=settings.batch_size,
+        masked=True,
+        log=[{"phase": "prune and adjust", **entry} for entry in log],
+        warnings=[] if regrown else [stuck],
+        facts={"regrown": regrown, "reprunes": sum(ramp(settings, n + 1) is not None for n in range(settings.updates))},
+    )
+    return dense, report
