@@ -10,10 +10,11 @@ from sparsewav.errors import UserError
 
 if TYPE_CHECKING:
     from sparsewav.pruning import MatrixReport, PruneReport, prune
+    from sparsewav.storage import load
     from sparsewav.streaming import prune_folder
 
 __version__ = "0.1.0"
-__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "prune", "prune_folder"]
+__all__ = ["MatrixReport", "PruneReport", "UserError", "__version__", "load", "prune", "prune_folder"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,8 @@ def __getattr__(name: str) -> Any:
 
     if name == "prune_folder":
         return importlib.import_module("sparsewav.streaming").prune_folder
+    if name == "load":
+        return importlib.import_module("sparsewav.storage").load
     if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
         pruning = importlib.import_module("sparsewav.pruning")
         return pruning if name == "pruning" else getattr(pruning, name)
