@@ -105,7 +105,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
-    model, info = type(skeleton).from_pretrained(
+    from_pretrained: Any = type(skeleton).from_pretrained  # its type leaves out what output_loading_info adds
+    model, info = from_pretrained(
         None,
         config=skeleton.config,
         state_dict=tensors,
