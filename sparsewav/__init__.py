@@ -11,6 +11,7 @@ from sparsewav.errors import UserError
 if TYPE_CHECKING:
     from sparsewav.acceleration import AccelerationReport, accelerate
     from sparsewav.pruning import MatrixReport, PruneReport, prune
+    from sparsewav.storage import load
     from sparsewav.streaming import prune_folder
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "UserError",
     "__version__",
     "accelerate",
+    "load",
     "prune",
     "prune_folder",
 ]
@@ -34,6 +36,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("sparsewav.acceleration"), name)
     if name == "prune_folder":
         return importlib.import_module("sparsewav.streaming").prune_folder
+    if name == "load":
+        return importlib.import_module("sparsewav.storage").load
     if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
         pruning = importlib.import_module("sparsewav.pruning")
         return pruning if name == "pruning" else getattr(pruning, name)

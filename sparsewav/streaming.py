@@ -92,7 +92,7 @@ def prune_folder(
         raise UserError(f"{source} is not a folder; give the folder of a checkpoint with config.json and {WEIGHTS}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
-    checkpoint = _Checkpoint(source)
+    checkpoint = Checkpoint(source)
     model = _hollow_model(checkpoint, torch.device(device))
     with write_folder(destination) as temporary:
         layers = _Layers(checkpoint, model, temporary)
@@ -123,7 +123,7 @@ def prune_folder(
     return report
 
 
-class _Checkpoint:
+class Checkpoint:
     """The tensors of a folder's safetensors, read when they are asked for.
 
     Attributes:
@@ -181,7 +181,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path} is missing or broken ({error}); fetch it again") from error
 
 
-def _hollow_model(checkpoint: _Checkpoint, device: torch.device) -> PreTrainedModel:
+def _hollow_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, float32, all of it in memory but its transformer layers, which are on meta."""
     source = str(checkpoint.folder)
     verbosity = transformers_logging.get_verbosity()
@@ -226,7 +226,7 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str, device: 
 class _Layers:
     """Brings layers from a checkpoint into a hollow model one at a time, and writes each to a shard when it is done."""
 
-    def __init__(self, checkpoint: _Checkpoint, model: PreTrainedModel, destination: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, destination: Path) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.destination = destination
