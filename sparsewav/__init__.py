@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name == "prune_folder":
         return importlib.import_module("sparsewav.streaming").prune_folder
     if name == "load":
-        return importlib.import_module("sparsewav.storage").load
+        return importlib.import_module("sparsewav.models").load  # which knows the package's own classes, too
     if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
         pruning = importlib.import_module("sparsewav.pruning")
         return pruning if name == "pruning" else getattr(pruning, name)

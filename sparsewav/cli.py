@@ -37,6 +37,7 @@ from sparsewav.config import (
 from sparsewav.config_methods import OURS
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+from sparsewav.progress import quieten_libraries
 
 T = TypeVar("T")
 
@@ -113,17 +114,6 @@ def _register() -> None:
 _register()  # at import: the joblib launcher's workers import this module and nothing else
 
 
-def _quieten_libraries() -> None:
-    # Before transformers is imported: its progress bars would break ours, and its news are not the user's.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def run_job(settings: DictConfig) -> float | None:
     """One job of a run or a sweep: Hydra's task function. The tasks of one Slurm job do it together.
 
@@ -147,7 +137,7 @@ def _submitit_environment() -> Any:
 
 def _together(main: Callable[[], T]) -> T | None:
     """Do something in the first of the processes that were started together; the others work for it."""
-    _quieten_libraries()
+    quieten_libraries()
     from sparsewav.workers import lead_or_work
 
     return lead_or_work(main)
@@ -160,7 +150,7 @@ def _run_job(settings: DictConfig) -> float | None:
     try:
         config: Config = _typed(settings)
         validate(config)
-        _quieten_libraries()
+        quieten_libraries()
         from sparsewav.run import run  # imported late: --help and configuration errors need no PyTorch
         from sparsewav.tracking import RunDescription, make_tracker
 
@@ -288,7 +278,7 @@ def train_job(settings: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         config: TrainConfig = _typed(settings)
-        _quieten_libraries()
+        quieten_libraries()
         validate_training(config)
         from sparsewav.finetune.train import train
 

@@ -15,6 +15,7 @@ from sparsewav.config_methods import (
     MethodConfig,
     OptimizationConfig,
     at_least,
+    one_of,
     optimization_faults,
 )
 from sparsewav.errors import UserError
@@ -270,6 +271,19 @@ class WandbTracker(TrackerConfig):
 
 
 @dataclass
+class ExportConfig:
+    """In which format the pruned model is written beside the plain checkpoint ``model/``.
+
+    Attributes:
+        format: ``bitmask`` writes a bit for every weight and the values that are kept; ``dense`` all of them.
+        dtype: ``model`` keeps the numbers as they are, ``float16`` rounds them.
+    """
+
+    format: str = "dense"
+    dtype: str = "model"
+
+
+@dataclass
 class Config:
     """One run.
 
@@ -286,6 +300,7 @@ class Config:
         cache: keep Hessians, sensitivities and the dense word error rate between runs.
         force: redo a run that is done.
         save_model: keep the pruned model; a sweep of hundreds of runs may do without.
+        export: what is written beside it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -310,6 +325,7 @@ class Config:
     cache: bool = True
     force: bool = False
     save_model: bool = True
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
     def target_sparsity(self) -> float:
@@ -391,7 +407,7 @@ SCHEMAS: dict[str, type] = {
 PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
 """The paper's choice in the groups that came later."""
 
-NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model")
+NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model", "export")
 """Keys that do not change a run's results, and so neither its folder."""
 
 
@@ -443,6 +459,8 @@ def _faults(config: Config) -> Iterator[str]:
     if config.calibration.propagation not in ("parallel", "sequential", "stepwise"):
         yield f"calibration.propagation={config.calibration.propagation} is none of parallel, sequential and stepwise"
     yield from _accuracy_faults(config)
+    yield from one_of(("dense", "bitmask"), format=config.export.format, prefix="export.")
+    yield from one_of(("model", "float16"), dtype=config.export.dtype, prefix="export.")
     if config.model.stream:
         if config.calibration.propagation != "sequential" or allocation.name != "uniform":
             yield (

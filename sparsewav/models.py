@@ -26,6 +26,7 @@ from sparsewav.errors import UserError
 from sparsewav.fairseq import converted_folder
 from sparsewav.files import cache_folder, conf_folder, locked
 from sparsewav.pruning.encoder import check_family
+from sparsewav.storage import BITMASK_WEIGHTS, load
 
 DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
@@ -60,7 +61,8 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     """Give the folder of a model, or its name on the hub; a model of the demo's cast is trained first if need be.
 
     Args:
-        name_or_path: ``demo``, the name of a recipe in ``conf/recipe``, a local folder, or a name on the hub.
+        name_or_path: ``demo``, the name of a recipe in ``conf/recipe``, a local folder of a model or of a run, or
+            a name on the hub.
         key: the setting that names the model, for messages.
 
     Raises:
@@ -76,6 +78,8 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{key}={name_or_path} is not a folder; check the path")
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return str(folder / "model")  # of a run
     return str(folder)
 
 
@@ -176,6 +180,8 @@ def load_pretrained(
             "(give a folder with config.json, or a name on the hub and a network to fetch it)"
         ) from error
     check_family(config.model_type, name or source)
+    if (Path(source) / BITMASK_WEIGHTS).is_file():
+        return load(source, dtype)
     try:
         return AutoModelForCTC.from_pretrained(source, dtype=dtype, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,6 +1,7 @@
-"""The display of a run's stages."""
+"""What the terminal shows of the work: a run's stages, and nothing of what the libraries say."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,3 +30,15 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
     seconds = time.perf_counter() - started
     logger.info("%s: %.2f s", description, seconds)
     console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+
+
+def quieten_libraries() -> None:
+    """Keep transformers and the hub from showing bars and news of their own."""
+    # Set before transformers is imported, which is why that happens here and not above.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

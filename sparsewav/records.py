@@ -34,6 +34,12 @@ STEP = "step.json"
 """Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
 
 
+def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
+    """Where a run's model lies in another format than ``model/`` has it; None for that one."""
+    parts = [part for part, plain in ((format, "dense"), (dtype, "model")) if part != plain]
+    return folder / "-".join([MODEL, *parts]) if parts else None
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record, whole or not at all."""
     with write_file(path) as temporary:

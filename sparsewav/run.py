@@ -41,7 +41,7 @@ from sparsewav.progress import stage
 from sparsewav.pruning import PruneReport, processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
-from sparsewav.steps import State, evaluate_step, newest_step, tidy, write_step
+from sparsewav.steps import State, evaluate_step, finish_folder, is_done, newest_step, write_step
 from sparsewav.streaming import prune_folder
 from sparsewav.workers import in_all_processes
 
@@ -67,9 +67,8 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
 
 def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     metrics_path = folder / records.METRICS
-    complete = metrics_path.is_file() and (not config.save_model or (folder / records.MODEL).is_dir())
-    if complete and not config.force:
-        tidy(config, folder)  # it may have been killed right before
+    if is_done(config, folder) and not config.force:
+        finish_folder(config, folder)  # it may have been killed right before
         console.print(f"Done already: {folder} (force=true does it again)")
         return json.loads(metrics_path.read_text())
     (folder / records.ERROR).unlink(missing_ok=True)
@@ -182,7 +181,7 @@ def _finish(
         **records.environment(device),
     }
     records.write_json(folder / records.METRICS, metrics)
-    tidy(config, folder)
+    finish_folder(config, folder)
     return metrics
 
 
@@ -390,6 +389,6 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 | parameters | {nonzero:,} of {total:,} are not zero |
 | calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
 
-The weights are stored dense, with zeros: `AutoModelForCTC.from_pretrained` loads them as any other model. The word
-error rates are in the run's `metrics.json`, beside this folder.
+`AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model. The word error rates
+are in the run's `metrics.json`, beside this folder.
 """

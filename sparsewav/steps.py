@@ -15,6 +15,7 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.evaluation import transcribe, word_error_rate
 from sparsewav.models import SpeechModel
 from sparsewav.progress import stage
+from sparsewav.storage import export
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
 """Kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
@@ -87,9 +88,23 @@ def evaluate_step(
     records.write_json(step_folder / records.STEP, asdict(state))
 
 
-def tidy(config: Config, folder: Path) -> None:
-    """Delete what only an unfinished run needs."""
+def finish_folder(config: Config, folder: Path) -> None:
+    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need."""
     shutil.rmtree(folder / records.STAGES, ignore_errors=True)
     (folder / records.MODEL / records.STEP).unlink(missing_ok=True)
+    exported = records.export_folder(folder, config.export.format, config.export.dtype)
+    if exported and not exported.exists():
+        export(folder / records.MODEL, exported, config.export.format, config.export.dtype)
     if not config.save_model:
         shutil.rmtree(folder / records.MODEL, ignore_errors=True)
+
+
+def is_done(config: Config, folder: Path) -> bool:
+    """Tell whether everything that a run is to leave is there, or can be made from what is."""
+    model = (folder / records.MODEL).is_dir()
+    exported = records.export_folder(folder, config.export.format, config.export.dtype)
+    return (
+        (folder / records.METRICS).is_file()
+        and (model or not config.save_model)
+        and (model or exported is None or exported.is_dir())
+    )

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 
+from sparsewav.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsewav.errors import UserError
 from sparsewav.files import write_folder
 from sparsewav.pruning.encoder import check_family, prunable_matrices
-from sparsewav.streaming import INDEX, WEIGHTS, Checkpoint
 
 FORMATS = ("dense", "bitmask")
 FORMAT = "sparsewav-bitmask"
 VERSION = "1"
 BITMASK_WEIGHTS = "model.bitmask.safetensors"
 """Not ``model.safetensors``: transformers would take the file and fill what it misses there with random numbers."""
+
+BITMASK_NOTE = """
+**This folder has the weights in bitmask format**, which transformers does not read: `sparsewav.load` gives back the
+model, and `sparsewav-export` a plain checkpoint.
+"""
 
 _BITS = {
     torch.float16: torch.int16,
@@ -179,6 +185,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
             config = json.loads((source / "config.json").read_text())
             config.pop("torch_dtype", None)  # the name that older versions of transformers gave it
             (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float16"}, indent=2) + "\n")
+        _amend_card(temporary / "README.md", format)
         if format == "dense":
             save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS, {"format": "pt"}
@@ -186,6 +193,25 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         else:
             _write_bitmask(tensors, temporary / BITMASK_WEIGHTS, skeleton)
     return destination
+
+
+def _amend_card(card: Path, format: str) -> None:
+    """Say in the model card how the weights beside it are read."""
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8").replace(BITMASK_NOTE, "").rstrip()
+    card.write_text(f"{text}\n{BITMASK_NOTE if format == 'bitmask' else ''}", encoding="utf-8")
+
+
+def stored_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of a model's tensors on disk in dense and in bitmask format, headers left out."""
+    prunable = _prunable_shapes(model)
+    dense = bitmask = 0
+    for name, tensor in model.state_dict().items():
+        dense += tensor.nbytes
+        kept = int(tensor.count_nonzero()) * tensor.element_size() + -(-tensor.numel() // 8)
+        bitmask += min(kept, tensor.nbytes) if name in prunable else tensor.nbytes
+    return dense, bitmask
 
 
 def _to_float16(tensor: Tensor, name: str) -> Tensor:
@@ -249,8 +275,8 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             shapes = _shapes(path, file.metadata() or {}, _prunable_shapes(skeleton))
             names = set(file.keys())
-            tensors: dict[str, Tensor] = {}
-            for name, shape in shapes.items():
+            encoded: dict[str, tuple[Tensor, Tensor]] = {}
+            for name in shapes:
                 parts = (f"{name}.bitmask", f"{name}.values")
                 for part in parts:
                     if part not in names:
@@ -258,8 +284,12 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
                 if name in names:
                     raise UserError(f"{path} has {name} both dense and as a bitmask; {_AGAIN}")
                 names -= set(parts)
-                tensors[name] = decode(file.get_tensor(parts[0]), file.get_tensor(parts[1]), shape, f"{name} in {path}")
-            return tensors | {name: file.get_tensor(name) for name in sorted(names)}
+                encoded[name] = (file.get_tensor(parts[0]), file.get_tensor(parts[1]))
+            rest = {name: file.get_tensor(name) for name in sorted(names)}
+            # NumPy lets other threads run meanwhile.
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
+                return dict(zip(shapes, matrices, strict=True)) | rest
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
