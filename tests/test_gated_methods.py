@@ -12,7 +12,7 @@ from transformers import AutoModelForCTC, PreTrainedModel
 
 from sparsewav.baselines import METHODS
 from sparsewav.baselines.gated import Distillation, GatedStudent, ctc_loss, distilled_layers
-from sparsewav.baselines.gates import Gates, encoder_parameters
+from sparsewav.baselines.gates import Gates, encoder_parameters, open_probability
 from sparsewav.config import Config
 from sparsewav.config_methods import GatedMethod
 from sparsewav.data.librispeech import read_librispeech_folder
@@ -87,16 +87,17 @@ def test_distillation_is_minus_one_for_a_copy_and_sees_no_padding(
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("target", [0.5, 0.7])
+@pytest.mark.parametrize("target", [0.4, 0.5])
 def test_lagrangian_brings_the_expected_sparsity_to_its_target(tiny_model: Any, target: float) -> None:
-    """Against a loss that wants every gate open, some more and some less."""
+    """Against a loss that wants every gate open, some more and some less; without ascent all of them would be."""
     torch.manual_seed(0)
     model = tiny_model("wav2vec2", "layer", intermediate_size=200)
     gates = Gates(model, ("channels", "heads", "units"), {"channels": 0.01, "heads": 0.01, "units": 0.5})
-    worth = {name: 0.02 * torch.rand(len(gate.log_alpha)) for name, gate in gates.items()}
+    worth = {name: 7e-4 * torch.rand(len(gate.log_alpha)) for name, gate in gates.items()}
 
     def wants_open(model: PreTrainedModel, batch: Any) -> torch.Tensor:
-        return sum(((1 - gate.value) * worth[name]).sum() for name, gate in gates.items())  # type: ignore[return-value]
+        losses = [((1 - open_probability(gate.log_alpha)) * worth[name]).sum() for name, gate in gates.items()]
+        return torch.stack(losses).sum()
 
     student = GatedStudent(model, gates, wants_open, target, 40)
     optimizer = torch.optim.Adam(
@@ -105,16 +106,13 @@ def test_lagrangian_brings_the_expected_sparsity_to_its_target(tiny_model: Any, 
             {"params": list(student.lagrangian.parameters()), "lr": 0.1, "maximize": True},
         ]
     )
-    reached = []
-    for update in range(500):
-        student.update = update
-        gates.draw()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
+    for student.update in range(600):
         optimizer.zero_grad()
         student().loss.backward()
         optimizer.step()
-        reached.append(float(student.expected_sparsity().detach()))
-    assert sum(reached[-100:]) / 100 == pytest.approx(target, abs=0.05)
-    assert float(student.lagrangian.quadratic.detach()) > 0  # without ascent the multipliers stay or sink
+        schedule.step()
+    assert float(student.expected_sparsity().detach()) == pytest.approx(target, abs=0.03)
 
 
 def test_target_rises_over_its_ramp(tiny_model: Any) -> None:
