@@ -255,7 +255,7 @@ class GatedMethod(TrainedMethod):
             item,
             ramp_updates=shorten(self.ramp_updates, factor),
             gate_learning_rate=max(self.gate_learning_rate, GATE_PATH / item.updates),
-            multiplier_learning_rate=max(self.multiplier_learning_rate, MULTIPLIER_PATH / item.updates),
+            multiplier_learning_rate=max(self.multiplier_learning_rate, GATE_PATH / item.updates),
             final_updates=shorten(self.final_updates, factor) if self.final_updates else 0,
             final_warmup_steps=warmup if warmup < 1 else shorten(warmup, factor),
         )
@@ -289,10 +289,8 @@ GATED = ("channels", "heads", "head_dims", "units")
 """What can have gates."""
 
 GATE_PATH = 30.0
-"""Least product of the gates' updates and rate: Adam moves log α by about the rate at an update, and a gate that starts
+"""Least product of updates and rate, of gates and multipliers: Adam moves log α by about the rate at an update, and a gate that starts
 at a drop rate of 0.01 has to go from 4.6 to below -1.6 to close."""
-MULTIPLIER_PATH = 150.0
-"""The same of the multipliers, which have to outgrow the loss before the gates are all open."""
 
 
 METHOD_SCHEMAS: dict[str, type] = {

@@ -53,7 +53,7 @@ def test_published_settings_compose_and_shorten(name: str, expected: dict[str, A
         assert getattr(settings, key) == value
     short = settings.shortened(1000)
     assert (short.updates, short.warmup_steps, short.ramp_updates) == (50, 15, 5)
-    assert (short.gate_learning_rate, short.multiplier_learning_rate) == pytest.approx((0.6, 3.0))
+    assert (short.gate_learning_rate, short.multiplier_learning_rate) == pytest.approx((0.6, 0.6))
     assert short.final_updates == (25 if settings.teacher else 0)
     assert settings.shortened(1) == settings
 
