@@ -87,6 +87,8 @@ class Constant(nn.Module):
 class _Projections(nn.Module):
     """The four matrices of an attention whose heads have dimensions of their own."""
 
+    dropout: float
+
     def make_projections(self, width: int, shape: LayerShape, head_dim: int) -> None:
         self.head_dim, self.shape = head_dim, shape
         with warnings.catch_warnings():
@@ -179,7 +181,7 @@ class UnevenWavLMAttention(_Projections, WavLMAttention):
         position_bias: Tensor | None = None,
         index: int = 0,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """(batch, frames, width) in and out; the mask is (batch, frames), True where there is audio."""
         batch, frames, _ = hidden_states.shape
         if position_bias is None:
