@@ -213,7 +213,88 @@ def shorten(updates: float, factor: float) -> int:
     return max(1, math.ceil(updates / factor - 1e-9))
 
 
+@dataclass
+class GatedMethod(TrainedMethod):
+    """A method that learns with hard-concrete gates what to cut out.
+
+    Attributes:
+        updates: with gates; ``learning_rate`` and ``warmup_steps`` are those of the weights meanwhile.
+        gated: some of ``channels`` (of the convolutions), ``heads``, ``head_dims`` (of queries and keys, and of values,
+            each by itself) and ``units`` (of the feed-forward networks).
+        drop_rate: how probably a gate is closed at the start.
+        unit_drop_rate: the same of feed-forward units.
+        straight_through: gates are hard while the gradient goes through the soft ones.
+        teacher: learn the dense model's hidden states; without it, learn from transcripts by the CTC loss.
+        target: share of the encoder's parameters to remove.
+        ramp_updates: over which the target rises to that.
+        gate_learning_rate: of log α.
+        multiplier_learning_rate: of the two multipliers, which climb.
+        final_updates: after the cut.
+        final_learning_rate: of the weights after the cut.
+        final_warmup_steps: as ``warmup_steps``, after the cut.
+    """
+
+    gated: list[str] = MISSING
+    drop_rate: float = MISSING
+    unit_drop_rate: float = MISSING
+    straight_through: bool = MISSING
+    teacher: bool = MISSING
+    target: float = MISSING
+    ramp_updates: int = MISSING
+    gate_learning_rate: float = MISSING
+    multiplier_learning_rate: float = MISSING
+    final_updates: int = MISSING
+    final_learning_rate: float = MISSING
+    final_warmup_steps: float = MISSING
+
+    def shortened(self, factor: float) -> Self:
+        """As the others' updates; gates that have few get a higher rate, or they would stay where they start."""
+        item = super().shortened(factor)
+        warmup = self.final_warmup_steps
+        return replace(
+            item,
+            ramp_updates=shorten(self.ramp_updates, factor),
+            gate_learning_rate=max(self.gate_learning_rate, GATE_PATH / item.updates),
+            multiplier_learning_rate=max(self.multiplier_learning_rate, GATE_PATH / item.updates),
+            final_updates=shorten(self.final_updates, factor) if self.final_updates else 0,
+            final_warmup_steps=warmup if warmup < 1 else shorten(warmup, factor),
+        )
+
+    def quickened(self, factor: float) -> Self:
+        """The weights' rates; those of gates and multipliers have to do with neither width nor depth."""
+        return replace(super().quickened(factor), final_learning_rate=self.final_learning_rate * factor)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        for unit in self.gated:
+            yield from one_of(GATED, gated=unit, prefix="method.")
+        if not self.gated or {"heads", "head_dims"} <= set(self.gated):
+            yield f"method.gated={self.gated} must name some of {', '.join(GATED)}, heads or head_dims and not both"
+        for key in ("drop_rate", "unit_drop_rate", "target"):
+            if not 0 < getattr(self, key) < 1:
+                yield f"method.{key}={getattr(self, key):g} is not between 0 and 1"
+        for key in ("gate_learning_rate", "multiplier_learning_rate", "final_learning_rate"):
+            if getattr(self, key) <= 0:
+                yield f"method.{key}={getattr(self, key):g} must be above 0"
+        yield from at_least(
+            0,
+            ramp_updates=self.ramp_updates,
+            final_updates=self.final_updates,
+            final_warmup_steps=self.final_warmup_steps,
+            prefix="method.",
+        )
+
+
+GATED = ("channels", "heads", "head_dims", "units")
+"""What can have gates."""
+
+GATE_PATH = 30.0
+"""Least product of updates and rate, of gates and multipliers: Adam moves log α by about the rate at an update, and what
+starts at a drop rate of 0.01 has to go from 4.6 to below -1.6 to close."""
+
+
 METHOD_SCHEMAS: dict[str, type] = {
+    "method/base_gated": GatedMethod,
     "method/base_sparsewav": MethodConfig,
     "method/base_magnitude": MagnitudeConfig,
     "method/base_parp": ParpConfig,

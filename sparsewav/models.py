@@ -21,7 +21,8 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-import sparsewav.fithubert_model  # noqa: F401  (registers its class)
+import sparsewav.fithubert_model
+import sparsewav.uneven  # noqa: F401  (the same)
 from sparsewav.errors import UserError
 from sparsewav.fairseq import converted_folder
 from sparsewav.files import cache_folder, conf_folder, locked

@@ -69,12 +69,16 @@ class Method(Protocol):
         """
 
 
-from sparsewav.baselines import deep_vs_wide, distilhubert, fithubert, magnitude, parp  # noqa: E402  (want the above)
+from sparsewav.baselines import deep_vs_wide, distilhubert, fithubert, l0, magnitude, parp  # noqa: E402
 
 METHODS: dict[str, Method] = {
     "distilhubert": distilhubert.compress,
     "fithubert": fithubert.compress,
     "deep_vs_wide": deep_vs_wide.compress,
+    "dphubert": l0.compress,
+    "dpwavlm": l0.compress,
+    "wang2023": l0.compress,
+    "l0_finetune": l0.compress,
     "magnitude": magnitude.compress,
     "parp": parp.compress,
     "parp_p": parp.compress,

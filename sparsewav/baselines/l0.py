@@ -1,0 +1,153 @@
+"""L0 regularisation in three forms: DPHuBERT and DPWavLM, fine-grained (Wang et al. 2023), and with the CTC loss alone.
+
+All train hard-concrete gates until the encoder is expected to be as small as asked, and cut the closed gates out for
+real. They differ in what is gated, and in what the student learns from: the teacher's hidden states, or transcripts.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCTC, PreTrainedModel, Wav2Vec2Processor, set_seed
+
+from sparsewav.baselines import CompressionReport
+from sparsewav.baselines.cut import cut
+from sparsewav.baselines.distillation import reader
+from sparsewav.baselines.gated import (
+    Distillation,
+    DistilledStudent,
+    FollowTarget,
+    GatedStudent,
+    Objective,
+    ctc_loss,
+    distilled_layers,
+    undisturbed,
+)
+from sparsewav.baselines.gates import Gates, encoder_parameters, meet_target
+from sparsewav.config_methods import GatedMethod
+from sparsewav.data.utterances import Utterance
+from sparsewav.files import write_folder
+from sparsewav.finetune.trainer import ParameterGroup, train
+
+MISSED = 0.02
+"""A sparsity that the gates miss by more than this is worth a warning."""
+
+
+def compress(
+    dense: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: GatedMethod,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Train with gates, cut, and train what is left; a :class:`sparsewav.baselines.Method`.
+
+    What the gates came to is kept in the folder with the cut model, so that a killed compression need not train them
+    again.
+    """
+    set_seed(seed)
+    total = settings.updates + settings.final_updates
+
+    def shown_after(done: int) -> Callable[[int, int], None] | None:
+        return (lambda update, _: progress(done + update, total)) if progress else None
+
+    objective: Objective = ctc_loss
+    if settings.teacher:
+        objective = Distillation(dense, distilled_layers(dense.config.num_hidden_layers)).to(dense.device)
+    if not (folder / "cut").is_dir():
+        _train_and_cut(dense, processor, training_set, settings, objective, folder, seed=seed, progress=shown_after(0))
+    record = torch.load(folder / "cut" / "record.pt", weights_only=True)
+    if isinstance(objective, nn.Module):
+        objective.load_state_dict(record["objective"])
+    smaller = AutoModelForCTC.from_pretrained(folder / "cut").to(dense.device)
+    facts, log = record["facts"], record["log"]
+    if settings.final_updates:
+        rate, warmup = settings.final_learning_rate, settings.final_warmup_steps
+        with ExitStack() as stack:
+            if settings.teacher:
+                stack.enter_context(undisturbed(smaller))
+            entries = train(
+                DistilledStudent(smaller, objective),
+                reader(processor),
+                training_set,
+                replace(settings, learning_rate=rate, warmup_steps=warmup),
+                settings.final_updates,
+                folder / "final",
+                seed=seed + 1,
+                progress=shown_after(settings.updates),
+            )
+        log += [{"phase": "after the cut"} | entry for entry in entries]
+    warnings = []
+    if abs(facts["expected_sparsity"] - settings.target) > MISSED:
+        warnings.append(
+            f"the gates' expected sparsity was {facts['expected_sparsity']:.3f} at the end of their training, not "
+            f"{settings.target:g}; log α was moved by {facts['gates_moved_by']:.2f} before the cut to meet it"
+        )
+    return smaller, CompressionReport(total, settings.batch_size, log=log, warnings=warnings, facts=facts)
+
+
+def _train_and_cut(
+    dense: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: GatedMethod,
+    objective: Objective,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Train with gates and write the cut model to ``cut`` in the folder."""
+    student = copy.deepcopy(dense)
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)  # a teacher's take no gradient
+    drop_rates = dict.fromkeys(settings.gated, settings.drop_rate) | {"units": settings.unit_drop_rate}
+    gates = Gates(student, settings.gated, drop_rates, straight_through=settings.straight_through)
+    trained = GatedStudent(student, gates, objective, settings.target, settings.ramp_updates).to(dense.device)
+    multipliers = list(trained.lagrangian.parameters())
+    with ExitStack() as stack:
+        if settings.teacher:
+            stack.enter_context(undisturbed(student))
+        entries = train(
+            trained,
+            reader(processor),
+            training_set,
+            settings,
+            settings.updates,
+            folder / "gates",
+            seed=seed,
+            callbacks=[FollowTarget(trained)],
+            parameter_groups=[
+                ParameterGroup(list(gates.parameters()), settings.gate_learning_rate),
+                ParameterGroup(multipliers, settings.multiplier_learning_rate, ascend=True),
+            ],
+            progress=progress,
+        )
+    expected = float(trained.expected_sparsity().detach())
+    moved = meet_target(student, gates, (1 - settings.target) * encoder_parameters(student))
+    smaller = cut(student, gates)
+    config: Any = smaller.config
+    facts = {
+        "target": settings.target,
+        "expected_sparsity": expected,
+        "gates_moved_by": moved,
+        "encoder_parameters": encoder_parameters(smaller),
+        "encoder_sparsity": 1 - encoder_parameters(smaller) / encoder_parameters(dense),
+        "channels": list(config.conv_dim),
+        "heads": [len(layer["heads"]) for layer in config.layers],
+        "value_dims": [sum(layer["value_dims"]) for layer in config.layers],
+        "units": [layer["units"] for layer in config.layers],
+    }
+    log = [{"phase": "with gates"} | entry for entry in entries]
+    state = objective.state_dict() if isinstance(objective, nn.Module) else {}
+    with write_folder(folder / "cut") as temporary:
+        smaller.save_pretrained(temporary)
+        torch.save({"objective": state, "facts": facts, "log": log}, temporary / "record.pt")

@@ -1,0 +1,278 @@
+"""CTC models that transformers cannot express: heads, head dimensions and feed-forward units that differ by layer.
+
+What the gated methods cut out of a model is such a one. Importing this module registers the classes, so that
+``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint; no code lies in the checkpoint's folder.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    HubertConfig,
+    HubertForCTC,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WavLMConfig,
+    WavLMForCTC,
+)
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+PREFIX = "sparsewav-"
+"""What ``model_type`` starts with; the rest is the family's own."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What is left of one transformer layer.
+
+    Attributes:
+        heads: indices of the heads that stay, among those of the dense model.
+        query_dims: dimensions of query and key, for every head that stays; they may be 0.
+        value_dims: dimensions of value, for every head that stays, at least 1.
+        units: of the feed-forward network.
+    """
+
+    heads: list[int] = field(default_factory=list)
+    query_dims: list[int] = field(default_factory=list)
+    value_dims: list[int] = field(default_factory=list)
+    units: int = 0
+
+
+class UnevenWav2Vec2Config(Wav2Vec2Config):
+    """Attributes:
+    layers: a dictionary of :class:`LayerShape` for every transformer layer.
+    feature_scale: the features of the convolutions are multiplied by a vector before they are projected.
+    """
+
+    model_type = PREFIX + "wav2vec2"
+    layers: list | None = None
+    feature_scale: bool = False
+
+
+class UnevenHubertConfig(HubertConfig):
+    """As :class:`UnevenWav2Vec2Config`."""
+
+    model_type = PREFIX + "hubert"
+    layers: list | None = None
+    feature_scale: bool = False
+
+
+class UnevenWavLMConfig(WavLMConfig):
+    """As :class:`UnevenWav2Vec2Config`."""
+
+    model_type = PREFIX + "wavlm"
+    layers: list | None = None
+    feature_scale: bool = False
+
+
+class Constant(nn.Module):
+    """What a sublayer comes to when nothing but the bias of its last matrix is left."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Give (batch, frames, width), the same everywhere."""
+        return self.bias.expand_as(hidden_states)
+
+
+class _Projections(nn.Module):
+    """The four matrices of an attention whose heads have dimensions of their own."""
+
+    dropout: float
+
+    def make_projections(self, width: int, shape: LayerShape, head_dim: int) -> None:
+        self.head_dim, self.shape = head_dim, shape
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # no query dimension left
+            self.q_proj = nn.Linear(width, sum(shape.query_dims))
+            self.k_proj = nn.Linear(width, sum(shape.query_dims))
+        self.v_proj = nn.Linear(width, sum(shape.value_dims))
+        self.out_proj = nn.Linear(sum(shape.value_dims), width)
+
+    def attend(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        """Self-attention: (batch, frames, width) in and out; scores are scaled as in the dense model."""
+        query, key = (
+            split_heads(projection(hidden_states), self.shape.query_dims) for projection in (self.q_proj, self.k_proj)
+        )
+        value = split_heads(self.v_proj(hidden_states), self.shape.value_dims)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.head_dim**-0.5,
+        )
+        return self.out_proj(join_heads(mixed, self.shape.value_dims))
+
+
+def split_heads(projected: Tensor, dims: list[int]) -> Tensor:
+    """Turn (batch, frames, sum of dims) into (batch, heads, frames, largest of dims), filled up with zeros.
+
+    A zero adds nothing to a product of query and key, and makes no difference to the other values.
+    """
+    batch, frames, _ = projected.shape
+    if len(set(dims)) == 1:
+        return projected.view(batch, frames, len(dims), dims[0]).transpose(1, 2)
+    heads = [nn.functional.pad(part, (0, max(dims) - part.shape[-1])) for part in projected.split(dims, dim=-1)]
+    return torch.stack(heads, dim=1)
+
+
+def join_heads(mixed: Tensor, dims: list[int]) -> Tensor:
+    """Turn (batch, heads, frames, largest of dims) into (batch, frames, sum of dims)."""
+    if len(set(dims)) == 1:
+        return mixed.transpose(1, 2).flatten(2)
+    return torch.cat([mixed[:, head, :, :dim] for head, dim in enumerate(dims)], dim=-1)
+
+
+class UnevenAttention(_Projections):
+    """Self-attention of wav2vec 2.0 and HuBERT over the heads that are left."""
+
+    def __init__(self, width: int, dropout: float, shape: LayerShape, head_dim: int) -> None:
+        super().__init__()
+        self.dropout = dropout
+        if shape.heads:
+            self.make_projections(width, shape, head_dim)
+        else:
+            self.constant = Constant(width)
+        self.has_heads = bool(shape.heads)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, frames, width) in and out; the mask is as transformers makes it for its SDPA attention."""
+        if not self.has_heads:
+            return self.constant(hidden_states), None
+        return self.attend(hidden_states, attention_mask), None
+
+
+class UnevenWavLMAttention(_Projections, WavLMAttention):
+    """WavLM's self-attention over the heads that are left.
+
+    The position bias passes through the layers with all heads of the dense model, because each layer keeps others.
+    """
+
+    def __init__(self, dense: WavLMAttention, shape: LayerShape, bucket_bias: bool) -> None:
+        super().__init__(  # the WavLM attention's own, then made smaller
+            dense.embed_dim, dense.num_heads, dense.dropout, dense.num_buckets, dense.max_distance, bucket_bias
+        )
+        del self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        self.has_heads = bool(shape.heads)
+        if self.has_heads:
+            self.make_projections(dense.embed_dim, shape, dense.head_dim)
+            self.gru_rel_pos_const = nn.Parameter(torch.ones(1, len(shape.heads), 1, 1))
+        else:
+            del self.gru_rel_pos_const, self.gru_rel_pos_linear
+            self.constant = Constant(dense.embed_dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        index: int = 0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """(batch, frames, width) in and out; the mask is (batch, frames), True where there is audio."""
+        batch, frames, _ = hidden_states.shape
+        if position_bias is None:
+            bias = self.compute_bias(frames, frames)
+            position_bias = bias.unsqueeze(0).repeat(batch, 1, 1, 1).view(batch * self.num_heads, frames, frames)
+        if not self.has_heads:
+            return self.constant(hidden_states), None, position_bias
+        heads = self.shape.heads
+        gated = hidden_states.view(batch, frames, self.num_heads, -1)[:, :, heads].transpose(1, 2)
+        gates = self.gru_rel_pos_linear(gated).view(batch, len(heads), frames, 2, 4).sum(-1).sigmoid()
+        gate = gates[..., :1] * (gates[..., 1:] * self.gru_rel_pos_const - 1.0) + 2.0
+        scores = gate * position_bias.view(batch, self.num_heads, frames, frames)[:, heads]
+        if attention_mask is not None:
+            scores = scores.masked_fill(attention_mask.ne(1)[:, None, None, :], float("-inf"))
+        return self.attend(hidden_states, scores), None, position_bias
+
+
+def make_uneven(model: PreTrainedModel) -> None:
+    """Replace what differs from the dense architecture by modules of the sizes in the model's configuration.
+
+    Args:
+        model: a dense one, just made, whose configuration is one of this module's.
+    """
+    config: Any = model.config
+    base: Any = model.base_model
+    if config.feature_scale:
+        add_feature_scale(base.feature_projection, config.conv_dim[-1])
+    for index, (layer, kept) in enumerate(
+        zip(base.encoder.layers, config.layers or [], strict=config.layers is not None)
+    ):
+        shape = LayerShape(**kept)
+        dense = layer.attention
+        if isinstance(dense, WavLMAttention):
+            layer.attention = UnevenWavLMAttention(dense, shape, bucket_bias=index == 0)
+        else:
+            layer.attention = UnevenAttention(dense.embed_dim, dense.dropout, shape, dense.head_dim)
+        if shape.units:
+            width = config.hidden_size
+            layer.feed_forward.intermediate_dense = nn.Linear(width, shape.units)
+            layer.feed_forward.output_dense = nn.Linear(shape.units, width)
+        else:
+            layer.feed_forward = Constant(config.hidden_size)
+
+
+def add_feature_scale(feature_projection: nn.Module, channels: int) -> None:
+    """Let a vector scale the features (batch, frames, channels) before the projection takes them."""
+    feature_projection.register_parameter("scale", nn.Parameter(torch.ones(channels)))
+    feature_projection.register_forward_pre_hook(_scale_features)
+
+
+def _scale_features(feature_projection: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0] * feature_projection.scale,)
+
+
+class UnevenWav2Vec2ForCTC(Wav2Vec2ForCTC):
+    """wav2vec 2.0 with uneven layers and a CTC head."""
+
+    config_class = UnevenWav2Vec2Config
+
+    def __init__(self, config: UnevenWav2Vec2Config, target_lang: str | None = None) -> None:
+        super().__init__(config, target_lang)
+        make_uneven(self)
+
+
+class UnevenHubertForCTC(HubertForCTC):
+    """HuBERT with uneven layers and a CTC head."""
+
+    config_class = UnevenHubertConfig
+
+    def __init__(self, config: UnevenHubertConfig, target_lang: str | None = None) -> None:
+        super().__init__(config, target_lang)
+        make_uneven(self)
+
+
+class UnevenWavLMForCTC(WavLMForCTC):
+    """WavLM with uneven layers and a CTC head."""
+
+    config_class = UnevenWavLMConfig
+
+    def __init__(self, config: UnevenWavLMConfig, target_lang: str | None = None) -> None:
+        super().__init__(config, target_lang)
+        make_uneven(self)
+
+
+UNEVEN: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    "wav2vec2": (UnevenWav2Vec2Config, UnevenWav2Vec2ForCTC),
+    "hubert": (UnevenHubertConfig, UnevenHubertForCTC),
+    "wavlm": (UnevenWavLMConfig, UnevenWavLMForCTC),
+}
+"""Configuration and model of every family that can be cut, by the dense model's ``model_type``."""
+
+for _config, _model in UNEVEN.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCTC.register(_config, _model)
