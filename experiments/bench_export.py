@@ -8,7 +8,7 @@ import argparse
 import shutil
 import subprocess
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import matplotlib as mpl
@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.bench_engine import alternate, random_base, summary
+from experiments.bench_engine import OURS, alternate, random_base, summary
 from experiments.plots import COLORS, MARKERS, STYLE
 from sparsewav.checkpoint import WEIGHTS
 from sparsewav.files import write_file
@@ -53,7 +53,7 @@ def main() -> int:
             frame.to_csv(temporary, index=False)
     shown = table.pivot_table(index=["dtype", "form"], columns="sparsity", values="share")
     console.print("share of the dense float32 file's bytes", shown.round(3).to_string(), highlight=False)
-    console.print(summary(pandas.DataFrame(seconds), "dense").to_string(index=False), highlight=False)
+    console.print(summary(pandas.DataFrame(seconds)).to_string(index=False), highlight=False)
     plot(arguments.output / "export", table)
     console.print(f"{arguments.output / 'export.png'}", highlight=False)
     return 0
@@ -87,7 +87,7 @@ def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, 
             if shutil.which(compressor):
                 found[compressor] = _compressed(command, dense / WEIGHTS)
         sizes += [{"sparsity": sparsity, "dtype": dtype, "form": form, "bytes": size} for form, size in found.items()]
-    forms = {form: _touching(folder / f"{form}-float32") for form in ("dense", "bitmask")}
+    forms = {OURS: _touching(folder / "bitmask-float32"), "dense": _touching(folder / "dense-float32")}
     return sizes, alternate(rounds, f"load at {sparsity:g}", forms)
 
 
@@ -105,9 +105,9 @@ def _size(path: Path) -> int:
 
 
 def _compressed(command: tuple[str, ...], path: Path) -> int:
-    with subprocess.Popen([*command, "-c", str(path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        return sum(len(block) for block in iter(lambda: process.stdout.read(1 << 20), b""))  # type: ignore[union-attr]
+    with TemporaryFile() as file:
+        subprocess.run([*command, "-c", str(path)], stdout=file, check=True)
+        return file.tell()
 
 
 def plot(path: Path, table: pandas.DataFrame) -> None:
