@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 from omegaconf import OmegaConf
@@ -18,6 +19,7 @@ from experiments.__main__ import ITEMS, main
 from experiments.baselines import ROWS
 from experiments.estimate import typed
 from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.variants import VARIANTS, bootstrap_difference
 from experiments.wandb_report import build_report
 from sparsewav import records
 from sparsewav.baselines import METHODS
@@ -119,7 +121,22 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
                 "quicken": 4.0,
             }
             metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
+        metrics["stages"] = [{"sparsity": config.sparsity.target}]
+        _write_details(job.folder, metrics["wer"])
         records.write_json(job.folder / records.METRICS, metrics)
+
+
+def _write_details(folder: Path, wer: float) -> None:
+    """Write transcripts of 30 utterances of ten words with so many errors, and a matrix's error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [f"word{number}" for number in range(10)]
+    rows = []
+    for utterance in range(30):
+        errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
+        wrong = ["wrong"] * errors + words[errors:]
+        rows.append({"id": f"u{utterance}", "reference": " ".join(words), "after": " ".join(wrong)})
+    (folder / records.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / records.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
 
 
 def _reproduce(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -180,7 +197,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
             _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
     items = [name for name in ITEMS if name != "table1"]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
-    for name in ("figure1", "figure2", "figure3", "figure4"):
+    for name in ("figure1", "figure2", "figure3", "figure4", "figure5"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     points = pandas.read_csv(tmp_path / "figure1.csv")
@@ -205,14 +222,39 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         in (tmp_path / "table3.md").read_text()
     )
 
+    ours = pandas.read_csv(tmp_path / "table4.csv")
+    assert ours["One-shot method"].tolist() == [variant.name for variant in VARIANTS]
+    assert set(ours["Layer error at 75 %"]) == {0.15}
+    assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
+    assert "Did not help" in (tmp_path / "table4.md").read_text()
+    curves = pandas.read_csv(tmp_path / "figure5.csv")["curve"].unique().tolist()
+    assert curves[:2] == ["the paper's method, one-shot", "the paper's method, tuned"]
+
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == items
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="https?:', page), "the page is self-contained"
     # Drawn again from the same runs, everything has the same bytes.
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
+    """Its interval is that of drawing utterances one by one; errors that both methods make cancel out."""
+    generator = np.random.default_rng(1)
+    words = generator.integers(3, 20, 80)
+    baseline = generator.binomial(words, 0.3).astype(float)
+    edits = baseline + generator.integers(-2, 2, 80)
+    difference, low, high = bootstrap_difference(edits, baseline, words)
+    assert difference == pytest.approx(edits.sum() / words.sum() - baseline.sum() / words.sum())
+    drawn = []
+    for _ in range(4000):
+        chosen = generator.integers(80, size=80)
+        drawn.append(edits[chosen].sum() / words[chosen].sum() - baseline[chosen].sum() / words[chosen].sum())
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.002)
+    assert bootstrap_difference(baseline, baseline, words) == (0, 0, 0)
+    assert bootstrap_difference(edits, baseline, words) == (difference, low, high)
 
 
 def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
