@@ -203,9 +203,17 @@ def test_measured_costs_are_those_of_one_matrix_at_one_level(
                 assert costs[matrices[place].name][index] == pytest.approx(judge.divergence(), rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("effect", ["output", "fisher", "trace"])
+@pytest.mark.parametrize(
+    ("effect", "options"),
+    [
+        ("output", {}),
+        ("fisher", {"solver": "alps"}),
+        ("output", {"solver": "alps", "propagation": "stepwise", "objective": "asymmetric"}),
+        ("trace", {}),
+    ],
+)
 def test_pruned_model_meets_the_budget_and_earlier_masks_hold(
-    effect: str, tiny_model: Factory, batches: list[Batch]
+    effect: str, options: dict[str, Any], tiny_model: Factory, batches: list[Batch]
 ) -> None:
     """In two stages: counts are exact at both, and what the first removed stays removed."""
     model = tiny_model("wav2vec2")
@@ -214,7 +222,7 @@ def test_pruned_model_meets_the_budget_and_earlier_masks_hold(
     masks: dict[str, Tensor] = {}
     for sparsity in (0.5, 0.6):
         before = copy.deepcopy(masks)
-        report = sparsewav.prune(model, batches, sparsity, allocation="levels", levels=levels, masks=masks)
+        report = sparsewav.prune(model, batches, sparsity, allocation="levels", levels=levels, masks=masks, **options)
         masks = report.masks
         assert sum(int((~mask).sum()) for mask in masks.values()) == round(sparsity * size)
         assert not any((masks[name] & ~mask).any() for name, mask in before.items())
@@ -286,13 +294,18 @@ def test_a_search_from_the_command_line(run_sparsewav: Run, small: list[str], tm
 
 
 def test_wrong_settings_are_all_named_at_once(run_sparsewav: Run, small: list[str]) -> None:
-    """Every key out of range, and calibration layer by layer, which has no Hessians to allocate by."""
+    """Every key out of range, and a competition within blocks for a solver that has none."""
     wrong = ["allocation.effect=loss", "allocation.step=0.5", "allocation.evaluations=0"]
-    result = run_sparsewav(*small, "allocation=search", *wrong, "calibration.propagation=sequential")
+    result = run_sparsewav(*small, "allocation=search", *wrong, "solver=alps", "saliency.compared_within=matrix")
     said = result.stdout + result.stderr
     assert result.returncode == 1
     assert "Traceback" not in said
-    for words in ("allocation.effect=loss", "allocation.step=0.5", "allocation.evaluations=0", "propagation=parallel"):
+    for words in (
+        "allocation.effect=loss",
+        "allocation.step=0.5",
+        "allocation.evaluations=0",
+        "compared_within=matrix",
+    ):
         assert words in said
 
 

@@ -215,20 +215,28 @@ def _units(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: max(round(size / unit), 1) for name, size in sizes.items()}
 
 
-def exact_sparsities(sizes: Mapping[str, int], steps: Mapping[str, int], grid: Grid) -> dict[str, float]:
-    """Sparsities of chosen levels, with what is missing of the budget spread so that it is met to one weight."""
+def exact_sparsities(
+    sizes: Mapping[str, int], steps: Mapping[str, int], grid: Grid, removed: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Sparsities of chosen levels, with what is missing of the budget spread so that it is met to one weight.
+
+    No matrix gets fewer weights to remove than ``removed`` says that an earlier mask already has.
+    """
+    removed = removed or {}
+    if sum(removed.values()) > round(grid.target * sum(sizes.values())):
+        raise UserError(f"earlier masks have removed more than sparsity {grid.target:g} of the model; raise it")
     wanted = {name: size * grid.sparsity(steps[name]) for name, size in sizes.items()}
     total = sum(sizes.values())
     missing = round(grid.target * total)  # weights
     shift = (missing - sum(wanted.values())) / total  # zero up to rounding, where the sizes have a common divisor
     wanted = {name: min(max(wanted[name] + shift * size, 0.0), float(size)) for name, size in sizes.items()}
-    counts = {name: int(wanted[name] + 1e-6) for name in sizes}
+    counts = {name: max(int(wanted[name] + 1e-6), removed.get(name, 0)) for name in sizes}
     missing -= sum(counts.values())
     ordered = sorted(sizes, key=lambda name: (counts[name] - wanted[name], name))
     while missing:
         for name in ordered:
             change = (missing > 0) - (missing < 0)
-            if 0 <= counts[name] + change <= sizes[name] and missing:
+            if removed.get(name, 0) <= counts[name] + change <= sizes[name] and missing:
                 counts[name] += change
                 missing -= change
     return {name: counts[name] / sizes[name] for name in sizes}

@@ -160,10 +160,10 @@ def allocate_by_levels(
             else:
                 assert judge is not None
                 costs = measure_costs(judge, matrices, library, settings.others, advance)
-            for name, mask in (masks or {}).items():
-                lost = 1 - float(mask.float().mean())
+            removed = {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
+            for name, count in removed.items():
                 for index, offset in enumerate(grid.offsets):
-                    if grid.sparsity(offset) < lost - 0.5 / sizes[name]:
+                    if sizes[name] * grid.sparsity(offset) < count - 1:  # the last weight is a matter of rounding
                         costs[name][index] = np.inf
             chosen = choose_levels(sizes, costs, grid)
             divergence = None
@@ -175,7 +175,7 @@ def allocate_by_levels(
         for matrix, weight in zip(matrices, dense, strict=True):
             matrix.weight.data.copy_(weight)
     return Allocation(
-        sparsities=exact_sparsities(sizes, chosen, grid),
+        sparsities=exact_sparsities(sizes, chosen, grid, removed),
         costs={name: float(costs[name][grid.index(offset)]) for name, offset in chosen.items()},
         divergence=divergence,
         evaluations=judge.evaluations if judge else 0,
