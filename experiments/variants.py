@@ -45,18 +45,39 @@ class Variant:
         return Sweep("variants_tuned", "base", demo=("training=demo_short",), both=self.settings)
 
 
+ALPS = (*EXACT, "solver=alps")
+STEPWISE = (*ALPS, "calibration.propagation=stepwise")
+BEST_ONESHOT = (
+    "solver=alps",
+    "allocation=uniform",
+    "calibration.propagation=stepwise",
+    "recovery=block",
+    "recovery.steps=50",
+)
+"""What ``conf/experiment/best_oneshot.yaml`` sets."""
+BEST = (
+    "solver=alps",
+    "allocation=error_curves",
+    "calibration.propagation=stepwise",
+    "recovery=block",
+    "recovery.steps=300",
+)
+"""What ``conf/experiment/best.yaml`` sets."""
+
 VARIANTS = (
     Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
     Variant("the paper's method as it is", ()),
-    Variant("uniform allocation", ("allocation=uniform",)),
-    Variant("uniform, blocks compete", ("allocation=uniform", "saliency.compared_within=block_quotas")),
-    Variant("uniform, weights of a matrix compete", ("allocation=uniform", "saliency.compared_within=matrix")),
-    Variant("HAWQ-V2: trace times squared change", ("allocation=hawq",)),
-    Variant("error curves, Fisher", ("allocation=error_curves", "allocation.effect=fisher")),
-    Variant("error curves, output", ("allocation=error_curves",), figure="error curves", seconds=60.0),
-    Variant("search", ("allocation=search",), figure="search", seconds=180.0),
+    Variant("+ obs_refit", (*EXACT, "solver=obs_refit")),
+    Variant("+ alps", ALPS, seconds=25.0),
+    Variant("+ alps, asymmetric", (*STEPWISE, "objective=asymmetric"), seconds=45.0),
+    Variant("+ alps, block recovery", (*STEPWISE, "recovery=block"), seconds=105.0),
+    Variant("alps, uniform", ("solver=alps", "allocation=uniform"), seconds=20.0),
+    Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), seconds=110.0),
+    Variant("alps, search", ("solver=alps", "allocation=search"), seconds=180.0),
+    Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=70.0),
+    Variant("best", BEST, figure="best", seconds=320.0),
 )
-"""The first one is what the others are compared with."""
+"""The first one is what the others are compared with; those with a + add to it."""
 
 
 def read_edits(sweep: Sweep, scale: Scale) -> dict[tuple[float, int], pandas.DataFrame]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
@@ -27,6 +29,7 @@ from sparsewav.config import validate
 from sparsewav.files import conf_folder
 
 ROOT = Path(__file__).parent.parent
+PRESETS = ("best", "best_oneshot")
 SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
 
 
@@ -44,9 +47,26 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
 
 def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
     experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
-    assert experiments - {sweep.experiment for sweep in SWEEPS} == {"methods", "smoke", "tuning_length"}
+    assert experiments - {sweep.experiment for sweep in SWEEPS} == {
+        "methods",
+        "smoke",
+        "tuning_length",
+        *PRESETS,
+    }
     for cast in CAST.values():
         assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_row_of_table4(preset: str, tmp_path: Path) -> None:
+    """``experiment=best`` is the run of Table 4's row of that name, folder and all."""
+    (variant,) = (variant for variant in VARIANTS if variant.name == preset)
+    row = jobs(variant.one_shot, Scale("demo", tmp_path))[0]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        target = f"sparsity.target={row.settings['sparsity.target']}"
+        own = compose("config", overrides=[f"experiment={preset}", target], return_hydra_config=True)
+    assert Path(own.hydra.run.dir).name == row.folder.name
 
 
 def test_a_job_is_the_run_that_the_command_makes(

@@ -58,7 +58,7 @@ class LevelSettings:
     """
 
     effect: str = "output"
-    others: str = "pruned"
+    others: str = "dense"
     step: float = 0.05
     spread: float = 0.25
     evaluations: int = 0
@@ -198,7 +198,7 @@ def measure_costs(
     judge: Judge,
     matrices: Sequence[PrunableMatrix],
     library: LevelLibrary,
-    others: str = "pruned",
+    others: str = "dense",
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
     """Divergence with one matrix at each level and the others dense or at the target's; by matrix, shape (levels,).
@@ -212,7 +212,7 @@ def measure_costs(
     }
     for matrix in matrices:
         matrix.weight.data.copy_(rest[matrix.name])
-    at_rest = judge.divergence()
+    at_rest = judge.divergence() if others == "pruned" else None
     costs: dict[str, np.ndarray] = {}
     for layer, group in groupby(sorted(matrices, key=lambda matrix: matrix.layer), key=lambda matrix: matrix.layer):
         with judge.resuming_at(layer):
@@ -220,7 +220,7 @@ def measure_costs(
                 values = []
                 for offset in offsets:
                     matrix.weight.data.copy_(library.weight(matrix.name, offset))
-                    values.append(at_rest if offset == 0 and others == "pruned" else judge.divergence())
+                    values.append(judge.divergence() if offset or at_rest is None else at_rest)
                 matrix.weight.data.copy_(rest[matrix.name])
                 costs[matrix.name] = np.array(values)
                 advance()
