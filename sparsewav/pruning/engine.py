@@ -165,7 +165,7 @@ def prune(
         recovery_rate: Adam's first learning rate; it falls to zero.
         seed: of the Hutchinson probes, the sample of frames, the judge's search and the recovery's order of batches.
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
-        calibration: Hessians computed earlier for this model (``parallel`` alone).
+        calibration: Hessians computed earlier for this model (for ``parallel``, and for allocation ``levels``).
         traces: Hessian traces computed earlier for this model.
         around_layer: brings a layer's weights and takes them away (``sequential`` alone), for models that memory does
             not hold whole; see :func:`~sparsewav.pruning.calibration.calibrate_sequentially`.

@@ -1,9 +1,10 @@
 """Levels: every matrix pruned at several sparsities, and the cheapest choice of one for each within the budget.
 
-All levels of the matrices that read one input come out of one stacked sweep, and so of one factorisation. The levels
-lie a whole number of steps above or below the target, so that the target itself is always among them; a choice meets
-the budget when the steps up and down, each times its matrix's size, cancel out. Given what every level of every matrix
-costs, the choice whose costs add up to the least is found by dynamic programming (as OBC and SPDY do).
+All levels of the matrices that read one input are solved side by side, and so with one factorisation of the Hessian.
+The sweep's levels are those of matrices pruned alone; ALPS's are nearly so, they share its schedule of penalties. The
+levels lie a whole number of steps above or below the target, so that the target itself is always among them; a choice
+meets the budget when the steps up and down, each times its matrix's size, cancel out. Given what every level of every
+matrix costs, the choice whose costs add up to the least is found by dynamic programming (as OBC and SPDY do).
 """
 
 import math
