@@ -1,6 +1,6 @@
 """``python -m experiments``: run what is missing of the paper's tables and figures, and draw them.
 
-Usage: ./reproduce.sh [demo | paper] [all | table1 ... figure4] [options] [-- key=value ...]
+Usage: ./reproduce.sh [demo | paper] [all | table1 ... figure5] [options] [-- key=value ...]
 """
 
 import argparse
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import figure1, figure2, figure3, figure4, table1, table2, table3
+from experiments import figure1, figure2, figure3, figure4, figure5, table1, table2, table3, table4
 from experiments.estimate import estimate, training_seconds
 from experiments.page import write_page
 from experiments.results import Item, Result
@@ -27,6 +27,8 @@ ITEMS: dict[str, Item] = {
     "figure4": figure4.ITEM,
     "table2": table2.ITEM,
     "table3": table3.ITEM,
+    "table4": table4.ITEM,
+    "figure5": figure5.ITEM,
 }
 
 EPILOG = """examples:
@@ -92,7 +94,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "words",
         nargs="*",
-        metavar="demo|paper|all|table1..3|figure1..4",
+        metavar="demo|paper|all|table1..4|figure1..5",
         help="scale (default demo), and tables and figures (default all)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the jobs and an estimate; run nothing")

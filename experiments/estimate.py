@@ -45,6 +45,8 @@ class Estimate:
 def estimate(sweep: Sweep, scale: Scale) -> Estimate:
     """Estimate the seconds that are left of a sweep."""
     run, update = SECONDS[scale.name, sweep.role.partition("_")[0]]
+    # Beyond the paper's method, the evaluation is a small part of a run.
+    run *= (sweep.seconds or SECONDS["demo", "base"][0]) / SECONDS["demo", "base"][0]
     updates, seconds = [], 0.0
     for job in jobs(sweep, scale):
         config = typed(job.config)

@@ -40,11 +40,15 @@ class Curve:
         label: for the legend.
         points: columns sparsity (0 to 1) and wer (a fraction), a row a run; runs of one sparsity differ by their seed.
         dense: WER of the dense model, a fraction; None to leave its line out.
+        color: number of its colour and marker; None for the next one.
+        dotted: draw it so, to tell it from another curve of the same colour.
     """
 
     label: str
     points: pandas.DataFrame
     dense: float | None = None
+    color: int | None = None
+    dotted: bool = False
 
 
 def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: str = "dense") -> None:
@@ -58,7 +62,8 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
         axes = figure.add_subplot()
         own_dense = len({curve.dense for curve in curves if curve.dense is not None}) > 1
         for index, curve in enumerate(curves):
-            color, marker = COLORS[index], MARKERS[index]
+            style = index if curve.color is None else curve.color
+            color, marker = COLORS[style], MARKERS[style]
             groups = (100 * curve.points.set_index("sparsity")["wer"]).groupby(level=0)
             mean, deviation = groups.mean(), groups.std().fillna(0.0)
             sparsity = 100 * mean.index
@@ -71,7 +76,8 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
                     label=f"{dense_label} ({100 * curve.dense:.1f} %)" if not own_dense else None,
                     zorder=2,
                 )
-            axes.plot(sparsity, mean, color=color, marker=marker, label=curve.label, zorder=3)
+            line = ":" if curve.dotted else "-"
+            axes.plot(sparsity, mean, color=color, marker=marker, linestyle=line, label=curve.label, zorder=3)
             if deviation.any():
                 low = (mean - deviation).clip(lower=0.3 * mean)
                 axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)

@@ -65,12 +65,14 @@ class Sweep:
         role: of the model, a key of :data:`CAST`.
         demo: settings at demo scale alone.
         both: settings at either scale.
+        seconds: of a one-shot run at demo scale, where it takes longer than the paper's method; for the estimate.
     """
 
     experiment: str
     role: str
     demo: tuple[str, ...] = ()
     both: tuple[str, ...] = ()
+    seconds: float | None = None
 
     def arguments(self, scale: Scale) -> list[str]:
         """Arguments of the command ``sparsewav``."""

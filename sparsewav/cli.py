@@ -66,6 +66,8 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     for group, plain in PLAIN.items():  # and so do those from before there were these groups
         if settings[group]["name"] == plain:
             del settings[group]
+    if settings["saliency"].get("compared_within") == "block":
+        del settings["saliency"]["compared_within"]  # as there
     if settings["method"]["name"] == OURS:
         del settings["method"], settings["shorten"], settings["quicken"]
     else:

@@ -126,10 +126,12 @@ class ObsSaliency(SaliencyConfig):
     """Attributes:
     percdamp: damping as a share of the Hessian's mean diagonal.
     block_size: columns masked together.
+    compared_within: which weights compete: ``block``, ``block_quotas`` or ``matrix``.
     """
 
     percdamp: float = MISSING
     block_size: int = MISSING
+    compared_within: str = "block"
 
 
 @dataclass
@@ -187,28 +189,74 @@ class BlockRecovery(RecoveryConfig):
 
 @dataclass
 class AllocationConfig:
-    """Attributes: name: ``uniform`` or ``hutchinson``."""
+    """Attributes: name: ``uniform``, ``hutchinson``, ``hawq``, ``error_curves`` or ``search``."""
 
     name: str = MISSING
 
 
 @dataclass
-class HutchinsonAllocation(AllocationConfig):
+class TracedAllocation(AllocationConfig):
     """Attributes:
-    alpha: half the range of sparsities.
-    exact_budget: meet the target to one weight.
     probes: random vectors for every calibration batch.
     distribution: ``gaussian`` or ``rademacher``.
     utterances: how many of the calibration set at most.
     rank_tolerance: stop once a matrix is expected to be out of place by no more than this share of all ranks.
     """
 
-    alpha: float = MISSING
-    exact_budget: bool = MISSING
     probes: int = MISSING
     distribution: str = MISSING
     utterances: int = MISSING
     rank_tolerance: float = MISSING
+
+
+@dataclass
+class HutchinsonAllocation(TracedAllocation):
+    """Attributes:
+    alpha: half the range of sparsities.
+    exact_budget: meet the target to one weight.
+    """
+
+    alpha: float = MISSING
+    exact_budget: bool = MISSING
+
+
+@dataclass
+class HawqAllocation(TracedAllocation):
+    """Attributes:
+    step: between two levels of sparsity.
+    spread: how far from the target a matrix's sparsity may be.
+    library_gigabytes: memory that the pruned matrices of all levels may take; more goes to disk.
+    """
+
+    step: float = MISSING
+    spread: float = MISSING
+    library_gigabytes: float = MISSING
+
+
+@dataclass
+class ErrorCurvesAllocation(AllocationConfig):
+    """Attributes:
+    effect: ``output`` (measured on the model's output) or ``fisher`` (to second order, from one backward pass).
+    others: ``dense`` or ``pruned``: the other matrices, while the effect of one is measured.
+    utterances: how many of the calibration set the judge listens to at most.
+    step: between two levels of sparsity.
+    spread: how far from the target a matrix's sparsity may be.
+    library_gigabytes: memory that the pruned matrices of all levels may take; more goes to disk.
+    """
+
+    effect: str = MISSING
+    others: str = MISSING
+    utterances: int = MISSING
+    step: float = MISSING
+    spread: float = MISSING
+    library_gigabytes: float = MISSING
+
+
+@dataclass
+class SearchAllocation(ErrorCurvesAllocation):
+    """Attributes: evaluations: swaps of levels that the model's output judges."""
+
+    evaluations: int = MISSING
 
 
 @dataclass
@@ -394,6 +442,9 @@ SCHEMAS: dict[str, type] = {
     "recovery/base_block": BlockRecovery,
     "allocation/base_uniform": AllocationConfig,
     "allocation/base_hutchinson": HutchinsonAllocation,
+    "allocation/base_hawq": HawqAllocation,
+    "allocation/base_error_curves": ErrorCurvesAllocation,
+    "allocation/base_search": SearchAllocation,
     "finetune_strategy/base_none": FinetuneStrategyConfig,
     "finetune_strategy/base_one_pass": OnePassStrategy,
     "finetune_strategy/base_progressive": ProgressiveStrategy,
@@ -406,6 +457,8 @@ SCHEMAS: dict[str, type] = {
 
 PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
 """The paper's choice in the groups that came later."""
+
+COMPARED_WITHIN = ("block", "block_quotas", "matrix")
 
 NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model", "export")
 """Keys that do not change a run's results, and so neither its folder."""
@@ -427,8 +480,6 @@ def _refuse(faults: Iterable[str]) -> None:
 
 
 def _faults(config: Config) -> Iterator[str]:
-    from sparsewav.pruning.allocation import largest_alpha  # not at the top: --help does not wait for PyTorch
-
     target: float | None = None
     if config.n_m:
         n, m = config.n_m
@@ -442,20 +493,21 @@ def _faults(config: Config) -> Iterator[str]:
             yield f"sparsity.target={target:g} is not between 0 and 1; 0.75 removes three weights of four"
             target = None
     allocation = config.allocation
-    if isinstance(allocation, HutchinsonAllocation):
-        if target is not None and not (0 <= allocation.alpha <= min(target, 1 - target) + 1e-9):
-            yield (
-                f"allocation.alpha={allocation.alpha:g} does not fit sparsity.target={target:g}: matrices would get "
-                f"{target - allocation.alpha:g} to {target + allocation.alpha:g}; "
-                f"choose an alpha from 0 to {largest_alpha(target):g}"
-            )
-        if allocation.distribution not in ("gaussian", "rademacher"):
-            yield f"allocation.distribution={allocation.distribution} is neither gaussian nor rademacher"
-        yield from at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
-        yield from at_least(0, rank_tolerance=allocation.rank_tolerance, prefix="allocation.")
+    yield from _allocation_faults(config, target)
     if isinstance(config.saliency, ObsSaliency):
         yield from at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
         yield from at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
+        if config.saliency.compared_within not in COMPARED_WITHIN:
+            yield (
+                f"saliency.compared_within={config.saliency.compared_within} does not exist; choose one of "
+                f"{', '.join(COMPARED_WITHIN)}"
+            )
+        stray = config.n_m or config.model.stream or config.solver.name == "alps"
+        if config.saliency.compared_within != "block" and stray:
+            yield (
+                f"saliency.compared_within={config.saliency.compared_within} goes with none of sparsity=n_m, "
+                "model.stream=true and solver=alps; choose block with them"
+            )
     if config.calibration.propagation not in ("parallel", "sequential", "stepwise"):
         yield f"calibration.propagation={config.calibration.propagation} is none of parallel, sequential and stepwise"
     yield from _accuracy_faults(config)
@@ -513,6 +565,42 @@ def _accuracy_faults(config: Config) -> Iterator[str]:
             )
         if config.model.stream:
             yield f"model.stream=true has one layer in memory, and {choice} takes two; drop one of them"
+
+
+def _allocation_faults(config: Config, target: float | None) -> Iterator[str]:
+    from sparsewav.pruning.allocation import largest_alpha  # not at the top: --help does not wait for PyTorch
+
+    allocation = config.allocation
+    if (
+        isinstance(allocation, HutchinsonAllocation)
+        and target is not None
+        and not (0 <= allocation.alpha <= min(target, 1 - target) + 1e-9)
+    ):
+        yield (
+            f"allocation.alpha={allocation.alpha:g} does not fit sparsity.target={target:g}: matrices would get "
+            f"{target - allocation.alpha:g} to {target + allocation.alpha:g}; "
+            f"choose an alpha from 0 to {largest_alpha(target):g}"
+        )
+    if isinstance(allocation, TracedAllocation):
+        if allocation.distribution not in ("gaussian", "rademacher"):
+            yield f"allocation.distribution={allocation.distribution} is neither gaussian nor rademacher"
+        yield from at_least(1, probes=allocation.probes, utterances=allocation.utterances, prefix="allocation.")
+        yield from at_least(0, rank_tolerance=allocation.rank_tolerance, prefix="allocation.")
+    if isinstance(allocation, ErrorCurvesAllocation):
+        if allocation.effect not in ("output", "fisher"):
+            yield f"allocation.effect={allocation.effect} is neither output nor fisher"
+        if allocation.others not in ("dense", "pruned"):
+            yield f"allocation.others={allocation.others} is neither dense nor pruned"
+        yield from at_least(1, utterances=allocation.utterances, prefix="allocation.")
+    if isinstance(allocation, SearchAllocation):
+        yield from at_least(1, evaluations=allocation.evaluations, prefix="allocation.")
+    if isinstance(allocation, HawqAllocation | ErrorCurvesAllocation):
+        if not 0 < allocation.step <= allocation.spread <= 1:
+            yield (
+                f"allocation.step={allocation.step:g} and allocation.spread={allocation.spread:g} do not fit: they "
+                "must be 0 < step <= spread <= 1"
+            )
+        yield from at_least(0, library_gigabytes=allocation.library_gigabytes, prefix="allocation.")
 
 
 def validate_training(config: TrainConfig) -> None:

@@ -21,9 +21,12 @@ from sparsewav.config import (
     AsymmetricObjective,
     BlockRecovery,
     Config,
+    ErrorCurvesAllocation,
+    HawqAllocation,
     HutchinsonAllocation,
     ObsSaliency,
     RefitSolver,
+    SearchAllocation,
 )
 from sparsewav.config_methods import OURS
 from sparsewav.data.batches import SpeechBatches, check_transcripts
@@ -40,6 +43,7 @@ from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, loa
 from sparsewav.progress import stage
 from sparsewav.pruning import PruneReport, processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.search import LevelSettings
 from sparsewav.statistics import calibration_batches, evaluate_dense, gather_hessians, gather_traces, identity_of
 from sparsewav.steps import State, evaluate_step, finish_folder, is_done, newest_step, write_step
 from sparsewav.streaming import prune_folder
@@ -220,16 +224,23 @@ def _prune(
     traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
     calibration, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = calibration_batches(config, speech, utterances)
-    if config.calibration.propagation == "parallel":
+    levels = _level_settings(config)
+    if config.calibration.propagation == "parallel" or levels:
         calibration, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
     options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
     if isinstance(config.saliency, ObsSaliency):
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
+        if not config.model.stream:
+            options["compared_within"] = config.saliency.compared_within
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
     options |= _accuracy_options(config)
+    if levels:
+        options["levels"] = levels
+    if isinstance(config.allocation, ErrorCurvesAllocation):
+        options["judge_batches"] = calibration_batches(config, speech, utterances[: config.allocation.utterances])
     name = config.sparsity_name if config.n_m else f"{sparsity:g}"
     recovers = config.recovery.name != "none"
 
@@ -240,7 +251,7 @@ def _prune(
     with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
         options |= {
             "saliency": config.saliency.name,
-            "allocation": config.allocation.name,
+            "allocation": "levels" if levels else config.allocation.name,
             "seed": config.seed,
             "progress": advance,
         }
@@ -265,7 +276,7 @@ def _prune(
     else:
         records.write_layers(folder / records.LAYERS, report.matrices)
     state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
-    state.seconds["allocate"] += allocate_seconds
+    state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
     for piece in ("solve", "recover"):
         if piece in report.seconds:
             state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
@@ -279,9 +290,30 @@ def _prune(
             "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
             "updates": 0,
         }
+        | (
+            {"judge_evaluations": report.allocated.evaluations, "judge_divergence": report.allocated.divergence}
+            if report.allocated
+            else {}
+        )
     )
     if report.recoveries:
         state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+def _level_settings(config: Config) -> LevelSettings | None:
+    """Settings of the allocation over levels, if that is what the configuration chose."""
+    allocation = config.allocation
+    if not isinstance(allocation, HawqAllocation | ErrorCurvesAllocation):
+        return None
+    own = allocation if isinstance(allocation, ErrorCurvesAllocation) else None
+    return LevelSettings(
+        effect=own.effect if own else "trace",
+        others=own.others if own else "dense",
+        step=allocation.step,
+        spread=allocation.spread,
+        evaluations=allocation.evaluations if isinstance(allocation, SearchAllocation) else 0,
+        memory=allocation.library_gigabytes * 2**30,
+    )
 
 
 def _accuracy_options(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from sparsewav import cache, records
-from sparsewav.config import Config, HutchinsonAllocation
+from sparsewav.config import Config, TracedAllocation
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.evaluation import transcribe, word_error_rate
@@ -105,7 +105,7 @@ def gather_traces(
 ) -> tuple[dict[str, Trace] | None, float, bool]:
     """Hessian traces, if the allocation wants them; seconds and cached as in :func:`_calibration`."""
     allocation = config.allocation
-    if not isinstance(allocation, HutchinsonAllocation):
+    if not isinstance(allocation, TracedAllocation):
         return None, 0.0, False
     utterances = utterances[: allocation.utterances]
 

@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
@@ -18,6 +21,7 @@ from experiments.__main__ import ITEMS, main
 from experiments.baselines import ROWS
 from experiments.estimate import typed
 from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.variants import VARIANTS, bootstrap_difference
 from experiments.wandb_report import build_report
 from sparsewav import records
 from sparsewav.baselines import METHODS
@@ -25,6 +29,7 @@ from sparsewav.config import validate
 from sparsewav.files import conf_folder
 
 ROOT = Path(__file__).parent.parent
+PRESETS = ("best", "best_oneshot")
 SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
 
 
@@ -42,9 +47,26 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
 
 def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
     experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
-    assert experiments - {sweep.experiment for sweep in SWEEPS} == {"methods", "smoke", "tuning_length"}
+    assert experiments - {sweep.experiment for sweep in SWEEPS} == {
+        "methods",
+        "smoke",
+        "tuning_length",
+        *PRESETS,
+    }
     for cast in CAST.values():
         assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_row_of_table4(preset: str, tmp_path: Path) -> None:
+    """``experiment=best`` is the run of Table 4's row of that name, folder and all."""
+    (variant,) = (variant for variant in VARIANTS if variant.name == preset)
+    row = jobs(variant.one_shot, Scale("demo", tmp_path))[0]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        target = f"sparsity.target={row.settings['sparsity.target']}"
+        own = compose("config", overrides=[f"experiment={preset}", target], return_hydra_config=True)
+    assert Path(own.hydra.run.dir).name == row.folder.name
 
 
 def test_a_job_is_the_run_that_the_command_makes(
@@ -119,7 +141,22 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
                 "quicken": 4.0,
             }
             metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
+        metrics["stages"] = [{"sparsity": config.sparsity.target}]
+        _write_details(job.folder, metrics["wer"])
         records.write_json(job.folder / records.METRICS, metrics)
+
+
+def _write_details(folder: Path, wer: float) -> None:
+    """Write transcripts of 30 utterances of ten words with so many errors, and a matrix's error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [f"word{number}" for number in range(10)]
+    rows = []
+    for utterance in range(30):
+        errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
+        wrong = ["wrong"] * errors + words[errors:]
+        rows.append({"id": f"u{utterance}", "reference": " ".join(words), "after": " ".join(wrong)})
+    (folder / records.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / records.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
 
 
 def _reproduce(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -180,7 +217,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
             _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
     items = [name for name in ITEMS if name != "table1"]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
-    for name in ("figure1", "figure2", "figure3", "figure4"):
+    for name in ("figure1", "figure2", "figure3", "figure4", "figure5"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     points = pandas.read_csv(tmp_path / "figure1.csv")
@@ -205,14 +242,39 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         in (tmp_path / "table3.md").read_text()
     )
 
+    ours = pandas.read_csv(tmp_path / "table4.csv")
+    assert ours["One-shot method"].tolist() == [variant.name for variant in VARIANTS]
+    assert set(ours["Layer error at 75 %"]) == {0.15}
+    assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
+    assert "Did not help" in (tmp_path / "table4.md").read_text()
+    curves = pandas.read_csv(tmp_path / "figure5.csv")["curve"].unique().tolist()
+    assert curves[:2] == ["the paper's method, one-shot", "the paper's method, tuned"]
+
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == items
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert not re.search(r'(src|href)="https?:', page), "the page is self-contained"
     # Drawn again from the same runs, everything has the same bytes.
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
+    """Its interval is that of drawing utterances one by one; errors that both methods make cancel out."""
+    generator = np.random.default_rng(1)
+    words = generator.integers(3, 20, 80)
+    baseline = generator.binomial(words, 0.3).astype(float)
+    edits = baseline + generator.integers(-2, 2, 80)
+    difference, low, high = bootstrap_difference(edits, baseline, words)
+    assert difference == pytest.approx(edits.sum() / words.sum() - baseline.sum() / words.sum())
+    drawn = []
+    for _ in range(4000):
+        chosen = generator.integers(80, size=80)
+        drawn.append(edits[chosen].sum() / words[chosen].sum() - baseline[chosen].sum() / words[chosen].sum())
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.002)
+    assert bootstrap_difference(baseline, baseline, words) == (0, 0, 0)
+    assert bootstrap_difference(edits, baseline, words) == (difference, low, high)
 
 
 def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:

@@ -19,6 +19,7 @@ from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, prunable_m
 from sparsewav.pruning.layers import LayerInputs
 from sparsewav.pruning.recovery import RECOVERIES, LayerRecovery, recover_layer
 from sparsewav.pruning.saliency import SALIENCIES
+from sparsewav.pruning.search import Allocation, LevelSettings, allocate_by_levels, check_settings
 from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
 from sparsewav.pruning.solver import PrunedMatrix, check_solver, prune_matrices
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
 
-ALLOCATIONS = ("uniform", "hutchinson")
+ALLOCATIONS = ("uniform", "hutchinson", "levels")
 PROPAGATIONS = ("parallel", "sequential", "stepwise")
 OBJECTIVES = ("symmetric", "asymmetric")
 
@@ -74,6 +75,7 @@ class PruneReport:
             what was given ready-made took none.
         warnings: sentences the user should read.
         recoveries: of every transformer layer, where there is one.
+        allocated: what the allocation over levels found; None for the other allocations.
     """
 
     matrices: list[MatrixReport]
@@ -83,6 +85,7 @@ class PruneReport:
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
     recoveries: list[LayerRecovery] = field(default_factory=list)
+    allocated: Allocation | None = None
 
 
 def prune(
@@ -97,11 +100,14 @@ def prune(
     probes: int = 1,
     probe_distribution: Probe = "gaussian",
     rank_tolerance: float = 0.0,
+    levels: LevelSettings | None = None,
+    judge_batches: Iterable[Mapping[str, Tensor]] | None = None,
     n_m: tuple[int, int] | None = None,
     propagation: str = "parallel",
     frames_per_column: float | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    compared_within: str | None = None,
     solver: str = "obs_sweep",
     solver_tolerance: float = 1e-4,
     solver_steps: int = 300,
@@ -129,12 +135,15 @@ def prune(
             and, for allocation ``hutchinson``, ``labels`` (batch, characters; −100 where there is none).
         sparsity: share of the prunable weights to remove.
         saliency: ``magnitude``, ``wanda`` (both without weight updates), ``obs`` or ``obs_first_order``.
-        allocation: ``uniform`` or ``hutchinson`` (by the sensitivity of the CTC loss, eq. 4 to 7).
+        allocation: ``uniform``, ``hutchinson`` (by the sensitivity of the CTC loss, eq. 4 to 7) or ``levels`` (by what
+            every level of every matrix costs, :mod:`~sparsewav.pruning.search`; propagation ``parallel`` alone).
         alpha: half the range of sparsities that ``hutchinson`` gives.
         exact_budget: let ``hutchinson`` meet ``sparsity`` to one weight; the paper's own progression misses it.
         probes: Hutchinson probes for each calibration batch.
         probe_distribution: ``gaussian`` (the paper's) or ``rademacher``.
         rank_tolerance: stop probing once ranks are expected to be displaced by no more than this share of all ranks.
+        levels: how ``levels`` finds its allocation; None for its defaults.
+        judge_batches: what ``levels`` judges the model's output on; None for all calibration batches.
         n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
         propagation: calibrate every matrix on the dense model's activations (``parallel``), layer by layer on those of
             the layers already pruned (``sequential``), or matrix by matrix within a layer, too (``stepwise``).
@@ -142,6 +151,7 @@ def prune(
             all frames.
         block_size: columns that the solver masks together.
         percdamp: damping as a share of the Hessian's mean diagonal.
+        compared_within: as in :func:`~sparsewav.pruning.solver.prune_matrix`.
         solver: ``obs_sweep`` (the paper's), ``obs_refit`` (its mask, the kept weights solved exactly) or ``alps`` (a
             mask of its own by ADMM; the saliency is not used).
         solver_tolerance: relative, of the last two's conjugate gradients.
@@ -153,9 +163,9 @@ def prune(
             norms learn the dense model's output of that layer; not with propagation ``parallel``.
         recovery_steps: of one layer.
         recovery_rate: Adam's first learning rate; it falls to zero.
-        seed: of the Hutchinson probes, the sample of frames and the recovery's order of batches.
+        seed: of the Hutchinson probes, the sample of frames, the judge's search and the recovery's order of batches.
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
-        calibration: Hessians computed earlier for this model (``parallel`` alone).
+        calibration: Hessians computed earlier for this model (for ``parallel``, and for allocation ``levels``).
         traces: Hessian traces computed earlier for this model.
         around_layer: brings a layer's weights and takes them away (``sequential`` alone), for models that memory does
             not hold whole; see :func:`~sparsewav.pruning.calibration.calibrate_sequentially`.
@@ -173,6 +183,9 @@ def prune(
     _check_choice("objective", objective, OBJECTIVES)
     _check_choice("recovery", recovery, RECOVERIES)
     _check_two_models(objective, drift_strength, recovery, propagation, saliency)
+    levels = levels or LevelSettings()
+    if allocation == "levels":
+        check_settings(levels)
     if n_m:
         _check_pattern(n_m, sparsity, allocation)
     matrices = prunable_matrices(model)
@@ -186,23 +199,26 @@ def prune(
     seconds = {"calibrate": 0.0, "allocate": 0.0, "solve": 0.0}
     was_training = model.training
     model.eval()
+    allocated: Allocation | None = None
     try:
         # The uniform call also checks the sparsity before any work is done.
         targets = allocate_uniformly(sizes, sparsity)
         if allocation == "hutchinson":
             allocate_by_rank(sizes, dict.fromkeys(sizes, 0.0), sparsity, alpha)  # refuses a wrong α at once
-            if traces is None:
-                started = time.perf_counter()
-                traces = estimate_traces(
-                    model,
-                    batches,
-                    probes=probes,
-                    distribution=probe_distribution,
-                    rank_tolerance=rank_tolerance,
-                    seed=seed,
-                    progress=_stage(progress, "allocate"),
-                )
-                seconds["allocate"] = time.perf_counter() - started
+        if traces is None and (allocation == "hutchinson" or (allocation == "levels" and levels.effect == "trace")):
+            started = time.perf_counter()
+            traces = estimate_traces(
+                model,
+                batches,
+                probes=probes,
+                distribution=probe_distribution,
+                rank_tolerance=rank_tolerance,
+                seed=seed,
+                progress=_stage(progress, "allocate"),
+            )
+            seconds["allocate"] = time.perf_counter() - started
+        if allocation == "hutchinson":
+            assert traces is not None
             traces = processes.broadcast(traces)  # GPUs do not sum in the same order twice, and all must rank alike
             sensitivities = {name: traces[name].sensitivity for name in sizes}
             targets = allocate_by_rank(sizes, sensitivities, sparsity, alpha, exact_budget=exact_budget)
@@ -211,23 +227,48 @@ def prune(
             "n_m": n_m,
             "block_size": block_size,
             "percdamp": percdamp,
+            "compared_within": compared_within,
             "solver": solver,
             "tolerance": solver_tolerance,
             "most_steps": solver_steps,
         }
         strength = drift_strength if objective == "asymmetric" else None
         pruner = _Pruner(targets, traces, solving, strength, dict(masks or {}), keep_masks, recovery != "none")
+        if calibration is None and (propagation == "parallel" or allocation == "levels"):
+            started = time.perf_counter()
+            calibration = calibrate(
+                model,
+                batches,
+                _stage(progress, "calibrate"),
+                frames_per_column=frames_per_column,
+                seed=seed,
+            )
+            seconds["calibrate"] = time.perf_counter() - started
+        if allocation == "levels":  # on the dense model's inputs, whatever the matrices are pruned on afterwards
+            assert calibration is not None
+            started = time.perf_counter()
+            heard: Any = batches if judge_batches is None else judge_batches
+            with processes.together():
+                if processes.rank() == 0:  # the others wait: judgements follow on one another
+                    allocated = allocate_by_levels(
+                        model,
+                        matrices,
+                        calibration,
+                        heard,
+                        sparsity,
+                        pruner.prune_group,
+                        levels,
+                        traces=traces,
+                        masks=masks,
+                        seed=seed,
+                        progress=_stage(progress, "allocate"),
+                    )
+            allocated = processes.broadcast(allocated)
+            assert allocated is not None
+            targets = pruner.targets = allocated.sparsities
+            seconds["allocate"] += time.perf_counter() - started
         if propagation == "parallel":
-            if calibration is None:
-                started = time.perf_counter()
-                calibration = calibrate(
-                    model,
-                    batches,
-                    _stage(progress, "calibrate"),
-                    frames_per_column=frames_per_column,
-                    seed=seed,
-                )
-                seconds["calibrate"] = time.perf_counter() - started
+            assert calibration is not None
             pruner.solve(matrices, calibration, _stage(progress, "solve"))
         else:
             started = time.perf_counter()
@@ -258,7 +299,7 @@ def prune(
                 against_dense=objective == "asymmetric",
                 after_layer=recover if recovery == "block" else None,
             )
-            seconds["calibrate"] = time.perf_counter() - started - pruner.seconds - pruner.recovery_seconds
+            seconds["calibrate"] += time.perf_counter() - started - pruner.seconds - pruner.recovery_seconds
         seconds["solve"] = pruner.seconds
         if recovery != "none":
             seconds["recover"] = pruner.recovery_seconds
@@ -272,6 +313,7 @@ def prune(
         seconds=seconds,
         warnings=_warnings(targets, traces if allocation == "hutchinson" else None),
         recoveries=pruner.recoveries,
+        allocated=allocated,
     )
 
 
@@ -328,6 +370,24 @@ class _Pruner:
         self.recovery_seconds = 0.0
         self._to_recover: list[tuple[PrunableMatrix, Tensor, _Inputs]] = []  # with the dense weights
 
+    def prune_group(
+        self,
+        matrices: list[PrunableMatrix],
+        hessian: Tensor,
+        sparsities: list[float],
+        drift: Tensor | None = None,
+    ) -> list[PrunedMatrix]:
+        """Prune matrices that read the same input, each to its own sparsity; the model is left as it is."""
+        return prune_matrices(
+            [matrix.weight for matrix in matrices],
+            hessian,
+            sparsities,
+            keeps=[self.masks_in_force.get(matrix.name) for matrix in matrices],
+            drift=drift,
+            names=[matrix.name for matrix in matrices],
+            **self.solving,
+        )
+
     @torch.no_grad()
     def solve(
         self,
@@ -354,14 +414,11 @@ class _Pruner:
                 if owners[key] != processes.rank():
                     continue
                 inputs = _inputs_of(calibration, key)
-                results = prune_matrices(
-                    [by_name[name].weight for name in names],
+                results = self.prune_group(
+                    [by_name[name] for name in names],
                     inputs.hessian,
                     [self.targets[name] for name in names],
-                    keeps=[self.masks_in_force.get(name) for name in names],
-                    drift=None if self.drift_strength is None else self.drift_strength * calibration.drifts[key],
-                    names=names,
-                    **self.solving,
+                    None if self.drift_strength is None else self.drift_strength * calibration.drifts[key],
                 )
                 for name, result in zip(names, results, strict=True):
                     reports[name] = self._report(by_name[name], result, inputs)

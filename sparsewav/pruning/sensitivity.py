@@ -92,7 +92,7 @@ def estimate_traces(
     products: list[Tensor] = []  # one (matrices,) vector of zᵢᵀ(Hz)ᵢ for every probe and batch, per utterance
     weights: list[int] = []
     traces: dict[str, Trace] = {}
-    with _only_matrices_trainable(model, matrices), _summed_loss(model):
+    with only_matrices_trainable(model, matrices), _summed_loss(model):
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
         for done, index in enumerate(order, start=1):
             parts = list(model_batches(model, sized[index]))
@@ -229,7 +229,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatrix]) -> Iterator[None]:
+def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatrix]) -> Iterator[None]:
     """Let gradients reach the prunable weights alone, so that the front end keeps no activations."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)

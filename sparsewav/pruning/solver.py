@@ -32,6 +32,8 @@ from sparsewav.pruning.workspace import workspace
 
 SOLVERS = ("obs_sweep", "obs_refit", "alps")
 
+COMPARED_WITHIN = ("block", "block_quotas", "matrix")
+
 COLUMNS = 32
 """So many columns pass their removals on to each other one by one; to the rest of the block one product does."""
 
@@ -64,6 +66,7 @@ def prune_matrix(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    compared_within: str | None = None,
     solver: str = "obs_sweep",
     tolerance: float = 1e-4,
     most_steps: int = 300,
@@ -91,6 +94,9 @@ def prune_matrix(
         most_steps: of ``alps``.
         drift: (X − X̂)X̂ᵀ of the dense model's inputs X and those that ``hessian`` is of, X̂, shape (cols, cols); None
             where they are the same.
+        compared_within: with weight updates, which weights compete: ``block``, every block of columns loses the same
+            share; ``block_quotas``, a block loses as many as it has of the matrix's lowest scores before any removal;
+            ``matrix``, those very weights go. None for the saliency's own; ``alps`` has no blocks.
         name: what to call the matrix in a message.
 
     Raises:
@@ -110,6 +116,7 @@ def prune_matrix(
         tolerance=tolerance,
         most_steps=most_steps,
         drift=drift,
+        compared_within=compared_within,
         names=[name],
     )[0]
 
@@ -124,6 +131,7 @@ def prune_matrices(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
+    compared_within: str | None = None,
     solver: str = "obs_sweep",
     tolerance: float = 1e-4,
     most_steps: int = 300,
@@ -143,6 +151,11 @@ def prune_matrices(
         raise UserError(f"the drift has shape {tuple(drift.shape)}, the Hessian {tuple(hessian.shape)}")
     if drift is not None and not method.updates:
         raise UserError(f"saliency {saliency!r} updates no weights, and a drift of the inputs asks for it; choose obs")
+    within = compared_within or method.compared_within
+    if method.updates and within not in COMPARED_WITHIN:
+        raise UserError(f"compared_within {within!r} does not exist; choose one of {', '.join(COMPARED_WITHIN)}")
+    if method.updates and within != "block" and n_m:
+        raise UserError(f"compared_within {within!r} does not go with the pattern {n_m[0]}:{n_m[1]}; choose block")
     keeps = keeps or [None] * len(weights)
     _check(weights, hessian, sparsities, keeps, n_m, names)
     dtype = torch.promote_types(torch.promote_types(weights[0].dtype, hessian.dtype), torch.float32)
@@ -155,7 +168,17 @@ def prune_matrices(
         if keep is not None:
             removed[:, span] = ~keep.T.to(stacked.device, torch.bool)
     problem = _Problem(
-        stacked, hessian.to(dtype), removed, rows, sparsities, method, n_m, block_size, percdamp, ", ".join(names)
+        stacked,
+        hessian.to(dtype),
+        removed,
+        rows,
+        sparsities,
+        method,
+        n_m,
+        block_size,
+        percdamp,
+        within,
+        ", ".join(names),
     )
     increments, damping = None, 0.0
     if not method.updates:
@@ -263,6 +286,7 @@ class _Problem:
     n_m: tuple[int, int] | None
     block_size: int
     percdamp: float
+    compared_within: str
     name: str
 
 
@@ -347,6 +371,9 @@ def _sweep(
     if not live.all():
         dense[~live], removed[~live] = 0, True
     fresh = not removed.any()
+    chosen = None if problem.compared_within == "block" else _lowest_before(problem, dense, live, factor, quotas)
+    if chosen is not None:
+        quotas = [_counts_of_blocks(marked & live[:, None], block_size) for marked in chosen]
     # Of the columns still to come: (ΔR)ᵀ, Δ the change of those settled. Of the settled ones: what is left of them.
     result = workspace("result", dense.shape, dense).zero_()
     increments = torch.zeros(dense.shape[1], dtype=dense.dtype, device=dense.device)
@@ -366,6 +393,9 @@ def _sweep(
         scores = problem.method.score(Block(block.T, pivots.square(), hessian.diagonal()[span], gradient)).T
         if problem.n_m:
             removed[span] = ~n_of_m(scores.T, ~removed[span].T, *problem.n_m).T
+        elif chosen is not None and problem.compared_within == "matrix":
+            for rows, marked in zip(problem.rows, chosen, strict=True):
+                removed[span, rows] = marked[span]
         else:
             for rows, quota in zip(problem.rows, quotas, strict=True):
                 marked = removed[span, rows]
@@ -378,6 +408,23 @@ def _sweep(
         if span.stop < len(dense):
             result[span.stop :].addmm_(factor[span, span.stop :].T, block - dense[span])
     return result, removed, increments
+
+
+def _lowest_before(
+    problem: _Problem, dense: Tensor, live: Tensor, factor: Tensor, quotas: list[Tensor]
+) -> list[Tensor]:
+    """For every matrix, its lowest scores before anything is removed, as many as its quotas add up to; (cols, rows).
+
+    At the dense weights eq. 3's gradient is zero, so that both saliencies are w² / [H⁻¹]_pp.
+    """
+    inverse_diagonal = invert_upper(factor).square().sum(0)  # H⁻¹ = UᵀU
+    chosen = []
+    for rows, quota in zip(problem.rows, quotas, strict=True):
+        marked = problem.removed[:, rows].clone()
+        scores = dense[:, rows].square() / inverse_diagonal[:, None]
+        _mark_lowest(marked, scores, live, int(quota.sum()))
+        chosen.append(marked)
+    return chosen
 
 
 def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
@@ -417,6 +464,11 @@ def _block_quotas(removed: Tensor, live: Tensor, sparsity: float, block_size: in
     counts = removed.sum(1) * live if removed.any() else torch.zeros_like(live, dtype=torch.int64)
     already = torch.stack([part.sum() for part in counts.split(block_size)])
     return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
+
+
+def _counts_of_blocks(marked: Tensor, block_size: int) -> Tensor:
+    """How many weights of every block of columns are marked (cols, rows)."""
+    return torch.stack([part.sum() for part in marked.split(block_size)])
 
 
 def _mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
