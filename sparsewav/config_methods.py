@@ -289,8 +289,8 @@ GATED = ("channels", "heads", "head_dims", "units")
 """What can have gates."""
 
 GATE_PATH = 30.0
-"""Least product of updates and rate, of gates and multipliers: Adam moves log α by about the rate at an update, and what
-starts at a drop rate of 0.01 has to go from 4.6 to below -1.6 to close."""
+"""Least product of updates and rate, of gates and multipliers: Adam moves log α by about the rate at an update, and
+what starts at a drop rate of 0.01 has to go from 4.6 to below -1.6 to close."""
 
 
 METHOD_SCHEMAS: dict[str, type] = {
