@@ -289,7 +289,11 @@ def test_dry_run_at_paper_scale_lists_every_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _reproduce("paper", "--dry-run", monkeypatch=monkeypatch) == 0
+    usual = capsys.readouterr().out
+    assert "variants_one_shot" not in usual  # hours more: full has it
+    assert _reproduce("paper", "full", "--dry-run", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
+    assert said.count("  to do  ") > usual.count("  to do  ")
     assert said.count("  to do  ") == sum(len(jobs(sweep, Scale("paper", Path("outputs/paper")))) for sweep in SWEEPS)
     assert "sparsewav experiment=curve_progressive scale=paper model=wavlm-base-plus-100h" in said
 
