@@ -81,7 +81,7 @@ class Constant(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Give (batch, frames, width), the same everywhere."""
-        return self.bias.expand_as(hidden_states)
+        return torch.zeros_like(hidden_states) + self.bias  # not a view: hooks cannot count a parameter's
 
 
 class _Projections(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCTC, HubertConfig, HubertForCTC, PreTrainedModel, WavLMConfig, WavLMForCTC
 
 from sparsewav import UserError
+from sparsewav.arithmetic import multiply_accumulates
 from sparsewav.baselines.cut import cut
 from sparsewav.baselines.gates import (
     Gates,
@@ -108,6 +109,7 @@ def test_expected_parameters_are_those_of_the_cut_model(
     batch = inputs(noise_batch, norm)
     with torch.no_grad():
         torch.testing.assert_close(smaller(**batch).logits, model(**batch).logits, atol=2e-5, rtol=1e-4)
+    assert multiply_accumulates(smaller)[0] > 0  # also where nothing but a bias is left of a layer
 
 
 @pytest.mark.parametrize("how", HOW)
