@@ -31,13 +31,12 @@ from sparsewav.config import (
     Config,
     TrainConfig,
     key_names,
-    validate,
-    validate_training,
 )
 from sparsewav.config_methods import OURS
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.progress import quieten_libraries
+from sparsewav.validation import validate, validate_training
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from sparsewav.arithmetic import multiply_accumulates
 from sparsewav.baselines import METHODS, deep_vs_wide, distilhubert, fithubert
 from sparsewav.baselines.distillation import Frozen
 from sparsewav.baselines.magnitude import prune_by_magnitude
-from sparsewav.config import validate
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
@@ -24,6 +23,7 @@ from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.trainer import ParameterGroup, train
 from sparsewav.models import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.validation import validate
 
 Settings = Callable[..., Any]
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
 from sparsewav.cli import _identifying
-from sparsewav.config import Config, validate
+from sparsewav.config import Config
 from sparsewav.files import conf_folder
+from sparsewav.validation import validate
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

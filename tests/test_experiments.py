@@ -25,8 +25,8 @@ from experiments.variants import VARIANTS, bootstrap_difference
 from experiments.wandb_report import build_report
 from sparsewav import records
 from sparsewav.baselines import METHODS
-from sparsewav.config import validate
 from sparsewav.files import conf_folder
+from sparsewav.validation import validate
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ("best", "best_oneshot")

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import sparsewav.cli  # noqa: F401  (registers the schemas)
-from sparsewav.config import TrainConfig, validate_training
+from sparsewav.config import TrainConfig
 from sparsewav.files import conf_folder
 from sparsewav.models import load_speech_model
+from sparsewav.validation import validate_training
 
 ARCHITECTURE = (
     "architecture.hidden_size=16",
