@@ -125,7 +125,7 @@ def plot(path: Path, table: pandas.DataFrame) -> None:
                 )
             axes.set_title(str(dtype))
             axes.set_xlabel("Sparsity of the transformer's matrices, %")
-            axes.set_ylim(bottom=0)
+        figure.axes[0].set_ylim(bottom=0)  # after both are drawn: they share it
         figure.axes[0].set_ylabel("MB on disk")
         figure.axes[0].legend()
         for suffix in ("png", "pdf"):
