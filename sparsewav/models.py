@@ -73,12 +73,11 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
         return str(files("sparsewav") / "demo_model")
     if name_or_path in _recipes():
         return str(_trained_model(name_or_path))
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if not looks_local:
-        return name_or_path
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{key}={name_or_path} is not a folder; check the path")
+        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+            raise UserError(f"{key}={name_or_path} is not a folder; check the path")
+        return name_or_path  # on the hub
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         return str(folder / "model")  # of a run
     return str(folder)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsewav
+from sparsewav.models import locate_model
 
 Run = Callable[..., Any]
 
@@ -32,7 +33,9 @@ def _run_folder(root: Path) -> Path:
     return metrics.parent
 
 
-def test_run_exports_and_inspect_checks(run_sparsewav: Run, arguments: list[str], tmp_path: Path) -> None:
+def test_run_exports_and_inspect_checks(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A finished run is exported when asked to; what it reports is what inspect counts, until it reports otherwise."""
     plain = run_sparsewav(*arguments)
     assert plain.returncode == 0, plain.stdout
@@ -54,6 +57,10 @@ def test_run_exports_and_inspect_checks(run_sparsewav: Run, arguments: list[str]
     assert f"{nonzero:,}" in shown.stdout
     also = run_sparsewav(str(folder / "model-bitmask"), command="sparsewav-inspect")
     assert also.returncode == 0, also.stdout + also.stderr
+
+    monkeypatch.chdir(tmp_path)
+    relative = folder.relative_to(tmp_path)  # as a user types it: no dot in front, one slash in it
+    assert locate_model(str(relative)) == str(relative / "model")
 
     layers = pandas.read_csv(folder / "layers.csv")
     layers.loc[3, "sparsity"] = 0.5
