@@ -5,6 +5,7 @@ import argparse
 from rich.console import Console
 
 from sparsewav.errors import UserError
+from sparsewav.progress import print_error
 
 _EPILOG = """examples:
   sparsewav-export outputs/RUN/model small --dtype float16   numbers of half the size, too
@@ -36,7 +37,7 @@ def main() -> None:
     try:
         folder = export(arguments.source, arguments.destination, arguments.format, arguments.dtype)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"Error: {error}", markup=False, highlight=False)
+        print_error(error)
         raise SystemExit(1) from None
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     console.print(f"{folder}: {written / 1e6:,.1f} MB of weights in {arguments.format} format", highlight=False)

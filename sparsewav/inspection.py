@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsewav.errors import UserError
-from sparsewav.progress import quieten_libraries
+from sparsewav.progress import print_error, quieten_libraries
 
 if TYPE_CHECKING:
     import pandas
@@ -189,7 +189,7 @@ def main() -> None:
     try:
         raise SystemExit(_inspect(arguments.folder, arguments.plot, console))
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        print_error(error)
         raise SystemExit(1) from None
 
 

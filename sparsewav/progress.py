@@ -32,6 +32,11 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
     console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
 
 
+def print_error(error: Exception | str) -> None:
+    """Say on the error stream what is wrong, in one line."""
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+
+
 def quieten_libraries() -> None:
     """Keep transformers and the hub from showing bars and news of their own."""
     # Set before transformers is imported, which is why that happens here and not above.

@@ -48,8 +48,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
     """Write a row for every matrix."""
-    with write_file(path) as temporary:
-        pandas.DataFrame([asdict(matrix) for matrix in matrices]).to_csv(temporary, index=False)
+    write_table(path, [asdict(matrix) for matrix in matrices])
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -105,9 +105,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         UserError: the folder holds no such model, or a broken one.
     """
     folder = Path(path).expanduser()
-    found = format_of(folder)
-    skeleton = _skeleton(folder)
-    tensors = _read_dense(folder) if found == "dense" else _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
+    skeleton, tensors = _read(folder)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
@@ -172,9 +170,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         raise UserError(f"format={format}, dtype={dtype}: give dense or bitmask, and model or float16")
     if destination.exists():
         raise UserError(f"{destination} is there already; delete it or choose another folder")
-    found = format_of(source)
-    skeleton = _skeleton(source)
-    tensors = _read_dense(source) if found == "dense" else _read_bitmask(source / BITMASK_WEIGHTS, skeleton)
+    skeleton, tensors = _read(source)
     if dtype == "float16":
         tensors = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
     with write_folder(destination) as temporary:
@@ -236,6 +232,13 @@ def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedM
                 continue
         stored[name] = tensor.contiguous()
     save_file(stored, path, {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes, sort_keys=True)})
+
+
+def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model that a folder describes, without its weights, and its tensors, from either format."""
+    found = format_of(folder)
+    skeleton = _skeleton(folder)
+    return skeleton, _read_dense(folder) if found == "dense" else _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

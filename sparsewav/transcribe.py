@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from sparsewav.errors import UserError
-from sparsewav.progress import quieten_libraries, stage
+from sparsewav.progress import print_error, quieten_libraries, stage
 
 if TYPE_CHECKING:
     from sparsewav.transcription import Transcript
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = _parse()
     errors = Console(stderr=True, soft_wrap=True)
     if arguments.format == "srt" and len(arguments.files) > 1 and arguments.output is None:
-        _say(errors, "several subtitle files cannot share one stream; give their folder: --output FOLDER")
+        print_error("several subtitle files cannot share one stream; give their folder: --output FOLDER")
         raise SystemExit(1)
     quieten_libraries()
     from sparsewav.data.utterances import Utterance
@@ -46,9 +46,9 @@ def main() -> None:
         if arguments.accelerate:
             from sparsewav.acceleration import accelerate
 
-            _note(errors, str(accelerate(speech.model)))
+            errors.print(accelerate(speech.model), markup=False, highlight=False)
     except UserError as error:
-        _say(errors, str(error))
+        print_error(error)
         raise SystemExit(1) from None
     failed = False
     for path in arguments.files:
@@ -63,7 +63,7 @@ def main() -> None:
                 )
             _write(_FORMATS[arguments.format](transcript, path, len(arguments.files) > 1), path, arguments)
         except UserError as error:  # the other files are done all the same
-            _say(errors, str(error))
+            print_error(error)
             failed = True
     raise SystemExit(1 if failed else 0)
 
@@ -114,14 +114,6 @@ def _write(content: str, path: Path, arguments: argparse.Namespace) -> None:
 
     with write_file(arguments.output / f"{path.stem}{SUFFIXES[arguments.format]}") as temporary:
         temporary.write_text(content, encoding="utf-8")
-
-
-def _say(console: Console, message: str) -> None:
-    console.print(f"error: {message}", markup=False, highlight=False)
-
-
-def _note(console: Console, message: str) -> None:
-    console.print(message, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -198,3 +198,17 @@ def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Callable[..., 
         )
 
     return run
+
+
+@pytest.fixture
+def small(model_folder: Path, corpus: Path) -> list[str]:
+    """Arguments of a run on the tiny model and corpus."""
+    return [
+        f"model.name_or_path={model_folder}",
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        "data.calibration_subset=train",
+        "data.evaluation_subset=test",
+        "calibration.utterances=12",
+        "device=cpu",
+    ]

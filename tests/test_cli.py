@@ -26,20 +26,6 @@ from sparsewav.validation import validate
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def small(model_folder: Path, corpus: Path) -> list[str]:
-    """Arguments of a run on the tiny model and corpus."""
-    return [
-        f"model.name_or_path={model_folder}",
-        "data=librispeech_dir",
-        f"data.root={corpus}",
-        "data.calibration_subset=train",
-        "data.evaluation_subset=test",
-        "calibration.utterances=12",
-        "device=cpu",
-    ]
-
-
 def _folder(tmp_path: Path) -> Path:
     (metrics,) = (tmp_path / "outputs").glob("*/metrics.json")
     return metrics.parent

@@ -16,16 +16,8 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def arguments(model_folder: Path, corpus: Path) -> list[str]:
-    return [
-        f"model.name_or_path={model_folder}",
-        "data=librispeech_dir",
-        f"data.root={corpus}",
-        "data.calibration_subset=train",
-        "data.evaluation_subset=test",
-        "calibration.utterances=4",
-        "allocation=uniform",
-    ]
+def arguments(small: list[str]) -> list[str]:
+    return [*small, "allocation=uniform"]
 
 
 def _run_folder(root: Path) -> Path:

@@ -14,20 +14,17 @@ from sparsewav.baselines.distillation import (
     BASE_UNITS,
     BASE_WIDTH,
     Frozen,
+    distil,
     hidden_states,
     in_proportion,
     l1_and_cosine,
     mean_over_frames,
-    no_masking,
     plain_config,
-    reader,
-    scaled_front_end_gradient,
     take_over,
     valid_frames,
 )
 from sparsewav.config_methods import DeepVersusWideConfig, ThinStudent
 from sparsewav.data.utterances import Utterance
-from sparsewav.finetune.trainer import train
 
 
 def thin_sizes(teacher: PreTrainedModel, settings: ThinStudent) -> dict[str, int]:
@@ -90,14 +87,5 @@ def compress(
     set_seed(seed)
     student = make_student(dense, settings)
     distiller = Distiller(student, Frozen(dense), settings.cosine_weight).to(dense.device)
-    with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
-        log = train(
-            distiller, reader(processor), training_set, settings, settings.updates, folder, seed=seed, progress=progress
-        )
-    report = CompressionReport(
-        updates=settings.updates,
-        batch_size=settings.batch_size,
-        log=[{"phase": "distil", **entry} for entry in log],
-        facts=thin_sizes(dense, settings),
-    )
-    return student, report
+    facts = thin_sizes(dense, settings)
+    return student, distil(distiller, processor, training_set, settings, folder, facts, seed, progress)

@@ -11,21 +11,18 @@ from sparsewav.baselines import CompressionReport
 from sparsewav.baselines.distillation import (
     BASE_LAYERS,
     Frozen,
+    distil,
     hidden_states,
     in_proportion,
     l1_and_cosine,
     layers_in_proportion,
     mean_over_frames,
-    no_masking,
     plain_config,
-    reader,
-    scaled_front_end_gradient,
     take_over,
     valid_frames,
 )
 from sparsewav.config_methods import DistilHubertConfig
 from sparsewav.data.utterances import Utterance
-from sparsewav.finetune.trainer import train
 
 
 def make_student(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
@@ -82,14 +79,5 @@ def compress(
     predicted = layers_in_proportion(settings.predicted, depth)
     student = make_student(dense, in_proportion(settings.layers, BASE_LAYERS, depth))
     distiller = Distiller(student, Frozen(dense), predicted, settings.cosine_weight).to(dense.device)
-    with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
-        log = train(
-            distiller, reader(processor), training_set, settings, settings.updates, folder, seed=seed, progress=progress
-        )
-    report = CompressionReport(
-        updates=settings.updates,
-        batch_size=settings.batch_size,
-        log=[{"phase": "distil", **entry} for entry in log],
-        facts={"layers": student.config.num_hidden_layers, "predicted_layers": predicted},
-    )
-    return student, report
+    facts = {"layers": student.config.num_hidden_layers, "predicted_layers": predicted}
+    return student, distil(distiller, processor, training_set, settings, folder, facts, seed, progress)

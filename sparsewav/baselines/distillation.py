@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor
 
+from sparsewav.baselines import CompressionReport
+from sparsewav.config_methods import DistilHubertConfig, ThinStudent
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.finetune.trainer import train
 
 BASE_LAYERS, BASE_WIDTH, BASE_UNITS, BASE_HEADS = 12, 768, 3072, 12
 """Size of the teachers that the methods were published for."""
@@ -140,3 +144,32 @@ def take_over(student: PreTrainedModel, teacher: PreTrainedModel, *, without: Se
 def reader(processor: Wav2Vec2Processor) -> Callable[[Sequence[Utterance]], Batch]:
     """What turns the utterances of an update into a batch, for :func:`sparsewav.finetune.trainer.train`."""
     return lambda utterances: collate(utterances, processor)
+
+
+def distil(
+    distiller: nn.Module,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: DistilHubertConfig | ThinStudent,
+    folder: Path,
+    facts: dict[str, Any],
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> CompressionReport:
+    """Train a module with a ``student`` on its own loss; the student hears all of its input.
+
+    Args:
+        distiller: student, teacher and what is between them; changed in place.
+        facts: for the report; the rest is as in :class:`~sparsewav.baselines.Method`.
+    """
+    student: Any = distiller.student
+    with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
+        log = train(
+            distiller, reader(processor), training_set, settings, settings.updates, folder, seed=seed, progress=progress
+        )
+    return CompressionReport(
+        updates=settings.updates,
+        batch_size=settings.batch_size,
+        log=[{"phase": "distil", **entry} for entry in log],
+        facts=facts,
+    )

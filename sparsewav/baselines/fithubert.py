@@ -12,16 +12,13 @@ from sparsewav.baselines import CompressionReport
 from sparsewav.baselines.deep_vs_wide import thin_sizes
 from sparsewav.baselines.distillation import (
     Frozen,
+    distil,
     hidden_states,
     mean_over_frames,
-    no_masking,
-    reader,
-    scaled_front_end_gradient,
     valid_frames,
 )
 from sparsewav.config_methods import FitHubertMethod
 from sparsewav.data.utterances import Utterance
-from sparsewav.finetune.trainer import train
 from sparsewav.fithubert_model import FitHubertConfig, FitHubertForCTC, Restoration
 
 TIME_REDUCTION = 2
@@ -123,14 +120,5 @@ def compress(
     set_seed(seed)
     student = make_student(dense, settings)
     distiller = Distiller(student, Frozen(dense), settings.hint_weight).to(dense.device)
-    with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
-        log = train(
-            distiller, reader(processor), training_set, settings, settings.updates, folder, seed=seed, progress=progress
-        )
-    report = CompressionReport(
-        updates=settings.updates,
-        batch_size=settings.batch_size,
-        log=[{"phase": "distil", **entry} for entry in log],
-        facts=thin_sizes(dense, settings) | {"front_end": list(student.config.conv_dim)},
-    )
-    return student, report
+    facts = thin_sizes(dense, settings) | {"front_end": list(student.config.conv_dim)}
+    return student, distil(distiller, processor, training_set, settings, folder, facts, seed, progress)

@@ -8,7 +8,8 @@ and how the others make up for them, and :mod:`engine` runs it all.
 from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.calibration import Calibration, calibrate
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
-from sparsewav.pruning.engine import MatrixReport, PruneReport, prune
+from sparsewav.pruning.engine import PruneReport, prune
+from sparsewav.pruning.pruner import MatrixReport
 from sparsewav.pruning.sensitivity import Trace, estimate_traces
 from sparsewav.pruning.solver import PrunedMatrix, prune_matrices, prune_matrix
 

@@ -25,8 +25,6 @@ BLOCK = 256
 def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tuple[Tensor, float]:
     """Give R and the λ that it took.
 
-    Dead inputs get a one on the diagonal: nothing couples to them.
-
     Args:
         hessian: XXᵀ, shape (cols, cols); not changed.
         live: inputs that are ever other than zero, shape (cols,).
@@ -42,9 +40,7 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
     mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
     damping = percdamp * mean
     for attempt in range(DAMPING_ATTEMPTS + 1):
-        damped = _upper_blocks(hessian)
-        damped.diagonal().add_(damping)
-        damped.diagonal()[~live] = 1.0
+        damped = damp(_upper_blocks(hessian), live, damping)
         if _factor_in_place(damped):
             return damped, damping
         if attempt < DAMPING_ATTEMPTS:
@@ -62,6 +58,13 @@ def _upper_blocks(matrix: Tensor) -> Tensor:
     for start in range(0, len(matrix), BLOCK):
         copy[start : start + BLOCK, start:] = matrix[start : start + BLOCK, start:]
     return copy
+
+
+def damp(hessian: Tensor, live: Tensor, damping: float) -> Tensor:
+    """Add λ to the diagonal (cols, cols) in place; dead inputs get a one there: nothing couples to them."""
+    hessian.diagonal().add_(damping)
+    hessian.diagonal()[~live] = 1.0
+    return hessian
 
 
 def invert_upper(factor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import alps
-from sparsewav.pruning.factorization import factorize, invert_upper
+from sparsewav.pruning.factorization import damp, factorize, invert_upper
 from sparsewav.pruning.refit import solve_on_support
 from sparsewav.pruning.saliency import SALIENCIES, Block, Saliency
 from sparsewav.pruning.selection import group_quotas, lowest, lowest_of_rows, n_of_m
@@ -193,7 +193,7 @@ def prune_matrices(
             pruned, removed, increments = _sweep(problem, live, factor, damping, shift)
         if solver == "obs_refit":
             target = problem.weight if shift is None else problem.weight.add_(shift)
-            pruned = solve_on_support(target, _damped(problem.hessian, live, damping), ~removed, pruned, tolerance)
+            pruned = solve_on_support(target, damp(problem.hessian.clone(), live, damping), ~removed, pruned, tolerance)
             increments = None
     return [
         PrunedMatrix(
@@ -296,14 +296,6 @@ def _shift_of_target(problem: _Problem, factor: Tensor, drift: Tensor) -> Tensor
     return torch.linalg.solve_triangular(factor.T, shift, upper=False)
 
 
-def _damped(hessian: Tensor, live: Tensor, damping: float) -> Tensor:
-    """H + λI, with a one on the diagonal of dead inputs, to which nothing couples."""
-    damped = hessian.clone()
-    damped.diagonal().add_(damping)
-    damped.diagonal()[~live] = 1.0
-    return damped
-
-
 def _mask_only(problem: _Problem) -> tuple[Tensor, Tensor]:
     """Remove the lowest scores of each matrix, or of each row, and leave the rest as it is."""
 
@@ -348,7 +340,7 @@ def _admm(
             _mark_lowest(removed[:, rows], scores[:, rows], live, quota)
         return removed
 
-    damped = _damped(problem.hessian, live, damping)
+    damped = damp(problem.hessian.clone(), live, damping)
     removed, start = alps.find_mask(target, damped, project, most_steps)
     if not removed.any():
         return target, removed
