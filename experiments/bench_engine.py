@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
 from experiments.plain import Batch, forward, plain_hessians, plain_prune, plain_prune_matrix, plain_solve
-from experiments.plots import COLORS, MARKERS, STYLE
+from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.config import DemoData
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import calibration_set
@@ -328,9 +328,7 @@ def plot_scaling(path: Path, table: pandas.DataFrame) -> None:
         figure.axes[0].set_ylabel("Seconds, median")
         handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
-        for suffix in ("png", "pdf"):
-            with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
-                figure.savefig(temporary, format=suffix)
+        save(figure, path)
 
 
 def random_base(layers: int = 12) -> PreTrainedModel:

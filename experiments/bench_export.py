@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.bench_engine import OURS, alternate, random_base, summary
-from experiments.plots import COLORS, MARKERS, STYLE
+from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.checkpoint import WEIGHTS
 from sparsewav.files import write_file
 from sparsewav.models import load
@@ -128,9 +128,7 @@ def plot(path: Path, table: pandas.DataFrame) -> None:
         figure.axes[0].set_ylim(bottom=0)  # after both are drawn: they share it
         figure.axes[0].set_ylabel("MB on disk")
         figure.axes[0].legend()
-        for suffix in ("png", "pdf"):
-            with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
-                figure.savefig(temporary, format=suffix)
+        save(figure, path)
 
 
 if __name__ == "__main__":

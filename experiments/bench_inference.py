@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
 from experiments.bench_engine import OURS, alternate, summary
-from experiments.plots import COLORS, MARKERS, STYLE
+from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.acceleration.kernel import sparse_product
 from sparsewav.acceleration.linear import SparseLinear
 from sparsewav.acceleration.timing import WIDTHS
@@ -258,9 +258,7 @@ def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
         named = {label: line for label, line in handles.items() if not label.startswith("_")}
         columns = 4 if len(settings) > 1 else 2
         figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
-        for suffix in ("png", "pdf"):
-            with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
-                figure.savefig(temporary, format=suffix)
+        save(figure, path)
 
 
 MEASURE = """

@@ -52,11 +52,12 @@ def _short(name: str) -> str:
 
 
 def _section(name: str, item: Item, result: Result, scale: Scale) -> str:
-    if result.table is not None:
-        body = f'<div class="wide">{_table(result.table)}</div>'
-    else:
+    body = ""
+    if result.files[0].suffix == ".png":
         picture = base64.b64encode(result.files[0].read_bytes()).decode()
         body = f'<img alt="{escape(result.title)}" src="data:image/png;base64,{picture}">'
+    if result.table is not None:
+        body += f'<div class="wide">{_table(result.table)}</div>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
     runs = sum(len(jobs(sweep, scale)) for sweep in item.sweeps)
     commands = "\n".join([f"./reproduce.sh {scale.name} {name}", *(sweep.command(scale) for sweep in item.sweeps)])

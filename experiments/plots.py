@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -83,25 +84,35 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
                 axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel("Sparsity of the transformer's matrices (%)")
         axes.set_ylabel("WER (%)")
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        ticks: list[float] = [tick for tick in _TICKS if low <= tick <= high]
-        if len(ticks) < 3:  # a narrow range falls between them
-            ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
-        axes.yaxis.set_major_locator(FixedLocator(ticks))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        logarithmic_wer(axes)
         axes.set_xlim(5, 95)
         axes.set_xticks(range(10, 100, 10))
         axes.set_title(f"{title} (dashed: dense)" if own_dense else title, fontsize=10)
         handles, labels = axes.get_legend_handles_labels()
         columns = len(labels) if sum(map(len, labels)) < 60 else 1
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # below the axes: on no curve
-        for suffix in ("png", "pdf"):
-            # No date in the file: the same figures give the same bytes.
-            metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
-            with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
-                figure.savefig(temporary, format=suffix, metadata=metadata)
+        save(figure, path)
+
+
+def logarithmic_wer(axes: Axes) -> None:
+    """Give a plot a logarithmic axis of WER in percent, with ticks that can be read off."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks: list[float] = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) < 3:  # a narrow range falls between them
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a plot to ``<path>.png`` and ``<path>.pdf``."""
+    for suffix in ("png", "pdf"):
+        # No date in the file: the same figures give the same bytes.
+        metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
+        with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
+            figure.savefig(temporary, format=suffix, metadata=metadata)
 
 
 _TICKS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150)

@@ -18,7 +18,7 @@ class Result:
     Attributes:
         title: caption.
         notes: sentences below it.
-        table: cells as printed, of a table.
+        table: cells as printed, of a table, or beside a figure.
         files: what was written, a figure's PNG first.
     """
 
@@ -35,10 +35,12 @@ class Item:
     Attributes:
         sweeps: whose runs it reads.
         make: reads them, writes its files and tells what it made.
+        measure: what is to be measured of the runs' models once all are there, if anything.
     """
 
     sweeps: tuple[Sweep, ...]
     make: Callable[[Scale], Result]
+    measure: Callable[[Scale], None] | None = None
 
 
 def paper() -> dict[str, Any]:

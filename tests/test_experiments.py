@@ -17,15 +17,20 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
+import sparsewav
+from experiments import figure6
 from experiments.__main__ import ITEMS, main
 from experiments.baselines import ROWS
+from experiments.bench_inference import remove_at_random
 from experiments.estimate import typed
 from experiments.sweeps import CAST, Scale, Sweep, jobs
 from experiments.variants import VARIANTS, bootstrap_difference
 from experiments.wandb_report import build_report
 from sparsewav import records
 from sparsewav.baselines import METHODS
+from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.validation import validate
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +220,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         dense = better.get(sweep.role, 0.05)
         if sweep.experiment != "ablation_one_shot" and sweep.experiment != "ablation_finetune":
             _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
-    items = [name for name in ITEMS if name != "table1"]
+    items = [name for name in ITEMS if name not in ("table1", "figure6")]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     for name in ("figure1", "figure2", "figure3", "figure4", "figure5"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -258,6 +263,35 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(model_folder: Path, tmp_path: Path) -> None:
+    scale = Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
+    for sweep in figure6.SWEEPS:
+        _finish(sweep, scale, lambda settings: 0.1)
+        for job in jobs(sweep, scale):
+            model = sparsewav.load(model_folder)
+            if job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
+                for matrix in prunable_matrices(model):
+                    remove_at_random(matrix.weight, job.config.sparsity.target)
+            model.save_pretrained(job.folder / "model")
+    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo figure6"):
+        figure6.make(scale)
+    figure6.measure(scale)
+    result = figure6.make(scale)
+    assert result.table is not None
+    rows = result.table.set_index("Model")
+    sizes = pandas.read_csv(tmp_path / "figure6.csv", index_col="run")["megabytes"].set_axis(rows.index)
+    assert sizes["SparseWAV, 90%"] < sizes["SparseWAV, 70%"] < sizes["SparseWAV, 50%"] < sizes["dense"]
+    assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
+    assert (rows["Times faster than dense"].astype(float) > 0).all()
+    assert (tmp_path / "figure6.png").is_file()
+    before = (tmp_path / "figure6.csv").read_bytes()
+    figure6.measure(scale)
+    assert (tmp_path / "figure6.csv").read_bytes() == before, "measured already"
+    os.utime(jobs(figure6.SWEEPS[0], scale)[0].folder / records.METRICS, (time.time() + 5,) * 2)
+    with pytest.raises(UserError, match="not measured"):
+        figure6.make(scale)
 
 
 def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
