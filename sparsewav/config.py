@@ -164,7 +164,7 @@ class AsymmetricObjective(ObjectiveConfig):
 
 @dataclass
 class RecoveryConfig:
-    """Attributes: name: ``none`` or ``block``."""
+    """Attributes: name: ``none``, ``closed_form`` or ``block``."""
 
     name: str = MISSING
 

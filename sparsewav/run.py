@@ -325,12 +325,10 @@ def _accuracy_options(config: Config) -> dict[str, Any]:
         options["solver_steps"] = config.solver.most_steps
     if isinstance(config.objective, AsymmetricObjective):
         options |= {"objective": config.objective.name, "drift_strength": config.objective.strength}
+    if config.recovery.name != "none":
+        options["recovery"] = config.recovery.name
     if isinstance(config.recovery, BlockRecovery):
-        options |= {
-            "recovery": config.recovery.name,
-            "recovery_steps": config.recovery.steps,
-            "recovery_rate": config.recovery.learning_rate,
-        }
+        options |= {"recovery_steps": config.recovery.steps, "recovery_rate": config.recovery.learning_rate}
     return options
 
 

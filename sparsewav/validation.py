@@ -117,7 +117,7 @@ def _accuracy_faults(config: Config) -> Iterator[str]:
                 f"{choice} updates the kept weights, and saliency={config.saliency.name} does not; choose saliency=obs "
                 "or obs_first_order with it"
             )
-    two_models += [f"recovery={recovery.name}"] if isinstance(recovery, BlockRecovery) else []
+    two_models += [f"recovery={recovery.name}"] if recovery.name != "none" else []
     for choice in two_models:
         if config.calibration.propagation == "parallel":
             yield (

@@ -265,6 +265,34 @@ def test_recovery_learns_the_dense_layers_outputs(tiny_model: Factory, batches: 
     assert any(name.endswith("layer_norm.weight") for name in changed)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_closed_form_recovery_is_the_least_squares_solution(
+    norm_first: bool, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """Gain and bias of a channel where the layer ends with its norm, the bias alone where it does not."""
+    dense = tiny_model("wav2vec2", do_stable_layer_norm=norm_first)
+    plain, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}
+    sparsewav.prune(plain, batches, 0.7, **options)
+    report = sparsewav.prune(model, batches, 0.7, **options, recovery="closed_form")
+    target, output = (layer_outputs(item, batches, 0).flatten(0, -2).double() for item in (dense, plain))
+    fitted = []
+    for channel in range(target.shape[1]):
+        own, wanted = output[:, channel], target[:, channel]
+        basis = torch.ones(len(own), 1) if norm_first else torch.stack([own, torch.ones_like(own)], 1)
+        rest = wanted - own if norm_first else wanted
+        solution = torch.linalg.lstsq(basis.double(), rest[:, None]).solution
+        fitted.append(basis.double() @ solution + (own[:, None] if norm_first else 0.0))
+    corrected = layer_outputs(model, batches, 0).flatten(0, -2).double()
+    assert torch.allclose(corrected, torch.cat(fitted, 1), atol=1e-4)
+    assert all(recovery.error < recovery.error_before for recovery in report.recoveries)
+    changed = {name for name, value in plain.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+    first = {name.partition("layers.0.")[2] for name in changed if "layers.0." in name}
+    assert first == (
+        {"feed_forward.output_dense.bias"} if norm_first else {"final_layer_norm.weight", "final_layer_norm.bias"}
+    )
+
+
 def test_a_recovery_that_diverges_is_undone(tiny_model: Factory, batches: list[Batch]) -> None:
     plain, model = (tiny_model("wav2vec2") for _ in range(2))
     options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from sparsewav.pruning.calibration import AroundLayer, Calibration, calibrate, c
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
 from sparsewav.pruning.layers import LayerInputs
 from sparsewav.pruning.pruner import MatrixReport, Pruner
-from sparsewav.pruning.recovery import RECOVERIES, LayerRecovery
+from sparsewav.pruning.recovery import RECOVERIES, LayerRecovery, correct_layer, recover_layer
 from sparsewav.pruning.saliency import SALIENCIES
 from sparsewav.pruning.search import Allocation, LevelSettings, allocate_by_levels, check_settings
 from sparsewav.pruning.sensitivity import Probe, Trace, estimate_traces, unseparated_neighbors
@@ -131,9 +132,10 @@ def prune(
         objective: ``symmetric``, min ||(W − Ŵ)X̂||², or ``asymmetric``, min ||WX − ŴX̂||², X the inputs in the dense and
             X̂ in the pruned model, so that a matrix makes up for those before it; not with propagation ``parallel``.
         drift_strength: 0 to 1, how much of X − X̂ the asymmetric objective takes into account.
-        recovery: ``none``, or ``block``: when a transformer layer is pruned let its kept weights, biases and layer
-            norms learn the dense model's output of that layer; not with propagation ``parallel``.
-        recovery_steps: of one layer.
+        recovery: ``none``, or, when a transformer layer is pruned, ``block``: let its kept weights, biases and layer
+            norms learn the dense model's output of that layer, or ``closed_form``: solve its last bias or layer norm
+            for it; not with propagation ``parallel``.
+        recovery_steps: of one layer, with ``block``.
         recovery_rate: Adam's first learning rate; it falls to zero.
         seed: of the Hutchinson probes, the sample of frames, the judge's search and the recovery's order of batches.
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
@@ -247,17 +249,14 @@ def prune(
             number_of_layers = len(encoder_layers(model))
 
             def recover(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs]) -> None:
+                if recovery == "closed_form":
+                    pruner.recover(partial(correct_layer, layer, run, inputs))
+                    return
                 done = len(pruner.recoveries) * recovery_steps
                 total = number_of_layers * recovery_steps
-                pruner.recover(
-                    layer,
-                    run,
-                    inputs,
-                    steps=recovery_steps,
-                    learning_rate=recovery_rate,
-                    seed=seed,
-                    progress=(lambda step, _: progress("recover", done + step, total)) if progress else None,
-                )
+                options: dict[str, Any] = {"steps": recovery_steps, "learning_rate": recovery_rate, "seed": seed}
+                shown = (lambda step, _: progress("recover", done + step, total)) if progress else None
+                pruner.recover(partial(recover_layer, layer, run, inputs, **options, progress=shown))
 
             calibrate_sequentially(
                 model,
@@ -269,7 +268,7 @@ def prune(
                 around_layer=around_layer,
                 stepwise=propagation == "stepwise",
                 against_dense=objective == "asymmetric",
-                after_layer=recover if recovery == "block" else None,
+                after_layer=recover if recovery != "none" else None,
             )
             seconds["calibrate"] += time.perf_counter() - started - pruner.seconds - pruner.recovery_seconds
         seconds["solve"] = pruner.seconds

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsewav.pruning import processes
 from sparsewav.pruning.allocation import rank_by_sensitivity
 from sparsewav.pruning.calibration import Calibration
 from sparsewav.pruning.encoder import PrunableMatrix
-from sparsewav.pruning.layers import LayerInputs
-from sparsewav.pruning.recovery import LayerRecovery, recover_layer
+from sparsewav.pruning.recovery import LayerRecovery
 from sparsewav.pruning.sensitivity import Trace
 from sparsewav.pruning.solver import PrunedMatrix, prune_matrices
 
@@ -169,12 +168,10 @@ class Pruner:
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
-    def recover(
-        self, layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs], **options: Any
-    ) -> None:
-        """Let a pruned layer learn, and put the errors of what it has become into the reports."""
+    def recover(self, how: Callable[[], LayerRecovery]) -> None:
+        """Recover a pruned layer, and put the errors of what it has become into the reports."""
         started = time.perf_counter()
-        self.recoveries.append(recover_layer(layer, run, inputs, **options))
+        self.recoveries.append(how())
         for matrix, dense, found in self._to_recover:
             error = found.error(dense, matrix.weight) / max(found.error(dense, torch.zeros_like(dense)), 1e-30)
             self.reports[matrix.name] = replace(self.reports[matrix.name], relative_error=error)

@@ -1,13 +1,14 @@
 """Recovery: after a transformer layer is pruned, bring its output back to what the dense model's layer gives.
 
 No labels are needed: the target of the regression is the dense layer's output on the dense model's hidden states, its
-input are the hidden states of the model as pruned so far. The kept weights, the biases and the layer norms of the layer
-learn; what was removed stays removed.
+input are the hidden states of the model as pruned so far. Either the kept weights, the biases and the layer norms of
+the layer learn, or its last bias, or layer norm, is solved for; what was removed stays removed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from sparsewav.pruning import processes
 from sparsewav.pruning.encoder import ROLES
 from sparsewav.pruning.layers import LayerInputs
 
-RECOVERIES = ("none", "block")
+RECOVERIES = ("none", "closed_form", "block")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,69 @@ def recover_layer(
             parameter.data.copy_(value)
         error = error_before
     return LayerRecovery(error_before, error)
+
+
+@torch.no_grad()
+def correct_layer(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs]) -> LayerRecovery:
+    """Bring a pruned layer's outputs, channel by channel, as close to the dense model's as an affine map can.
+
+    With y a channel's outputs and t the dense model's, the map is the least squares solution of t ≈ g·y + c. Where the
+    layer ends with its layer norm, g and c go into the gain and the bias of that; elsewhere g is 1, and c, the mean of
+    t − y, goes into the bias of the last matrix.
+
+    Args:
+        layer: changed in place.
+        run: gives the layer's output for a batch, shape (batch, frames, width).
+        inputs: this process's batches, with the targets as ``dense_states``.
+    """
+    device = next(layer.parameters()).device
+    error_before = _error(run, inputs, device)
+    norm = _last_norm(layer, run, inputs[0]) if inputs else None
+    norms = [norm for norm in processes.gather(norm) if norm]
+    sums: Tensor | None = None  # of 1, t, y, y² and y·t; shape (5, width)
+    with processes.together():
+        for item in inputs:
+            difference, target = (part.double() for part in _difference(run, item, device))
+            output = difference + target
+            products = (torch.ones_like(target), target, output, output.square(), output * target)
+            found = torch.stack([product.sum(0) for product in products])
+            sums = found if sums is None else sums + found
+    last: Any = layer.get_submodule(norms[0] if norms else _last_matrix(layer))
+    bias: Tensor = last.bias.data
+    if sums is None:
+        sums = torch.zeros(5, len(bias), dtype=torch.float64, device=device)
+    processes.add_up(sums)
+    mean_target, mean_output, square, product = sums[1:] / sums[0]
+    gain = torch.ones_like(mean_output)
+    if norms:
+        variance = (square - mean_output.square()).clamp(min=0.0)
+        live = variance > 1e-12 * square
+        gain = torch.where(live, (product - mean_output * mean_target) / variance.where(live, 1.0), gain)
+        last.weight.data *= gain
+        bias *= gain
+    bias += mean_target - gain * mean_output
+    return LayerRecovery(error_before, _error(run, inputs, device))
+
+
+def _last_norm(layer: nn.Module, run: Callable[[LayerInputs], Tensor], item: LayerInputs) -> str:
+    """Name of the layer norm whose output is the layer's; empty if there is none."""
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.LayerNorm)
+    ]
+    try:
+        output = run(item)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next((name for name, own in outputs.items() if torch.equal(own, output)), "")
+
+
+def _last_matrix(layer: nn.Module) -> str:
+    names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name.rpartition(".")[2] in ROLES][-1]
 
 
 def _learning(layer: nn.Module) -> Iterator[nn.Parameter]:
