@@ -25,6 +25,7 @@ class Variant:
     Attributes:
         name: of its row.
         settings: that differ from the default configuration.
+        ablation: it is there to show what a part is worth, and runs at two sparsities alone.
         figure: label in Figure 5; None to leave it out there.
         note: what was found of it, for the notes below the table.
         seconds: of a run at demo scale, where it takes longer than the paper's method.
@@ -32,13 +33,15 @@ class Variant:
 
     name: str
     settings: tuple[str, ...]
+    ablation: bool = False
     figure: str | None = None
     note: str | None = None
     seconds: float | None = None
 
     @property
     def one_shot(self) -> Sweep:
-        return Sweep("variants_one_shot", "base", both=self.settings, seconds=self.seconds)
+        experiment = "variants_ablation" if self.ablation else "variants_one_shot"
+        return Sweep(experiment, "base", both=self.settings, seconds=self.seconds)
 
     @property
     def tuned(self) -> Sweep:
@@ -46,7 +49,8 @@ class Variant:
 
 
 ALPS = (*EXACT, "solver=alps")
-STEPWISE = (*ALPS, "calibration.propagation=stepwise")
+STEPWISE = "calibration.propagation=stepwise"
+ASYMMETRIC = (STEPWISE, "objective=asymmetric")
 BEST_ONESHOT = (
     "solver=alps",
     "allocation=uniform",
@@ -67,13 +71,18 @@ BEST = (
 VARIANTS = (
     Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
     Variant("the paper's method as it is", ()),
+    Variant("+ saliency compared within matrices", (*EXACT, "saliency.compared_within=matrix"), ablation=True),
+    Variant("+ asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
+    Variant("+ asymmetric, saliency obs", (*EXACT, *ASYMMETRIC, "saliency=obs"), ablation=True, seconds=15.0),
     Variant("+ obs_refit", (*EXACT, "solver=obs_refit")),
     Variant("+ alps", ALPS, seconds=25.0),
-    Variant("+ alps, asymmetric", (*STEPWISE, "objective=asymmetric"), seconds=45.0),
-    Variant("+ alps, block recovery", (*STEPWISE, "recovery=block"), seconds=105.0),
-    Variant("alps, uniform", ("solver=alps", "allocation=uniform"), seconds=20.0),
-    Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), seconds=110.0),
-    Variant("alps, search", ("solver=alps", "allocation=search"), seconds=180.0),
+    Variant("+ alps, asymmetric", (*ALPS, *ASYMMETRIC), seconds=45.0),
+    Variant("+ alps, closed form", (*ALPS, STEPWISE, "recovery=closed_form"), ablation=True, seconds=35.0),
+    Variant("+ alps, block recovery", (*ALPS, STEPWISE, "recovery=block"), ablation=True, seconds=105.0),
+    Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
+    Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
+    Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
+    Variant("alps, search", ("solver=alps", "allocation=search"), ablation=True, seconds=180.0),
     Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=50.0),
     Variant("best", BEST, figure="best", seconds=230.0),
 )
