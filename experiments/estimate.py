@@ -9,25 +9,27 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.sweeps import CAST, Scale, Sweep, jobs
 from sparsewav.config import Config, key_names
 from sparsewav.config_methods import TrainedMethod
-from sparsewav.files import conf_folder
 from sparsewav.finetune.strategies import plan_stages
-from sparsewav.models import trained_model_folder
+from sparsewav.models import lineage, trained_model_folder
 
 SECONDS = {
     # (one-shot run, update); measured on 2 cores of an AMD EPYC, in float32
     ("demo", "base"): (4.0, 0.36),
     ("demo", "large"): (6.0, 0.55),
     ("demo", "wavlm"): (5.0, 0.36),
+    ("demo", "hubert"): (4.0, 0.36),
     # Pruning as the paper gives it for one RTX 4090, with a minute for the evaluation; updates are a guess.
     ("paper", "base"): (140.0, 0.3),
     ("paper", "large"): (330.0, 0.8),
     ("paper", "wavlm"): (140.0, 0.35),
+    ("paper", "hubert"): (140.0, 0.3),
 }
 TRAINING_SECONDS = {
     "demo-large-little": 330.0,
     "demo-large-more": 440.0,
     "demo-large-most": 440.0,
     "demo-wavlm": 100.0,
+    "demo-hubert": 50.0,
 }
 """Of the demo's models that are trained on first use, on the same 2 cores."""
 TRAINING_UTTERANCES = {"demo": 20_000, "paper": 28_539}
@@ -63,13 +65,7 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
 def training_seconds(sweeps: Iterable[Sweep], scale: Scale) -> float:
     """Estimate the seconds that it takes to train the models which sweeps want and which are not in the cache yet."""
     wanted = {CAST[scale.name][sweep.role] for sweep in sweeps if not all(job.done for job in jobs(sweep, scale))}
-    models: list[str] = []
-    while wanted:  # a model, then what it starts from
-        model = wanted.pop()
-        if model in TRAINING_SECONDS and model not in models:
-            models.append(model)
-            recipe: Any = OmegaConf.load(conf_folder() / "recipe" / f"{model}.yaml")
-            wanted.add(recipe.initial_model)
+    models = {name for model in wanted & TRAINING_SECONDS.keys() for name in lineage(model)}
     missing = [model for model in models if not (trained_model_folder(model) / "training.json").is_file()]
     return sum(TRAINING_SECONDS[model] for model in missing)
 

@@ -28,6 +28,7 @@ CAST = {
         "large_more": "demo-large-more",
         "large_most": "demo-large-most",
         "wavlm": "demo-wavlm",
+        "hubert": "demo-hubert",
     },
     "paper": {
         "base": "wav2vec2-base-100h",
@@ -36,6 +37,7 @@ CAST = {
         "large_more": "wav2vec2-large-100h",
         "large_most": "wav2vec2-large-960h",
         "wavlm": "wavlm-base-plus-100h",
+        "hubert": "hubert-base-100h",
     },
 }
 """Which option of the group ``model`` plays which of the paper's models, at each scale."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -89,13 +90,29 @@ def _recipes() -> list[str]:
 
 
 def trained_model_folder(recipe: str) -> Path:
-    """Where the model of a recipe lies in the cache, trained or not yet; a changed recipe gives another folder."""
+    """Where the model of a recipe lies in the cache, trained or not yet.
+
+    A changed recipe gives another folder, and so does that of a model that it starts from.
+    """
     conf = conf_folder()
     digest = hashlib.blake2b(digest_size=4)
-    for pattern in ("train.yaml", "recipe/*.yaml", "architecture/*.yaml", "training/dense.yaml", "data/demo.yaml"):
+    patterns = ["train.yaml", "architecture/*.yaml", "training/dense.yaml", "data/demo.yaml"]
+    for pattern in [*patterns, *(f"recipe/{name}.yaml" for name in lineage(recipe))]:
         for path in sorted(conf.glob(pattern)):
             digest.update(path.read_bytes())
     return cache_folder() / "models" / f"{recipe}-{digest.hexdigest()}"
+
+
+def lineage(recipe: str) -> list[str]:
+    """Recipes that have to be trained for a recipe's model: itself, and those of the models that it starts from."""
+    names = [recipe]
+    while (initial := _recipe(names[-1])["initial_model"]) in _recipes():
+        names.append(initial)
+    return names
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    return yaml.safe_load((conf_folder() / "recipe" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _trained_model(recipe: str) -> Path:
