@@ -1,6 +1,10 @@
 """DPHuBERT, fine-grained pruning and L0 with the CTC loss: each one's characteristic part, on tiny models."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +201,30 @@ def test_full_size_takes_two_updates(name: str, tmp_path: Path, corpus: Path, mo
         dense, processor, read_librispeech_folder(corpus, "train")[:2], settings, tmp_path, seed=0
     )
     assert encoder_parameters(smaller) == pytest.approx(aim, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["dphubert", "parp"])
+def test_killed_while_it_compresses_it_ends_with_the_same_model(
+    method: str, environment: dict[str, str], model_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Gates, multipliers and optimizers, or what PARP has pruned so far, come back from the last checkpoint."""
+    command = [
+        *(str(Path(sys.executable).parent / "sparsewav"), f"method={method}", "shorten=4000"),
+        *("method.checkpoint_updates=2", "method.batch_size=4", "method.precision=float32"),
+        *(f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}"),
+        *("data.training_subset=train", "data.evaluation_subset=test", "data.calibration_subset=train"),
+    ]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+    subprocess.run([*command, "output_root=whole"], check=True, **options)
+    process = subprocess.Popen([*command, "output_root=killed"], start_new_session=True, **options)
+    deadline = time.monotonic() + 300
+    while not [path for path in tmp_path.glob("killed/**/checkpoint-*") if path.name != "checkpoint-0"]:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert not list(tmp_path.glob("killed/*/model"))
+    subprocess.run([*command, "output_root=killed"], check=True, **options)
+    [whole] = (tmp_path / "whole").glob("*/model/model.safetensors")
+    assert whole.read_bytes() == (tmp_path / "killed" / whole.relative_to(tmp_path / "whole")).read_bytes()
