@@ -112,11 +112,12 @@ def gather_traces(
     def estimate() -> tuple[dict[str, Trace], float]:
         with stage(console, f"Estimating sensitivities on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
-            traces = estimate_traces(
+            traces = in_all_processes(
+                estimate_traces,
                 speech.model,
                 calibration_batches(config, speech, utterances),
                 probes=allocation.probes,
-                distribution=allocation.distribution,  # type: ignore[arg-type]
+                distribution=allocation.distribution,
                 rank_tolerance=allocation.rank_tolerance,
                 seed=config.seed,
                 progress=progress,

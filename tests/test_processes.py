@@ -12,7 +12,8 @@ from torch import Tensor, distributed, multiprocessing
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.pruning import Calibration, PruneReport, calibrate, processes, prune
+from sparsewav.pruning import Calibration, PruneReport, Trace, calibrate, estimate_traces, processes, prune
+from sparsewav.pruning.sensitivity import LEAST_BATCHES
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -101,6 +102,24 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
             for name, tensor in alone.state.items():
                 torch.testing.assert_close(result.state[name], tensor, rtol=1e-3, atol=1e-4)
                 assert torch.equal(result.state[name], of_processes[0][index].state[name])
+
+
+def traced(models: list[PreTrainedModel], batches: list[Batch], tolerances: list[float]) -> list[dict[str, Trace]]:
+    return [estimate_traces(models[0], batches, probes=2, rank_tolerance=tolerance, seed=3) for tolerance in tolerances]
+
+
+def test_processes_share_the_sensitivities(tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
+    """The traces of one process, stopped at the same batch even where the others have gone past it."""
+    model = tiny_model("wav2vec2")
+    batches = [noise_batch([400], seed=seed) for seed in range(13)]
+    alone = traced([model], batches, [0.0, 0.6])
+    assert {trace.samples for trace in alone[0].values()} == {2 * 13}
+    assert {trace.samples for trace in alone[1].values()} == {2 * LEAST_BATCHES}, "of the third round of three, two"
+    for results in in_processes(3, tmp_path, traced, [model], batches, [0.0, 0.6]):
+        for ours, theirs in zip(results, alone, strict=True):
+            for name, trace in theirs.items():
+                assert ours[name].samples == trace.samples
+                assert ours[name].value == pytest.approx(trace.value, rel=1e-9)
 
 
 def fail_in_the_second() -> None:

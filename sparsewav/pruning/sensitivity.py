@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning import processes
 from sparsewav.pruning.calibration import Progress
 from sparsewav.pruning.encoder import PrunableMatrix, model_batches, prunable_matrices
 
@@ -63,7 +64,7 @@ def estimate_traces(
     """Estimate the Hessian trace of every prunable matrix.
 
     Every pair of a probe and a batch draws a z of its own, so that more batches also mean more probes. The batches come
-    in random order.
+    in random order. In a process group every process takes one of as many batches, and all give the same traces.
 
     Args:
         model: CTC model in evaluation mode, float32 or float64; its weights are the same bytes afterwards.
@@ -92,18 +93,34 @@ def estimate_traces(
     products: list[Tensor] = []  # one (matrices,) vector of zᵢᵀ(Hz)ᵢ for every probe and batch, per utterance
     weights: list[int] = []
     traces: dict[str, Trace] = {}
+    done, settled = 0, False
     with only_matrices_trainable(model, matrices), _summed_loss(model):
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
-        for done, index in enumerate(order, start=1):
+
+        def sample(index: int) -> tuple[int, list[list[float]]]:
             parts = list(model_batches(model, sized[index]))
             utterances = sum(len(part["input_values"]) for part in parts)
+            found = []
             for probe in range(probes):
                 generator = torch.Generator().manual_seed(_seed_of(seed, index, probe))
                 z = [_draw(matrix, distribution, generator) for matrix in matrices]
-                products.append(_quadratic_forms(model, matrices, parts, z, step_size / _norm(z)) / utterances)
-                weights.append(utterances)
-            traces = _traces(matrices, products, weights)
-            settled = done >= LEAST_BATCHES and rank_displacement(traces) <= rank_tolerance
+                forms = _quadratic_forms(model, matrices, parts, z, step_size / _norm(z))
+                found.append((forms / utterances).tolist())
+            return utterances, found
+
+        for start in range(0, len(order), processes.world()):  # a batch for each process
+            place = start + processes.rank()
+            with processes.together():
+                own = sample(order[place]) if place < len(order) else None
+            for result in processes.gather(own):
+                if result is None or settled:  # past the batch at which one process alone would have stopped
+                    continue
+                utterances, found = result
+                products += torch.tensor(found, dtype=torch.float64).unbind()
+                weights += [utterances] * len(found)
+                done += 1
+                traces = _traces(matrices, products, weights)
+                settled = done >= LEAST_BATCHES and rank_displacement(traces) <= rank_tolerance
             if progress:
                 progress(len(order) if settled else done, len(order))
             if settled:
