@@ -339,7 +339,7 @@ def _prune_from_disk(
     device = speech.model.device
     speech.model.eval().to("meta")  # what is left is its shape and configuration
     pruned = folder / records.STAGES / "streamed"
-    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed
+    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
     report = prune_folder(_source_folder(config), pruned, batches, sparsity, device=device, **options)
     speech.model = load_speech_model(str(pruned), device=device).model
     return report

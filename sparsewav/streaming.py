@@ -3,31 +3,42 @@
 The front end stays in memory. Each transformer layer is read from the checkpoint's safetensors, calibrated on what the
 pruned layers before it give, pruned, run on, written to a file of its own and let go. The loop is that of propagation
 ``sequential`` (:func:`~sparsewav.pruning.calibration.calibrate_sequentially`), so that the weights are the very bytes
-which :func:`sparsewav.prune` leaves in memory.
+which :func:`sparsewav.prune` leaves in memory. Killed and called again, it runs the layers that are done and prunes on
+from there.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sparsewav.cache import code_fingerprint
 from sparsewav.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsewav.errors import UserError
-from sparsewav.files import write_folder
+from sparsewav.files import make_readable, write_file, writing
 from sparsewav.models import load_pretrained
-from sparsewav.pruning import PruneReport, Trace, prunable_matrices, prune
+from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune
 from sparsewav.pruning.encoder import encoder_layers
 from sparsewav.pruning.engine import StageProgress
 
 SHARED = ("attention.rel_attn_embed.weight",)
 """Parameters of the first layer that all layers read (WavLM's position embedding); they stay in memory."""
+
+_FINGERPRINT = "fingerprint"
+_RESUMES = ".resume.safetensors"
+"""How files end that a killed pruning goes on from, one for every layer that is done."""
 
 
 def prune_folder(
@@ -63,7 +74,8 @@ def prune_folder(
     Args:
         source: folder with ``config.json`` and ``model.safetensors``, or its shards with their index.
         destination: folder to make; it appears whole when all is done, and ``AutoModelForCTC.from_pretrained`` loads
-            it. The settings of tokenizer and feature extractor come along.
+            it. The settings of tokenizer and feature extractor come along. What is done lies beside it until then, in
+            float32 besides the checkpoint's own dtype.
         calibration_batches: as :func:`sparsewav.prune` takes them.
         sparsity: share of the prunable weights to remove.
         saliency: as in :func:`sparsewav.prune`, and so are the options that are not named here.
@@ -91,33 +103,86 @@ def prune_folder(
         raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
     checkpoint = Checkpoint(source)
     model = _hollow_model(checkpoint, torch.device(device))
-    with write_folder(destination) as temporary:
-        layers = _Layers(checkpoint, model, temporary)
+    batches: Any = calibration_batches if hasattr(calibration_batches, "__len__") else list(calibration_batches)
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "saliency": saliency,
+        "allocation": allocation,
+        "alpha": alpha,
+        "exact_budget": exact_budget,
+        "n_m": n_m,
+        "frames_per_column": frames_per_column,
+        "block_size": block_size,
+        "percdamp": percdamp,
+        "solver": solver,
+        "solver_tolerance": solver_tolerance,
+        "solver_steps": solver_steps,
+        "seed": seed,
+        "masks": masks,
+        "traces": traces,
+    }
+    with _kept_folder(destination, _fingerprint(checkpoint, batches, options, device)) as unfinished:
+        layers = _Layers(checkpoint, model, unfinished)
         report = prune(
             model,
-            calibration_batches,
-            sparsity,
-            saliency=saliency,
-            allocation=allocation,
-            alpha=alpha,
-            exact_budget=exact_budget,
-            n_m=n_m,
+            batches,
             propagation="sequential",
-            frames_per_column=frames_per_column,
-            block_size=block_size,
-            percdamp=percdamp,
-            solver=solver,
-            solver_tolerance=solver_tolerance,
-            solver_steps=solver_steps,
-            seed=seed,
-            masks=masks,
-            traces=traces,
-            around_layer=layers.around,
+            bring_layer=layers.bring,
             keep_masks=False,
             progress=progress,
+            **options,
         )
         layers.write_rest()
     return report
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, batches: Iterable[Mapping[str, Tensor]], options: dict[str, Any], device: torch.device | str
+) -> str:
+    """Hash of all that the pruned weights depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted({*checkpoint.files.values(), checkpoint.folder / "config.json"}):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    masks = options["masks"] or {}
+    for batch in chain(batches, [dict(sorted(masks.items()))]):
+        for name, tensor in batch.items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    settings = options | {
+        "masks": None,
+        "device": str(device),
+        "code": code_fingerprint("pruning/*.py", "streaming.py"),
+    }
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _kept_folder(path: Path, fingerprint: str) -> Iterator[Path]:
+    """Give a folder to fill that takes the name ``path`` in the end, and is found again after a kill.
+
+    One with another fingerprint, of other settings or data, is emptied. An error that says what is wrong with the input
+    leaves no folder behind.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    mark = unfinished / _FINGERPRINT
+    with writing(path):
+        if not mark.is_file() or mark.read_text() != fingerprint:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            mark.write_text(fingerprint)
+        try:
+            yield unfinished
+        except UserError:
+            shutil.rmtree(unfinished)
+            raise
+        for file in (mark, *unfinished.glob(f"*{_RESUMES}")):
+            file.unlink()
+        make_readable(unfinished)
+        if path.exists():
+            path.rmdir()  # empty, or it would have been refused
+        unfinished.replace(path)
 
 
 def _hollow_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
@@ -176,16 +241,30 @@ class _Layers:
         self.bytes = 0
 
     @contextmanager
-    def around(self, index: int) -> Iterator[None]:
-        """Within the block the layer has its weights; after it, what has become of them is on disk."""
+    def bring(self, index: int, reports: dict[str, MatrixReport]) -> Iterator[bool]:
+        """Within the block the layer has its weights; after it, what has become of them is on disk, with reports."""
         layer, prefix = self.layers[index], _prefix(self.model, index)
         hollow = layer.state_dict()  # on meta, but for what all layers share
-        names = [f"{prefix}{name}" for name in hollow]
-        _fill(layer, self.checkpoint.read(names), prefix, self.model.device)
-        yield
+        _fill(layer, self.checkpoint.read(f"{prefix}{name}" for name in hollow), prefix, self.model.device)
+        done = self.destination / f"layer-{index}{_RESUMES}"
+        own = {name: matrix for name, matrix in self.pruned.items() if name.startswith(prefix)}
+        if done.is_file():
+            with safe_open(done, framework="pt") as file:
+                for name, matrix in own.items():
+                    matrix.weight.data.copy_(file.get_tensor(name))
+                rows = json.loads(file.metadata()["reports"])
+            reports |= {row["name"]: MatrixReport(**row) for row in rows}
+            yield True
+        else:
+            yield False
+            # In float32, with which the layers behind were calibrated.
+            weights = {name: matrix.weight.detach().cpu().contiguous() for name, matrix in own.items()}
+            rows = [asdict(reports[matrix.name]) for matrix in own.values()]
+            with write_file(done) as temporary:
+                save_file(weights, temporary, {"reports": json.dumps(rows)})
         tensors = self.checkpoint.read(name for name in self.checkpoint.files if name.startswith(prefix))
-        for name in tensors.keys() & self.pruned.keys():
-            tensors[name] = self.pruned[name].weight.detach().to("cpu", tensors[name].dtype)
+        for name in tensors.keys() & own.keys():
+            tensors[name] = own[name].weight.detach().to("cpu", tensors[name].dtype)
         layer.load_state_dict(hollow, assign=True)
         self._write(index + 2, tensors)
 

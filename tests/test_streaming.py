@@ -15,7 +15,7 @@ from transformers import AutoModelForCTC, PreTrainedModel
 import sparsewav
 from sparsewav import streaming
 from sparsewav.errors import UserError
-from sparsewav.pruning import estimate_traces
+from sparsewav.pruning import estimate_traces, pruner
 from sparsewav.pruning.encoder import encoder_layers
 
 Batch = dict[str, Tensor]
@@ -87,6 +87,49 @@ def test_the_bytes_are_those_of_pruning_in_memory(
     assert before.keys() == after.keys()
     matrices = {f"{row.name}.weight" for row in report.matrices}
     assert all(torch.equal(before[name], after[name]) != (name in matrices) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_killed_pruning_goes_on_to_the_same_bytes(
+    dtype: torch.dtype, tiny_model: Factory, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers that were done are run and not pruned again; other settings begin anew."""
+    source = tmp_path / "source"
+    tiny_model("wavlm", num_hidden_layers=LAYERS).to(dtype).save_pretrained(source)
+    whole = sparsewav.prune_folder(source, tmp_path / "whole", batches, 0.6)
+    solved: list[str] = []
+    prune_matrices = pruner.prune_matrices
+
+    def until_killed(*arguments: Any, names: list[str], **options: Any) -> Any:
+        solved.extend(names)
+        if any(".layers.2." in name for name in names):
+            raise KeyboardInterrupt
+        return prune_matrices(*arguments, names=names, **options)
+
+    def count(*arguments: Any, names: list[str], **options: Any) -> Any:
+        solved.extend(names)
+        return prune_matrices(*arguments, names=names, **options)
+
+    def kill() -> None:
+        monkeypatch.setattr(pruner, "prune_matrices", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+        monkeypatch.setattr(pruner, "prune_matrices", count)
+        solved.clear()
+
+    kill()
+    assert not (tmp_path / "pruned").exists()
+    report = sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    assert solved
+    assert all(".layers.2." in name for name in solved)
+    assert (report.matrices, report.sparsity) == (whole.matrices, whole.sparsity)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()}
+    shutil.rmtree(tmp_path / "pruned")
+    kill()
+    sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.7)
+    assert any(".layers.0." in name for name in solved)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "pruned"}
 
 
 def test_one_layer_is_in_memory_at_a_time(

@@ -33,7 +33,7 @@ from sparsewav.pruning.layers import LayerInputs, first_layer_inputs, frame_mask
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
-AroundLayer = Callable[[int], AbstractContextManager[object]]
+AroundLayer = Callable[[int], AbstractContextManager[bool]]
 """Called with a layer's index; the layer has its weights within the block that it gives, and need not outside."""
 
 AfterLayer = Callable[[nn.Module, Callable[[LayerInputs], Tensor], list[LayerInputs]], None]
@@ -322,7 +322,7 @@ def calibrate_sequentially(
     *,
     frames_per_column: float | None = None,
     seed: int = 0,
-    around_layer: AroundLayer = nullcontext,
+    around_layer: AroundLayer = lambda _: nullcontext(False),
     stepwise: bool = False,
     against_dense: bool = False,
     after_layer: AfterLayer | None = None,
@@ -340,8 +340,9 @@ def calibrate_sequentially(
         progress: called after every layer.
         frames_per_column: as in :func:`calibrate`.
         seed: as in :func:`calibrate`.
-        around_layer: all that is done with a layer is done within its block. Outside of it the layer's parameters may
-            be anywhere (on the meta device), but for the first layer's position embedding, if it has one.
+        around_layer: all that is done with a layer is done within its block, which is given True for a layer that is
+            pruned already and has but to be run. Outside of the block the layer's parameters may be anywhere (on the
+            meta device), but for the first layer's position embedding, if it has one.
         stepwise: within a layer, too, prune the matrices one input after the other, each on what those before it give
             once they are pruned.
         against_dense: run the dense layers on the dense hidden states beside, and gather how the inputs have drifted.
@@ -365,10 +366,10 @@ def calibrate_sequentially(
                 arguments, _ = item.load("others", model.device)
                 return run_layer(layer, layers[0], item.load(piece, model.device), arguments)
 
-            with around_layer(index):
+            with around_layer(index) as pruned_already:
                 dense_layer = copy.deepcopy(layer) if two_models else layer
-                groups = [[matrix for matrix in matrices if matrix.layer == index]]
-                if stepwise:
+                groups = [] if pruned_already else [[matrix for matrix in matrices if matrix.layer == index]]
+                if stepwise and groups:
                     groups = _in_order_of_reading(groups[0], inputs, run)
                 for group in groups:
                     dense = _same_modules(group, layer, dense_layer) if against_dense else None

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import processes
 from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly
-from sparsewav.pruning.calibration import AroundLayer, Calibration, calibrate, calibrate_sequentially
+from sparsewav.pruning.calibration import Calibration, calibrate, calibrate_sequentially
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
 from sparsewav.pruning.layers import LayerInputs
 from sparsewav.pruning.pruner import MatrixReport, Pruner
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
+
+BringLayer = Callable[[int, dict[str, MatrixReport]], AbstractContextManager[bool]]
+"""Called with a layer's index and the reports of the matrices pruned so far; within its block the layer has its
+weights. The block is given True for a layer that is pruned already, whose reports are then among the others."""
 
 ALLOCATIONS = ("uniform", "hutchinson", "levels")
 PROPAGATIONS = ("parallel", "sequential", "stepwise")
@@ -93,7 +97,7 @@ def prune(
     masks: Mapping[str, Tensor] | None = None,
     calibration: Calibration | None = None,
     traces: Mapping[str, Trace] | None = None,
-    around_layer: AroundLayer = nullcontext,
+    bring_layer: BringLayer | None = None,
     keep_masks: bool = True,
     progress: StageProgress | None = None,
 ) -> PruneReport:
@@ -141,8 +145,8 @@ def prune(
         masks: masks already in force, by matrix name: what they removed stays removed and counts.
         calibration: Hessians computed earlier for this model (for ``parallel``, and for allocation ``levels``).
         traces: Hessian traces computed earlier for this model.
-        around_layer: brings a layer's weights and takes them away (``sequential`` alone), for models that memory does
-            not hold whole; see :func:`~sparsewav.pruning.calibration.calibrate_sequentially`.
+        bring_layer: brings a layer's weights and takes them away (``sequential`` alone), for models that memory does
+            not hold whole.
         keep_masks: let the report hold the masks, a byte for every weight.
         progress: called as the stages advance.
 
@@ -265,7 +269,7 @@ def prune(
                 _stage(progress, "calibrate"),
                 frames_per_column=frames_per_column,
                 seed=seed,
-                around_layer=around_layer,
+                around_layer=lambda index: bring_layer(index, pruner.reports) if bring_layer else nullcontext(False),
                 stepwise=propagation == "stepwise",
                 against_dense=objective == "asymmetric",
                 after_layer=recover if recovery != "none" else None,
@@ -276,10 +280,11 @@ def prune(
             seconds["recover"] = pruner.recovery_seconds
     finally:
         model.train(was_training)
+    removed = sum(round(pruner.reports[name].sparsity * size) for name, size in sizes.items())
     return PruneReport(
         matrices=[pruner.reports[name] for name in sizes],
         masks={name: pruner.masks[name] for name in sizes if name in pruner.masks},
-        sparsity=pruner.removed / sum(sizes.values()),
+        sparsity=removed / sum(sizes.values()),
         target_sparsity=sparsity,
         seconds=seconds,
         warnings=_warnings(targets, traces if allocation == "hutchinson" else None),

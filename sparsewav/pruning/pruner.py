@@ -91,7 +91,6 @@ class Pruner:
         self.keep_masks = keep_masks
         self.recovers = recovers
         self.masks: dict[str, Tensor] = {}
-        self.removed = 0
         self.reports: dict[str, MatrixReport] = {}
         self.recoveries: list[LayerRecovery] = []
         self.seconds = 0.0
@@ -161,7 +160,6 @@ class Pruner:
                     pruned: Any = (weight, self.masks.get(name), reports.get(name))
                     received, self.masks[name], reports[name] = processes.broadcast(pruned, owners[key])
                     weight.copy_(received)
-        self.removed += sum(round(reports[matrix.name].sparsity * matrix.size) for matrix in matrices)
         if not self.keep_masks:
             self.masks.clear()
         self.reports |= reports
