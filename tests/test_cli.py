@@ -14,14 +14,10 @@ import pandas
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
-from sparsewav.cli import _identifying
-from sparsewav.config import Config
 from sparsewav.files import conf_folder
-from sparsewav.validation import validate
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -356,15 +352,6 @@ def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, sma
     assert list(layers[0]["sparsity"]) == list(layers[1]["sparsity"])
 
 
-def test_the_folders_of_the_papers_runs_keep_their_names() -> None:
-    """The hash of a configuration without the later groups is the one from before there were any."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        settings = compose("config")
-        chosen = _identifying(settings)
-        assert not {"solver", "objective", "recovery"} & set(chosen)
-        assert _identifying(compose("config", ["solver=alps"]))["solver"]["name"] == "alps"
-
-
 def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
     run_sparsewav: Run, small: list[str], tmp_path: Path
 ) -> None:
@@ -479,40 +466,3 @@ def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], 
     assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
     assert (_folder(tmp_path) / "metrics.json").is_file()
     assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
-
-
-def _groups() -> list[Path]:
-    return [
-        path
-        for path in conf_folder().iterdir()
-        if path.is_dir() and path.name not in ("hydra", "architecture", "recipe")
-    ]
-
-
-def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
-    output = run_sparsewav("--help").stdout
-    groups = _groups()
-    assert len(groups) == 15
-    for group in groups:
-        for option in group.glob("*.yaml"):
-            assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"
-    assert "Worth copying" in output
-    assert "Worth copying" in run_sparsewav("--help", command="sparsewav-train").stdout
-
-
-def _options() -> list[str]:
-    return sorted(f"{group.name}={option.stem}" for group in _groups() for option in group.glob("*.yaml"))
-
-
-@pytest.mark.parametrize("option", _options())
-def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
-    extra = {
-        "data=librispeech_dir": ["data.root=/data"],
-        "sparsity=n_m": ["allocation=uniform"],
-        "objective=asymmetric": ["calibration.propagation=stepwise"],
-        "recovery=block": ["calibration.propagation=sequential"],
-    }.get(option, [])
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", [option, *extra]))
-    assert isinstance(config, Config)
-    validate(config)
