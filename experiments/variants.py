@@ -78,7 +78,6 @@ VARIANTS = (
     Variant("+ alps", ALPS, seconds=25.0),
     Variant("+ alps, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
     Variant("+ alps, closed form", (*ALPS, STEPWISE, "recovery=closed_form"), ablation=True, seconds=35.0),
-    Variant("+ alps, block recovery", (*ALPS, STEPWISE, "recovery=block"), ablation=True, seconds=105.0),
     Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
     Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
     Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
