@@ -32,7 +32,7 @@ ROWS = {
         "fithubert",
         "base",
         "a recogniser is the teacher; the time reduction has the activation of the other convolutions; a tenth of the "
-        "gradient reaches the front end, and gradients are clipped at 1 (the authors' code: all of it, and no clipping)",
+        "gradient reaches the front end, and gradients are clipped at 1 (the authors' code: all of it, none)",
     ),
     "12-Layer Half": Row("deep_vs_wide", "base", "a recogniser is the teacher"),
     "DPHuBERT": Row("dphubert", "base", "a recogniser is the teacher"),

@@ -10,6 +10,7 @@ from sparsewav.baselines import CompressionReport
 from sparsewav.config_methods import MagnitudeConfig
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.selection import lowest
 
 
 @torch.no_grad()
@@ -22,11 +23,9 @@ def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
     """
     matrices = prunable_matrices(model)
     magnitudes = torch.cat([matrix.weight.abs().flatten().float() for matrix in matrices])
-    order = magnitudes.argsort(stable=True)
-    keep = torch.ones_like(magnitudes, dtype=torch.bool)
-    keep[order[: round(sparsity * len(order))]] = False
-    for matrix, mask in zip(matrices, keep.split([matrix.size for matrix in matrices]), strict=True):
-        matrix.weight.masked_fill_(~mask.view_as(matrix.weight), 0.0)
+    removed = lowest(magnitudes, round(sparsity * len(magnitudes)))
+    for matrix, mask in zip(matrices, removed.split([matrix.size for matrix in matrices]), strict=True):
+        matrix.weight.masked_fill_(mask.view_as(matrix.weight), 0.0)
 
 
 def compress(
