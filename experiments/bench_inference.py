@@ -275,14 +275,16 @@ if sys.argv[2] != "dense":
 loaded = resident()
 with torch.inference_mode():
     model(torch.randn(1, 80_000))
-print(json.dumps({"libraries": start, "loaded": loaded, "peak": peak_memory(torch.device("cpu"))}))
+found = {"libraries": start, "loaded": loaded, "running": resident(), "peak": peak_memory(torch.device("cpu"))}
+print(json.dumps(found))
 """
 
 
 def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Resident memory in MiB: of Python and libraries, with the model loaded, and at most, 5 s of audio included.
+    """Resident memory in MiB: of Python and libraries, with the model loaded, after 5 s of audio, and at most.
 
-    On Linux. Models are loaded from dense checkpoints, one process for each figure.
+    On Linux, where a mapped checkpoint counts as far as it was read. Models are loaded from dense checkpoints, one
+    process for each figure.
     """
     rows: list[dict[str, Any]] = []
     for name in arguments.models:

@@ -217,6 +217,23 @@ def test_dense_weights_are_freed(tiny_model: Any) -> None:
 
 
 @pytest.mark.usefixtures("compiled", "always_faster")
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what is mapped can be read on Linux alone")
+def test_the_checkpoint_is_let_go_of(tiny_model: Any, tmp_path: Path) -> None:
+    """No tensor keeps the mapped file, and all of it, in memory once the dense weights are gone."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.9)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCTC.from_pretrained(tmp_path / "model")
+
+    def mapped() -> bool:
+        return str(tmp_path / "model") in Path("/proc/self/maps").read_text()
+
+    assert mapped(), "transformers maps checkpoints"
+    assert sparsewav.accelerate(loaded, frames=8).swapped
+    assert not mapped()
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
 def test_refusals(tiny_model: Any, noise_batch: Any) -> None:
     """What an accelerated model cannot do it says in a sentence."""
     model = tiny_model("wav2vec2")

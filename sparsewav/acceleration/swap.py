@@ -141,6 +141,8 @@ def accelerate(
     for matrix in matrices:
         timing = None if reasons[matrix.name] else timings[_bucket(matrix.weight)]
         rows.append(_swap(model, matrix, timing, reasons[matrix.name]))
+    if any(row.swapped for row in rows):
+        _leave_mapped_file(model)
     product = "CSR" if without_kernel else "kernel"
     return AccelerationReport(rows, counts, torch.get_num_threads(), product, without_kernel)
 
@@ -196,6 +198,12 @@ def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timing: Timing | None,
     matrix.module.weight = nn.Parameter(torch.empty(0))  # who still holds the module holds no memory
     model.set_submodule(matrix.name, sparse)
     return AcceleratedMatrix(matrix.name, rows, cols, share, True, "", timing.dense, timing.sparse)
+
+
+def _leave_mapped_file(model: PreTrainedModel) -> None:
+    """Copy what is left: as long as one tensor lies in a mapped checkpoint, all of that stays in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
 
 
 @torch.inference_mode()
