@@ -24,6 +24,9 @@ SWEEPS = (*OURS, *(sweep for sweep in baselines.SWEEPS if sweep.role == "base"))
 
 MEASURED = "figure6.csv"
 
+METHOD_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+"""Of the other methods: their points lie too close for names beside them."""
+
 
 def measure(scale: Scale) -> None:
     """Measure every model's file and forward pass, unless that is done; writes ``figure6.csv``.
@@ -131,28 +134,28 @@ def plot(path: Path, points: pandas.DataFrame) -> None:
         "cut or distilled": COLORS[1],
     }
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+        figure = Figure(figsize=(9.0, 4.4), layout="constrained")
         panels = (("megabytes", "Weights on disk, float16 (MB)"), ("milliseconds", "Time for a second of audio (ms)"))
         for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
             own = points[points["method"] == "sparsewav"].sort_values("megabytes")
             axes.plot(own[column], 100 * own["wer"], color=COLORS[0], zorder=2)
+            markers = iter(METHOD_MARKERS)
             for row in points.to_dict("records"):
                 kind = kinds.get(row["method"], "cut or distilled")
-                axes.plot(row[column], 100 * row["wer"], "o", color=colors[kind], label=kind, zorder=3)
-                axes.annotate(
-                    row["label"].removeprefix("SparseWAV, "),
-                    (row[column], 100 * row["wer"]),
-                    xytext=(5, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+                own_point = kind in ("dense", "SparseWAV")
+                marker, label_of = ("o", kind) if own_point else (next(markers), row["label"])
+                place = (row[column], 100 * row["wer"])
+                axes.plot(*place, marker, color=colors[kind], label=label_of, zorder=3, linestyle="none")
+                if kind == "SparseWAV":
+                    text = row["label"].removeprefix("SparseWAV, ")
+                    axes.annotate(text, place, xytext=(6, 2), textcoords="offset points", fontsize=8)
             axes.set_xlabel(label)
             axes.set_xlim(left=0, right=1.15 * points[column].max())
             logarithmic_wer(axes)
         figure.axes[0].set_ylabel("WER (%)")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4)
+        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4, fontsize=8)
         save(figure, path)
 
 
