@@ -171,6 +171,7 @@ def prune_matrices(
         stacked,
         hessian.to(dtype),
         removed,
+        all(keep is None for keep in keeps),
         rows,
         sparsities,
         method,
@@ -251,8 +252,10 @@ def _check(
 
 
 def _transpose(matrix: Tensor, out: Tensor) -> Tensor:
-    """Put a matrix, turned around, into another, strip by strip, so that it stays in the processor's cache."""
-    for start in range(0, len(matrix), 256):
+    """Put a matrix, turned around, into another."""
+    if out.is_contiguous() and matrix.is_contiguous():  # PyTorch does it in small squares then
+        return out.copy_(matrix.T)
+    for start in range(0, len(matrix), 256):  # strip by strip, so that it stays in the processor's cache
         strip = slice(start, start + 256)
         out[:, strip] = matrix[strip].T
     return out
@@ -274,12 +277,14 @@ class _Problem:
         weight: shape (cols, rows of all matrices); the solver's own copy.
         hessian: shape (cols, cols).
         removed: True where a mask in force removed a weight, shape (cols, rows).
+        untouched: no mask in force has removed anything.
         rows: of every matrix.
     """
 
     weight: Tensor
     hessian: Tensor
     removed: Tensor
+    untouched: bool
     rows: list[slice]
     sparsities: Sequence[float]
     method: Saliency
@@ -325,7 +330,7 @@ def _admm(
     """ALPS: the mask of ADMM, all weights of a matrix competing, and the kept weights solved exactly."""
     in_force = problem.removed
     quotas = [
-        int(_block_quotas(in_force[:, rows], live, sparsity, len(live)))
+        int(_block_quotas(in_force[:, rows], problem.untouched, live, sparsity, len(live)))
         for rows, sparsity in zip(problem.rows, problem.sparsities, strict=True)
     ]
     target = problem.weight if shift is None else problem.weight + shift
@@ -357,12 +362,13 @@ def _sweep(
     if problem.n_m:  # no group of m may lie in two blocks
         block_size = max(block_size // problem.n_m[1], 1) * problem.n_m[1]
     quotas = [
-        _block_quotas(removed[:, rows], live, sparsity, block_size)
+        _block_quotas(removed[:, rows], problem.untouched, live, sparsity, block_size)
         for rows, sparsity in zip(problem.rows, problem.sparsities, strict=True)
     ]
-    if not live.all():
+    all_live = bool(live.all())
+    if not all_live:
         dense[~live], removed[~live] = 0, True
-    fresh = not removed.any()
+    fresh = problem.untouched and all_live
     chosen = None if problem.compared_within == "block" else _lowest_before(problem, dense, live, factor, quotas)
     if chosen is not None:
         quotas = [_counts_of_blocks(marked & live[:, None], block_size) for marked in chosen]
@@ -450,10 +456,10 @@ def _remove(block: Tensor, upper: Tensor, removed: Tensor) -> Tensor:
     return errors
 
 
-def _block_quotas(removed: Tensor, live: Tensor, sparsity: float, block_size: int) -> Tensor:
+def _block_quotas(removed: Tensor, untouched: bool, live: Tensor, sparsity: float, block_size: int) -> Tensor:
     """How many weights of one matrix (cols, rows) every block of columns loses, dead columns left out of the count."""
     sizes = torch.stack([part.sum() for part in live.split(block_size)]) * removed.shape[1]
-    counts = removed.sum(1) * live if removed.any() else torch.zeros_like(live, dtype=torch.int64)
+    counts = torch.zeros_like(live, dtype=torch.int64) if untouched else removed.sum(1) * live
     already = torch.stack([part.sum() for part in counts.split(block_size)])
     return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
 
