@@ -39,12 +39,12 @@ def wanda(block: Block) -> Tensor:
 
 def obs(block: Block) -> Tensor:
     """w² / [H⁻¹]_pp (eq. 1 of the paper); (rows, block)."""
-    return block.weight.square() / block.inverse_diagonal
+    return block.weight.square().div_(block.inverse_diagonal)
 
 
 def obs_first_order(block: Block) -> Tensor:
     """|w G| + w² / [H⁻¹]_pp (eq. 3 of the paper); (rows, block)."""
-    return (block.weight * block.gradient()).abs() + obs(block)
+    return (block.weight * block.gradient()).abs_().add_(obs(block))
 
 
 @dataclass(frozen=True)
