@@ -76,14 +76,16 @@ def _measured(chosen: pandas.DataFrame, ours: float) -> dict[str, str]:
     """The cells of one method's runs on one model."""
     compression = chosen["compression"].iloc[0]
     seconds = pandas.DataFrame(list(chosen["seconds"]))
+    ratio = chosen["prune"].mean() / ours
     cells = {
         "Our model": chosen["model"].iloc[0],
         "Our seconds": mean_and_deviation(chosen["prune"], 1),
-        "Times as long as ours": f"{chosen['prune'].mean() / ours:.1f}",
+        "Times as long as ours": f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}",
         "Runs": str(len(chosen)),
     }
     if isinstance(compression, dict):
-        return cells | {"Updates": f"{compression['updates']:,} x {compression['batch_size']}"}
+        updates, batch_size = compression["updates"], compression["batch_size"]
+        return cells | {"Updates": f"{updates:,} x {batch_size}" if updates else "none"}
     return cells | {f"of it {piece}": f"{seconds[piece].mean():.1f}" for piece in ("calibrate", "allocate", "solve")}
 
 
