@@ -57,7 +57,7 @@ def make(scale: Scale) -> Result:
     ]
     notes = [
         describe(runs, scale),
-        f"{runs['threads'].iloc[0]} threads; {ours['n_calibration_utterances'].iloc[0]} calibration utterances; whole "
+        f"Threads: {runs['threads'].iloc[0]}; {ours['n_calibration_utterances'].iloc[0]} calibration utterances; whole "
         "stages of runs that took nothing from the cache, one after the other. Times as long: against ours on the same "
         "model, measured in these runs.",
         f"Large over base, of one sweep on one machine: {means['large'] / means['base']:.2f} "
