@@ -21,7 +21,7 @@ from sparsewav.records import count_parameters, device_name
 from sparsewav.storage import export
 
 AUDIO = 10  # seconds
-ROUNDS = 7
+ROUNDS = 15
 
 
 def measure_models(dense_model: str, runs: list[Path]) -> pandas.DataFrame:
@@ -37,7 +37,7 @@ def measure_models(dense_model: str, runs: list[Path]) -> pandas.DataFrame:
     Returns:
         A row a model, the dense one first. Columns run; megabytes on disk, in float16, in bitmask format where weights
         were removed; milliseconds for a second of audio; milliseconds_dense, the dense model's in the same turns;
-        faster, how many times; swapped, matrices that multiply sparse; and what it was measured with.
+        faster, how many times in these; swapped, matrices that multiply sparse; and what it was measured with.
 
     Raises:
         UserError: a run has no model.

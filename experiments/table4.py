@@ -75,7 +75,8 @@ def _what_did_not_help(differences: list[dict[str, object]]) -> list[str]:
     names = [name for name in dict.fromkeys(frame["method"]) if name not in better]
     if not names:
         return []
-    listed = "; ".join(f"{name} (worse at {worse.get(name, 0)} of {frame['sparsity'].nunique()})" for name in names)
+    run = frame.groupby("method").size()
+    listed = "; ".join(f"{name} (worse at {worse.get(name, 0)} of {run[name]})" for name in names)
     return [f"Did not help, at no sparsity better than the first row with the interval below zero: {listed}."]
 
 

@@ -285,7 +285,7 @@ def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(model_folder
     sizes = pandas.read_csv(tmp_path / "figure6.csv", index_col="run")["megabytes"].set_axis(rows.index)
     assert sizes["SparseWAV, 90%"] < sizes["SparseWAV, 85%"] < sizes["SparseWAV, 70%"] < sizes["dense"]
     assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
-    assert (rows["Times faster than dense"].astype(float) > 0).all()
+    assert (rows["Times faster"].astype(float) > 0).all()
     assert (tmp_path / "figure6.png").is_file()
     before = (tmp_path / "figure6.csv").read_bytes()
     figure6.measure(scale)
