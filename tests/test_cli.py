@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
+import sparsewav.cli  # noqa: F401  (registers the schemas)
 from sparsewav.files import conf_folder
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
