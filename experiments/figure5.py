@@ -10,7 +10,7 @@ from experiments.variants import VARIANTS
 from sparsewav.files import write_file
 
 SHOWN = tuple(variant for variant in VARIANTS if variant.figure)
-SWEEPS = (*(variant.one_shot for variant in SHOWN), *(variant.tuned for variant in SHOWN if variant.tunes))
+SWEEPS = tuple(sweep for variant in SHOWN for sweep in (variant.one_shot, variant.tuned))
 
 
 def make(scale: Scale) -> Result:
@@ -22,8 +22,7 @@ def make(scale: Scale) -> Result:
     runs = read(SWEEPS, scale)
     curves = []
     for color, variant in enumerate(SHOWN):
-        kinds = [(variant.one_shot, "one-shot"), *([(variant.tuned, "tuned")] if variant.tunes else [])]
-        for sweep, kind in kinds:
+        for sweep, kind in ((variant.one_shot, "one-shot"), (variant.tuned, "tuned")):
             own = read([sweep], scale)
             dense = own["wer_dense"].iloc[0]
             curves.append(Curve(f"{variant.figure}, {kind}", points_of(own), dense, color, kind == "tuned"))

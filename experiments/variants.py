@@ -27,7 +27,6 @@ class Variant:
         settings: that differ from the default configuration.
         ablation: it runs at two sparsities alone: it shows what a part is worth, or takes minutes a run.
         figure: label in Figure 5; None to leave it out there.
-        tunes: Figure 5 has it with tuning, too.
         note: what was found of it, for the notes below the table.
         seconds: of a run at demo scale, where it takes longer than the paper's method.
     """
@@ -36,7 +35,6 @@ class Variant:
     settings: tuple[str, ...]
     ablation: bool = False
     figure: str | None = None
-    tunes: bool = False
     note: str | None = None
     seconds: float | None = None
 
@@ -71,7 +69,7 @@ BEST = (
 """What ``conf/experiment/best.yaml`` sets."""
 
 VARIANTS = (
-    Variant("the paper's method, exact budget", EXACT, figure="the paper's method", tunes=True),
+    Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
     Variant("the paper's method as it is", ()),
     Variant("+ saliency compared within matrices", (*EXACT, "saliency.compared_within=matrix"), ablation=True),
     Variant("+ stepwise, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
@@ -84,7 +82,7 @@ VARIANTS = (
     Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
     Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
     Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
-    Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", tunes=True, seconds=50.0),
+    Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=50.0),
     Variant("best", BEST, ablation=True, seconds=230.0),
 )
 """The first one is what the others are compared with; those with a + add to it."""
