@@ -10,6 +10,11 @@ from sparsewav.baselines import METHODS
 DEMO = ("training.epochs=0.08",)
 """Half the demo's tuning, for every method and for ours."""
 
+SHORT = ("l0_finetune", "magnitude", "parp", "parp_p")
+"""Methods of which a run takes minutes at demo scale: three seeds there, as of ours."""
+
+THREE_SEEDS = ('hydra.sweeper.params.seed="0,1,2"',)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,7 +53,8 @@ ROWS = {
 
 def sweep_of(method: str, role: str) -> Sweep:
     """The runs of one method on one model."""
-    return Sweep("baseline", role, demo=DEMO, both=(f"method={method}",))
+    demo = (*DEMO, *THREE_SEEDS) if method in SHORT else DEMO
+    return Sweep("baseline", role, demo=demo, both=(f"method={method}",))
 
 
 def registered() -> dict[str, Row]:

@@ -7,6 +7,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from experiments import baselines, table2
+from experiments.estimate import typed
 from experiments.plots import COLORS, STYLE, logarithmic_wer, save
 from experiments.results import Item, Result, describe
 from experiments.sweeps import Job, Scale, Sweep, jobs, read
@@ -39,14 +40,15 @@ def measure(scale: Scale) -> None:
     from experiments.size_and_speed import measure_models  # here, so that --help does not wait for PyTorch
 
     found = _jobs(scale)
-    table = measure_models(found[0].config.model.name_or_path, [job.folder for job in found])
+    table = measure_models(typed(found[0].config).model, [job.folder for job in found])
     methods = ["dense", *(job.config.method.name for job in found)]
     with write_file(scale.folder / MEASURED) as temporary:
         table.assign(method=methods).to_csv(temporary, index=False)
 
 
 def _jobs(scale: Scale) -> list[Job]:
-    return [job for sweep in SWEEPS for job in jobs(sweep, scale)]
+    """The first seed's run of every method."""
+    return [jobs(sweep, scale)[0] for sweep in SWEEPS]
 
 
 def _measurement(scale: Scale) -> pandas.DataFrame | None:
@@ -67,7 +69,7 @@ def make(scale: Scale) -> Result:
     Raises:
         UserError: a run or the measurement is missing.
     """
-    runs = read(SWEEPS, scale)
+    runs = pandas.concat([read([sweep], scale).iloc[:1] for sweep in SWEEPS], ignore_index=True)
     measured = _measurement(scale)
     if measured is None:
         raise UserError(f"the models are not measured; measure them: ./reproduce.sh {scale.name} figure6")

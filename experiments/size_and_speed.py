@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import sparsewav
 from sparsewav.acceleration.timing import in_turns
+from sparsewav.config import ModelConfig
 from sparsewav.errors import UserError
-from sparsewav.models import load_speech_model
+from sparsewav.models import load_chosen_model
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.records import count_parameters, device_name
 from sparsewav.storage import export
@@ -24,14 +25,14 @@ AUDIO = 10  # seconds
 ROUNDS = 15
 
 
-def measure_models(dense_model: str, runs: list[Path]) -> pandas.DataFrame:
+def measure_models(dense_model: ModelConfig, runs: list[Path]) -> pandas.DataFrame:
     """Measure the models of runs, and the dense one that they come from.
 
     Each model, accelerated if weights were removed from it, and the dense one take turns on the CPU with ten seconds of
     noise.
 
     Args:
-        dense_model: its folder or name.
+        dense_model: where it comes from.
         runs: their folders.
 
     Returns:
@@ -47,7 +48,7 @@ def measure_models(dense_model: str, runs: list[Path]) -> pandas.DataFrame:
             raise UserError(f"{run} has no model; run it again with save_model=true force=true")
     quieten_libraries()
     audio = torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
-    dense = load_speech_model(dense_model).model
+    dense = load_chosen_model(dense_model).model
     rows = []
     with stage(Console(), "Measuring size and speed") as progress:
         for done, run in enumerate(runs, start=1):
@@ -55,7 +56,7 @@ def measure_models(dense_model: str, runs: list[Path]) -> pandas.DataFrame:
             progress(done, len(runs))
     table = pandas.DataFrame(rows)
     first = {
-        "run": dense_model,
+        "run": dense_model.source,
         "megabytes": _megabytes(dense, "dense"),
         "milliseconds": table["milliseconds_dense"].median(),
         "milliseconds_dense": table["milliseconds_dense"].median(),

@@ -1,6 +1,7 @@
 """The sweeps behind the tables and figures: which runs they have, which are missing, and how they are launched."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -85,7 +86,7 @@ class Sweep:
 
     def command(self, scale: Scale) -> str:
         """The command, to be typed."""
-        return " ".join(["sparsewav", *self.arguments(scale)])
+        return shlex.join(["sparsewav", *self.arguments(scale)])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from experiments.results import Item, Result, describe, paper
 from experiments.sweeps import Scale, Sweep, read
 from experiments.tables import mean_and_deviation, write_table
 
-OURS = tuple(Sweep("compression", role, demo=baselines.DEMO) for role in ("base", "wavlm", "hubert"))
+OURS = tuple(
+    Sweep("compression", role, demo=(*baselines.DEMO, *baselines.THREE_SEEDS)) for role in ("base", "wavlm", "hubert")
+)
 SWEEPS = (*OURS, *baselines.SWEEPS)
 
 DENSE = {"wav2vec2 Base": "base", "HuBERT Base": "hubert", "WavLM Base+": "wavlm"}

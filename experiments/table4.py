@@ -51,7 +51,7 @@ def make(scale: Scale) -> Result:
         f"Dense WER {100 * runs['wer_dense'].iloc[0]:.2f} %. WER as mean ± standard deviation over the calibration "
         "seeds; in brackets the difference to the first row in points, and its 95 % interval over "
         f"{RESAMPLES:,} bootstrap samples of the utterances, edits averaged over the seeds.",
-        "A dash: what shows the worth of a part, or takes minutes a run, was run at 75 and 85 % alone.",
+        "A dash: what shows the worth of a part was run at 75 and 85 % alone.",
         "Every method prunes the same model with the same calibration sets; layer error: mean over the matrices of "
         "||WX − ŴX||² / ||WX||² on the calibration set.",
         "Seconds: calibration, allocation and solving, those of pieces out of the cache included.",

@@ -25,7 +25,7 @@ class Variant:
     Attributes:
         name: of its row.
         settings: that differ from the default configuration.
-        ablation: it runs at two sparsities alone: it shows what a part is worth, or takes minutes a run.
+        ablation: it shows what a part is worth, and runs at two sparsities alone.
         figure: label in Figure 5; None to leave it out there.
         note: what was found of it, for the notes below the table.
         seconds: of a run at demo scale, where it takes longer than the paper's method.
@@ -51,13 +51,8 @@ class Variant:
 ALPS = (*EXACT, "solver=alps")
 STEPWISE = "calibration.propagation=stepwise"
 ASYMMETRIC = (STEPWISE, "objective=asymmetric")
-BEST_ONESHOT = (
-    "solver=alps",
-    "allocation=uniform",
-    "calibration.propagation=sequential",
-    "recovery=block",
-    "recovery.steps=50",
-)
+BLOCK = ("calibration.propagation=sequential", "recovery=block", "recovery.steps=50")
+BEST_ONESHOT = ("solver=alps", "allocation=uniform", *BLOCK)
 """What ``conf/experiment/best_oneshot.yaml`` sets."""
 BEST = (
     "solver=alps",
@@ -74,6 +69,7 @@ VARIANTS = (
     Variant("+ saliency compared within matrices", (*EXACT, "saliency.compared_within=matrix"), ablation=True),
     Variant("+ stepwise, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
     Variant("+ stepwise, asymmetric, saliency obs", (*EXACT, *ASYMMETRIC, "saliency=obs"), ablation=True, seconds=15.0),
+    Variant("+ sequential, block recovery", (*EXACT, *BLOCK), ablation=True, seconds=45.0),
     Variant("+ obs_refit", (*EXACT, "solver=obs_refit"), ablation=True),
     Variant("+ alps", ALPS, seconds=25.0),
     Variant("+ alps, stepwise, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
@@ -82,8 +78,11 @@ VARIANTS = (
     Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
     Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
     Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
+    Variant(
+        "alps, search", ("solver=alps", "allocation=search", "allocation.evaluations=150"), ablation=True, seconds=140.0
+    ),
     Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=50.0),
-    Variant("best", BEST, ablation=True, seconds=230.0),
+    Variant("best", BEST, figure="best", seconds=230.0),
 )
 """The first one is what the others are compared with; those with a + add to it."""
 

@@ -24,6 +24,7 @@ from transformers import (
 
 import sparsewav.fithubert_model
 import sparsewav.uneven  # noqa: F401  (the same)
+from sparsewav.config import ModelConfig
 from sparsewav.errors import UserError
 from sparsewav.fairseq import converted_folder
 from sparsewav.files import cache_folder, conf_folder, locked
@@ -171,6 +172,17 @@ def load_fairseq_model(
     speech = load_speech_model(str(converted_folder(checkpoint)), dtype, device)
     speech.name = Path(checkpoint).stem
     return speech
+
+
+def load_chosen_model(settings: ModelConfig, device: torch.device | str = "cpu") -> SpeechModel:
+    """Load what the settings name: fairseq's file, if there is one, and else the folder or name.
+
+    Raises:
+        UserError: as :func:`load_fairseq_model` or :func:`load_speech_model`.
+    """
+    if settings.fairseq_checkpoint:
+        return load_fairseq_model(settings.fairseq_checkpoint, device=device)
+    return load_speech_model(settings.name_or_path, device=device)
 
 
 def load_pretrained(

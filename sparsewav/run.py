@@ -39,7 +39,7 @@ from sparsewav.finetune.masks import masks_of
 from sparsewav.finetune.processes import train_masked_in_processes
 from sparsewav.finetune.strategies import Stage, plan_stages
 from sparsewav.finetune.trainer import choose_precision, train_ctc, write_training_log
-from sparsewav.models import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
+from sparsewav.models import SpeechModel, choose_device, load_chosen_model, load_speech_model, locate_model
 from sparsewav.progress import stage
 from sparsewav.pruning import PruneReport, processes, prune
 from sparsewav.pruning.encoder import prunable_matrices
@@ -85,10 +85,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     if not ours:
         flow.check(config)
     with stage(console, f"Loading {config.model.source}"):
-        if config.model.fairseq_checkpoint:
-            speech = load_fairseq_model(config.model.fairseq_checkpoint, device=device)
-        else:
-            speech = load_speech_model(config.model.name_or_path, device=device)
+        speech = load_chosen_model(config.model, device)
     evaluation, calibration, training = _utterances(config, speech)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, UniSpeechConfig, UniSpeechForCTC, Wav2
 
 import sparsewav
 from sparsewav.errors import UserError
-from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrix
+from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrix, pruner
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
@@ -167,6 +167,38 @@ def test_every_matrix_is_what_the_solver_makes_of_it(tiny_model: Factory, batche
         )
         assert torch.equal(report.masks[row.name], expected.keep)
         torch.testing.assert_close(model.get_submodule(row.name).weight.detach(), expected.weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("propagation", "room", "calls"), [("parallel", 2**31, 2), ("sequential", 2**31, 4), ("parallel", 0, 8)]
+)
+def test_matrices_in_step_as_on_a_gpu(
+    propagation: str,
+    room: int,
+    calls: int,
+    tiny_model: Factory,
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs of one width are solved by one call, with as many as memory has room for; the model is the same."""
+    model = tiny_model("wav2vec2")
+    alone = copy.deepcopy(model)
+    one_by_one = sparsewav.prune(alone, batches, 0.6, propagation=propagation)
+    prune_groups, groups_of_calls = pruner.prune_groups, []
+
+    def counted(groups: list, **options: Any) -> Any:
+        groups_of_calls.append(len(groups))
+        return prune_groups(groups, **options)
+
+    monkeypatch.setattr(pruner, "IN_STEP_ON", ("cpu",))
+    monkeypatch.setattr(pruner, "IN_STEP_BYTES", room)
+    monkeypatch.setattr(pruner, "prune_groups", counted)
+    in_step = sparsewav.prune(model, batches, 0.6, propagation=propagation)
+    assert (len(groups_of_calls), sum(groups_of_calls)) == (calls, 8)
+    assert [report.sparsity for report in in_step.matrices] == [report.sparsity for report in one_by_one.matrices]
+    for mine, other in zip(prunable_matrices(model), prunable_matrices(alone), strict=True):
+        assert torch.equal(in_step.masks[mine.name], one_by_one.masks[mine.name])
+        torch.testing.assert_close(mine.weight, other.weight, rtol=0, atol=1e-5)
 
 
 def test_hutchinson_spares_the_sensitive(tiny_model: Factory, batches: list[Batch]) -> None:

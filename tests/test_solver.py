@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsewav.errors import UserError
 from sparsewav.pruning.saliency import SALIENCIES
 from sparsewav.pruning.selection import group_quotas
-from sparsewav.pruning.solver import prune_matrices, prune_matrix
+from sparsewav.pruning.solver import MatrixGroup, prune_groups, prune_matrices, prune_matrix
 
 UPDATING = ("obs", "obs_first_order")
 
@@ -180,6 +180,42 @@ def test_stacked_matrices_equal_one_at_a_time(saliency: str) -> None:
         torch.testing.assert_close(stacked.weight, alone.weight, rtol=0, atol=1e-12)
         if alone.increments is not None:
             torch.testing.assert_close(stacked.increments, alone.increments, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_m": (2, 4)},
+        {"compared_within": "block_quotas"},
+        {"compared_within": "matrix"},
+        {"solver": "obs_refit"},
+        {"solver": "alps"},
+    ],
+    ids=str,
+)
+def test_groups_in_step_equal_one_at_a_time(saliency: str, options: dict) -> None:
+    """Different Hessians of one width, different heights, a mask, a drift and dead inputs: each as if solved alone."""
+    if saliency not in UPDATING and not {"solver", "compared_within"}.isdisjoint(options):
+        pytest.skip("goes with weight updates alone")
+    groups = []
+    for seed, (heights, dead) in enumerate([((4, 6), ()), ((9,), (2, 70)), ((3,), ())]):
+        hessian = problem(1, 72, seed=seed, dead=dead)[1]
+        weights = [problem(height, 72, seed=10 * seed + height)[0] for height in heights]
+        sparsities = [0.5] * len(weights) if "n_m" in options else [0.4 + 0.1 * height / 3 for height in heights]
+        keeps = [random_mask(len(weight), 72, 20) if seed == 2 else None for weight in weights]
+        drift = 0.1 * problem(1, 72, seed=7)[1] if seed == 0 and saliency in UPDATING else None
+        groups.append(MatrixGroup(weights, hessian, sparsities, keeps, drift, [f"{seed}-{i}" for i in heights]))
+    together = prune_groups(groups, saliency=saliency, block_size=40, **options)
+    for group, in_step in zip(groups, together, strict=True):
+        for pruned, alone in zip(
+            in_step, prune_groups([group], saliency=saliency, block_size=40, **options)[0], strict=True
+        ):
+            assert torch.equal(pruned.keep, alone.keep)
+            torch.testing.assert_close(pruned.weight, alone.weight, rtol=0, atol=1e-9)  # conjugate gradients stop early
+            if alone.increments is not None:
+                torch.testing.assert_close(pruned.increments, alone.increments, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("saliency", SALIENCIES)

@@ -17,6 +17,7 @@ from sparsewav import streaming
 from sparsewav.errors import UserError
 from sparsewav.pruning import estimate_traces, pruner
 from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.pruning.solver import MatrixGroup
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -98,23 +99,23 @@ def test_a_killed_pruning_goes_on_to_the_same_bytes(
     tiny_model("wavlm", num_hidden_layers=LAYERS).to(dtype).save_pretrained(source)
     whole = sparsewav.prune_folder(source, tmp_path / "whole", batches, 0.6)
     solved: list[str] = []
-    prune_matrices = pruner.prune_matrices
+    prune_groups = pruner.prune_groups
 
-    def until_killed(*arguments: Any, names: list[str], **options: Any) -> Any:
-        solved.extend(names)
-        if any(".layers.2." in name for name in names):
+    def until_killed(groups: list[MatrixGroup], **options: Any) -> Any:
+        solved.extend(name for group in groups for name in group.names)
+        if any(".layers.2." in name for name in solved):
             raise KeyboardInterrupt
-        return prune_matrices(*arguments, names=names, **options)
+        return prune_groups(groups, **options)
 
-    def count(*arguments: Any, names: list[str], **options: Any) -> Any:
-        solved.extend(names)
-        return prune_matrices(*arguments, names=names, **options)
+    def count(groups: list[MatrixGroup], **options: Any) -> Any:
+        solved.extend(name for group in groups for name in group.names)
+        return prune_groups(groups, **options)
 
     def kill() -> None:
-        monkeypatch.setattr(pruner, "prune_matrices", until_killed)
+        monkeypatch.setattr(pruner, "prune_groups", until_killed)
         with pytest.raises(KeyboardInterrupt):
             sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
-        monkeypatch.setattr(pruner, "prune_matrices", count)
+        monkeypatch.setattr(pruner, "prune_groups", count)
         solved.clear()
 
     kill()

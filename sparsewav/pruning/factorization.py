@@ -22,7 +22,7 @@ BLOCK = 256
 """Columns that are factored together; the rest of the work is products, which run at the machine's full speed."""
 
 
-def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tuple[Tensor, float]:
+def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str, number: int = 0) -> tuple[Tensor, float]:
     """Give R and the λ that it took.
 
     Args:
@@ -30,6 +30,7 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
         live: inputs that are ever other than zero, shape (cols,).
         percdamp: λ as a share of the mean diagonal over live inputs.
         name: of the matrix, for messages.
+        number: of the memory that R takes; the next call with the same number takes it again.
 
     Returns:
         R, shape (cols, cols), of which only the upper triangle holds numbers that mean something; and λ.
@@ -40,7 +41,7 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
     mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
     damping = percdamp * mean
     for attempt in range(DAMPING_ATTEMPTS + 1):
-        damped = damp(_upper_blocks(hessian), live, damping)
+        damped = damp(_upper_blocks(hessian, number), live, damping)
         if _factor_in_place(damped):
             return damped, damping
         if attempt < DAMPING_ATTEMPTS:
@@ -52,9 +53,9 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str) -> tupl
     )
 
 
-def _upper_blocks(matrix: Tensor) -> Tensor:
+def _upper_blocks(matrix: Tensor, number: int) -> Tensor:
     """Copy what lies above the diagonal, and the blocks on it; the rest of the memory is not touched."""
-    copy = workspace("factor", matrix.shape, matrix)
+    copy = workspace(f"factor {number}", matrix.shape, matrix)
     for start in range(0, len(matrix), BLOCK):
         copy[start : start + BLOCK, start:] = matrix[start : start + BLOCK, start:]
     return copy

@@ -14,7 +14,13 @@ from sparsewav.pruning.calibration import Calibration
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.recovery import LayerRecovery
 from sparsewav.pruning.sensitivity import Trace
-from sparsewav.pruning.solver import PrunedMatrix, prune_matrices
+from sparsewav.pruning.solver import MatrixGroup, PrunedMatrix, prune_groups
+
+IN_STEP_ON = ("cuda",)
+"""Types of device on which matrices of equally wide inputs are pruned together."""
+
+IN_STEP_BYTES = 2 * 2**30
+"""What they may take, all in all."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +104,21 @@ class Pruner:
         self._to_recover: list[tuple[PrunableMatrix, Tensor, _Inputs]] = []  # with the dense weights
 
     def prune_group(
-        self,
-        matrices: list[PrunableMatrix],
-        hessian: Tensor,
-        sparsities: list[float],
-        drift: Tensor | None = None,
+        self, matrices: list[PrunableMatrix], hessian: Tensor, sparsities: list[float]
     ) -> list[PrunedMatrix]:
         """Prune matrices that read the same input, each to its own sparsity; the model is left as it is."""
-        return prune_matrices(
-            [matrix.weight for matrix in matrices],
-            hessian,
-            sparsities,
+        return prune_groups([self._group(matrices, hessian, sparsities, None)], **self.solving)[0]
+
+    def _group(
+        self, matrices: list[PrunableMatrix], hessian: Tensor, sparsities: list[float], drift: Tensor | None
+    ) -> MatrixGroup:
+        return MatrixGroup(
+            weights=[matrix.weight for matrix in matrices],
+            hessian=hessian,
+            sparsities=sparsities,
             keeps=[self.masks_in_force.get(matrix.name) for matrix in matrices],
-            drift=drift,
+            drift=None if drift is None or self.drift_strength is None else self.drift_strength * drift,
             names=[matrix.name for matrix in matrices],
-            **self.solving,
         )
 
     @torch.no_grad()
@@ -137,20 +143,23 @@ class Pruner:
                 found = _inputs_of(calibration, calibration.reads[matrix.name])
                 self._to_recover.append((matrix, matrix.weight.detach().clone(), found))
         with processes.together():
-            for key, names in groups.items():
-                if owners[key] != processes.rank():
-                    continue
-                inputs = _inputs_of(calibration, key)
-                results = self.prune_group(
-                    [by_name[name] for name in names],
-                    inputs.hessian,
-                    [self.targets[name] for name in names],
-                    None if self.drift_strength is None else self.drift_strength * calibration.drifts[key],
-                )
-                for name, result in zip(names, results, strict=True):
-                    reports[name] = self._report(by_name[name], result, inputs)
-                    by_name[name].weight.data.copy_(result.weight)
-                    self.masks[name] = result.keep
+            own = {
+                key: [by_name[name] for name in names]
+                for key, names in groups.items()
+                if owners[key] == processes.rank()
+            }
+            for batch in _in_step(own):
+                inputs = [_inputs_of(calibration, key) for key in batch]
+                asked = [
+                    self._group(own[key], given.hessian, [self.targets[item.name] for item in own[key]], given.drift)
+                    for key, given in zip(batch, inputs, strict=True)
+                ]
+                pruned_groups = prune_groups(asked, **self.solving)
+                for key, given, results in zip(batch, inputs, pruned_groups, strict=True):
+                    for matrix, result in zip(own[key], results, strict=True):
+                        reports[matrix.name] = self._report(matrix, result, given)
+                        matrix.weight.data.copy_(result.weight)
+                        self.masks[matrix.name] = result.keep
                 if progress:
                     progress(len(reports), len(matrices))
         if processes.world() > 1:
@@ -190,6 +199,26 @@ class Pruner:
             sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
             relative_error=_error(dense, pruned, inputs) / max(inputs.error(dense, torch.zeros_like(dense)), 1e-30),
         )
+
+
+def _in_step(groups: Mapping[str, list[PrunableMatrix]]) -> list[list[str]]:
+    """Which groups of matrices with the same input are solved together: those of one width, as memory allows.
+
+    The sweep of one group has hundreds of small steps that follow on one another, which is how a GPU is kept waiting.
+    """
+    batches: list[list[str]] = []
+    open_batches: dict[int, tuple[list[str], float]] = {}  # by width, with the bytes taken
+    for key, matrices in groups.items():
+        weight = matrices[0].weight
+        cols, size = weight.shape[1], sum(matrix.size for matrix in matrices)
+        needed = 4 * (2 * cols**2 + 6 * size)  # the factor and its blocks; weights, scores, what is left, and masks
+        batch, taken = open_batches.get(cols, ([], float("inf")))
+        if weight.device.type not in IN_STEP_ON or taken + needed > IN_STEP_BYTES:
+            batch, taken = [], 0.0
+            batches.append(batch)
+        batch.append(key)
+        open_batches[cols] = (batch, taken + needed)
+    return batches
 
 
 def _inputs_of(calibration: Calibration, key: str) -> _Inputs:

@@ -100,3 +100,22 @@ def n_of_m(scores: Tensor, keep: Tensor, n: int, m: int) -> Tensor:
     groups, kept = scores.reshape(-1, m), keep.reshape(-1, m)
     quotas = torch.full((len(groups),), m - n)
     return (~lowest_of_rows(groups, kept, quotas) & kept).reshape(scores.shape)
+
+
+def block_quotas(removed: Tensor, untouched: bool, live: Tensor, sparsity: float, block_size: int) -> Tensor:
+    """How many weights of one matrix (cols, rows) every block of columns loses, dead columns left out of the count."""
+    sizes = torch.stack([part.sum() for part in live.split(block_size)]) * removed.shape[1]
+    counts = torch.zeros_like(live, dtype=torch.int64) if untouched else removed.sum(1) * live
+    already = torch.stack([part.sum() for part in counts.split(block_size)])
+    return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
+
+
+def counts_of_blocks(marked: Tensor, block_size: int) -> Tensor:
+    """How many weights of every block of columns are marked (cols, rows)."""
+    return torch.stack([part.sum() for part in marked.split(block_size)])
+
+
+def mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
+    """Let ``removed`` have exactly ``quota`` of the live columns' weights, its own first; all (block, rows)."""
+    scores = scores.masked_fill(removed, float("-inf")).masked_fill(~live[:, None], float("inf"))
+    removed |= lowest(scores, quota)
