@@ -239,6 +239,9 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert {row.method for row in ROWS.values()} >= set(METHODS), "every method has a row"
     assert compression["Our WER %"].notna().sum() == 6 + sum(row.method in METHODS for row in ROWS.values())
     assert compression.loc["SparseWAV2VEC2", "Our params (M)"] == 0.8
+    spread = 100 * (better.get("base", 0.05) + 0.05 + 0.85**6 * 1.1), 100 * 0.1 * 0.85**6
+    for method in ("SparseWAV2VEC2", "PARP"):
+        assert compression.loc[method, "Our WER %"] == f"{spread[0]:.2f} ± {spread[1]:.2f}", "three short runs"
     timing = pandas.read_csv(tmp_path / "table3.csv")
     ours = timing[timing["Method"] == "SparseWAV"]
     assert ours["Our seconds"].tolist() == ["6.0 ± 0.0"] * 2
@@ -254,7 +257,11 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
     assert "Did not help" in (tmp_path / "table4.md").read_text()
     curves = pandas.read_csv(tmp_path / "figure5.csv")["curve"].unique().tolist()
-    assert curves[:2] == ["the paper's method, one-shot", "the paper's method, tuned"]
+    assert curves == [
+        f"{method}, {kind}"
+        for method in ("the paper's method", "best_oneshot", "best")
+        for kind in ("one-shot", "tuned")
+    ]
 
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', page) == items

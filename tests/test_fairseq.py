@@ -20,9 +20,10 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCTC, PreTrainedModel
 
+from sparsewav.config import ModelConfig
 from sparsewav.errors import UserError
 from sparsewav.fairseq import converted_folder
-from sparsewav.models import load_fairseq_model
+from sparsewav.models import load_chosen_model, load_fairseq_model
 
 Make = Callable[..., PreTrainedModel]
 
@@ -174,7 +175,7 @@ def _save(checkpoint: dict[str, Any], path: Path, **options: Any) -> str:
 
 
 def _assert_same(path: str, model: PreTrainedModel) -> None:
-    speech = load_fairseq_model(path)
+    speech = load_chosen_model(ModelConfig(name_or_path="counts for nothing", fairseq_checkpoint=path))
     assert speech.name == Path(path).stem
     assert type(speech.model) is type(model)
     expected, got = model.state_dict(), speech.model.state_dict()
