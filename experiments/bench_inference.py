@@ -225,15 +225,19 @@ def speedups(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def markdown(overview: pandas.DataFrame) -> str:
-    """A table of :func:`speedups`."""
-    text = overview.copy()
-    for column in ("dense", "accelerated"):
-        text[column] = text[column].map("{:.4f}".format)
-    for column in ("whole x", "transformer x"):
-        text[column] = text[column].map("{:.2f}".format)
-    text["sparsity"] = text["sparsity"].map("{:.0%}".format)
-    lines = [list(text.columns), ["---"] * len(text.columns), *text.astype(str).to_numpy().tolist()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """A table of :func:`speedups`: a row for every model, number of threads and case, a column for every sparsity."""
+    sparsities = sorted(overview["sparsity"].unique())
+    head = ["model", "threads", "audio", "rounds", "dense", *(f"{sparsity:.0%}" for sparsity in sparsities)]
+    lines = [head, ["---"] * len(head)]
+    for (model, threads, batch, audio), case in overview.groupby(["model", "threads", "batch", "audio"]):
+        faster = {
+            row["sparsity"]: f"{row['whole x']:.2f} ({row['transformer x']:.2f})" for row in case.to_dict("records")
+        }
+        rounds = sorted({str(count) for count in case["rounds"]})
+        cells = [model, threads, f"{batch} x {audio} s", " or ".join(rounds), f"{case['dense'].median():.3f}"]
+        lines.append([str(cell) for cell in cells] + [faster.get(sparsity, "") for sparsity in sparsities])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\nTimes faster than dense, the whole model (its transformer layers); dense: seconds for a second.\n"
 
 
 def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
