@@ -85,8 +85,8 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
         axes.set_xlabel("Sparsity of the transformer's matrices (%)")
         axes.set_ylabel("WER (%)")
         logarithmic_wer(axes)
-        axes.set_xlim(5, 95)
         axes.set_xticks(range(10, 100, 10))
+        axes.set_xlim(100 * min(curve.points["sparsity"].min() for curve in curves) - 5, 95)
         axes.set_title(f"{title} (dashed: dense)" if own_dense else title, fontsize=10)
         handles, labels = axes.get_legend_handles_labels()
         columns = len(labels) if sum(map(len, labels)) < 60 else 1
