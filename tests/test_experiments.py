@@ -232,7 +232,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert shot["wer_mean"] == pytest.approx(0.1 + 0.9**6 * 1.1, rel=1e-5)
     compression = pandas.read_csv(tmp_path / "table2.csv").set_index("Method")
     assert compression.loc["HuBERT Base", "Paper WER %"] == 6.42
-    assert compression.loc["HuBERT Base", "Our WER %"] == 5.0
+    assert compression.loc["HuBERT Base", "Our WER %"] == "5.00"
     assert pandas.isna(compression.loc["Ours, HuBERT", "Paper WER %"])
     assert compression.loc["DistilHuBERT", "Left"] == "25.0 %"
     assert compression.loc["DistilHuBERT", "Training"] == "200 x 24 + 400 x 16"
