@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import AutoModelForCTC
 
 import sparsewav.cli  # noqa: F401  (registers the schemas)
 from sparsewav.config import TrainConfig
@@ -97,7 +99,10 @@ def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.training_utterances=8"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
     training = ["training.epochs=1", "training.batch_size=4", "training.freeze_feature_encoder=true"]
-    checkpoint = [f"initial_model={model_folder}", "architecture=same", "output=tuned", "device=cpu"]
+    half = tmp_path / "half"  # as the shipped demo model is; training computes in single precision all the same
+    shutil.copytree(model_folder, half)
+    AutoModelForCTC.from_pretrained(model_folder, dtype=torch.float16).save_pretrained(half)
+    checkpoint = [f"initial_model={half}", "architecture=same", "output=tuned", "device=cpu"]
     result = run_sparsewav(*data, *subsets, *training, *checkpoint, command="sparsewav-train")
     assert result.returncode == 0, result.stdout + result.stderr
     record = json.loads((tmp_path / "tuned" / "training.json").read_text())

@@ -135,7 +135,8 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             assert config.initial_model is not None
             settings = AutoConfig.from_pretrained(source, **letters, ctc_zero_infinity=True, ctc_loss_reduction="mean")
             check_family(settings.model_type, config.initial_model)
-        model = AutoModelForCTC.from_config(settings)
+        # A checkpoint of half precision would hand its precision on.
+        model = AutoModelForCTC.from_config(settings, dtype=torch.float32)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
