@@ -52,7 +52,8 @@ def make(scale: Scale) -> Result:
         describe(runs, scale),
         "Params: those that are not zero; left: of the dense model's. Ours are pruned to 85 % with progressive tuning; "
         "the other methods come as near to that as they can, and are tuned for recognition with as many updates. "
-        "With ±: mean and standard deviation over the seeds, where a run is short; else one seed. "
+        "With ±: mean and standard deviation over the seeds of the calibration sample, or of the compression's "
+        "order, where a run is short; else one seed. The tuning sees the same utterances in the same order. "
         "Training: updates x utterances of the compression + the tuning. GMAC/s: multiply-accumulates for a second of "
         "audio in an utterance of ten; in brackets without the zeros, which only hardware made for that leaves out.",
         baselines.note(runs, scale),
