@@ -116,16 +116,23 @@ def summary(table: pandas.DataFrame) -> pandas.DataFrame:
 def alternate(
     rounds: int, subject: str, contestants: dict[str, Callable[[], Any]], *, warm_up: bool = True
 ) -> list[dict[str, Any]]:
-    """Time contestants in turns, after a round that does not count."""
+    """Time contestants in turns, after a round that does not count; a GPU's work is waited for."""
     rows = []
     for number in range(0 if warm_up else 1, rounds + 1):
         for name, contestant in contestants.items():
             started = time.perf_counter()
             contestant()
-            seconds = time.perf_counter() - started
+            seconds = finished() - started
             if number:
                 rows.append({"subject": subject, "contestant": name, "round": number, "seconds": seconds})
     return rows
+
+
+def finished() -> float:
+    """The time, when all that was asked of a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:

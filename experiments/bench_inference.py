@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
-from experiments.bench_engine import OURS, alternate, summary
+from experiments.bench_engine import OURS, alternate, finished, summary
 from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.acceleration.kernel import sparse_product
 from sparsewav.acceleration.linear import SparseLinear
@@ -192,8 +191,8 @@ def alternate_models(
         marks: list[float] = []
         modules = encoder_layers(model)
         hooks = [
-            modules[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())),
-            modules[-1].register_forward_hook(lambda *_: marks.append(time.perf_counter())),
+            modules[0].register_forward_pre_hook(lambda *_: marks.append(finished())),
+            modules[-1].register_forward_hook(lambda *_: marks.append(finished())),
         ]
         model(audio)
         for hook in hooks:

@@ -33,7 +33,9 @@ def plain_prune_matrix(
         The pruned weight, shape (rows, cols).
     """
     cols = weight.shape[1]
-    damped = hessian + percdamp * hessian.diagonal().mean() * torch.eye(cols, dtype=hessian.dtype)
+    damped = hessian + percdamp * hessian.diagonal().mean() * torch.eye(
+        cols, dtype=hessian.dtype, device=hessian.device
+    )
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (cols, cols)
     result = weight.clone()
@@ -63,7 +65,7 @@ def plain_hessians(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             frames = inputs[0].flatten(0, 1)  # (frames, cols)
             if name not in hessians:
-                hessians[name] = torch.zeros(frames.shape[1], frames.shape[1])
+                hessians[name] = frames.new_zeros(frames.shape[1], frames.shape[1])
             hessians[name] += frames.T @ frames
 
         return add

@@ -43,3 +43,20 @@ def test_command_writes_what_it_measured(tmp_path: Path) -> None:
     assert {"SparseWAV", "plain loop"} <= set(table["contestant"])
     assert (table["seconds"] > 0).all()
     assert "the layer" in done.stdout
+
+
+def test_gpu_benchmark_runs_its_contestants(tmp_path: Path) -> None:
+    """On the CPU in place of a GPU, with one layer: every contestant prunes, and a missing GPU is one sentence."""
+    command = [sys.executable, "-m", "experiments.bench_gpu", "solver", "pipeline", "--output", str(tmp_path)]
+    quick = ["--models", "base", "--layers", "1", "--clips", "8", "--rounds", "1", "--no-warm-up", "--device", "cpu"]
+    done = subprocess.run([*command, *quick], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    solver, pipeline = (pandas.read_csv(tmp_path / f"gpu_{part}.csv") for part in ("solver", "pipeline"))
+    assert set(solver["contestant"]) == {"SparseWAV", "one input at a time", "plain loop"}
+    assert (solver["same_mask"] >= 0.97).all()  # 5000 frames for 3072 columns: nearly singular
+    assert {"SparseWAV", "plain loop", "one forward"} <= set(pipeline["contestant"])
+    assert {f"wav2vec2-base: {stage}" for stage in ("allocate", "calibrate", "solve")} <= set(pipeline["subject"])
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "PyTorch sees no GPU" in refused.stderr
