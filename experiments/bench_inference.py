@@ -259,7 +259,7 @@ def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
         figure.axes[0].set_ylabel("Times faster than dense")
         handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
         named = {label: line for label, line in handles.items() if not label.startswith("_")}
-        columns = 4 if len(settings) > 1 else 2
+        columns = 4 if len(settings) > 2 else 2
         figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
         save(figure, path)
 
