@@ -9,6 +9,7 @@ import copy
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
             )
             stages.append(report.seconds | {"allocate": allocate})
 
-        runs: dict[str, Callable[[], Any]] = {OURS: ours, FLOOR: lambda dense=dense: forward(dense, heard)}
+        runs: dict[str, Callable[[], Any]] = {OURS: ours, FLOOR: partial(forward, dense, heard)}
         if not arguments.no_plain:
-            runs[PLAIN] = lambda dense=dense: plain_prune(copy.deepcopy(dense), heard, probed, SPARSITY)
+            runs[PLAIN] = partial(_plainly_pruned, dense, heard, probed)
         contestants = {contestant: measured(contestant, run) for contestant, run in runs.items()}
         subject = f"wav2vec2-{name}, {len(heard)} batches, {arguments.clips} clips"
         timed = alternate(arguments.rounds, subject, contestants, warm_up=not arguments.no_warm_up)
@@ -223,6 +224,10 @@ def one_input_at_a_time() -> Iterator[None]:
         yield
     finally:
         pruner.IN_STEP_ON = before
+
+
+def _plainly_pruned(dense: PreTrainedModel, batches: list[Batch], probed: list[Batch]) -> None:
+    plain_prune(copy.deepcopy(dense), batches, probed, SPARSITY)
 
 
 def _same_zeros(model: PreTrainedModel, reference: PreTrainedModel) -> float:

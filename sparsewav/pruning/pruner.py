@@ -16,7 +16,7 @@ from sparsewav.pruning.recovery import LayerRecovery
 from sparsewav.pruning.sensitivity import Trace
 from sparsewav.pruning.solver import MatrixGroup, PrunedMatrix, prune_groups
 
-IN_STEP_ON = ("cuda",)
+IN_STEP_ON: tuple[str, ...] = ("cuda",)
 """Types of device on which matrices of equally wide inputs are pruned together."""
 
 IN_STEP_BYTES = 2 * 2**30
