@@ -183,8 +183,7 @@ def bench_two_of_four(arguments: argparse.Namespace) -> pandas.DataFrame:
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense = random_model(name, arguments.layers).to(arguments.device, torch.float16)
-        for matrix in prunable_matrices(dense):
-            matrix.weight.mul_(n_of_m(matrix.weight.abs(), torch.ones_like(matrix.weight, dtype=torch.bool), 2, 4))
+        keep_two_of_four(dense)
         for case in arguments.cases:
             batch, seconds = map(int, case.split("x"))
             audio = torch.randn(batch, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
@@ -199,6 +198,13 @@ def bench_two_of_four(arguments: argparse.Namespace) -> pandas.DataFrame:
             timed = alternate_models(arguments, subject, {DENSE: dense, OURS: accelerated}, audio)
             rows += [row | found for row in timed]
     return pandas.DataFrame(rows)
+
+
+@torch.no_grad()
+def keep_two_of_four(model: PreTrainedModel) -> None:
+    """Zero the two smallest of every four neighbours in all prunable matrices, in place."""
+    for matrix in prunable_matrices(model):
+        matrix.weight.mul_(n_of_m(matrix.weight.abs(), torch.ones_like(matrix.weight, dtype=torch.bool), 2, 4))
 
 
 def clips(count: int) -> list[Batch]:

@@ -12,10 +12,10 @@ from transformers import AutoModelForCTC
 
 import sparsewav
 from experiments.bench_engine import random_problem
+from experiments.bench_gpu import keep_two_of_four
 from experiments.bench_inference import random_model
 from sparsewav.acceleration import swap
 from sparsewav.pruning import prunable_matrices, prune_matrices
-from sparsewav.pruning.selection import n_of_m
 from sparsewav.pruning.solver import MatrixGroup, prune_groups
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no NVIDIA GPU")
@@ -57,9 +57,7 @@ def test_two_of_four_products_equal_the_dense_ones(monkeypatch: pytest.MonkeyPat
     """With every 2:4 matrix swapped, faster or not, the logits stay those of the dense products."""
     monkeypatch.setattr(swap, "_time_on_gpu", lambda dense, sparse, frames: ((2.0,), (1.0,)))
     model = random_model("large", 2).to("cuda", torch.float16)
-    for matrix in prunable_matrices(model):
-        keep = n_of_m(matrix.weight.abs(), torch.ones_like(matrix.weight, dtype=torch.bool), 2, 4)
-        matrix.weight.mul_(keep)
+    keep_two_of_four(model)
     audio = torch.randn(16, 160_000, device="cuda", dtype=torch.float16)
     expected = model(audio).logits
     report = sparsewav.accelerate(model, frames=8000, pattern="2:4")
