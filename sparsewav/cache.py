@@ -39,19 +39,20 @@ def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
 
 
 @cache
-def code_fingerprint(*patterns: str) -> str:
-    """Hash of PyTorch's version and of this package's code.
+def code_fingerprint() -> str:
+    """Hash of PyTorch's version and of all code of this package, wherever in it a file lies.
 
-    Args:
-        patterns: of files; without any, the code that cached results come from: the engine, the reading of audio, the
-            decoding.
+    A change of any file makes cached results anew: which of them a result came from is not worth guessing.
     """
-    package = Path(__file__).parent
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
-    patterns = patterns or ("pruning/*.py", "data/*.py", "evaluation.py")
-    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
+    for path in code_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def code_files() -> list[Path]:
+    """The package's files of code, in Python and C++, those in subfolders among them."""
+    return sorted(path for suffix in ("py", "cpp") for path in Path(__file__).parent.rglob(f"*.{suffix}"))
 
 
 def cached_folder(

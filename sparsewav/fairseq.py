@@ -148,7 +148,7 @@ def converted_folder(path_or_name: str) -> Path:
     identity = {
         "file": [str(path.resolve()), status.st_size, status.st_mtime_ns],
         "dictionary": dictionary.read_bytes().hex() if dictionary.is_file() else None,
-        "code": [cache.code_fingerprint("fairseq.py"), transformers.__version__],
+        "code": [cache.code_fingerprint(), transformers.__version__],
     }
     folder, _ = cache.cached_folder("fairseq", identity, lambda folder: _convert(path, called, folder), enabled=True)
     return folder

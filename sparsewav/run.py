@@ -188,8 +188,7 @@ def _finish(
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
     """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
-    code = cache.code_fingerprint("run.py", "steps.py", "streaming.py", "finetune/*.py", "baselines/*.py")
-    parts = [dense["model"], dense["code"], code, *map(cache.utterances_fingerprint, (calibration, training))]
+    parts = [dense["model"], dense["code"], *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

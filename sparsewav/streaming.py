@@ -152,7 +152,7 @@ def _fingerprint(
     settings = options | {
         "masks": None,
         "device": str(device),
-        "code": code_fingerprint("pruning/*.py", "streaming.py"),
+        "code": code_fingerprint(),
     }
     digest.update(repr(settings).encode())
     return digest.hexdigest()
