@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import figure1, figure2, figure3, figure4, figure5, figure6, table1, table2, table3, table4
 from experiments.estimate import estimate, training_seconds
+from experiments.ours import figure5, figure6, table4
 from experiments.page import write_page
+from experiments.paper import figure1, figure2, figure3, figure4, table1, table2, table3
 from experiments.results import Item, Result
 from experiments.sweeps import Scale, Sweep, jobs, launch
 from sparsewav.errors import UserError

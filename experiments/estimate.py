@@ -7,10 +7,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweeps import CAST, Scale, Sweep, jobs
-from sparsewav.config import Config, key_names
-from sparsewav.config_methods import TrainedMethod
-from sparsewav.finetune.strategies import plan_stages
-from sparsewav.models import lineage, trained_model_folder
+from sparsewav.models.load import lineage, trained_model_folder
+from sparsewav.settings.baselines import TrainedMethod
+from sparsewav.settings.run import Config, key_names
+from sparsewav.training.schedule import plan_stages
 
 SECONDS = {
     # (one-shot run, update); measured on 2 cores of an AMD EPYC, in float32

@@ -9,8 +9,8 @@ import pandas
 
 from experiments.results import Item, Result
 from experiments.sweeps import Scale, jobs
-from sparsewav import records
 from sparsewav.files import write_file
+from sparsewav.pipeline import run_folder
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d5d5d5; --quiet: #666; --back: #f6f6f6 }
@@ -73,7 +73,7 @@ def _cost(item: Item, scale: Scale) -> str:
     spent, saved = 0.0, 0.0
     for sweep in item.sweeps:
         for job in jobs(sweep, scale):
-            metrics = json.loads((job.folder / records.METRICS).read_text())
+            metrics = json.loads((job.folder / run_folder.METRICS).read_text())
             seconds = metrics["seconds"]
             shared = sum(seconds[piece] for piece in metrics["cached"])
             spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared

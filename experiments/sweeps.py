@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-import sparsewav.cli  # noqa: F401  (registers the schemas and the run's name)
-from sparsewav import records
+import sparsewav.cli.app  # noqa: F401  (registers the schemas and the run's name)
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+from sparsewav.pipeline import run_folder
 
 CAST = {
     "demo": {
@@ -105,7 +105,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return (self.folder / records.METRICS).is_file()
+        return (self.folder / run_folder.METRICS).is_file()
 
 
 @cache
@@ -168,13 +168,13 @@ def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
     for sweep in sweeps:
         missing = [job for job in jobs(sweep, scale) if not job.done]
         if missing:
-            error = missing[0].folder / records.ERROR
+            error = missing[0].folder / run_folder.ERROR
             reason = f" ({json.loads(error.read_text())['error']})" if error.is_file() else ""
             raise UserError(
                 f"{len(missing)} of {len(jobs(sweep, scale))} runs are missing, the first of them "
                 f"{missing[0].folder}{reason}; make them: {sweep.command(scale)}"
             )
         for job in jobs(sweep, scale):
-            metrics = json.loads((job.folder / records.METRICS).read_text())
+            metrics = json.loads((job.folder / run_folder.METRICS).read_text())
             rows.append({"experiment": sweep.experiment, "role": sweep.role} | metrics)
     return pandas.DataFrame(rows)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from sparsewav.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsewav.acceleration import AccelerationReport, accelerate
+    from sparsewav.inference import AccelerationReport, accelerate
+    from sparsewav.models.bitmask import load
+    from sparsewav.pipeline.prune_folder import prune_folder
     from sparsewav.pruning import MatrixReport, PruneReport, prune
-    from sparsewav.storage import load
-    from sparsewav.streaming import prune_folder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,11 +33,11 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in ("AccelerationReport", "accelerate"):
-        return getattr(importlib.import_module("sparsewav.acceleration"), name)
+        return getattr(importlib.import_module("sparsewav.inference"), name)
     if name == "prune_folder":
-        return importlib.import_module("sparsewav.streaming").prune_folder
+        return importlib.import_module("sparsewav.pipeline.prune_folder").prune_folder
     if name == "load":
-        return importlib.import_module("sparsewav.models").load  # which knows the package's own classes, too
+        return importlib.import_module("sparsewav.models.load").load  # which knows the package's own classes, too
     if name in ("MatrixReport", "PruneReport", "prune", "pruning"):
         pruning = importlib.import_module("sparsewav.pruning")
         return pruning if name == "pruning" else getattr(pruning, name)

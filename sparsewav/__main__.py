@@ -1,5 +1,5 @@
 """``python -m sparsewav`` is the console command ``sparsewav``."""
 
-from sparsewav.cli import main
+from sparsewav.cli.app import main
 
 main()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import cache_folder, locked, write_folder
-from sparsewav.pruning.calibration import Calibration
+from sparsewav.pruning.hessian import Calibration
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

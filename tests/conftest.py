@@ -22,7 +22,7 @@ from transformers import (
     WavLMConfig,
 )
 
-from sparsewav.finetune.train import english_processor
+from sparsewav.training.dense import english_processor
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "wav2vec2": Wav2Vec2Config,

@@ -1,6 +1,6 @@
 """The methods that the paper compares with: each takes a dense CTC model and gives a smaller one.
 
-A method is the function ``compress`` of a module of its own, a schema in :mod:`sparsewav.config_methods`, a file in
+A method is the function ``compress`` of a module of its own, a schema in :mod:`sparsewav.settings.baselines`, a file in
 ``conf/method``, and a line in :data:`METHODS`.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.baselines.gates import Gates
-from sparsewav.uneven import UNEVEN, LayerShape
+from sparsewav.models.structured import UNEVEN, LayerShape
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
         gates: settled here.
 
     Returns:
-        A model of :mod:`sparsewav.uneven`, on the CPU, in evaluation mode.
+        A model of :mod:`sparsewav.models.structured`, on the CPU, in evaluation mode.
     """
     was_training = gates.training
     gates.eval()

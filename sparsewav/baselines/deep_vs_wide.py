@@ -23,8 +23,8 @@ from sparsewav.baselines.distillation import (
     take_over,
     valid_frames,
 )
-from sparsewav.config_methods import DeepVersusWideConfig, ThinStudent
 from sparsewav.data.utterances import Utterance
+from sparsewav.settings.baselines import DeepVersusWideConfig, ThinStudent
 
 
 def thin_sizes(teacher: PreTrainedModel, settings: ThinStudent) -> dict[str, int]:

@@ -21,8 +21,8 @@ from sparsewav.baselines.distillation import (
     take_over,
     valid_frames,
 )
-from sparsewav.config_methods import DistilHubertConfig
 from sparsewav.data.utterances import Utterance
+from sparsewav.settings.baselines import DistilHubertConfig
 
 
 def make_student(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:

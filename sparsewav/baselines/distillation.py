@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor
 
 from sparsewav.baselines import CompressionReport
-from sparsewav.config_methods import DistilHubertConfig, ThinStudent
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
-from sparsewav.finetune.trainer import train
+from sparsewav.settings.baselines import DistilHubertConfig, ThinStudent
+from sparsewav.training.trainer import train
 
 BASE_LAYERS, BASE_WIDTH, BASE_UNITS, BASE_HEADS = 12, 768, 3072, 12
 """Size of the teachers that the methods were published for."""
@@ -142,7 +142,7 @@ def take_over(student: PreTrainedModel, teacher: PreTrainedModel, *, without: Se
 
 
 def reader(processor: Wav2Vec2Processor) -> Callable[[Sequence[Utterance]], Batch]:
-    """What turns the utterances of an update into a batch, for :func:`sparsewav.finetune.trainer.train`."""
+    """What turns the utterances of an update into a batch, for :func:`sparsewav.training.trainer.train`."""
     return lambda utterances: collate(utterances, processor)
 
 

@@ -17,9 +17,9 @@ from sparsewav.baselines.distillation import (
     mean_over_frames,
     valid_frames,
 )
-from sparsewav.config_methods import FitHubertMethod
 from sparsewav.data.utterances import Utterance
-from sparsewav.fithubert_model import FitHubertConfig, FitHubertForCTC, Restoration
+from sparsewav.models.fithubert import FitHubertConfig, FitHubertForCTC, Restoration
+from sparsewav.settings.baselines import FitHubertMethod
 
 TIME_REDUCTION = 2
 

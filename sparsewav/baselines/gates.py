@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.models.structured import UNEVEN
 from sparsewav.pruning.encoder import projections_as_modules
-from sparsewav.uneven import UNEVEN
 
 TEMPERATURE = 2 / 3
 """β: how sharply a sample tends to 0 or 1."""

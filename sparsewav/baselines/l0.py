@@ -29,10 +29,10 @@ from sparsewav.baselines.gated import (
     undisturbed,
 )
 from sparsewav.baselines.gates import Gates, encoder_parameters, meet_target
-from sparsewav.config_methods import GatedMethod
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import write_folder
-from sparsewav.finetune.trainer import ParameterGroup, train
+from sparsewav.settings.baselines import GatedMethod
+from sparsewav.training.trainer import ParameterGroup, train
 
 MISSED = 0.02
 """A sparsity that the gates miss by more than this is worth a warning."""

@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from sparsewav.baselines import CompressionReport
-from sparsewav.config_methods import MagnitudeConfig
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import prunable_matrices
-from sparsewav.pruning.selection import lowest
+from sparsewav.pruning.solvers.selection import lowest
+from sparsewav.settings.baselines import MagnitudeConfig
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from transformers import (
 from sparsewav.baselines import CompressionReport
 from sparsewav.baselines.distillation import base_of, no_masking, reader
 from sparsewav.baselines.magnitude import prune_by_magnitude
-from sparsewav.config_methods import ParpConfig
 from sparsewav.data.utterances import Utterance
-from sparsewav.finetune.masks import masks_of
-from sparsewav.finetune.trainer import train
+from sparsewav.settings.baselines import ParpConfig
+from sparsewav.training.masks import masks_of
+from sparsewav.training.trainer import train
 
 
 def ramp(settings: ParpConfig, update: int) -> float | None:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from sparsewav.config import DataConfig, DemoData, LibriSpeechFolder
 from sparsewav.data.demo import SUBSETS, demo_root
 from sparsewav.data.librispeech import read_librispeech_folder, stream_librispeech
 from sparsewav.data.utterances import Utterance, sample_utterances
 from sparsewav.errors import UserError
+from sparsewav.settings.run import DataConfig, DemoData, LibriSpeechFolder
 
 
 def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:

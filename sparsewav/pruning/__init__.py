@@ -5,13 +5,13 @@ In the order of the method: :mod:`encoder` finds the matrices, :mod:`calibration
 and how the others make up for them, and :mod:`engine` runs it all.
 """
 
-from sparsewav.pruning.allocation import allocate_by_rank, allocate_uniformly
-from sparsewav.pruning.calibration import Calibration, calibrate
+from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
+from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
-from sparsewav.pruning.engine import PruneReport, prune
-from sparsewav.pruning.pruner import MatrixReport
-from sparsewav.pruning.sensitivity import Trace, estimate_traces
-from sparsewav.pruning.solver import PrunedMatrix, prune_matrices, prune_matrix
+from sparsewav.pruning.hessian import Calibration, calibrate
+from sparsewav.pruning.layerwise import MatrixReport
+from sparsewav.pruning.prune import PruneReport, prune
+from sparsewav.pruning.solvers.solve import PrunedMatrix, prune_matrices, prune_matrix
 
 __all__ = [
     "Calibration",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsewav.pruning import processes
+from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import ROLES
-from sparsewav.pruning.layers import LayerInputs
+from sparsewav.pruning.hidden_states import LayerInputs
 
 RECOVERIES = ("none", "closed_form", "block")
 
@@ -66,11 +66,11 @@ def recover_layer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     batches = _in_random_order(inputs, seed)
     for step in range(steps):
-        with processes.together(), torch.enable_grad(), _requiring_gradients(learning):
+        with distributed.together(), torch.enable_grad(), _requiring_gradients(learning):
             gradients, frames = _gradients(run, next(batches, None), learning, device)
-        processes.add_up(frames)
+        distributed.add_up(frames)
         for parameter, gradient, removed in zip(learning, gradients, masks, strict=True):
-            processes.add_up(gradient)
+            distributed.add_up(gradient)
             gradient /= frames
             parameter.grad = gradient if removed is None else gradient.masked_fill_(removed, 0.0)
         optimizer.step()
@@ -103,9 +103,9 @@ def correct_layer(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs
     device = next(layer.parameters()).device
     error_before = _error(run, inputs, device)
     norm = _last_norm(layer, run, inputs[0]) if inputs else None
-    norms = [norm for norm in processes.gather(norm) if norm]
+    norms = [norm for norm in distributed.gather(norm) if norm]
     sums: Tensor | None = None  # of 1, t, y, y² and y·t; shape (5, width)
-    with processes.together():
+    with distributed.together():
         for item in inputs:
             difference, target = (part.double() for part in _difference(run, item, device))
             output = difference + target
@@ -116,7 +116,7 @@ def correct_layer(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs
     bias: Tensor = last.bias.data
     if sums is None:
         sums = torch.zeros(5, len(bias), dtype=torch.float64, device=device)
-    processes.add_up(sums)
+    distributed.add_up(sums)
     mean_target, mean_output, square, product = sums[1:] / sums[0]
     gain = torch.ones_like(mean_output)
     if norms:
@@ -198,9 +198,9 @@ def _difference(run: Callable[[LayerInputs], Tensor], item: LayerInputs, device:
 @torch.no_grad()
 def _error(run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs], device: torch.device) -> float:
     sums = torch.zeros(2, dtype=torch.float64)
-    with processes.together():
+    with distributed.together():
         for item in inputs:
             parts = _difference(run, item, device)
             sums += torch.stack([part.square().sum(dtype=torch.float64).cpu() for part in parts])
-    found = processes.gather(sums.tolist())
+    found = distributed.gather(sums.tolist())
     return sum(error for error, _ in found) / max(sum(energy for _, energy in found), 1e-30)

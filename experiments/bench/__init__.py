@@ -1,0 +1,1 @@
+"""Benchmarks: what pruning and pruned models cost in seconds, bytes and memory."""

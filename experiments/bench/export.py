@@ -1,0 +1,135 @@
+"""``python -m experiments.bench.export``: bytes on disk and seconds to load, dense and as bitmask.
+
+Full-size wav2vec2-base with random weights, of whose transformer the smallest are zero. What compressors make of the
+dense file is written beside it.
+"""
+
+import argparse
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+import matplotlib as mpl
+import pandas
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from experiments.bench.engine import OURS, alternate, random_base, summary
+from experiments.plots import COLORS, MARKERS, STYLE, save
+from sparsewav.files import write_file
+from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
+from sparsewav.models.checkpoint import WEIGHTS
+from sparsewav.models.load import load
+from sparsewav.pruning import prunable_matrices
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+COMPRESSORS = {"gzip": ("gzip", "-6"), "zstd": ("zstd", "-3", "-q")}
+DTYPES = {"float32": "model", "float16": "float16"}
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.export", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each file is loaded (default 5)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
+    arguments = parser.parse_args()
+    console = Console(width=140)
+    sizes: list[dict[str, Any]] = []
+    seconds: list[dict[str, Any]] = []
+    for sparsity in SPARSITIES:
+        with TemporaryDirectory() as folder:
+            measured, timed = measure(sparsity, Path(folder), arguments.rounds)
+        sizes += measured
+        seconds += timed
+    table = pandas.DataFrame(sizes)
+    dense = table[(table["form"] == "dense") & (table["dtype"] == "float32")]["bytes"].iloc[0]
+    table["share"] = table["bytes"] / dense
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, frame in (("export_bytes", table), ("export_seconds", pandas.DataFrame(seconds))):
+        with write_file(arguments.output / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False)
+    shown = table.pivot_table(index=["dtype", "form"], columns="sparsity", values="share")
+    console.print("share of the dense float32 file's bytes", shown.round(3).to_string(), highlight=False)
+    console.print(summary(pandas.DataFrame(seconds)).to_string(index=False), highlight=False)
+    plot(arguments.output / "export", table)
+    console.print(f"{arguments.output / 'export.png'}", highlight=False)
+    return 0
+
+
+def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write a model in every format and load it in turns.
+
+    Args:
+        sparsity: share of every matrix that is zero.
+        folder: for the files.
+        rounds: of loading.
+
+    Returns:
+        Rows with bytes, and rows with seconds.
+    """
+    model = random_base()
+    with torch.no_grad():
+        for matrix in prunable_matrices(model):
+            size = matrix.weight.abs()
+            matrix.weight[size <= size.flatten().kthvalue(round(sparsity * size.numel())).values] = 0
+    model.save_pretrained(folder / "dense")
+    del model
+    sizes = []
+    for dtype, name in DTYPES.items():
+        dense, bitmask = folder / f"dense-{dtype}", folder / f"bitmask-{dtype}"
+        export(folder / "dense", dense, "dense", name)
+        export(folder / "dense", bitmask, "bitmask", name)
+        found = {"dense": _size(dense / WEIGHTS), "bitmask": _size(bitmask / BITMASK_WEIGHTS)}
+        for compressor, command in COMPRESSORS.items():
+            if shutil.which(compressor):
+                found[compressor] = _compressed(command, dense / WEIGHTS)
+        sizes += [{"sparsity": sparsity, "dtype": dtype, "form": form, "bytes": size} for form, size in found.items()]
+    forms = {OURS: _touching(folder / "bitmask-float32"), "dense": _touching(folder / "dense-float32")}
+    return sizes, alternate(rounds, f"load at {sparsity:g}", forms)
+
+
+def _touching(folder: Path) -> Any:
+    def load_and_touch() -> None:
+        # Mapped weights are read from the file when they are first used: what is timed includes that.
+        for parameter in load(folder).parameters():
+            parameter.sum()
+
+    return load_and_touch
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _compressed(command: tuple[str, ...], path: Path) -> int:
+    with TemporaryFile() as file:
+        subprocess.run([*command, "-c", str(path)], stdout=file, check=True)
+        return file.tell()
+
+
+def plot(path: Path, table: pandas.DataFrame) -> None:
+    """Draw the bytes over the sparsity to ``<path>.png`` and ``<path>.pdf``."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        for axes, (dtype, part) in zip(figure.subplots(1, 2, sharey=True), table.groupby("dtype"), strict=True):
+            for index, (form, curve) in enumerate(part.groupby("form", sort=False)):
+                axes.plot(
+                    100 * curve["sparsity"],
+                    curve["bytes"] / 1e6,
+                    color=COLORS[index],
+                    marker=MARKERS[index],
+                    label=form,
+                )
+            axes.set_title(str(dtype))
+            axes.set_xlabel("Sparsity of the transformer's matrices, %")
+        figure.axes[0].set_ylim(bottom=0)  # after both are drawn: they share it
+        figure.axes[0].set_ylabel("MB on disk")
+        figure.axes[0].legend()
+        save(figure, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

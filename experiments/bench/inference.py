@@ -1,0 +1,326 @@
+"""``python -m experiments.bench.inference``: what a pruned model's zeros save in time and in memory, on the CPU.
+
+The models have the published shapes and random weights, removed at random: neither changes what a product costs. Dense
+and accelerated models take turns in one process; memory is that of fresh processes.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
+
+import sparsewav
+from experiments.bench.engine import OURS, alternate, finished, summary
+from experiments.plots import COLORS, MARKERS, STYLE, save
+from sparsewav.files import write_file
+from sparsewav.inference.kernel import sparse_product
+from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.timing import WIDTHS
+from sparsewav.pipeline.run_folder import device_name
+from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
+
+DENSE = "dense"
+
+MODELS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "conv_bias": True,
+    },
+}
+"""wav2vec2-base and wav2vec2-large as published."""
+
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+CASES = ("1x5", "1x20", "8x5", "8x20")
+MACHINE = ("machine", "versions")
+KEYS = ("subject", "contestant", "threads")
+
+EPILOG = """parts:
+  products      each shape of matrix: dense, our kernel in each layout, PyTorch's CSR and BSR products
+  inference     whole models, dense and accelerated: seconds for a second of audio
+  memory        resident memory of a loaded model, dense and accelerated
+
+A part adds its rows to its CSV file, and replaces those of the same subject: a long sweep can be run in pieces.
+
+  python -m experiments.bench.inference inference --models base --threads 1 --cases 1x5 1x20 --rounds 5
+"""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench.inference",
+        description="Time pruned models on the CPU, dense and accelerated; writes CSV, Markdown and plots.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts: dict[str, Callable[[argparse.Namespace], pandas.DataFrame]] = {
+        "products": bench_products,
+        "inference": bench_inference,
+        "memory": bench_memory,
+    }
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)} (default all)")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default both")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="default 0.5 to 0.95")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"batch x seconds (default {' '.join(CASES)})")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
+    parser.add_argument("--frames", nargs="+", type=int, default=[250, 1000], help="of products (default 250 1000)")
+    parser.add_argument("--layers", type=int, help="of the models, for a quick look (default as published)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs (default 3)")
+    parser.add_argument("--no-warm-up", action="store_true", help="count the first round: for long cases")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
+    arguments = parser.parse_args()
+    unknown = [part for part in arguments.parts if part not in parts]
+    if unknown:
+        parser.error(f"{unknown[0]} is none of {', '.join(parts)}")
+    console = Console(width=160)
+    console.print(f"{device_name(torch.device('cpu'))}, PyTorch {torch.__version__}", highlight=False)
+    for part in arguments.parts or parts:
+        console.rule(part)
+        table = parts[part](arguments)
+        table["machine"] = device_name(torch.device("cpu"))
+        table["versions"] = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+        path = arguments.output / f"{part}.csv"
+        whole = merged(path, table)
+        with write_file(path) as temporary:
+            whole.to_csv(temporary, index=False)
+        if part == "inference":
+            overview = speedups(whole)
+            with write_file(path.with_suffix(".md")) as temporary:
+                temporary.write_text(markdown(overview), encoding="utf-8")
+            console.print(overview.to_string(index=False), highlight=False)
+            plot_speedups(path.with_suffix(""), overview)
+        elif part == "products":
+            console.print(summary(table).to_string(index=False), highlight=False)
+        else:
+            console.print(table.drop(columns=list(MACHINE)).to_string(index=False), highlight=False)
+        console.print(str(path), highlight=False)
+    return 0
+
+
+def merged(path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of a CSV file, those of the same subject replaced by new ones."""
+    if not path.is_file():
+        return table
+    old = pandas.read_csv(path)
+    keys = [key for key in KEYS if key in table]
+    new = set(map(tuple, table[keys].to_numpy().tolist()))
+    kept = [tuple(row) not in new for row in old[keys].to_numpy().tolist()]
+    return pandas.concat([old[kept], table], ignore_index=True)
+
+
+@torch.inference_mode()
+def bench_products(arguments: argparse.Namespace) -> pandas.DataFrame:
+    """A product of every shape: which layout wins."""
+    sparse_product()  # compiled before anything is timed
+    rows: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for height, cols in SHAPES:
+            for frames in arguments.frames:
+                inputs = torch.randn(frames, cols)
+                for sparsity in arguments.sparsities:
+                    linear = torch.nn.Linear(cols, height)
+                    remove_at_random(linear.weight, sparsity)
+                    contestants: dict[str, Callable[[], Any]] = {DENSE: partial(linear, inputs)}
+                    for width in WIDTHS:
+                        contestants[f"kernel, {width} columns"] = partial(SparseLinear(linear, width), inputs)
+                    contestants["CSR"] = partial(SparseLinear(linear, None), inputs)
+                    blocks = linear.weight.detach().to_sparse_bsr((16, 16))  # few blocks of random zeros are empty
+                    contestants["BSR 16x16"] = partial(torch.nn.functional.linear, inputs, blocks, linear.bias)
+                    subject = f"{height}x{cols}, {sparsity:.0%} zero, {frames} frames, {threads} threads"
+                    found = {"threads": threads, "rows": height, "cols": cols, "sparsity": sparsity, "frames": frames}
+                    rows += [row | found for row in alternate(arguments.rounds, subject, contestants)]
+    return pandas.DataFrame(rows)
+
+
+@torch.inference_mode()
+def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
+    """Whole models: seconds of the forward pass, and of its transformer layers, for a second of audio."""
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        dense = random_model(name, arguments.layers)
+        for sparsity in sorted(arguments.sparsities):
+            for matrix in prunable_matrices(dense):
+                remove_at_random(matrix.weight, sparsity)  # the same random numbers: what is removed stays removed
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                accelerated = copy.deepcopy(dense)
+                report = sparsewav.accelerate(accelerated)
+                for case in arguments.cases:
+                    batch, seconds = map(int, case.split("x"))
+                    audio = torch.randn(batch, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
+                    subject = f"{name}, {sparsity:.0%} zero, {batch} x {seconds} s, {threads} threads"
+                    found = {"model": name, "sparsity": sparsity, "batch": batch, "audio": seconds, "threads": threads}
+                    found |= {"swapped": report.swapped, "matrices": len(report.matrices)}
+                    timed = alternate_models(arguments, subject, {DENSE: dense, OURS: accelerated}, audio)
+                    rows += [row | found for row in timed]
+                    print(".", end="", flush=True)
+    print()
+    return pandas.DataFrame(rows)
+
+
+def alternate_models(
+    arguments: argparse.Namespace, subject: str, models: dict[str, PreTrainedModel], audio: Tensor
+) -> list[dict[str, Any]]:
+    """Time models in turns; ``seconds`` and ``transformer`` are for a second of audio."""
+    layers: list[float] = []
+
+    def forward(model: PreTrainedModel) -> None:
+        marks: list[float] = []
+        modules = encoder_layers(model)
+        hooks = [
+            modules[0].register_forward_pre_hook(lambda *_: marks.append(finished())),
+            modules[-1].register_forward_hook(lambda *_: marks.append(finished())),
+        ]
+        model(audio)
+        for hook in hooks:
+            hook.remove()
+        layers.append(marks[1] - marks[0])
+
+    contestants: dict[str, Callable[[], Any]] = {name: partial(forward, model) for name, model in models.items()}
+    rows = alternate(arguments.rounds, subject, contestants, warm_up=not arguments.no_warm_up)
+    spoken = audio.numel() / 16_000
+    return [
+        row | {"seconds": row["seconds"] / spoken, "transformer": seconds / spoken}
+        for row, seconds in zip(rows, layers[-len(rows) :], strict=True)
+    ]
+
+
+def speedups(table: pandas.DataFrame) -> pandas.DataFrame:
+    """A row for every case: median seconds for a second of audio, and how many times faster it is accelerated."""
+    rows = []
+    columns = ["model", "threads", "batch", "audio", "sparsity"]
+    for values, group in table.groupby(columns, sort=True):
+        parts = {name: part[["seconds", "transformer"]].median() for name, part in group.groupby("contestant")}
+        row = dict(zip(columns, values, strict=True)) | {"rounds": int(group["round"].max())}
+        row |= {"dense": parts[DENSE]["seconds"], "accelerated": parts[OURS]["seconds"]}
+        row["whole x"] = parts[DENSE]["seconds"] / parts[OURS]["seconds"]
+        row["transformer x"] = parts[DENSE]["transformer"] / parts[OURS]["transformer"]
+        row["swapped"] = f"{group['swapped'].iloc[0]} of {group['matrices'].iloc[0]}"
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def markdown(overview: pandas.DataFrame) -> str:
+    """A table of :func:`speedups`: a row for every model, number of threads and case, a column for every sparsity."""
+    sparsities = sorted(overview["sparsity"].unique())
+    head = ["model", "threads", "audio", "rounds", "dense", *(f"{sparsity:.0%}" for sparsity in sparsities)]
+    lines = [head, ["---"] * len(head)]
+    for (model, threads, batch, audio), case in overview.groupby(["model", "threads", "batch", "audio"]):
+        faster = {
+            row["sparsity"]: f"{row['whole x']:.2f} ({row['transformer x']:.2f})" for row in case.to_dict("records")
+        }
+        rounds = sorted({str(count) for count in case["rounds"]})
+        cells = [model, threads, f"{batch} x {audio} s", " or ".join(rounds), f"{case['dense'].median():.3f}"]
+        lines.append([str(cell) for cell in cells] + [faster.get(sparsity, "") for sparsity in sparsities])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{table}\nTimes faster than dense, the whole model (its transformer layers); dense: seconds for a second.\n"
+
+
+def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
+    """Draw how many times faster the accelerated models are, over sparsity, to ``<path>.png`` and ``<path>.pdf``."""
+    settings = list(dict.fromkeys(zip(overview["model"], overview["threads"], strict=True)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(2.8 * len(settings), 5.2), 3.4), layout="constrained")
+        for axes, (model, threads) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+            part = overview[(overview["model"] == model) & (overview["threads"] == threads)]
+            for index, ((batch, audio), case) in enumerate(part.groupby(["batch", "audio"])):
+                style: dict[str, Any] = {"color": COLORS[index], "marker": MARKERS[index]}
+                sparsity = 100 * case["sparsity"]
+                axes.plot(sparsity, case["whole x"], label=f"whole model, {batch} x {audio} s", **style)
+                label = f"transformer, {batch} x {audio} s"
+                axes.plot(sparsity, case["transformer x"], label=label, linestyle="--", **style)
+            axes.axhline(1.0, color="#444444", linewidth=1.0)
+            axes.set_title(f"wav2vec2-{model}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
+            axes.set_xlabel("Zeros (%)")
+            axes.set_ylim(bottom=0)
+        figure.axes[0].set_ylabel("Times faster than dense")
+        handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+        named = {label: line for label, line in handles.items() if not label.startswith("_")}
+        columns = 4 if len(settings) > 2 else 2
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
+        save(figure, path)
+
+
+MEASURE = """
+import json, sys, torch, sparsewav
+from pathlib import Path
+from transformers import AutoModelForCTC
+from sparsewav.pipeline.run_folder import peak_memory
+torch.set_num_threads(1)
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+start = resident()
+model = AutoModelForCTC.from_pretrained(sys.argv[1]).eval()
+if sys.argv[2] != "dense":
+    sparsewav.accelerate(model)
+loaded = resident()
+with torch.inference_mode():
+    model(torch.randn(1, 80_000))
+found = {"libraries": start, "loaded": loaded, "running": resident(), "peak": peak_memory(torch.device("cpu"))}
+print(json.dumps(found))
+"""
+
+
+def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
+    """Resident memory in MiB: of Python and libraries, with the model loaded, after 5 s of audio, and at most.
+
+    On Linux, where a mapped checkpoint counts as far as it was read. Models are loaded from dense checkpoints, one
+    process for each figure.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        model = random_model(name, arguments.layers)
+        for sparsity in sorted(arguments.sparsities):
+            for matrix in prunable_matrices(model):
+                remove_at_random(matrix.weight, sparsity)
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                # The first accelerated process times the products; the second finds what it remembered.
+                for contestant in (OURS, DENSE, OURS):
+                    command = [sys.executable, "-W", "ignore", "-c", MEASURE, folder, contestant]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                    measured = {key: round(value / 2**20) for key, value in json.loads(done.stdout).items()}
+                    row = {"subject": f"{name}, {sparsity:.0%} zero", "contestant": contestant} | measured
+                    rows = [old for old in rows if (old["subject"], old["contestant"]) != tuple(row.values())[:2]]
+                    rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def random_model(name: str, layers: int | None = None) -> PreTrainedModel:
+    """wav2vec2-base or -large with random weights."""
+    torch.manual_seed(0)
+    options = MODELS[name] | ({"num_hidden_layers": layers} if layers else {})
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**options, ctc_loss_reduction="mean")).eval()
+
+
+@torch.no_grad()
+def remove_at_random(weight: Tensor, sparsity: float) -> None:
+    """Zero a random share of a matrix, in place; a larger share contains a smaller one."""
+    generator = torch.Generator().manual_seed(0)
+    weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

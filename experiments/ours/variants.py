@@ -1,0 +1,152 @@
+"""The methods that Table 4 and Figure 5 compare, and the comparison: paired by seed and by utterance."""
+
+import json
+from dataclasses import dataclass
+
+import jiwer
+import numpy as np
+import pandas
+
+from experiments.sweeps import Scale, Sweep, jobs
+from sparsewav.pipeline import run_folder
+
+RESAMPLES = 10_000
+"""Bootstrap samples of the utterances."""
+
+EXACT = ("allocation=hutchinson", "allocation.exact_budget=true", "allocation.alpha=0.08")
+"""The paper's allocation, shifted to the very sparsity that the others reach. At 90 % there is no room for its own α of
+0.1 besides the shift, whatever the ranking."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method.
+
+    Attributes:
+        name: of its row.
+        settings: that differ from the default configuration.
+        ablation: it shows what a part is worth, and runs at two sparsities alone.
+        figure: label in Figure 5; None to leave it out there.
+        note: what was found of it, for the notes below the table.
+        seconds: of a run at demo scale, where it takes longer than the paper's method.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    ablation: bool = False
+    figure: str | None = None
+    note: str | None = None
+    seconds: float | None = None
+
+    @property
+    def one_shot(self) -> Sweep:
+        experiment = "variants_ablation" if self.ablation else "variants_one_shot"
+        return Sweep(experiment, "base", both=self.settings, seconds=self.seconds)
+
+    @property
+    def tuned(self) -> Sweep:
+        return Sweep("variants_tuned", "base", demo=("training=demo_short",), both=self.settings)
+
+
+ALPS = (*EXACT, "solver=alps")
+STEPWISE = "calibration.propagation=stepwise"
+ASYMMETRIC = (STEPWISE, "objective=asymmetric")
+BLOCK = ("calibration.propagation=sequential", "recovery=block", "recovery.steps=50")
+BEST_ONESHOT = ("solver=alps", "allocation=uniform", *BLOCK)
+"""What ``conf/experiment/best_oneshot.yaml`` sets."""
+BEST = (
+    "solver=alps",
+    "allocation=error_curves",
+    "calibration.propagation=sequential",
+    "recovery=block",
+    "recovery.steps=200",
+)
+"""What ``conf/experiment/best.yaml`` sets."""
+
+VARIANTS = (
+    Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
+    Variant("the paper's method as it is", ()),
+    Variant("+ saliency compared within matrices", (*EXACT, "saliency.compared_within=matrix"), ablation=True),
+    Variant("+ stepwise, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
+    Variant("+ stepwise, asymmetric, saliency obs", (*EXACT, *ASYMMETRIC, "saliency=obs"), ablation=True, seconds=15.0),
+    Variant("+ sequential, block recovery", (*EXACT, *BLOCK), ablation=True, seconds=45.0),
+    Variant("+ obs_refit", (*EXACT, "solver=obs_refit"), ablation=True),
+    Variant("+ alps", ALPS, seconds=25.0),
+    Variant("+ alps, stepwise, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
+    Variant("+ alps, stepwise", (*ALPS, STEPWISE), ablation=True, seconds=30.0),
+    Variant("+ alps, stepwise, closed form", (*ALPS, STEPWISE, "recovery=closed_form"), ablation=True, seconds=35.0),
+    Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
+    Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
+    Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
+    Variant(
+        "alps, search", ("solver=alps", "allocation=search", "allocation.evaluations=150"), ablation=True, seconds=140.0
+    ),
+    Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=50.0),
+    Variant("best", BEST, figure="best", seconds=230.0),
+)
+"""The first one is what the others are compared with; those with a + add to it."""
+
+
+def read_edits(sweep: Sweep, scale: Scale) -> dict[tuple[float, int], pandas.DataFrame]:
+    """Edits and words of every utterance, by the sparsity and the seed of each finished run."""
+    edits = {}
+    for job in jobs(sweep, scale):
+        metrics = json.loads((job.folder / run_folder.METRICS).read_text())
+        with (job.folder / run_folder.PREDICTIONS).open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        outputs = [jiwer.process_words(row["reference"], row["after"]) for row in rows]
+        edits[metrics["target_sparsity"], metrics["seed"]] = pandas.DataFrame(
+            {
+                "edits": [out.substitutions + out.deletions + out.insertions for out in outputs],
+                "words": [out.hits + out.substitutions + out.deletions for out in outputs],
+            },
+            index=[row["id"] for row in rows],
+        )
+    return edits
+
+
+def bootstrap_difference(
+    edits: np.ndarray, baseline: np.ndarray, words: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of two corpus word error rates with its 95 % interval over utterances.
+
+    Args:
+        edits: of every utterance, shape (utterances,); a mean over seeds is as good.
+        baseline: of the same utterances by the other method, shape (utterances,).
+        words: of their references, shape (utterances,).
+        seed: of the resampling.
+
+    Returns:
+        Difference (fraction), and the 2.5 % and 97.5 % quantiles over :data:`RESAMPLES` samples of the utterances with
+        replacement; both methods are always seen on the same utterances.
+    """
+    count = len(words)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    differences = (draws @ (edits - baseline)) / (draws @ words)  # (resamples,)
+    low, high = np.quantile(differences, (0.025, 0.975))
+    return float((edits - baseline).sum() / words.sum()), float(low), float(high)
+
+
+def compare(
+    variant: dict[tuple[float, int], pandas.DataFrame],
+    baseline: dict[tuple[float, int], pandas.DataFrame],
+    sparsity: float,
+) -> tuple[float, float, float]:
+    """Difference to the baseline at one sparsity, mean over the seeds, as :func:`bootstrap_difference` gives it."""
+    seeds = sorted(seed for target, seed in variant if target == sparsity)
+    words = variant[sparsity, seeds[0]]["words"]
+
+    def mean_edits(of: dict[tuple[float, int], pandas.DataFrame]) -> np.ndarray:
+        return np.mean([of[sparsity, seed]["edits"].loc[words.index].to_numpy() for seed in seeds], axis=0)
+
+    return bootstrap_difference(mean_edits(variant), mean_edits(baseline), words.to_numpy())
+
+
+def layer_errors(sweep: Sweep, scale: Scale) -> dict[float, float]:
+    """Mean relative error of the matrices on the calibration set, over the seeds, by sparsity."""
+    errors: dict[float, list[float]] = {}
+    for job in jobs(sweep, scale):
+        metrics = json.loads((job.folder / run_folder.METRICS).read_text())
+        layers = pandas.read_csv(job.folder / run_folder.LAYERS)
+        errors.setdefault(metrics["target_sparsity"], []).append(float(layers["relative_error"].mean()))
+    return {sparsity: float(np.mean(values)) for sparsity, values in errors.items()}

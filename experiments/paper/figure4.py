@@ -1,0 +1,45 @@
+"""Figure 4: one-shot pruning of large models that learned from little, more and most of the data."""
+
+from experiments.paper.curves import mean_increase, points_of, write_points
+from experiments.plots import Curve, plot_curves
+from experiments.results import Item, Result, describe
+from experiments.sweeps import Scale, Sweep, read
+
+ROLES = {"large_little": "10m", "large_more": "100h", "large_most": "960h"}
+"""Role of each model, and the data that the paper's was fine-tuned on."""
+
+SWEEPS = tuple(Sweep("curve_one_shot", role) for role in ROLES)
+
+
+def make(scale: Scale) -> Result:
+    """Draw ``figure4``.
+
+    Raises:
+        UserError: a run is missing.
+    """
+    runs = read(SWEEPS, scale)
+    curves, increases = [], {}
+    for role, hours in ROLES.items():
+        chosen = runs[runs["role"] == role]
+        dense = chosen["wer_dense"].iloc[0]
+        label = f"{chosen['model'].iloc[0]} ({100 * dense:.1f} %; paper: {hours})"
+        curves.append(Curve(label, points_of(chosen), dense))
+        increases[label] = mean_increase(chosen)
+    plot_curves(scale.folder / "figure4", "Large models, more and more training data", curves)
+    write_points(scale, "figure4", runs)
+    sparsities = [sparsity for sparsity in next(iter(increases.values())).index if sparsity >= 0.5]
+    losses = [[increase[sparsity] for increase in increases.values()] for sparsity in sparsities]
+    ordered = [loss for loss in losses if loss == sorted(loss, reverse=True)]
+    notes = [
+        describe(runs, scale),
+        "Bands: one standard deviation over the seeds. Dashed: each model's dense WER.",
+        "Paper: the better the dense model, the smaller the loss by pruning. Ours, from 50 % on: so at "
+        f"{len(ordered)} of {len(sparsities)} sparsities; at 70 % "
+        + ", ".join(f"{label.split()[0]} {increase[0.7]:+.2f}" for label, increase in increases.items())
+        + " points.",
+    ]
+    title = "Figure 4: one-shot WER over sparsity, three large models"
+    return Result(title, notes, files=[scale.folder / f"figure4.{suffix}" for suffix in ("png", "pdf", "csv")])
+
+
+ITEM = Item(SWEEPS, make)

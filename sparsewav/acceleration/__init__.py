@@ -1,5 +1,0 @@
-"""Time and memory that a pruned model really saves: sparse products where they are faster than dense ones."""
-
-from sparsewav.acceleration.swap import AcceleratedMatrix, AccelerationReport, accelerate, restore
-
-__all__ = ["AcceleratedMatrix", "AccelerationReport", "accelerate", "restore"]

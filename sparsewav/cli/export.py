@@ -1,0 +1,47 @@
+"""Console command ``sparsewav-export``: write a model in another format."""
+
+import argparse
+
+from rich.console import Console
+
+from sparsewav.errors import UserError
+from sparsewav.progress import print_error
+
+_EPILOG = """examples:
+  sparsewav-export outputs/RUN/model small --dtype float16   numbers of half the size, too
+  sparsewav-export small dense --format dense       back, for transformers alone to load
+
+A folder in bitmask format holds model.bitmask.safetensors; sparsewav.load("small") gives back the model.
+"""
+
+
+def main() -> None:
+    """Console entry ``sparsewav-export SRC DST``."""
+    parser = argparse.ArgumentParser(
+        prog="sparsewav-export",
+        description="Write a pruned model in another format: bitmask stores a bit for every weight and the values of "
+        "those that are not zero; dense is a plain checkpoint.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder of a model, in either format")
+    parser.add_argument("destination", metavar="DST", help="folder to write; must not be there yet")
+    parser.add_argument("--format", choices=("dense", "bitmask"), default="bitmask", help="default: bitmask")
+    parser.add_argument(
+        "--dtype", choices=("model", "float16"), default="model", help="model (default) keeps every bit; float16 rounds"
+    )
+    arguments = parser.parse_args()
+    console = Console(soft_wrap=True)
+    from sparsewav.models.bitmask import export  # here, so that --help does not wait for PyTorch
+
+    try:
+        folder = export(arguments.source, arguments.destination, arguments.format, arguments.dtype)
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(1) from None
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    console.print(f"{folder}: {written / 1e6:,.1f} MB of weights in {arguments.format} format", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Sweeps: what the runs of one folder amount to."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sparsewav.files import write_file
+from sparsewav.pipeline import run_folder
+from sparsewav.settings.baselines import OURS
+from sparsewav.settings.run import PLAIN
+
+SUMMARY = "summary.csv"
+
+_SHOWN = {
+    "method": "method",
+    "saliency": "saliency",
+    "solver": "solver",
+    "objective": "objective",
+    "recovery": "recovery",
+    "allocation": "allocation",
+    "finetune_strategy": "tuning",
+    "target_sparsity": "asked",
+    "achieved_sparsity": "reached",
+    "wer_dense": "dense WER",
+    "wer_pruned": "pruned WER",
+    "wer": "WER",
+    "updates": "updates",
+    "prune_seconds": "seconds",
+    "status": "status",
+}
+"""Columns of the summary that the terminal shows, with their headings."""
+
+
+def collect(folder: Path) -> pandas.DataFrame:
+    """Read every finished or failed run below a folder into a table, a row a run."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"*/{run_folder.METRICS}")):
+        metrics = json.loads(path.read_text())
+        seconds = metrics.pop("seconds")
+        flat = {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))}
+        rows.append(
+            {"run": path.parent.name, "status": "done"} | flat | {f"{k}_seconds": v for k, v in seconds.items()}
+        )
+    for path in sorted(folder.glob(f"*/{run_folder.ERROR}")):
+        error = json.loads(path.read_text())
+        target = [item.partition("=")[2] for item in error["overrides"] if item.startswith("sparsity.target=")]
+        asked = {"target_sparsity": float(target[0])} if target else {}
+        row = {"run": path.parent.name, "status": "failed", "error": error["error"]}
+        rows.append(row | error["choices"] | asked)
+    return pandas.DataFrame(rows)
+
+
+def summarize(folder: Path, console: Console) -> int:
+    """Write ``summary.csv`` of a sweep's folder and show it.
+
+    Returns:
+        How many runs failed.
+    """
+    table = collect(folder)
+    if table.empty:
+        console.print(f"{folder} has no runs")
+        return 0
+    keys = ("method", "saliency", *PLAIN, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
+    order = [column for column in keys if column in table]
+    table = table.sort_values(order)
+    with write_file(folder / SUMMARY) as temporary:
+        table.to_csv(temporary, index=False)
+    shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
+    failed = int((table["status"] == "failed").sum())
+    columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
+    if "method" in table and set(table["method"]) <= {OURS}:
+        columns.remove("method")
+    if "updates" in table and not table["updates"].any():  # nothing was tuned: the two WERs are one
+        columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
+    columns = [column for column in columns if column not in PLAIN or set(table[column].dropna()) != {PLAIN[column]}]
+    for column in columns:
+        shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
+    for row in table[columns].itertuples(index=False):
+        shown.add_row(*(_show(column, value) for column, value in zip(columns, row, strict=True)))
+    console.print(shown)
+    console.print(f"Summary: {folder / SUMMARY}")
+    return failed
+
+
+def _show(column: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if pandas.isna(value):
+        return "-"
+    return f"{100 * value:.2f} %" if column.startswith("wer") else f"{value:.4g}"
+
+
+def main() -> None:
+    """Console entry ``sparsewav-summary FOLDER``: write and show the summary of a sweep's folder again."""
+    console = Console()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        console.print("usage: sparsewav-summary FOLDER    (the folder of a sweep, e.g. outputs/methods)")
+        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    folder = Path(sys.argv[1])
+    if not folder.is_dir():
+        console.print(f"{folder} is not a folder; give the folder of a sweep")
+        raise SystemExit(1)
+    raise SystemExit(1 if summarize(folder, console) else 0)

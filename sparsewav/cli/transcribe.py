@@ -1,0 +1,120 @@
+"""Console command ``sparsewav-transcribe``: print what is said in audio files."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from sparsewav.errors import UserError
+from sparsewav.progress import print_error, quieten_libraries, stage
+
+if TYPE_CHECKING:
+    from sparsewav.inference.transcription import Transcript
+
+_EPILOG = """examples:
+  sparsewav-transcribe talk.mp3                                          the demo's model: English, and small
+  sparsewav-transcribe talk.flac --model outputs/RUN                     a run's pruned model
+  sparsewav-transcribe *.wav --model outputs/RUN --format json > talks.jsonl
+  sparsewav-transcribe one.ogg two.ogg --format srt --output subtitles   subtitles/one.srt, subtitles/two.srt
+
+Any file that libsndfile reads: WAV, FLAC, OGG, MP3; any rate, channels averaged. Long ones are heard in chunks that
+overlap. Transcripts are greedy CTC without a language model, as in the evaluation.
+"""
+
+SUFFIXES = {"text": ".txt", "json": ".jsonl", "srt": ".srt"}
+
+
+def main() -> None:
+    """Console entry ``sparsewav-transcribe FILE...``."""
+    arguments = _parse()
+    errors = Console(stderr=True, soft_wrap=True)
+    if arguments.format == "srt" and len(arguments.files) > 1 and arguments.output is None:
+        print_error("several subtitle files cannot share one stream; give their folder: --output FOLDER")
+        raise SystemExit(1)
+    quieten_libraries()
+    from sparsewav.data.utterances import Utterance
+    from sparsewav.inference.transcription import transcribe_recording
+    from sparsewav.models.load import choose_device, load_speech_model
+
+    try:
+        speech = load_speech_model(arguments.model, device=choose_device(arguments.device))
+        if arguments.accelerate:
+            from sparsewav.inference import accelerate
+
+            errors.print(accelerate(speech.model), markup=False, highlight=False)
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(1) from None
+    failed = False
+    for path in arguments.files:
+        try:
+            with stage(errors, str(path)) as progress:
+                transcript = transcribe_recording(
+                    speech,
+                    Utterance(path.stem, "", path),
+                    chunk_seconds=arguments.chunk,
+                    overlap_seconds=arguments.overlap,
+                    progress=progress,
+                )
+            _write(_FORMATS[arguments.format](transcript, path, len(arguments.files) > 1), path, arguments)
+        except UserError as error:  # the other files are done all the same
+            print_error(error)
+            failed = True
+    raise SystemExit(1 if failed else 0)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sparsewav-transcribe",
+        description="Print what is said in audio files.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio")
+    parser.add_argument(
+        "--model", default="demo", metavar="DIR", help="folder of a run or a model, or a name on the hub (default demo)"
+    )
+    parser.add_argument("--format", choices=tuple(SUFFIXES), default="text", help="text (default), json lines or srt")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each audio file there")
+    parser.add_argument("--chunk", type=float, default=30.0, metavar="SECONDS", help="heard at once (default 30)")
+    parser.add_argument("--overlap", type=float, default=4.0, metavar="SECONDS", help="of two chunks (default 4)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument("--accelerate", action="store_true", help="skip the pruned weights where that is faster (CPU)")
+    return parser.parse_args()
+
+
+def _text(transcript: "Transcript", path: Path, several: bool) -> str:
+    return f"{path}: {transcript.text}\n" if several else f"{transcript.text}\n"
+
+
+def _json(transcript: "Transcript", path: Path, several: bool) -> str:
+    return json.dumps({"file": str(path), **asdict(transcript)}, ensure_ascii=False) + "\n"
+
+
+def _srt(transcript: "Transcript", path: Path, several: bool) -> str:
+    from sparsewav.inference.transcription import as_srt
+
+    return as_srt(transcript)
+
+
+_FORMATS: dict[str, Callable[["Transcript", Path, bool], str]] = {"text": _text, "json": _json, "srt": _srt}
+
+
+def _write(content: str, path: Path, arguments: argparse.Namespace) -> None:
+    if arguments.output is None:
+        sys.stdout.write(content)
+        sys.stdout.flush()
+        return
+    from sparsewav.files import write_file
+
+    with write_file(arguments.output / f"{path.stem}{SUFFIXES[arguments.format]}") as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""``sparsewav.accelerate``: put sparse products in the place of dense ones where they are faster."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsewav.errors import UserError
+from sparsewav.inference.kernel import NoKernel, sparse_product
+from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.timing import Timing, in_turns, remember, remembered, setting, sparsity, time_linear
+from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+
+log = logging.getLogger(__name__)
+
+FRAMES = (250, 1000)
+"""Frames in a batch for which the products are timed by default: 5 and 20 seconds of audio."""
+
+BUCKET = 0.05
+"""Matrices of one shape whose sparsities lie in the same twentieth share a timing, that of the least sparse one."""
+
+
+@dataclass(frozen=True)
+class AcceleratedMatrix:
+    """What became of one matrix.
+
+    Attributes:
+        name: of its module.
+        rows, cols: its shape.
+        sparsity: share of its weights that are zero.
+        swapped: its product is a sparse one now.
+        reason: why it was left dense; empty if it was swapped.
+        dense, sparse: seconds of a product, one for each number of frames; empty where none was timed.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    sparsity: float
+    swapped: bool
+    reason: str = ""
+    dense: tuple[float, ...] = ()
+    sparse: tuple[float, ...] = ()
+
+
+@dataclass
+class AccelerationReport:
+    """What :func:`accelerate` did.
+
+    Attributes:
+        matrices: a row for every prunable matrix.
+        frames: numbers of frames that the products were timed with.
+        threads: that they were timed with; the choice holds for these.
+        product: ``kernel``, ``CSR`` or ``2:4``: what the sparse products are computed by.
+        without_kernel: why there is no kernel; empty if there is one.
+    """
+
+    matrices: list[AcceleratedMatrix]
+    frames: tuple[int, ...]
+    threads: int
+    product: str
+    without_kernel: str = ""
+    swapped: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.swapped = sum(matrix.swapped for matrix in self.matrices)
+
+    def __str__(self) -> str:
+        lines = [f"{self.swapped} of {len(self.matrices)} matrices multiply sparse ({self.product})"]
+        reasons = [matrix.reason for matrix in self.matrices if matrix.reason]
+        lines += [f"{reasons.count(reason)} left dense: {reason}" for reason in dict.fromkeys(reasons)]
+        if self.without_kernel:
+            lines.append(f"no kernel, PyTorch's slower CSR products are used instead: {self.without_kernel}")
+        return "\n".join(lines)
+
+
+def accelerate(
+    model: PreTrainedModel,
+    *,
+    frames: int | Sequence[int] = FRAMES,
+    folder: Path | str | None = None,
+    pattern: Literal["any", "2:4"] = "any",
+) -> AccelerationReport:
+    """Let a pruned model skip its zeros, in place; for inference.
+
+    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight freed; the
+    rest stays as it is. Outputs are equal up to rounding. The choice is made by timing, with the number of threads that
+    PyTorch has now, and remembered in the model's folder.
+
+    Args:
+        model: CTC model, in float32 on the CPU (``pattern="2:4"``: in float16 or bfloat16 on a GPU).
+        frames: frames of a batch (50 for a second of audio, times the utterances in it), or several such numbers; a
+            matrix is swapped where it is faster with all of them.
+        folder: where the timings are remembered; the folder that the model was loaded from, by default.
+        pattern: ``any`` zeros on the CPU, or ``2:4`` on an NVIDIA GPU by
+            :func:`torch.sparse.to_sparse_semi_structured`.
+
+    Raises:
+        UserError: the model's family is unknown, it is accelerated already, or it is not on a device and in a precision
+            for which there are sparse products.
+    """
+    counts = (frames,) if isinstance(frames, int) else tuple(frames)
+    if not counts or min(counts) < 1:
+        raise UserError(f"frames={frames} must be one or more numbers above 0")
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise UserError("the model is accelerated already; load it again to choose anew")
+    matrices = prunable_matrices(model)
+    if pattern == "2:4":
+        return _accelerate_on_gpu(model, matrices, counts)
+    if pattern != "any":
+        raise UserError(f"pattern={pattern!r} is none of 'any' and '2:4'")
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise UserError(
+            f"the model is {model.dtype} on {model.device}, and sparse products compute in float32 on the CPU; "
+            "convert it, or on an NVIDIA GPU ask for pattern='2:4'"
+        )
+    without_kernel = ""
+    try:
+        sparse_product()
+    except NoKernel as error:
+        without_kernel = str(error)
+        log.warning("no sparse kernel: %s; PyTorch's CSR products are used where they are faster", error)
+    place = Path(folder) if folder is not None else _folder(model)
+    key = setting(counts, kernel=not without_kernel)
+    timings = remembered(place, key)
+    known = set(timings)
+    reasons = {matrix.name: _reason(model, matrix) for matrix in matrices}
+    # The least sparse first: its timing is the one that the others of its bucket share.
+    for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
+        if not reasons[matrix.name] and _bucket(matrix.weight) not in timings:
+            timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
+    if set(timings) != known:
+        remember(place, key, timings)
+    rows = []
+    for matrix in matrices:
+        timing = None if reasons[matrix.name] else timings[_bucket(matrix.weight)]
+        rows.append(_swap(model, matrix, timing, reasons[matrix.name]))
+    if any(row.swapped for row in rows):
+        _leave_mapped_file(model)
+    product = "CSR" if without_kernel else "kernel"
+    return AccelerationReport(rows, counts, torch.get_num_threads(), product, without_kernel)
+
+
+def restore(model: PreTrainedModel) -> int:
+    """Undo :func:`accelerate` on the CPU: give every swapped matrix its dense weight back, in place.
+
+    Returns:
+        How many matrices were swapped.
+    """
+    swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    for name, module in swapped:
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(module.dense_weight()), module.bias
+        model.set_submodule(name, linear.train(module.training))
+    return len(swapped)
+
+
+def _folder(model: PreTrainedModel) -> Path | None:
+    """The folder that a model was loaded from; None for one from the hub or from nowhere, or this package's own."""
+    folder = Path(model.name_or_path) if model.name_or_path else None
+    package = Path(__file__).parents[1]
+    return folder if folder and folder.is_dir() and package not in folder.resolve().parents else None
+
+
+def _bucket(weight: Tensor) -> str:
+    rows, cols = weight.shape
+    step = math.floor(sparsity(weight) / BUCKET + 1e-9)
+    return f"{rows}x{cols}, {step * BUCKET:.2f} of it zero or more"
+
+
+def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
+    """Why a matrix must stay dense; empty if timing shall decide."""
+    if sparsity(matrix.weight) < 0.2:
+        return "hardly any of it is zero"
+    parent = model.get_submodule(matrix.name.rpartition(".")[0])
+    if hasattr(parent, "torch_multi_head_self_attention"):
+        return "WavLM's attention is one fused function that takes the dense weights"
+    if type(matrix.module) is not nn.Linear:
+        return f"it is a {type(matrix.module).__name__}, which may do more than multiply"
+    return ""
+
+
+def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timing: Timing | None, reason: str) -> AcceleratedMatrix:
+    rows, cols = matrix.weight.shape
+    share = sparsity(matrix.weight)
+    if timing is None:
+        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason)
+    if not timing.worth_it:
+        reason = "the sparse product is not clearly faster"
+        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason, timing.dense, timing.sparse)
+    sparse = SparseLinear(matrix.module, timing.width)
+    matrix.module.weight = nn.Parameter(torch.empty(0))  # who still holds the module holds no memory
+    model.set_submodule(matrix.name, sparse)
+    return AcceleratedMatrix(matrix.name, rows, cols, share, True, "", timing.dense, timing.sparse)
+
+
+def _leave_mapped_file(model: PreTrainedModel) -> None:
+    """Copy what is left: as long as one tensor lies in a mapped checkpoint, all of that stays in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+@torch.inference_mode()
+def _accelerate_on_gpu(
+    model: PreTrainedModel, matrices: list[PrunableMatrix], frames: tuple[int, ...]
+) -> AccelerationReport:
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+        raise UserError(
+            f"2:4 products need an NVIDIA GPU of compute capability 8.0 or newer, and the model is on {model.device}; "
+            "on the CPU, sparsewav.accelerate(model) takes zeros of any pattern"
+        )
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(f"2:4 products compute in float16 or bfloat16, and the model is {model.dtype}; convert it")
+    rows = []
+    for matrix in matrices:
+        height, cols = matrix.weight.shape
+        reason = _reason(model, matrix)
+        if not reason and not two_of_four(matrix.weight):
+            reason = "it is not 2:4 (at most two nonzeros in every four neighbours of a row)"
+        dense: tuple[float, ...] = ()
+        sparse: tuple[float, ...] = ()
+        if not reason:
+            weight = matrix.module.weight
+            compressed = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
+            dense, sparse = _time_on_gpu(weight, compressed, frames)
+            if all(before >= 1.1 * after for before, after in zip(dense, sparse, strict=True)):
+                matrix.module.weight = compressed
+            else:
+                reason = "the sparse product is not clearly faster"
+        share = sparsity(matrix.weight) if reason else 0.5
+        rows.append(AcceleratedMatrix(matrix.name, height, cols, share, not reason, reason, dense, sparse))
+    return AccelerationReport(rows, frames, torch.get_num_threads(), "2:4")
+
+
+def two_of_four(weight: Tensor) -> bool:
+    """Tell whether every four neighbours in a row have at most two nonzeros."""
+    return weight.shape[1] % 4 == 0 and bool(((weight.view(-1, 4) != 0).sum(1) <= 2).all())
+
+
+def _time_on_gpu(dense: Tensor, sparse: Tensor, frames: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    seconds = []
+    for count in frames:
+        inputs = torch.randn(count, dense.shape[1], device=dense.device, dtype=dense.dtype)
+
+        def product(weight: Tensor, inputs: Tensor = inputs) -> None:
+            nn.functional.linear(inputs, weight)
+            torch.cuda.synchronize(inputs.device)
+
+        seconds.append(in_turns(5, [lambda: product(dense), lambda: product(sparse)]))
+    return tuple(row[0] for row in seconds), tuple(row[1] for row in seconds)

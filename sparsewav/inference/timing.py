@@ -1,0 +1,143 @@
+"""Which product is faster for a matrix, measured here, and remembered beside the model."""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsewav.errors import UserError
+from sparsewav.files import write_file
+from sparsewav.inference.kernel import MOST_COLUMNS, SOURCE, processor_name
+from sparsewav.inference.sparse_linear import SparseLinear
+
+log = logging.getLogger(__name__)
+
+WIDTHS = (96, 192)
+"""Columns in a block of the kernel's layout: narrow ones keep its inputs in the first-level cache, wide ones have more
+to do in each row."""
+
+MARGIN = 1.1
+"""A sparse product must be that many times faster than the dense one, or it is not worth a swap."""
+
+ROUNDS = 5
+
+REMEMBERED = "acceleration.json"
+"""File in a model's folder with what was measured, for each machine and setting."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one shape and sparsity: dense, and the best sparse product.
+
+    Attributes:
+        rows, cols: of the matrix.
+        sparsity: of the matrix that was timed, the least sparse of those that the timing stands for.
+        dense, sparse: median seconds of a product, one for each number of frames.
+        width: columns in a block of the best layout; None for PyTorch's CSR product.
+    """
+
+    rows: int
+    cols: int
+    sparsity: float
+    dense: tuple[float, ...]
+    sparse: tuple[float, ...]
+    width: int | None
+
+    @property
+    def worth_it(self) -> bool:
+        """Tell whether the sparse product is faster, with a margin, at every number of frames."""
+        return all(dense >= MARGIN * sparse for dense, sparse in zip(self.dense, self.sparse, strict=True))
+
+
+def in_turns(rounds: int, contestants: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median seconds of each, taken in turns after a round that does not count."""
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for number in range(rounds + 1):
+        for times, contestant in zip(seconds, contestants, strict=True):
+            started = time.perf_counter()
+            contestant()
+            if number:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+@torch.inference_mode()
+def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timing:
+    """Time a linear module dense and in every sparse layout.
+
+    Args:
+        linear: float32, on the CPU.
+        frames: numbers of frames to multiply with at once.
+        kernel: there is a kernel; otherwise PyTorch's CSR product is timed.
+    """
+    widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MOST_COLUMNS else (None,)
+    candidates = [SparseLinear(linear, width) for width in widths]
+    seconds = []
+    for count in frames:
+        inputs = torch.randn(1, count, linear.in_features, generator=torch.Generator().manual_seed(0))
+        seconds.append(in_turns(ROUNDS, [lambda x=inputs, m=module: m(x) for module in (linear, *candidates)]))  # type: ignore[misc]
+    totals = [sum(row[1 + index] / row[0] for row in seconds) for index in range(len(candidates))]
+    best = totals.index(min(totals))
+    return Timing(
+        linear.out_features,
+        linear.in_features,
+        sparsity(linear.weight),
+        tuple(row[0] for row in seconds),
+        tuple(row[1 + best] for row in seconds),
+        widths[best],
+    )
+
+
+def sparsity(weight: Tensor) -> float:
+    """Share of a matrix's weights that are zero."""
+    return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+def setting(frames: Sequence[int], kernel: bool) -> str:
+    """What timings depend on beside the matrix, as the key under which they are remembered."""
+    source = blake2b(SOURCE.read_bytes(), digest_size=4).hexdigest() if kernel else "csr"
+    threads = torch.get_num_threads()
+    processor = blake2b(processor_name().encode(), digest_size=4).hexdigest()
+    return f"{processor}, {threads} threads, PyTorch {torch.__version__}, kernel {source}, frames {list(frames)}"
+
+
+def remembered(folder: Path | None, key: str) -> dict[str, Timing]:
+    """Timings of a setting from a model's folder, by shape and sparsity; none where the file is not one of ours."""
+    path = folder / REMEMBERED if folder else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8")).get(key, {})
+        return {
+            name: Timing(**entry | {"dense": tuple(entry["dense"]), "sparse": tuple(entry["sparse"])})
+            for name, entry in entries.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        log.warning("%s is not readable (%s); the products are timed again", path, error)
+        return {}
+
+
+def remember(folder: Path | None, key: str, timings: dict[str, Timing]) -> None:
+    """Write timings of a setting to a model's folder, beside those of others; say so where it cannot be written."""
+    if folder is None:
+        return
+    path = folder / REMEMBERED
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    record = record if isinstance(record, dict) else {}
+    record[key] = {name: asdict(timing) for name, timing in sorted(timings.items())}
+    try:
+        with write_file(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except UserError as error:
+        log.warning("the timings are not remembered: %s", error)

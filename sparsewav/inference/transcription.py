@@ -1,0 +1,208 @@
+"""Transcripts of whole recordings: in overlapping chunks, with the times of the words."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsewav.data.utterances import Utterance, read_audio
+from sparsewav.errors import UserError
+from sparsewav.models.load import SpeechModel
+
+AGREEMENT = 3
+"""Frames, one after the other, on which two chunks have to agree where one hands over to the next."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a transcript, in upper case, and the seconds from the start of the recording that it is heard at."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said in a recording.
+
+    Attributes:
+        text: in upper case.
+        words: the same, word by word.
+        seconds: length of the recording.
+    """
+
+    text: str
+    words: list[Word]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a recording: frames of the model from ``first`` up to ``stop``."""
+
+    first: int
+    stop: int
+
+
+def plan_chunks(frames: int, chunk: int, overlap: int) -> list[Chunk]:
+    """Cover so many frames with chunks of a length, each overlapping the one before it.
+
+    Args:
+        frames: of the recording, at least 1.
+        chunk: frames of a chunk.
+        overlap: frames that neighbours share; fewer than half a chunk.
+    """
+    step = chunk - overlap
+    count = 1 if frames <= chunk else -(-(frames - overlap) // step)
+    return [Chunk(index * step, min(index * step + chunk, frames)) for index in range(count)]
+
+
+@torch.inference_mode()
+def transcribe_recording(
+    speech: SpeechModel,
+    recording: Utterance,
+    *,
+    chunk_seconds: float = 30.0,
+    overlap_seconds: float = 4.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transcript:
+    """Transcribe a recording of any length greedily, as the evaluation does.
+
+    Every chunk is heard by itself. In an overlap the one chunk hands over to the next where both read the same tokens,
+    if possible in a pause, so that no letter is written twice or lost.
+
+    Args:
+        speech: a CTC model and its processor.
+        recording: whose audio to transcribe; its text is not looked at.
+        chunk_seconds: length of a chunk.
+        overlap_seconds: what neighbouring chunks share.
+        progress: called with (chunks done, chunks).
+
+    Raises:
+        UserError: the recording is not readable, is shorter than a frame, or the lengths do not fit each other.
+    """
+    if not 0 <= overlap_seconds < chunk_seconds / 2:
+        raise UserError(
+            f"an overlap of {overlap_seconds:g} seconds must be at least 0 and below half a chunk of "
+            f"{chunk_seconds:g} seconds"
+        )
+    extractor, model = speech.processor.feature_extractor, speech.model
+    rate = extractor.sampling_rate
+    audio = read_audio(recording, rate)
+    seconds = len(audio) / rate
+    samples: Tensor = extractor(audio, sampling_rate=rate, return_tensors="pt")["input_values"][0]
+    hop, window = _frame(model)
+    frames = (len(samples) - window) // hop + 1
+    if frames < 1:
+        raise UserError(
+            f"{recording.source} has {len(samples)} samples, too few for the model's {window}; leave it out"
+        )
+    chunks = plan_chunks(frames, max(int(chunk_seconds * rate / hop), 2), int(overlap_seconds * rate / hop))
+    tokens: list[Tensor] = []
+    for index, chunk in enumerate(chunks):
+        heard = samples[chunk.first * hop : (chunk.stop - 1) * hop + window]
+        logits = model(heard[None].to(model.device, model.dtype)).logits[0]
+        tokens.append(logits.argmax(-1).cpu())  # (frames of the chunk,)
+        if progress:
+            progress(index + 1, len(chunks))
+    quiet = torch.tensor([model.config.pad_token_id, speech.processor.tokenizer.word_delimiter_token_id])
+    joined = join_chunks(chunks, tokens, quiet)
+    words = list(_words(joined, speech, hop / rate))
+    return Transcript(" ".join(word.text for word in words), words, seconds)
+
+
+def _frame(model: Any) -> tuple[int, int]:
+    """Samples from one frame of the logits to the next, and samples that a frame reads.
+
+    Raises:
+        UserError: the model's frames are not a regular grid of its samples.
+    """
+    hop, window = 1, 1
+    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+        window += (kernel - 1) * hop
+        hop *= stride
+    counted = int(model._get_feat_extract_output_lengths(torch.tensor(window + 99 * hop)))
+    if counted != 100:
+        raise UserError(f"a {type(model).__name__} that changes the number of frames cannot transcribe in chunks")
+    return hop, window
+
+
+def join_chunks(chunks: list[Chunk], tokens: list[Tensor], quiet: Tensor) -> Tensor:
+    """Put the tokens of overlapping chunks together.
+
+    Args:
+        chunks: one after the other.
+        tokens: of each chunk, shape (frames of the chunk,).
+        quiet: tokens that are no letter.
+
+    Returns:
+        A token for every frame of the recording, shape (frames,).
+    """
+    kept: list[Tensor] = []
+    begin = 0
+    for index, (chunk, own) in enumerate(zip(chunks, tokens, strict=True)):
+        end = chunk.stop
+        if index + 1 < len(chunks):
+            following = chunks[index + 1]
+            shared = chunk.stop - following.first
+            end = following.first + _handover(own[len(own) - shared :], tokens[index + 1][:shared], quiet)
+        kept.append(own[begin - chunk.first : end - chunk.first])
+        begin = end
+    return torch.cat(kept)
+
+
+def _handover(before: Tensor, after: Tensor, quiet: Tensor) -> int:
+    """The frame of an overlap from which on the later chunk is taken: near the middle, where both read the same."""
+    shared = len(before)
+    if shared == 0:
+        return 0
+    same = (before == after).float()
+    pause = same * torch.isin(before, quiet)
+    width = min(AGREEMENT, shared)
+    around = torch.arange(shared - width + 1) + width // 2
+    distance = (around - shared / 2).abs()
+    for agreement in (pause, same):
+        whole = agreement.unfold(0, width, 1).min(-1).values > 0
+        if whole.any():
+            return int(around[torch.where(whole, distance, torch.inf).argmin()])
+    return shared // 2
+
+
+def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Iterator[Word]:
+    tokenizer: Any = speech.processor.tokenizer
+    decoded = tokenizer.decode(tokens, output_word_offsets=True)
+    for word in decoded.word_offsets:
+        text = "".join(word["word"].upper().split())
+        if text:
+            start, end = (float(word[key]) * seconds_per_frame for key in ("start_offset", "end_offset"))
+            yield Word(text, start, end)
+
+
+def captions(words: list[Word], *, most_words: int = 8, most_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:
+    """Gather words into captions: a new one after so many words or seconds, or a pause of so many seconds."""
+    lines: list[list[Word]] = []
+    for word in words:
+        line = lines[-1] if lines else []
+        fits = line and len(line) < most_words and word.end - line[0].start <= most_seconds
+        if fits and word.start - line[-1].end < pause:
+            line.append(word)
+        else:
+            lines.append([word])
+    return [Word(" ".join(word.text for word in line), line[0].start, line[-1].end) for line in lines]
+
+
+def as_srt(transcript: Transcript) -> str:
+    """Write a transcript as SubRip subtitles."""
+    return "\n".join(
+        f"{number}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.text}\n"
+        for number, line in enumerate(captions(transcript.words), 1)
+    )
+
+
+def _clock(seconds: float) -> str:
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02},{rest % 1000:03}"

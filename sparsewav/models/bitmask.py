@@ -1,0 +1,326 @@
+"""Pruned models on disk: of a pruned matrix the kept values and a bit for every weight, in a safetensors file.
+
+``BITMASK_FORMAT.md`` beside this module describes the file. Nothing here unpickles or executes what it reads.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
+
+from sparsewav.errors import UserError
+from sparsewav.files import write_folder
+from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsewav.pruning.encoder import check_family, prunable_matrices
+
+FORMATS = ("dense", "bitmask")
+FORMAT = "sparsewav-bitmask"
+VERSION = "1"
+BITMASK_WEIGHTS = "model.bitmask.safetensors"
+"""Not ``model.safetensors``: transformers would take the file and fill what it misses there with random numbers."""
+
+BITMASK_NOTE = """
+**This folder has the weights in bitmask format**, which transformers does not read: `sparsewav.load` gives back the
+model, and `sparsewav-export` a plain checkpoint.
+"""
+
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""Integers as wide as the numbers: zero is told by its bits, so that −0 comes back as −0."""
+
+
+def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a matrix apart.
+
+    Args:
+        weight: shape (rows, cols), floating point, on the CPU.
+
+    Returns:
+        Bits, shape (⌈rows·cols / 8⌉,), uint8: weight i in row-major order is kept where bit i mod 8, counted from the
+        lowest, of byte ⌊i / 8⌋ is set. Kept values, shape (kept,), in the same order.
+    """
+    flat = weight.detach().contiguous().flatten()
+    kept = flat.view(_BITS[flat.dtype]) != 0
+    return torch.from_numpy(np.packbits(kept.numpy(), bitorder="little")), flat[kept]
+
+
+def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    """Put a matrix together again, bit for bit.
+
+    Args:
+        bitmask: as :func:`encode` gives it.
+        values: as :func:`encode` gives them.
+        shape: (rows, cols).
+        name: of the matrix and its file, for messages.
+
+    Raises:
+        UserError: the three do not fit each other.
+    """
+    size = math.prod(shape)
+    if bitmask.dtype != torch.uint8 or bitmask.dim() != 1 or len(bitmask) != -(-size // 8):
+        raise UserError(f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight; {_AGAIN}")
+    if values.dtype not in _BITS or values.dim() != 1:
+        raise UserError(f"the values of {name} are not one row of floating-point numbers; {_AGAIN}")
+    bits = bitmask.numpy()
+    if size % 8 and bits[-1] >> (size % 8):
+        raise UserError(f"the bitmask of {name} has bits set behind its last weight; {_AGAIN}")
+    kept = np.unpackbits(bits, count=size, bitorder="little").view(bool)
+    count = int(np.count_nonzero(kept))
+    if count != len(values):
+        raise UserError(f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}; {_AGAIN}")
+    integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
+    flat = torch.zeros(size, dtype=integers.dtype)
+    flat.numpy()[np.flatnonzero(kept)] = integers.numpy()  # three times as fast as by the mask itself
+    return flat.view(values.dtype).view(shape)
+
+
+_AGAIN = "the file is broken: write it again with sparsewav-export"
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a CTC model from a folder in dense or bitmask format.
+
+    Args:
+        path: folder with ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
+        dtype: of the weights in memory; None leaves them as they are stored, bit for bit.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: the folder holds no such model, or a broken one.
+    """
+    folder = Path(path).expanduser()
+    skeleton, tensors = _read(folder)
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(kinds) != 1:
+        raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
+    from_pretrained: Any = type(skeleton).from_pretrained  # its type leaves out what output_loading_info adds
+    model, info = from_pretrained(
+        None,
+        config=skeleton.config,
+        state_dict=tensors,
+        dtype=dtype or kinds.pop(),
+        ignore_mismatched_sizes=True,  # to be told of them below, in a sentence
+        output_loading_info=True,
+    )
+    for what, names in (
+        ("lacks", info["missing_keys"]),
+        ("has a tensor that its config.json knows nothing of:", info["unexpected_keys"]),
+        ("has another shape than its config.json says for", info["mismatched_keys"]),
+    ):
+        if names:
+            name = sorted(item if isinstance(item, str) else item[0] for item in names)[0]
+            raise UserError(f"{folder} {what} {name}; give the whole folder of one model")
+    return model.eval()
+
+
+def format_of(folder: Path) -> str:
+    """Tell whether a model's folder is ``dense`` or ``bitmask``.
+
+    Raises:
+        UserError: it is neither, or both.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model's folder: it has no config.json; check the path")
+    dense = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    bitmask = (folder / BITMASK_WEIGHTS).is_file()
+    if dense and bitmask:
+        raise UserError(f"{folder} has both {BITMASK_WEIGHTS} and dense weights; keep one of them")
+    if not dense and not bitmask:
+        pickles = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)
+        )
+        reason = f"; {pickles[0]} is a pickle, which may run code and is never opened" if pickles else ""
+        raise UserError(f"{folder} has neither {WEIGHTS} nor {BITMASK_WEIGHTS}{reason}; give a model in safetensors")
+    return "dense" if dense else "bitmask"
+
+
+def export(source: str | Path, destination: str | Path, format: str = "bitmask", dtype: str = "model") -> Path:
+    """Write a model's folder in another format.
+
+    Args:
+        source: folder in either format.
+        destination: folder to write; it appears whole or not at all, and must not be there yet.
+        format: ``dense`` or ``bitmask``.
+        dtype: ``model`` keeps the numbers as they are; ``float16`` rounds all of them.
+
+    Returns:
+        The destination.
+
+    Raises:
+        UserError: the source is broken, the destination is there, or a weight is too large for float16.
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    if format not in FORMATS or dtype not in ("model", "float16"):
+        raise UserError(f"format={format}, dtype={dtype}: give dense or bitmask, and model or float16")
+    if destination.exists():
+        raise UserError(f"{destination} is there already; delete it or choose another folder")
+    skeleton, tensors = _read(source)
+    if dtype == "float16":
+        tensors = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
+    with write_folder(destination) as temporary:
+        for path in source.iterdir():
+            if path.suffix in (".json", ".md", ".txt") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, temporary / path.name)
+        if dtype == "float16":
+            config = json.loads((source / "config.json").read_text())
+            config.pop("torch_dtype", None)  # the name that older versions of transformers gave it
+            (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float16"}, indent=2) + "\n")
+        _amend_card(temporary / "README.md", format)
+        if format == "dense":
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS, {"format": "pt"}
+            )
+        else:
+            _write_bitmask(tensors, temporary / BITMASK_WEIGHTS, skeleton)
+    return destination
+
+
+def _amend_card(card: Path, format: str) -> None:
+    """Say in the model card how the weights beside it are read."""
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8").replace(BITMASK_NOTE, "").rstrip()
+    card.write_text(f"{text}\n{BITMASK_NOTE if format == 'bitmask' else ''}", encoding="utf-8")
+
+
+def stored_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of a model's tensors on disk in dense and in bitmask format, headers left out."""
+    prunable = _prunable_shapes(model)
+    dense = bitmask = 0
+    for name, tensor in model.state_dict().items():
+        dense += tensor.nbytes
+        kept = int(tensor.count_nonzero()) * tensor.element_size() + -(-tensor.numel() // 8)
+        bitmask += min(kept, tensor.nbytes) if name in prunable else tensor.nbytes
+    return dense, bitmask
+
+
+def _to_float16(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(torch.float16)
+    if not torch.equal(half.isinf(), tensor.isinf()):
+        raise UserError(f"{name} has numbers above 65,504, the largest of float16; leave out --dtype float16")
+    return half
+
+
+def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedModel) -> None:
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    prunable = _prunable_shapes(skeleton)
+    for name, tensor in tensors.items():
+        if name in prunable and tensor.dtype in _BITS:
+            bitmask, values = encode(tensor)
+            if bitmask.nbytes + values.nbytes < tensor.nbytes:  # too few zeros do not pay for the bits
+                stored |= {f"{name}.bitmask": bitmask, f"{name}.values": values}
+                shapes[name] = list(tensor.shape)
+                continue
+        stored[name] = tensor.contiguous()
+    save_file(stored, path, {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes, sort_keys=True)})
+
+
+def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model that a folder describes, without its weights, and its tensors, from either format."""
+    found = format_of(folder)
+    skeleton = _skeleton(folder)
+    return skeleton, _read_dense(folder) if found == "dense" else _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model that ``config.json`` describes, without its weights."""
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        check_family(config.model_type, str(folder))
+        with torch.device("meta"):
+            return AutoModelForCTC.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # a config that somebody made up fails in as many ways as there are keys
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder / 'config.json'} does not describe a model ({reason}); fetch it again") from error
+
+
+def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    return {f"{m.name}.weight": (m.module.out_features, m.module.in_features) for m in prunable_matrices(skeleton)}
+
+
+def _read_dense(folder: Path) -> dict[str, Tensor]:
+    """All tensors, in mapped memory."""
+    checkpoint = Checkpoint(folder)
+    for name, path in checkpoint.files.items():
+        if path.parent.resolve() != folder.resolve():
+            raise UserError(f"{folder / INDEX} says that {name} is in {path}, outside of its folder; fetch it again")
+    return checkpoint.read(checkpoint.files)
+
+
+def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
+    """All tensors under their names in a dense checkpoint; those stored as they are lie in mapped memory.
+
+    Raises:
+        UserError: the file is not what ``BITMASK_FORMAT.md`` describes, or not of this model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = _shapes(path, file.metadata() or {}, _prunable_shapes(skeleton))
+            names = set(file.keys())
+            encoded: dict[str, tuple[Tensor, Tensor]] = {}
+            for name in shapes:
+                parts = (f"{name}.bitmask", f"{name}.values")
+                for part in parts:
+                    if part not in names:
+                        raise UserError(f"{path} lacks {part}; {_AGAIN}")
+                if name in names:
+                    raise UserError(f"{path} has {name} both dense and as a bitmask; {_AGAIN}")
+                names -= set(parts)
+                encoded[name] = (file.get_tensor(parts[0]), file.get_tensor(parts[1]))
+            rest = {name: file.get_tensor(name) for name in sorted(names)}
+            # NumPy lets other threads run meanwhile.
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
+                return dict(zip(shapes, matrices, strict=True)) | rest
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+
+
+def _shapes(
+    path: Path, metadata: Mapping[str, str], expected: dict[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """The shapes that the file's metadata says, checked against the model's."""
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is of the format {metadata.get('format')!r}, not {FORMAT}; {_AGAIN}")
+    if metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of version {metadata.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
+            "update SparseWAV, or write the file again with sparsewav-export"
+        )
+    try:
+        shapes: Any = json.loads(metadata.get("shapes", ""))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}") from error
+    if not isinstance(shapes, dict):
+        raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}")
+    for name, shape in shapes.items():
+        if name not in expected:
+            raise UserError(
+                f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json; {_AGAIN}"
+            )
+        if shape != list(expected[name]) or not all(type(size) is int for size in shape):
+            raise UserError(
+                f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}; {_AGAIN}"
+            )
+    return {name: expected[name] for name in shapes}

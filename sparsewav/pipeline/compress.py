@@ -1,0 +1,89 @@
+"""A baseline's part of a run: compress, and say what was done."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsewav.baselines import METHODS
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
+from sparsewav.models.load import SpeechModel
+from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.resume import State
+from sparsewav.progress import stage
+from sparsewav.pruning import distributed
+from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.settings.run import Config
+
+
+def check(config: Config) -> None:
+    """Refuse at once what a baseline cannot do.
+
+    Raises:
+        UserError: the method is not known, or several processes were started.
+    """
+    if config.method.name not in METHODS:
+        raise UserError(f"method.name={config.method.name} does not exist; choose one of {', '.join(METHODS)}")
+    if distributed.world() > 1:
+        raise UserError(f"method={config.method.name} trains in one process; start it without torchrun")
+
+
+def compress(
+    config: Config,
+    speech: SpeechModel,
+    training: list[Utterance],
+    state: State,
+    checkpoints: Path,
+    console: Console,
+) -> None:
+    """Put the smaller model in the place of the dense one, and note what was done."""
+    settings = config.method.shortened(config.shorten).quickened(config.quicken)
+    prunable = sum(matrix.size for matrix in prunable_matrices(speech.model))
+    total, _ = run_folder.count_parameters(speech.model)
+    with stage(console, f"Compressing with {config.method.name}") as progress:
+        started = time.perf_counter()
+        speech.model, report = METHODS[config.method.name](
+            speech.model, speech.processor, training, settings, checkpoints, seed=config.seed, progress=progress
+        )
+        seconds = time.perf_counter() - started
+    for warning in report.warnings:
+        console.print(f"[yellow]! {warning}[/yellow]")
+    speech.model.eval()
+    left = sum(int(matrix.weight.count_nonzero()) for matrix in prunable_matrices(speech.model))
+    nonzero = run_folder.count_parameters(speech.model)[1]
+    state.seconds["compress"] = seconds
+    state.warnings += report.warnings
+    state.compression = asdict(report) | {"params_dense": total, "share_left": nonzero / total}
+    state.stages.append({"sparsity": config.target_sparsity, "achieved_sparsity": 1 - left / prunable, "updates": 0})
+
+
+def card(config: Config, speech: SpeechModel, state: State) -> str:
+    """The model card: what was done."""
+    total, nonzero = run_folder.count_parameters(speech.model)
+    done, tuned = state.compression, state.stages[-1]["updates"]
+    own = speech.model.config.model_type.startswith("sparsewav")
+    loading = "`AutoModelForCTC.from_pretrained` loads it as any other model."
+    if own:
+        loading = "`import sparsewav.models.load` registers its class; then `AutoModelForCTC.from_pretrained` loads it."
+    facts = "".join(f"| {name.replace('_', ' ')} | {value} |\n" for name, value in done["facts"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: automatic-speech-recognition
+tags: [sparsewav, {config.method.name}, speech]
+---
+# {speech.name}, compressed with {config.method.name}
+
+Made by SparseWAV from `{config.model.source}`.
+
+| | |
+|---|---|
+| parameters | {total:,}, {nonzero:,} of them not zero; {done["params_dense"]:,} before |
+| compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {config.data.training_subset} |
+| published updates divided by | {config.shorten:g} |
+| published learning rates times | {config.quicken:g} |
+| tuning for recognition | {tuned:,} updates |
+{facts}
+{loading} The word error rates are in the run's `metrics.json`, beside this folder.
+"""

@@ -1,0 +1,110 @@
+"""The steps of a run: each leaves a model and what is known after it, from which a killed run goes on."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsewav.data.utterances import Utterance
+from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.bitmask import export
+from sparsewav.models.load import SpeechModel
+from sparsewav.pipeline import run_folder
+from sparsewav.progress import stage
+from sparsewav.settings.run import Config
+
+EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
+"""Kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
+
+
+@dataclass
+class State:
+    """What is known after each step of a run; written beside the model that the step made.
+
+    Attributes:
+        identity: hash of all that the step's model came from.
+        steps: how many are done.
+        stages: a record for every stage: sparsity, word error rates, updates.
+        hypotheses: of the newest model, by utterance id; None until it is evaluated.
+        seconds: of the pieces, over all stages.
+        cached: pieces of the first stage that came out of the cache.
+        warnings: sentences for the user.
+        log: of the fine-tuning's trainer, over all stages.
+        compression: what a baseline says of its compression; empty for ours.
+    """
+
+    identity: str
+    steps: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    hypotheses: dict[str, str] | None = None
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
+    )
+    cached: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    compression: dict[str, Any] = field(default_factory=dict)
+
+
+def newest_step(folder: Path, identity: str) -> tuple[State, Path] | None:
+    """What a killed launch got to, if it came from this very model, data and code."""
+    found = []
+    for path in [folder / run_folder.MODEL, *(folder / run_folder.STAGES).glob("[0-9]*")]:
+        if (path / run_folder.STEP).is_file():
+            record = json.loads((path / run_folder.STEP).read_text())
+            if record["identity"] == identity:
+                found.append((State(**record), path))
+    return max(found, key=lambda item: item[0].steps, default=None)
+
+
+def write_step(step_folder: Path, speech: SpeechModel, state: State, card: str) -> None:
+    """Write the model of a step, its card, and the state after it."""
+    with run_folder.write_model(step_folder, speech.model, speech.processor, card) as temporary:
+        (temporary / run_folder.STEP).write_text(json.dumps(asdict(state)))
+
+
+def evaluate_step(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    kind: str,
+    state: State,
+    step_folder: Path,
+    console: Console,
+) -> None:
+    """Add the newest model's word error rate to its stage's record, on disk, too."""
+    with stage(console, f"Evaluating the {EVALUATED[kind]} model") as progress:
+        started = time.perf_counter()
+        state.hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
+        state.seconds["evaluate"] += time.perf_counter() - started
+    record = state.stages[-1]
+    record["wer"] = word_error_rate(utterances, state.hypotheses)
+    if kind != "finetune":
+        record["wer_pruned"] = record["wer"]
+    run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
+
+
+def finish_folder(config: Config, folder: Path) -> None:
+    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need."""
+    shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
+    (folder / run_folder.MODEL / run_folder.STEP).unlink(missing_ok=True)
+    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
+    if exported and not exported.exists():
+        export(folder / run_folder.MODEL, exported, config.export.format, config.export.dtype)
+    if not config.save_model:
+        shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)
+
+
+def is_done(config: Config, folder: Path) -> bool:
+    """Tell whether everything that a run is to leave is there, or can be made from what is."""
+    model = (folder / run_folder.MODEL).is_dir()
+    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
+    return (
+        (folder / run_folder.METRICS).is_file()
+        and (model or not config.save_model)
+        and (model or exported is None or exported.is_dir())
+    )

@@ -1,0 +1,426 @@
+"""One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record.
+
+A baseline has its own compression in the place of calibrating, allocating and solving.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsewav import cache
+from sparsewav.data.batches import SpeechBatches, check_transcripts
+from sparsewav.data.sets import calibration_set, evaluation_set, training_set
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
+from sparsewav.files import locked
+from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.models.fairseq import converted_folder
+from sparsewav.models.load import SpeechModel, choose_device, load_chosen_model, load_speech_model, locate_model
+from sparsewav.pipeline import compress, run_folder
+from sparsewav.pipeline.prune_folder import prune_folder
+from sparsewav.pipeline.resume import State, evaluate_step, finish_folder, is_done, newest_step, write_step
+from sparsewav.pipeline.shared_statistics import (
+    calibration_batches,
+    evaluate_dense,
+    gather_hessians,
+    gather_traces,
+    identity_of,
+)
+from sparsewav.pipeline.workers import in_all_processes
+from sparsewav.progress import stage
+from sparsewav.pruning import PruneReport, distributed, prune
+from sparsewav.pruning.allocation.search import LevelSettings
+from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.settings.baselines import OURS
+from sparsewav.settings.run import (
+    AlpsSolver,
+    AsymmetricObjective,
+    BlockRecovery,
+    Config,
+    ErrorCurvesAllocation,
+    HawqAllocation,
+    HutchinsonAllocation,
+    ObsSaliency,
+    RefitSolver,
+    SearchAllocation,
+)
+from sparsewav.training.masks import masks_of
+from sparsewav.training.processes import train_masked_in_processes
+from sparsewav.training.schedule import Stage, plan_stages
+from sparsewav.training.trainer import choose_precision, train_ctc, write_training_log
+
+
+def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
+    """Run a configuration, or find it done.
+
+    Args:
+        config: validated.
+        folder: the run's own folder; what it holds is described in :mod:`sparsewav.pipeline.run_folder`.
+        console: where the progress is shown.
+
+    Returns:
+        The run's metrics, as in ``metrics.json``.
+
+    Raises:
+        UserError: something is wrong with the configuration, the model or the data.
+    """
+    # A launch that was killed may have left a process behind that is still on this run.
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        return _run(config, folder, console)
+
+
+def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
+    metrics_path = folder / run_folder.METRICS
+    if is_done(config, folder) and not config.force:
+        finish_folder(config, folder)  # it may have been killed right before
+        console.print(f"Done already: {folder} (force=true does it again)")
+        return json.loads(metrics_path.read_text())
+    (folder / run_folder.ERROR).unlink(missing_ok=True)
+    if config.force:
+        shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
+    device = choose_device(config.device)
+    ours = config.method.name == OURS
+    if config.model.stream:
+        _check_stream(config)
+    if not ours:
+        compress.check(config)
+    with stage(console, f"Loading {config.model.source}"):
+        speech = load_chosen_model(config.model, device)
+    evaluation, calibration, training = _utterances(config, speech)
+    dense = identity_of(config, speech)  # of the dense model, before anything changes it
+    before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
+    stages = plan_stages(config, len(training))
+    state = State(_run_identity(dense, calibration, training))
+    smaller = "prune" if ours else "compress"
+    steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
+    done = None if config.force else newest_step(folder, state.identity)
+    if done:
+        state, step_folder = done
+        console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
+        speech.model = load_speech_model(str(step_folder), device=device).model
+        if state.hypotheses is None:
+            evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
+    metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
+    for number, (kind, item) in enumerate(steps):
+        if number < state.steps:
+            continue
+        last = number == len(steps) - 1
+        step_folder = folder / (run_folder.MODEL if last else f"{run_folder.STAGES}/{number}-{kind}-{item.sparsity:g}")
+        checkpoints = folder / run_folder.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
+        if kind == "prune":
+            _prune(config, speech, calibration, item.sparsity, dense, state, folder, console)
+        elif kind == "compress":
+            compress.compress(config, speech, training, state, checkpoints, console)
+        else:
+            _finetune(config, speech, training, item, checkpoints, state, console)
+        state.steps, state.hypotheses = number + 1, None
+        write_step(step_folder, speech, state, (_card if ours else compress.card)(config, speech, state))
+        if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
+            speech.model = load_speech_model(str(step_folder), device=device).model
+        evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
+    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, len(calibration))
+
+
+def _finish(
+    config: Config,
+    folder: Path,
+    speech: SpeechModel,
+    state: State,
+    evaluation: list[Utterance],
+    before: dict[str, str],
+    wer_dense: float,
+    dense_seconds: float,
+    calibration_utterances: int,
+) -> dict[str, Any]:
+    """Write what is left to write, ``metrics.json`` last."""
+    assert state.hypotheses is not None
+    run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before, state.hypotheses)
+    if state.log:
+        write_training_log(folder / run_folder.TRAINING_LOG, state.log)
+    compression_log = state.compression.pop("log", [])
+    if compression_log:
+        run_folder.write_table(folder / run_folder.COMPRESSION_LOG, compression_log)
+    device = speech.model.device
+    ours = config.method.name == OURS
+    pieces = ("calibrate", "allocate", "solve", "recover", "compress")
+    prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
+    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
+    total, nonzero = run_folder.count_parameters(speech.model)
+    executed, nonzero_products = multiply_accumulates(speech.model, speech.processor.feature_extractor.sampling_rate)
+    final = state.stages[-1]
+    metrics = {
+        "model": speech.name,
+        "method": config.method.name,
+        "saliency": config.saliency.name if ours else None,
+        "solver": config.solver.name if ours else None,
+        "objective": config.objective.name if ours else None,
+        "recovery": config.recovery.name if ours else None,
+        "allocation": config.allocation.name if ours else None,
+        "finetune_strategy": config.finetune_strategy.name,
+        "seed": config.seed,
+        "pattern": config.sparsity_name if config.n_m else None,
+        "target_sparsity": config.target_sparsity,
+        "achieved_sparsity": final["achieved_sparsity"],
+        "params_total": total,
+        "params_nonzero": nonzero,
+        "macs_per_second": executed,
+        "macs_per_second_nonzero": nonzero_products,
+        "wer_dense": wer_dense,
+        "wer_pruned": final["wer_pruned"],
+        "wer": final["wer"],
+        "updates": sum(record["updates"] for record in state.stages),
+        "training_precision": choose_precision(config.training.precision, device) if state.log else None,
+        "compression": None if ours else state.compression | {"shorten": config.shorten, "quicken": config.quicken},
+        "stages": state.stages,
+        "n_utterances": len(evaluation),
+        "n_calibration_utterances": calibration_utterances,
+        "seconds": seconds,
+        "cached": state.cached,
+        "warnings": state.warnings,
+        "peak_memory_bytes": run_folder.peak_memory(device),
+        "dtype": str(speech.model.dtype).removeprefix("torch."),
+        **run_folder.environment(device),
+    }
+    run_folder.write_json(folder / run_folder.METRICS, metrics)
+    finish_folder(config, folder)
+    return metrics
+
+
+def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
+    """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
+    parts = [dense["model"], dense["code"], *map(cache.utterances_fingerprint, (calibration, training))]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
+    """Evaluation, calibration and training set; the last two are empty where nothing is calibrated or learnt."""
+    evaluation = evaluation_set(config.data)
+    ours = config.method.name == OURS
+    calibration = calibration_set(config.data, config.calibration.utterances, config.seed) if ours else []
+    learns = config.finetune_strategy.name != "none" or not ours
+    training = training_set(config.data, config.training.seed) if learns else []
+    for utterances in (evaluation, calibration, training):
+        check_transcripts(utterances, speech.processor)
+    return evaluation, calibration, training
+
+
+def _prune(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    sparsity: float,
+    dense: dict[str, Any],
+    state: State,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
+    first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
+    identity = dense if first else None
+    traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
+    calibration, calibrate_seconds, hessians_cached = None, 0.0, False
+    batches = calibration_batches(config, speech, utterances)
+    levels = _level_settings(config)
+    if config.calibration.propagation == "parallel" or levels:
+        calibration, calibrate_seconds, hessians_cached = gather_hessians(
+            config, speech, utterances, batches, identity, console
+        )
+    options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
+    if isinstance(config.saliency, ObsSaliency):
+        options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
+        if not config.model.stream:
+            options["compared_within"] = config.saliency.compared_within
+    if isinstance(config.allocation, HutchinsonAllocation):
+        options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
+    options |= _accuracy_options(config)
+    if levels:
+        options["levels"] = levels
+    if isinstance(config.allocation, ErrorCurvesAllocation):
+        options["judge_batches"] = calibration_batches(config, speech, utterances[: config.allocation.utterances])
+    name = config.sparsity_name if config.n_m else f"{sparsity:g}"
+    recovers = config.recovery.name != "none"
+
+    def advance(piece: str, done: int, total: int) -> None:
+        if not recovers or piece == "recover":  # the bar shows what takes the longest
+            progress(done, total)
+
+    with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
+        options |= {
+            "saliency": config.saliency.name,
+            "allocation": "levels" if levels else config.allocation.name,
+            "seed": config.seed,
+            "progress": advance,
+        }
+        if config.model.stream:
+            report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
+        else:
+            report = in_all_processes(
+                prune,
+                speech.model,
+                batches,
+                sparsity=sparsity,
+                propagation=config.calibration.propagation,
+                masks=None if first else masks_of(speech.model),
+                calibration=calibration,
+                traces=traces,
+                **options,
+            )
+    for warning in report.warnings:
+        console.print(f"[yellow]! {warning}[/yellow]")
+    if sparsity != config.target_sparsity:
+        run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
+    else:
+        run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
+    state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
+    state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
+    for piece in ("solve", "recover"):
+        if piece in report.seconds:
+            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
+    state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
+    state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
+    probes = next(iter(traces.values())).samples if traces else 0
+    state.stages.append(
+        {
+            "sparsity": sparsity,
+            "achieved_sparsity": report.sparsity,
+            "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
+            "updates": 0,
+        }
+        | (
+            {"judge_evaluations": report.allocated.evaluations, "judge_divergence": report.allocated.divergence}
+            if report.allocated
+            else {}
+        )
+    )
+    if report.recoveries:
+        state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+def _level_settings(config: Config) -> LevelSettings | None:
+    """Settings of the allocation over levels, if that is what the configuration chose."""
+    allocation = config.allocation
+    if not isinstance(allocation, HawqAllocation | ErrorCurvesAllocation):
+        return None
+    own = allocation if isinstance(allocation, ErrorCurvesAllocation) else None
+    return LevelSettings(
+        effect=own.effect if own else "trace",
+        others=own.others if own else "dense",
+        step=allocation.step,
+        spread=allocation.spread,
+        evaluations=allocation.evaluations if isinstance(allocation, SearchAllocation) else 0,
+        memory=allocation.library_gigabytes * 2**30,
+    )
+
+
+def _accuracy_options(config: Config) -> dict[str, Any]:
+    """What solver, objective and recovery ask of the engine, where they are not the paper's."""
+    options: dict[str, Any] = {}
+    if isinstance(config.solver, RefitSolver):
+        options |= {"solver": config.solver.name, "solver_tolerance": config.solver.tolerance}
+    if isinstance(config.solver, AlpsSolver):
+        options["solver_steps"] = config.solver.most_steps
+    if isinstance(config.objective, AsymmetricObjective):
+        options |= {"objective": config.objective.name, "drift_strength": config.objective.strength}
+    if config.recovery.name != "none":
+        options["recovery"] = config.recovery.name
+    if isinstance(config.recovery, BlockRecovery):
+        options |= {"recovery_steps": config.recovery.steps, "recovery_rate": config.recovery.learning_rate}
+    return options
+
+
+def _prune_from_disk(
+    config: Config, speech: SpeechModel, batches: SpeechBatches, sparsity: float, folder: Path, options: dict[str, Any]
+) -> PruneReport:
+    """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
+    device = speech.model.device
+    speech.model.eval().to("meta")  # what is left is its shape and configuration
+    pruned = folder / run_folder.STAGES / "streamed"
+    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
+    report = prune_folder(_source_folder(config), pruned, batches, sparsity, device=device, **options)
+    speech.model = load_speech_model(str(pruned), device=device).model
+    return report
+
+
+def _check_stream(config: Config) -> None:
+    """Refuse at once what pruning from disk cannot do."""
+    if distributed.world() > 1:
+        raise UserError("model.stream=true prunes in one process; start it without torchrun")
+    if not Path(_source_folder(config)).is_dir():
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path} is not a folder, and model.stream=true reads the layers "
+            "from one; fetch the model from the hub and name its folder"
+        )
+
+
+def _source_folder(config: Config) -> str:
+    if config.model.fairseq_checkpoint:
+        return str(converted_folder(config.model.fairseq_checkpoint))
+    return locate_model(config.model.name_or_path)
+
+
+def _finetune(
+    config: Config,
+    speech: SpeechModel,
+    training: list[Utterance],
+    item: Stage,
+    checkpoints: Path,
+    state: State,
+    console: Console,
+) -> None:
+    """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
+    masks = masks_of(speech.model) if state.compression.get("masked", True) else None
+    with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
+        started = time.perf_counter()
+        arguments = (speech.processor, training, config.training, item.updates, checkpoints)
+        # Beside this process's group the Trainer would take the processes that wait in it for its own.
+        if config.training.processes == 1 and distributed.world() == 1:
+            log = train_ctc(speech.model, *arguments, masks=masks, progress=progress)
+        else:
+            speech.model, log = train_masked_in_processes(speech.model, *arguments)
+        state.seconds["finetune"] += time.perf_counter() - started
+    for matrix in prunable_matrices(speech.model) if masks else []:
+        assert masks is not None
+        if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
+            raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
+    state.stages[-1]["updates"] = item.updates
+    state.log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def _card(config: Config, speech: SpeechModel, state: State) -> str:
+    """The model card: what was done."""
+    total, nonzero = run_folder.count_parameters(speech.model)
+    now = state.stages[-1]
+    path = ", then ".join(
+        f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
+        for record in state.stages
+    )
+    sparsity = config.sparsity_name if config.n_m else f"{now['sparsity']:g}"
+    tuned = "in one shot, without fine-tuning" if not now["updates"] else f"with {config.finetune_strategy.name} tuning"
+    return f"""---
+library_name: transformers
+pipeline_tag: automatic-speech-recognition
+tags: [sparsewav, pruning, speech]
+---
+# {speech.name}, pruned to {sparsity} sparsity
+
+Made by SparseWAV from `{config.model.source}` {tuned}.
+
+| | |
+|---|---|
+| saliency | {config.saliency.name} |
+| solver | {config.solver.name}, objective {config.objective.name}, recovery {config.recovery.name} |
+| allocation | {config.allocation.name} |
+| sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
+| pruned to | {path} |
+| parameters | {nonzero:,} of {total:,} are not zero |
+| calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
+
+`AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model. The word error rates
+are in the run's `metrics.json`, beside this folder.
+"""

@@ -1,0 +1,135 @@
+"""What a run leaves in its folder, and how it is read again."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from transformers import PreTrainedModel, Wav2Vec2Processor
+
+from sparsewav.data.utterances import Utterance
+from sparsewav.files import write_file, write_folder
+from sparsewav.pruning import MatrixReport
+
+METRICS = "metrics.json"
+LAYERS = "layers.csv"
+PREDICTIONS = "predictions.jsonl"
+MODEL = "model"
+ERROR = "error.json"
+TRAINING_LOG = "training_log.csv"
+COMPRESSION_LOG = "compression_log.csv"
+"""The trainer's log of a baseline's compression, before the fine-tuning."""
+STAGES = "stages"
+"""Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
+STEP = "step.json"
+"""Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
+
+
+def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
+    """Where a run's model lies in another format than ``model/`` has it; None for that one."""
+    parts = [part for part, plain in ((format, "dense"), (dtype, "model")) if part != plain]
+    return folder / "-".join([MODEL, *parts]) if parts else None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, whole or not at all."""
+    with write_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
+    """Write a row for every matrix."""
+    write_table(path, [asdict(matrix) for matrix in matrices])
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write dictionaries as the rows of a CSV file."""
+    with write_file(path) as temporary:
+        pandas.DataFrame(list(rows)).to_csv(temporary, index=False)
+
+
+def write_predictions(
+    path: Path, utterances: Sequence[Utterance], before: dict[str, str], after: dict[str, str]
+) -> None:
+    """Write reference and hypotheses of every utterance, a JSON object a line."""
+    with write_file(path) as temporary:
+        rows = [
+            {"id": item.id, "reference": item.text, "before": before[item.id], "after": after[item.id]}
+            for item in utterances
+        ]
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@contextmanager
+def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> Iterator[Path]:
+    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card.
+
+    Yields the temporary folder: what the block puts there appears together with the model.
+    """
+    with write_folder(path) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions that a run's figures were measured with."""
+    packages = ("sparsewav", "torch", "transformers", "datasets", "jiwer", "numpy")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "git_commit": git_commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, e.g. ``cuda (NVIDIA GeForce RTX 4090)``."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {platform.system()})"
+
+
+def git_commit() -> str | None:
+    """Commit of this package's checkout, with ``-dirty`` if it was changed since; None outside of a checkout."""
+    folder = Path(__file__).parents[1]
+    try:
+        top = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        if Path(top[0]) != folder.parent:
+            return None  # installed inside somebody else's repository
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return top[1] + ("-dirty" if changes.strip() else "")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory in bytes that this process has held: the GPU's on a GPU, the resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Number of parameters, and of those that are not zero."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)

@@ -1,0 +1,144 @@
+"""What runs of one model share: the dense model's hypotheses, Hessians and sensitivities, kept in the cache."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsewav import cache
+from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.utterances import Utterance
+from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.load import SpeechModel
+from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.workers import in_all_processes
+from sparsewav.progress import stage
+from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces
+from sparsewav.pruning.encoder import takes_padding
+from sparsewav.settings.run import Config, TracedAllocation
+
+
+def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
+    """What the dense model's shared results depend on, besides the utterances."""
+    return {
+        "model": cache.model_fingerprint(speech.model),
+        "processor": speech.processor.to_json_string(),
+        "vocabulary": speech.processor.tokenizer.get_vocab(),
+        "code": cache.code_fingerprint(),
+        "device": run_folder.device_name(speech.model.device),
+        "seconds_per_batch": config.seconds_per_batch,
+    }
+
+
+def evaluate_dense(
+    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
+) -> tuple[dict[str, str], float, float]:
+    """Hypotheses of the dense model, its WER, and the seconds that transcribing took when it was really done."""
+
+    def make(folder: Path) -> None:
+        with stage(console, "Evaluating the dense model") as progress:
+            started = time.perf_counter()
+            hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
+            seconds = time.perf_counter() - started
+        (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
+
+    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
+    folder, _ = cache.cached_folder("dense", identity, make, enabled=config.cache)
+    record = json.loads((folder / "dense.json").read_text())
+    return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"]
+
+
+def calibration_batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
+    """Batches of utterances, padded only where the model may see padding."""
+    return SpeechBatches(utterances, speech.processor, config.seconds_per_batch, padding=takes_padding(speech.model))
+
+
+def gather_hessians(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    batches: SpeechBatches,
+    identity: dict[str, Any] | None,
+    console: Console,
+) -> tuple[Calibration, float, bool]:
+    """Hessians, the seconds that gathering them took when it was really done, and whether they were cached.
+
+    Without an identity they are not kept.
+    """
+
+    sample = config.calibration.frames_per_column
+
+    def gather() -> tuple[Calibration, float]:
+        with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
+            started = time.perf_counter()
+            calibration = in_all_processes(
+                calibrate, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
+            )
+            return calibration, time.perf_counter() - started
+
+    def make(folder: Path) -> None:
+        calibration, seconds = gather()
+        cache.save_calibration(calibration, folder)
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+
+    if identity is None:
+        return *gather(), False
+    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
+    if sample is not None:
+        identity |= {"frames_per_column": sample, "seed": config.seed}
+    folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
+    return (
+        cache.load_calibration(folder, speech.model.device),
+        json.loads((folder / "seconds.json").read_text()),
+        cached,
+    )
+
+
+def gather_traces(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    identity: dict[str, Any] | None,
+    console: Console,
+) -> tuple[dict[str, Trace] | None, float, bool]:
+    """Hessian traces, if the allocation wants them; seconds and cached as in :func:`_calibration`."""
+    allocation = config.allocation
+    if not isinstance(allocation, TracedAllocation):
+        return None, 0.0, False
+    utterances = utterances[: allocation.utterances]
+
+    def estimate() -> tuple[dict[str, Trace], float]:
+        with stage(console, f"Estimating sensitivities on {len(utterances)} utterances") as progress:
+            started = time.perf_counter()
+            traces = in_all_processes(
+                estimate_traces,
+                speech.model,
+                calibration_batches(config, speech, utterances),
+                probes=allocation.probes,
+                distribution=allocation.distribution,
+                rank_tolerance=allocation.rank_tolerance,
+                seed=config.seed,
+                progress=progress,
+            )
+            return traces, time.perf_counter() - started
+
+    def make(folder: Path) -> None:
+        traces, seconds = estimate()
+        record = {"traces": {name: asdict(trace) for name, trace in traces.items()}, "seconds": seconds}
+        (folder / "traces.json").write_text(json.dumps(record))
+
+    if identity is None:
+        return *estimate(), False
+    identity = identity | {
+        "utterances": cache.utterances_fingerprint(utterances),
+        "probes": allocation.probes,
+        "distribution": allocation.distribution,
+        "rank_tolerance": allocation.rank_tolerance,
+        "seed": config.seed,
+    }
+    folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)
+    record = json.loads((folder / "traces.json").read_text())
+    return {name: Trace(**trace) for name, trace in record["traces"].items()}, record["seconds"], cached

@@ -1,0 +1,128 @@
+"""Tracking: one sink that a run's results are handed to."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsewav.errors import UserError
+from sparsewav.pipeline import run_folder
+from sparsewav.settings.run import TrackerConfig, WandbTracker
+
+logger = logging.getLogger(__name__)
+
+TRANSCRIPTS_SHOWN = 50
+
+Tracker = Callable[[dict[str, Any], Path], None]
+"""Called with a finished run's metrics and its folder."""
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a tracker has to know of a run besides its results.
+
+    Attributes:
+        name: unique by the configuration; its last part is a hash.
+        settings: the whole configuration, nested: every axis of an ablation has to be in it.
+        choices: the option chosen in every group.
+        overrides: what this run was given on the command line or by its sweep, e.g. ``sparsity.target=0.8``.
+        group: the experiment or sweep that it belongs to.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+    group: str | None
+
+
+def make_tracker(config: TrackerConfig, description: RunDescription) -> Tracker:
+    """Give the sink that the configuration chose."""
+    if not isinstance(config, WandbTracker):
+        return lambda metrics, folder: None
+
+    def track(metrics: dict[str, Any], folder: Path) -> None:
+        _track_in_wandb(config, description, metrics, folder)
+
+    return track
+
+
+def _track_in_wandb(config: WandbTracker, description: RunDescription, metrics: dict[str, Any], folder: Path) -> None:
+    import pandas
+    import wandb
+
+    own = [
+        item for item in description.overrides if not re.match(r"(scale|tracker|output_root|device|experiment)\b", item)
+    ]
+    arguments: dict[str, Any] = {
+        "project": config.project,
+        "entity": config.entity,
+        "group": config.group or description.group,
+        "job_type": metrics["finetune_strategy"],
+        "name": f"{metrics['model']} {' '.join(own)}".strip(),
+        "id": description.name.rpartition("-")[2],
+        "resume": "allow",
+        "tags": sorted(f"{group}={option}"[:64] for group, option in description.choices.items() if option != "None"),
+        "config": description.settings,
+        "dir": str(folder),
+    }
+    if config.mode is not None:
+        arguments["mode"] = config.mode
+    try:
+        try:
+            run = wandb.init(**arguments)
+        except wandb.Error as error:
+            logger.warning("W&B cannot be reached (%s)", error)
+            print(
+                f"W&B cannot be reached ({error}); the run is kept offline, send it later: wandb sync {folder}/wandb/*"
+            )
+            run = wandb.init(**(arguments | {"mode": "offline"}))
+        for axis, curves in (("finetune/update", "finetune/*"), ("stage/sparsity", "stage/*")):
+            run.define_metric(axis)
+            run.define_metric(curves, step_metric=axis)
+        made = 0  # updates of the stages before: the curves go on over all stages
+        for number, stage in enumerate(metrics["stages"]):
+            for entry in _training_log(folder, stage["sparsity"]):
+                run.log(
+                    {"finetune/update": made + entry.pop("update")} | {f"finetune/{k}": v for k, v in entry.items()}
+                )
+            made += stage["updates"]
+            run.log({"stage/number": number} | {f"stage/{key}": value for key, value in stage.items()})
+        predictions = pandas.read_json(folder / run_folder.PREDICTIONS, lines=True, dtype=False)
+        run.log(
+            {
+                "eval/wer": metrics["wer"],
+                "eval/wer_dense": metrics["wer_dense"],
+                "eval/wer_pruned": metrics["wer_pruned"],
+                "prune/sparsity_achieved": metrics["achieved_sparsity"],
+                "prune/seconds": metrics["seconds"]["prune"],
+                "prune/peak_memory": metrics["peak_memory_bytes"],
+                "params/nonzero": metrics["params_nonzero"],
+                "params/total": metrics["params_total"],
+                **(
+                    {"layers": wandb.Table(dataframe=pandas.read_csv(folder / run_folder.LAYERS))}
+                    if (folder / run_folder.LAYERS).is_file()  # a baseline has none
+                    else {}
+                ),
+                "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
+                "transcripts": wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN)),
+            }
+        )
+        run.summary.update(metrics)
+        run.finish()
+    except wandb.Error as error:
+        raise UserError(f"tracker=wandb failed: {error}; the run's results are safe in {folder}") from error
+
+
+def _training_log(folder: Path, sparsity: float) -> list[dict[str, float]]:
+    """Entries of the trainer's log at one stage, without what is missing in them."""
+    import pandas
+
+    path = folder / run_folder.TRAINING_LOG
+    if not path.is_file():
+        return []
+    log = pandas.read_csv(path)
+    rows = log[log["stage"] == sparsity].drop(columns="stage").to_dict("records")
+    return [{str(key): value for key, value in row.items() if pandas.notna(value)} for row in rows]

@@ -1,0 +1,1 @@
+"""Allocation: how many weights each matrix loses."""

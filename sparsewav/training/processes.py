@@ -1,0 +1,107 @@
+"""Training in processes of its own on this machine, e.g. one for each GPU, that share it."""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import multiprocessing
+from transformers import PreTrainedModel, Wav2Vec2Processor
+
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
+from sparsewav.models.load import load_speech_model
+from sparsewav.progress import stage
+from sparsewav.settings.run import TrainingConfig
+from sparsewav.training.masks import masks_of
+from sparsewav.training.trainer import train_ctc
+
+
+def train_masked_in_processes(
+    model: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: TrainingConfig,
+    updates: int,
+    folder: Path,
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Train a pruned model in ``settings.processes`` processes, its zeros held; they share every batch.
+
+    Args:
+        model: pruned; on a GPU, the processes take the first so many GPUs.
+        processor: its feature extractor and tokenizer.
+        training_set: utterances to learn from.
+        settings: schedule, precision, processes and seed.
+        updates: number of optimizer steps.
+        folder: where checkpoints go; the newest whole one found there is resumed.
+
+    Returns:
+        The trained model, on the CPU, and the log of :func:`~sparsewav.training.trainer.train_ctc`.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or a process failed.
+    """
+    on_gpu = model.device.type == "cuda"
+    if on_gpu and settings.processes > torch.cuda.device_count():
+        raise UserError(
+            f"training.processes={settings.processes} wants a GPU each, and there are {torch.cuda.device_count()}"
+        )
+    model.save_pretrained(folder / "pruned")
+    processor.save_pretrained(folder / "pruned")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (list(training_set), settings, updates, folder, on_gpu, port)
+    try:
+        multiprocessing.spawn(_train, arguments, nprocs=settings.processes)
+    except multiprocessing.ProcessRaisedException as error:
+        raise UserError(f"a training process failed: {error.msg.strip().splitlines()[-1]}") from error
+    except multiprocessing.ProcessExitedException as error:
+        raise UserError(f"a training process ended with code {error.exit_code}; was memory short?") from error
+    log = json.loads((folder / "log.json").read_text())
+    return load_speech_model(str(folder / "trained")).model, log
+
+
+def _train(
+    rank: int,
+    training_set: list[Utterance],
+    settings: TrainingConfig,
+    updates: int,
+    folder: Path,
+    on_gpu: bool,
+    port: int,
+) -> None:
+    """One of the processes; the first shows the progress and writes the result."""
+    if settings.processes > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(settings.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    speech = load_speech_model(str(folder / "pruned"), device=f"cuda:{rank}" if on_gpu else "cpu")
+    model: Any = speech.model
+    place = "a process of its own" if settings.processes == 1 else f"{settings.processes} processes"
+    with stage(Console(quiet=rank > 0), f"Training in {place}") as progress:
+        log = train_ctc(
+            model,
+            speech.processor,
+            training_set,
+            settings,
+            updates,
+            folder,
+            masks=masks_of(model),
+            progress=progress,
+        )
+    if rank == 0:
+        model.to("cpu").save_pretrained(folder / "trained")
+        speech.processor.save_pretrained(folder / "trained")
+        (folder / "log.json").write_text(json.dumps(log))
+    if settings.processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,332 @@
+"""Training on Hugging Face's Trainer: anything that has a loss, and CTC models, dense or with masks that hold."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    Wav2Vec2Processor,
+)
+
+from sparsewav.data.batches import Batch, collate
+from sparsewav.data.utterances import Utterance, audio_seconds
+from sparsewav.errors import UserError
+from sparsewav.files import write_file
+from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.settings.run import OptimizationConfig, TrainingConfig
+from sparsewav.training.masks import HoldMasks, masked_gradients
+
+BATCHES_SORTED_TOGETHER = 50
+
+LOG_COLUMNS = ["update", "loss", "learning_rate", "grad_norm", "eval_wer"]
+
+
+def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
+    """Number of updates that so many epochs take, at least one."""
+    return max(1, math.ceil(epochs * utterances / batch_size - 1e-9))
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn ``auto`` into bfloat16 where the device multiplies it itself, and into float32 elsewhere.
+
+    A processor without such instructions emulates them: there bfloat16 is ten to twenty times slower than float32.
+
+    Args:
+        name: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: that trains.
+
+    Raises:
+        UserError: float16 on a CPU, whose autocast has none.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise UserError("training.precision=float16 wants a GPU; choose training.precision=auto")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch: unknown
+        native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int, seed: int) -> list[Utterance]:
+    """Draw what each update learns from, for the whole training at once: a resumed one then sees the same.
+
+    Epoch after epoch every utterance comes once, in random order; within 50 batches utterances of nearly equal lengths
+    go together.
+
+    Args:
+        utterances: the training set.
+        batch_size: utterances of an update.
+        updates: number of updates.
+        seed: of the order.
+
+    Returns:
+        ``updates * batch_size`` utterances, update after update.
+    """
+    generator = np.random.default_rng(seed)
+    count = updates * batch_size
+    epochs = [generator.permutation(len(utterances)) for _ in range(-(-count // len(utterances)))]
+    order = np.concatenate(epochs)[:count]
+    lengths = {index: audio_seconds(utterances[index]) for index in set(order.tolist())}
+    plan: list[int] = []
+    for start in range(0, count, BATCHES_SORTED_TOGETHER * batch_size):
+        together = sorted(order[start : start + BATCHES_SORTED_TOGETHER * batch_size].tolist(), key=lengths.__getitem__)
+        batches = [together[first : first + batch_size] for first in range(0, len(together), batch_size)]
+        generator.shuffle(batches)
+        plan += [index for batch in batches for index in batch]
+    return [utterances[index] for index in plan]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own, which follows the schedule as everybody's does.
+
+    Attributes:
+        parameters: some of the trained model's.
+        learning_rate: peak of the schedule for them.
+        ascend: climb the loss instead of going down, as a Lagrange multiplier does.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    ascend: bool = False
+
+
+class _Progress(TrainerCallback):
+    """Tells how many updates are done."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+
+class _LogErrorRate(TrainerCallback):
+    """Logs the development set's WER from time to time."""
+
+    def __init__(self, processor: Wav2Vec2Processor, development_set: Sequence[Utterance], evaluate_every: int) -> None:
+        self.processor = processor
+        self.development_set = development_set
+        self.evaluate_every = evaluate_every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        last = state.global_step == state.max_steps
+        if last or state.global_step % self.evaluate_every == 0:
+            hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
+            wer = word_error_rate(self.development_set, hypotheses)
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+
+
+def train(
+    model: nn.Module,
+    read: Callable[[Sequence[Utterance]], Batch],
+    training_set: Sequence[Utterance],
+    settings: OptimizationConfig,
+    updates: int,
+    folder: Path,
+    *,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    parameter_groups: Sequence[ParameterGroup] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train anything that has a loss in place, on the device where it is.
+
+    Accelerate leaves its autocast around ``model.forward``: what is measured afterwards should be a saved and loaded
+    copy. Started by ``torchrun``, the processes share every batch.
+
+    Args:
+        model: called with the batch as keywords; what it returns has a ``loss``. A checkpoint holds its state
+            dictionary: what is frozen, like a distillation's teacher, is best kept out of it.
+        read: turns the utterances of an update into a batch.
+        training_set: utterances to learn from.
+        settings: schedule, precision and clipping.
+        updates: number of optimizer steps.
+        folder: where checkpoints go; the newest whole one found there is resumed.
+        seed: of order and dropout.
+        callbacks: of the Trainer, e.g. to set weights to zero after every update.
+        parameter_groups: parameters with learning rates of their own, without weight decay; all other parameters that
+            take a gradient follow ``settings``.
+        progress: called with (updates done, updates) after every update.
+
+    Returns:
+        The log: one dictionary an entry, with update and loss.
+
+    Raises:
+        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
+    """
+    device = next(model.parameters()).device
+    precision = choose_precision(settings.precision, device)
+    plan = plan_updates(training_set, settings.batch_size, updates, seed)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=updates,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else round(settings.warmup_steps),
+        lr_scheduler_type=settings.scheduler,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_steps=settings.checkpoint_updates,
+        save_total_limit=1,
+        logging_steps=min(50, max(1, updates // 10)),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        # One process is one GPU: the Trainer would otherwise split every batch over all it sees, and multiply it.
+        arguments._n_gpu = 1
+    arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
+        data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
+        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
+        optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    # Otherwise the Trainer leaves it to the model to divide the loss by the accumulation steps; the CTC models do not.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
+    return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
+
+
+def _optimizer(
+    model: nn.Module, settings: OptimizationConfig, groups: Sequence[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """Adam as the settings want it, with the groups' own learning rates and directions."""
+    apart = {id(parameter) for group in groups for parameter in group.parameters}
+    rest = [item for item in model.parameters() if item.requires_grad and id(item) not in apart]
+    options: list[dict[str, Any]] = [
+        {"params": list(group.parameters), "lr": group.learning_rate, "maximize": group.ascend, "weight_decay": 0.0}
+        for group in groups
+    ]
+    if rest:
+        options.insert(0, {"params": rest})
+    return torch.optim.AdamW(
+        options,
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def train_ctc(
+    model: PreTrainedModel,
+    processor: Wav2Vec2Processor,
+    training_set: Sequence[Utterance],
+    settings: TrainingConfig,
+    updates: int,
+    folder: Path,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    development_set: Sequence[Utterance] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train a CTC model in place, as :func:`train` does.
+
+    Args:
+        model: what to train.
+        processor: its feature extractor and tokenizer.
+        training_set: utterances to learn from.
+        settings: schedule, precision and seed; its epochs are not looked at.
+        updates: number of optimizer steps.
+        folder: where checkpoints go; the newest whole one found there is resumed.
+        masks: for every pruned matrix a boolean mask (rows, cols), True where a weight stays; the others stay zero.
+        development_set: utterances whose WER is logged after every epoch; no choice is made on it.
+        progress: called with (updates done, updates) after every update.
+
+    Returns:
+        The log: one dictionary an entry, with update and loss or eval_wer.
+
+    Raises:
+        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
+    """
+    callbacks: list[TrainerCallback] = [HoldMasks(model, masks)] if masks else []
+    if development_set:
+        epoch = updates_of(1, len(training_set), settings.batch_size)
+        callbacks.append(_LogErrorRate(processor, development_set, epoch))
+    if settings.freeze_feature_encoder:
+        freeze: Any = model.freeze_feature_encoder
+        freeze()
+    with masked_gradients(model, masks) if masks else nullcontext():
+        return train(
+            model,
+            lambda utterances: collate(utterances, processor),
+            training_set,
+            settings,
+            updates,
+            folder,
+            seed=settings.seed,
+            callbacks=callbacks,
+            progress=progress,
+        )
+
+
+def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
+    """Utterances that one process takes at once."""
+    share, rest = divmod(settings.batch_size, settings.accumulation * processes)
+    if rest:
+        raise UserError(
+            f"training.batch_size={settings.batch_size} cannot be shared by {processes} processes in "
+            f"{settings.accumulation} passes; make it a multiple of {settings.accumulation * processes}"
+        )
+    return share
+
+
+def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """Write a row for every entry of the log: stage, update, loss, learning rate, gradient norm, development WER."""
+    table = pandas.DataFrame(log)
+    columns = [column for column in ("stage", *LOG_COLUMNS) if column in table or column in LOG_COLUMNS]
+    with write_file(path) as temporary:
+        table.reindex(columns=columns).to_csv(temporary, index=False)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a killed training left half written is deleted."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while checkpoints:
+        newest = checkpoints.pop()
+        try:
+            json.loads((newest / "trainer_state.json").read_text())  # the Trainer writes it last
+        except (OSError, ValueError):
+            shutil.rmtree(newest)
+        else:
+            return str(newest)
+    return None

@@ -1,0 +1,469 @@
+"""What a user does at the terminal: runs, sweeps, mistakes and interruptions."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jiwer
+import pandas
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC
+
+import sparsewav.cli.app  # noqa: F401  (registers the schemas)
+from sparsewav.files import conf_folder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _folder(tmp_path: Path) -> Path:
+    (metrics,) = (tmp_path / "outputs").glob("*/metrics.json")
+    return metrics.parent
+
+
+def _assert_one_sentence(result: subprocess.CompletedProcess[str], pattern: str) -> None:
+    """The message on the terminal: one line that says it, code 1, no traceback."""
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
+    assert re.search(pattern, output), output
+
+
+def test_a_run_writes_what_it_promises(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    result = run_sparsewav(*small, "sparsity.target=0.6")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("word error rate, dense", "word error rate, pruned", "sparsity, asked", "sparsity, reached"):
+        assert words in result.stdout
+    folder = _folder(tmp_path)
+    assert folder.name.startswith("tiny-wav2vec2-obs_first_order-hutchinson-0.6-")
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["model"] == "tiny-wav2vec2"
+    assert (metrics["saliency"], metrics["allocation"]) == ("obs_first_order", "hutchinson")
+    assert (metrics["method"], metrics["finetune_strategy"], metrics["seed"]) == ("sparsewav", "none", 0)
+    seconds = metrics["seconds"]
+    assert seconds["prune"] == pytest.approx(seconds["calibrate"] + seconds["allocate"] + seconds["solve"])
+    assert {"device", "dtype", "versions", "git_commit", "peak_memory_bytes"} <= set(metrics)
+
+    layers = pandas.read_csv(folder / "layers.csv")
+    assert len(layers) == 12
+    assert sorted(layers["rank"]) == list(range(12))
+    sizes = layers["rows"] * layers["cols"]
+    assert metrics["achieved_sparsity"] == pytest.approx((layers["sparsity"] * sizes).sum() / sizes.sum())
+    assert layers["target_sparsity"].between(0.5 - 1e-9, 0.7 + 1e-9).all()
+
+    # The model loads by itself, and its zeros are those that the table counts.
+    model = AutoModelForCTC.from_pretrained(folder / "model")
+    dense = load_file(model_folder / "model.safetensors")
+    for row in layers.itertuples():
+        weight = model.get_submodule(row.name).weight
+        assert int((weight == 0).sum()) == round(row.target_sparsity * weight.numel())
+    assert metrics["params_nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    pruned_names = {f"{name}.weight" for name in layers["name"]}
+    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
+        assert name in pruned_names or torch.equal(tensor, dense[name]), name
+
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == metrics["n_utterances"] == 6
+    references = [row["reference"] for row in predictions]
+    assert metrics["wer"] == pytest.approx(jiwer.wer(references, [row["after"] for row in predictions]))
+    assert metrics["wer_dense"] == pytest.approx(jiwer.wer(references, [row["before"] for row in predictions]))
+    assert (folder / ".hydra" / "config.yaml").is_file()
+    assert not list(folder.rglob("*.part"))
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.rglob("*")), "for others to read, too"
+
+    # Launched again it is done, and says so without touching anything.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}
+    again = run_sparsewav(*small, "sparsity.target=0.6")
+    assert again.returncode == 0
+    assert "Done already" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+    # Cached statistics give the same bytes as fresh ones, and force=true does the run again.
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    for arguments in (["force=true"], ["force=true", "cache=false"]):
+        forced = run_sparsewav(*small, "sparsity.target=0.6", *arguments)
+        assert forced.returncode == 0
+        assert (folder / "model" / "model.safetensors").stat().st_mtime_ns not in before.values()
+        assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    # α = 0.1 does not fit 0.95: that job fails, the others must not.
+    sweep = ["-m", *small, "sparsity.target=0.5,0.95,0.7", "saliency=magnitude,obs", "output_root=out"]
+    result = run_sparsewav(*sweep)
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
+    (summary_path,) = (tmp_path / "out").glob("sweep-*/summary.csv")
+    summary = pandas.read_csv(summary_path)
+    assert len(summary) == 6
+    assert (summary["status"] == "failed").sum() == 2
+    done = summary[summary["status"] == "done"]
+    assert sorted(zip(done["saliency"], done["target_sparsity"], strict=True)) == [
+        ("magnitude", 0.5),
+        ("magnitude", 0.7),
+        ("obs", 0.5),
+        ("obs", 0.7),
+    ]
+    (failed, _) = summary_path.parent.glob("*/error.json")
+    assert "Traceback" in json.loads(failed.read_text())["traceback"]
+    assert "Traceback" in (failed.parent / "sparsewav.log").read_text()
+
+    again = run_sparsewav(*sweep)
+    assert again.stdout.count("Done already") == 4
+    shown = run_sparsewav(str(summary_path.parent), command="sparsewav-summary")
+    assert shown.returncode == 1
+    assert "6 runs" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "hydra.launcher.tasks_per_node=2"],
+    ],
+    ids=["joblib", "submitit", "submitit-two-processes"],
+)
+def test_a_launcher_gives_the_same_results(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
+) -> None:
+    jobs = [*small, "sparsity.target=0.5,0.7", "allocation=uniform"]
+    assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
+    result = run_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    serial, parallel_summary = (
+        pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
+    )
+    columns = ["run", "wer", "achieved_sparsity", "params_nonzero"]
+    pandas.testing.assert_frame_equal(serial[columns], parallel_summary[columns])
+
+
+def test_the_slurm_launcher_asks_for_a_gpu_a_run() -> None:
+    overrides = ["hydra/launcher=slurm_gpu", "hydra.launcher.partition=gpu"]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        launcher = compose("config", overrides, return_hydra_config=True).hydra.launcher
+        overrides.append("hydra.launcher.tasks_per_node=4")
+        wider = compose("config", overrides, return_hydra_config=True).hydra.launcher
+    assert (launcher.gpus_per_node, launcher.partition, launcher.timeout_min) == (1, "gpu", 1440)
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (wider.gpus_per_node, wider.tasks_per_node) == (4, 4)
+
+
+def test_torchrun_gives_the_same_results(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """A sweep that tunes and fails by turns, in two processes: what one process writes, and one report of each kind."""
+    training = ["training.epochs=1", "training.batch_size=4", "training.precision=float32", "training.warmup_steps=1"]
+    tuned = ["finetune_strategy=progressive", "finetune_strategy.stages=[0.5]", "data.training_subset=train", *training]
+    sweep = ["-m", *small, "sparsity.target=0.7,0.95", "calibration.propagation=parallel,sequential", *tuned]
+    processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
+    alone = run_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
+    # Its own cache, or it would read Hessians instead of summing them.
+    changes = {"OMP_NUM_THREADS": "1", "SPARSEWAV_CACHE": str(tmp_path / "other")}
+    several = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    output = several.stdout + several.stderr
+    assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
+    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
+    one, two = (sorted((tmp_path / root).glob("sweep-*/*/metrics.json")) for root in ("one", "two"))
+    assert [path.parent.name for path in one] == [path.parent.name for path in two]
+    assert len(one) == 2
+    for ours, theirs in zip(one, two, strict=True):
+        metrics, others = (json.loads(path.read_text()) for path in (ours, theirs))
+        for key in ("wer", "wer_pruned", "wer_dense", "achieved_sparsity", "params_nonzero", "updates"):
+            assert metrics[key] == others[key], key
+        for name in ("layers.csv", "layers-0.5.csv"):
+            pandas.testing.assert_frame_equal(
+                pandas.read_csv(ours.parent / name), pandas.read_csv(theirs.parent / name), rtol=1e-4
+            )
+        weights, other_weights = (load_file(path.parent / "model" / "model.safetensors") for path in (ours, theirs))
+        for name, weight in weights.items():
+            assert torch.equal(weight == 0, other_weights[name] == 0), name
+            torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
+
+    again = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    assert again.stdout.count("Done already") == 2, again.stdout + again.stderr
+
+
+def test_torchrun_ends_at_once_when_a_run_cannot_start(run_sparsewav: Run, small: list[str]) -> None:
+    started = time.monotonic()
+    processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
+    result = run_sparsewav(*processes, *small, "sparsity.target=1.5", command="torchrun")
+    assert time.monotonic() - started < 60
+    assert result.returncode == 1
+    output = result.stdout + result.stderr  # torchrun adds a report of its own, traceback included, to whatever fails
+    assert output.count("sparsity.target=1.5 is not between 0 and 1") == 1, output
+    assert "sparsewav/cli.py" not in output
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    reference = run_sparsewav(*small, "output_root=reference", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    assert reference.returncode == 0
+    (expected,) = (tmp_path / "reference").glob("*/model/model.safetensors")
+    root = _kill_after_solve(small, tmp_path, environment)
+    assert not list(root.glob("*/metrics.json"))
+    result = run_sparsewav(*small, f"output_root={root}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Going on from model" in result.stdout
+    (weights,) = root.glob("*/model/model.safetensors")
+    assert weights.read_bytes() == expected.read_bytes()
+    assert list(root.glob("*/metrics.json"))
+    assert not list(root.rglob("step.json"))
+
+
+def test_a_tuned_run_killed_before_its_tuning_ends_with_the_same_records(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
+    assert run_sparsewav(*small, *tuning, "output_root=reference").returncode == 0
+    root = _kill_after_solve([*small, *tuning], tmp_path, environment, "stages/0-prune-0.75")
+    result = run_sparsewav(*small, *tuning, f"output_root={root}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Going on from 0-prune-0.75" in result.stdout
+    (expected,), (folder,) = (tmp_path / "reference").glob("tiny*"), root.glob("tiny*")
+    for name in ("model/model.safetensors", "layers.csv", "predictions.jsonl", "training_log.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    before, after = (json.loads((path / "metrics.json").read_text()) for path in (expected, folder))
+    for key in ("stages", "wer_dense", "wer_pruned", "wer", "updates", "achieved_sparsity", "params_nonzero"):
+        assert before[key] == after[key], key
+
+
+def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, str], model: str = "model") -> Path:
+    """Kill a run as soon as its pruned model is on disk, without a chance to clean up; gives its output root."""
+    for attempt in range(10):  # the moment lasts a few hundredths of a second and can be missed on a busy machine
+        root = tmp_path / f"killed-{attempt}"
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "sparsewav"), *small, f"output_root={root}"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None:
+            if list(root.glob(f"*/{model}/step.json")):
+                process.kill()
+                process.wait()
+                if not list(root.glob("*/metrics.json")):
+                    return root
+            time.sleep(0.002)
+    raise AssertionError("no run could be killed between its solve and its end")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["saliency=obz"], r"saliency=obz does not exist \(did you mean obs\?\); choose one of magnitude, obs"),
+        (["sparsity.targte=0.5"], r"no key sparsity\.targte \(did you mean sparsity\.target\?\)"),
+        (["+sparsity.foo=1"], r"no key sparsity\.foo"),
+        (["sparsity.target=abc"], r"sparsity\.target=abc has the wrong type"),
+        (["sparsity.target=1.2"], r"sparsity\.target=1\.2 is not between 0 and 1"),
+        (["sparsity.target=0.95"], r"choose an alpha from 0 to 0\.05"),
+        (
+            ["model.stream=true", "calibration.propagation=sequential"],
+            r"choose calibration\.propagation=sequential and allocation=uniform with it",
+        ),
+        (["sparsity=n_m"], "choose allocation=uniform"),
+        (["objective=asymmetric"], r"choose calibration\.propagation=stepwise \(or sequential\) with it"),
+        (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
+        (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
+        (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
+        (["device=cuda:99"], r"device=cuda:99 is not there"),
+        (["calibration.utterances=500"], r"calibration\.utterances=500 asks for more than the 12"),
+        (["output_root=/dev/null/outputs"], r"cannot write /dev/null/outputs"),
+    ],
+)
+def test_mistakes_get_one_sentence(run_sparsewav: Run, small: list[str], arguments: list[str], message: str) -> None:
+    _assert_one_sentence(run_sparsewav(*small, *arguments), message)
+
+
+def test_missing_values_and_broken_files_get_one_sentence(
+    run_sparsewav: Run, small: list[str], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    _assert_one_sentence(run_sparsewav("data=librispeech_dir"), r"data\.root has no value; give it: data\.root=\.\.\.")
+    no_tokenizer = shutil.copytree(model_folder, tmp_path / "no-tokenizer")
+    (no_tokenizer / "vocab.json").unlink()
+    _assert_one_sentence(run_sparsewav(*small, f"model.name_or_path={no_tokenizer}"), "has no tokenizer")
+    audio = next((corpus / "test/100/7").glob("*.flac"))
+    audio.write_bytes(audio.read_bytes()[:2000])
+    result = run_sparsewav(*small)
+    _assert_one_sentence(result, rf"{audio.name} is (truncated|damaged)")
+    (error,) = (tmp_path / "outputs").glob("tiny*/error.json")
+    assert json.loads(error.read_text())["status"] == "failed"
+
+
+def test_a_full_disk_loses_nothing_computed(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """A limit on the size of a file stands for the full disk; once it is gone the run goes on from what is cached."""
+    command = ["bash", "-c", 'ulimit -f 24; exec "$0" "$@"', str(Path(sys.executable).parent / "sparsewav"), *small]
+    limited = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    _assert_one_sentence(limited, r"cannot write .*: .*; free some space, or choose another folder")
+    assert not list((tmp_path / "outputs").rglob("model.safetensors"))
+    assert list((tmp_path / "cache").rglob("dense.json"))
+    result = run_sparsewav(*small)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list((tmp_path / "outputs").rglob("error.json"))
+
+
+def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    result = run_sparsewav(*small, "sparsity=n_m", "allocation=uniform", "calibration.propagation=sequential")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = _folder(tmp_path)
+    model = AutoModelForCTC.from_pretrained(folder / "model")
+    for name in pandas.read_csv(folder / "layers.csv")["name"]:
+        groups = model.get_submodule(name).weight.reshape(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all()
+    assert json.loads((folder / "metrics.json").read_text())["pattern"] == "2:4"
+
+
+def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """Solver, objective and recovery reach the engine and the records; runs without them keep their folders."""
+    settings = ["allocation=uniform", "calibration.propagation=stepwise", "output_root=out"]
+    plain = run_sparsewav(*small, *settings)
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    others = ["solver=alps", "objective=asymmetric", "recovery=block", "recovery.steps=15"]
+    result = run_sparsewav(*small, *settings, *others)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("alps", "asymmetric", "block", "recover"):
+        assert name in result.stdout
+    (folder,) = (tmp_path / "out").glob("tiny*-alps-asymmetric-block-*")
+    (plain_folder,) = set((tmp_path / "out").glob("tiny*")) - {folder}
+    metrics, before = (json.loads((path / "metrics.json").read_text()) for path in (folder, plain_folder))
+    assert (metrics["solver"], metrics["objective"], metrics["recovery"]) == ("alps", "asymmetric", "block")
+    assert (before["solver"], before["objective"], before["recovery"]) == ("obs_sweep", "symmetric", "none")
+    seconds = metrics["seconds"]
+    assert seconds["recover"] > 0
+    assert seconds["prune"] == pytest.approx(sum(seconds[key] for key in ("calibrate", "allocate", "solve", "recover")))
+    errors = metrics["stages"][0]["layer_errors"]
+    assert len(errors) == 2
+    assert all(item["error"] < item["error_before"] for item in errors)
+    layers = [pandas.read_csv(path / "layers.csv") for path in (folder, plain_folder)]
+    assert list(layers[0]["sparsity"]) == list(layers[1]["sparsity"])
+
+
+def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    training = ["training.epochs=4", "training.batch_size=4", "data.training_subset=train", "training.weight_decay=0.1"]
+    result = run_sparsewav(*small, "finetune_strategy=progressive", "sparsity.target=0.8", *training)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"word error rate, tuned .* after 30 updates", result.stdout)
+    folder = _folder(tmp_path)
+    assert folder.name.startswith("tiny-wav2vec2-obs_first_order-hutchinson-0.8-progressive-")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    stages = metrics["stages"]
+    assert [stage["sparsity"] for stage in stages] == [0.7, 0.8]
+    assert [stage["updates"] for stage in stages] == [15, 15]  # 4 epochs of 12 utterances, 2.5 times as many at 80 %
+    assert metrics["updates"] == 30
+    assert metrics["training_precision"] in ("float32", "bfloat16")  # what auto came to here
+    assert {"wer_pruned", "wer"} <= set(stages[0])
+    assert (metrics["wer_pruned"], metrics["wer"]) == (stages[1]["wer_pruned"], stages[1]["wer"])
+    assert metrics["seconds"]["finetune"] > 0
+
+    # What the first stage removed is removed in the second, and both meet the sparsities that they were given.
+    first, last = (pandas.read_csv(folder / name) for name in ("layers-0.7.csv", "layers.csv"))
+    weights = load_file(folder / "model" / "model.safetensors")
+    for before, after in zip(first.itertuples(), last.itertuples(), strict=True):
+        assert after.sparsity >= before.sparsity - 1e-9
+        weight = weights[f"{after.name}.weight"]
+        assert int((weight == 0).sum()) == round(after.sparsity * weight.numel())
+    assert metrics["achieved_sparsity"] > 0.78
+    log = pandas.read_csv(folder / "training_log.csv")
+    assert sorted(set(log["stage"])) == [0.7, 0.8]
+    assert log.groupby("stage")["update"].max().tolist() == [15, 15]
+    assert not (folder / "stages").exists()
+    assert "0.7 and 15 updates, then 0.8 and 15 updates" in (folder / "model" / "README.md").read_text()
+
+
+def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
+    """What an offline run's file holds: configuration, the last value of everything logged, and the run itself.
+
+    The file is a LevelDB log (blocks of 32 KiB, records of checksum, length and type) of protocol buffers.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*/wandb/offline-run-*/*.wandb")
+    data, position, pieces = path.read_bytes(), 7, b""
+    found: dict[str, dict[str, str]] = {"config": {}, "logged": {}, "run": {}}
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind not in (1, 4):  # the first or a middle part of a record
+            continue
+        record = Record.FromString(pieces)
+        pieces = b""
+        found["config"] |= {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
+        for items in (record.history.item, record.summary.update):
+            found["logged"] |= {item.key or "/".join(item.nested_key): item.value_json for item in items}
+        if record.HasField("run"):
+            run = record.run
+            found["config"] |= {item.key: item.value_json for item in run.config.update}
+            found["run"] |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+            found["run"] |= {"project": run.project, "tags": " ".join(run.tags), "id": run.run_id}
+    return found
+
+
+def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
+    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = _folder(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = _read_wandb(tmp_path / "outputs")
+    run = found["run"]
+    assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
+    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= set(
+        run["tags"].split()
+    )
+    assert "finetune_strategy=one_pass" in run["name"]
+    assert run["id"] == folder.name.rpartition("-")[2]
+    assert json.loads(found["config"]["allocation"])["alpha"] == 0.1
+    logged = found["logged"]
+    assert json.loads(logged["eval/wer"]) == metrics["wer"]
+    assert json.loads(logged["wer_dense"]) == metrics["wer_dense"]
+    assert json.loads(logged["finetune/update"]) == metrics["updates"]
+    assert {"finetune/loss", "stage/wer", "stage/wer_pruned"} <= set(logged)
+    for table in ("layers", "transcripts", "stages"):
+        assert any(key.startswith(table) and "table" in value for key, value in logged.items()), table
+
+
+def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """model.stream=true changes how much memory a run takes, and nothing that it writes."""
+    options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
+    folders = []
+    for stream in ("false", "true"):
+        result = run_sparsewav(*small, *options, f"model.stream={stream}", f"output_root=streamed-{stream}")
+        assert result.returncode == 0, result.stdout + result.stderr
+        (metrics,) = (tmp_path / f"streamed-{stream}").glob("*/metrics.json")
+        folders.append(metrics.parent)
+    whole, streamed = folders
+    for name in ("model/model.safetensors", "model/config.json", "layers.csv", "predictions.jsonl"):
+        assert (whole / name).read_bytes() == (streamed / name).read_bytes(), name
+    assert not (streamed / "stages").exists()
+
+
+def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """No key and nobody to ask for one: the run says so, is kept offline, and its results are there."""
+    nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path)}
+    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=online", **nobody)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
+    assert (_folder(tmp_path) / "metrics.json").is_file()
+    assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,85 @@
+"""A run's export, and what ``sparsewav-inspect`` says of a model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+import sparsewav
+from sparsewav.models.load import locate_model
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def arguments(small: list[str]) -> list[str]:
+    return [*small, "allocation=uniform"]
+
+
+def _run_folder(root: Path) -> Path:
+    (metrics,) = (root / "outputs").glob("*/metrics.json")
+    return metrics.parent
+
+
+def test_run_exports_and_inspect_checks(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run is exported when asked to; what it reports is what inspect counts, until it reports otherwise."""
+    plain = run_sparsewav(*arguments)
+    assert plain.returncode == 0, plain.stdout
+    folder = _run_folder(tmp_path)
+    assert not (folder / "model-bitmask").exists()
+    again = run_sparsewav(*arguments, "export.format=bitmask")
+    assert "Done already" in again.stdout
+    model, exported = sparsewav.load(folder / "model"), sparsewav.load(folder / "model-bitmask")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, exported.state_dict()[name]), name
+    assert "bitmask format" in (folder / "model-bitmask" / "README.md").read_text()
+    assert not (folder / "model-bitmask" / "step.json").exists()
+
+    shown = run_sparsewav(str(folder), command="sparsewav-inspect")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "the zeros are those that the run reported" in shown.stdout
+    assert (folder / "sparsity.png").stat().st_size > 1000
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    assert f"{nonzero:,}" in shown.stdout
+    also = run_sparsewav(str(folder / "model-bitmask"), command="sparsewav-inspect")
+    assert also.returncode == 0, also.stdout + also.stderr
+
+    monkeypatch.chdir(tmp_path)
+    relative = folder.relative_to(tmp_path)  # as a user types it: no dot in front, one slash in it
+    assert locate_model(str(relative)) == str(relative / "model")
+
+    layers = pandas.read_csv(folder / "layers.csv")
+    layers.loc[3, "sparsity"] = 0.5
+    layers.to_csv(folder / "layers.csv", index=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"params_nonzero": 1}))
+    wrong = run_sparsewav(str(folder), command="sparsewav-inspect")
+    assert wrong.returncode == 1
+    assert f"weights of {layers.loc[3, 'name']} are zero" in wrong.stdout
+    assert "says 1 parameters are not zero" in wrong.stdout
+
+
+def test_export_without_the_plain_model(run_sparsewav: Run, arguments: list[str], tmp_path: Path) -> None:
+    """With save_model=false the export alone is left, and the run prunes again from it."""
+    words = (*arguments, "save_model=false", "export.format=bitmask", "export.dtype=float16")
+    assert run_sparsewav(*words).returncode == 0
+    folder = _run_folder(tmp_path)
+    assert not (folder / "model").exists()
+    assert sparsewav.load(folder / "model-bitmask-float16").dtype == torch.float16
+    assert "Done already" in run_sparsewav(*words).stdout
+    further = [f"model.name_or_path={folder / 'model-bitmask-float16'}", *arguments[1:], "sparsity.target=0.9"]
+    assert run_sparsewav(*further).returncode == 0
+
+
+def test_inspect_refuses(run_sparsewav: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run_sparsewav("empty", command="sparsewav-inspect")
+    assert done.returncode == 1
+    assert "is no model's folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,385 @@
+"""The tables and figures: their sweeps, what is drawn from finished runs, and reproduce.sh as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from wandb_workspaces.reports.v2 import Config, PanelGrid
+
+import sparsewav
+from experiments.__main__ import ITEMS, main
+from experiments.bench.inference import remove_at_random
+from experiments.estimate import typed
+from experiments.ours import figure6
+from experiments.ours.variants import VARIANTS, bootstrap_difference
+from experiments.paper.baselines import ROWS
+from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.wandb_report import build_report
+from sparsewav.baselines import METHODS
+from sparsewav.errors import UserError
+from sparsewav.files import conf_folder
+from sparsewav.pipeline import run_folder
+from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.settings.validation import validate
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ("best", "best_oneshot")
+SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: "-".join([sweep.experiment, sweep.role, *sweep.both]))
+def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: str) -> None:
+    found = jobs(sweep, Scale(scale, Path("outputs") / scale))
+    assert len({job.folder for job in found}) == len(found)
+    for job in found:
+        config = typed(job.config)
+        validate(config)
+        assert config.training.epochs == (40 if scale == "paper" else config.training.epochs)
+        assert config.calibration.utterances == (2048 if scale == "paper" else 128)
+
+
+def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
+    experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
+    assert experiments - {sweep.experiment for sweep in SWEEPS} == {
+        "methods",
+        "smoke",
+        "tuning_length",
+        *PRESETS,
+    }
+    for cast in CAST.values():
+        assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_row_of_table4(preset: str, tmp_path: Path) -> None:
+    """``experiment=best`` is the run of Table 4's row of that name, folder and all."""
+    (variant,) = (variant for variant in VARIANTS if variant.name == preset)
+    row = jobs(variant.one_shot, Scale("demo", tmp_path))[0]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        target = f"sparsity.target={row.settings['sparsity.target']}"
+        own = compose("config", overrides=[f"experiment={preset}", target], return_hydra_config=True)
+    assert Path(own.hydra.run.dir).name == row.folder.name
+
+
+def test_a_job_is_the_run_that_the_command_makes(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    sweep, scale = Sweep("ablation_one_shot", "base"), _small_scale(corpus, model_folder, tmp_path / "out")
+    result = run_sparsewav(*sweep.arguments(scale))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path.parent for path in (tmp_path / "out").rglob("metrics.json")} == {
+        job.folder for job in jobs(sweep, scale)
+    }
+
+
+def _small_scale(corpus: Path, model_folder: Path, output: Path) -> Scale:
+    return Scale("demo", output, tuple(_small(corpus, model_folder)))
+
+
+def _small(corpus: Path, model_folder: Path) -> list[str]:
+    subsets = [
+        f"data.{name}_subset={subset}"
+        for name, subset in (("calibration", "train"), ("training", "train"), ("evaluation", "test"))
+    ]
+    return [
+        f"model.name_or_path={model_folder}",
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        *subsets,
+        "calibration.utterances=10",
+        "training.epochs=20",
+        "training.batch_size=4",
+        "training.checkpoint_updates=5",
+        "training.precision=float32",
+        "device=cpu",
+    ]
+
+
+def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], dense: float = 0.05) -> None:
+    """Write the records of finished runs."""
+    for job in jobs(sweep, scale):
+        config = job.config
+        metrics = {
+            "model": CAST[scale.name][sweep.role],
+            "method": config.method.name,
+            "saliency": config.saliency.name,
+            "allocation": config.allocation.name,
+            "finetune_strategy": config.finetune_strategy.name,
+            "seed": config.seed,
+            "target_sparsity": config.sparsity.target,
+            "achieved_sparsity": config.sparsity.target - 0.01,
+            "params_total": 3_000_000,
+            "params_nonzero": 800_000,
+            "wer_dense": dense,
+            "wer": wer(job.settings),
+            "updates": 0 if config.finetune_strategy.name == "none" else 400,
+            "n_utterances": 300,
+            "n_calibration_utterances": 128,
+            "macs_per_second": 200_000_000,
+            "macs_per_second_nonzero": 100_000_000,
+            "compression": None,
+            "warnings": [],
+            "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0, "finetune": 4.0},
+            "cached": [],
+            "device": "cpu",
+            "threads": 2,
+        }
+        if config.method.name != "sparsewav":
+            metrics["compression"] = {
+                "updates": 200,
+                "batch_size": 24,
+                "params_dense": 3_200_000,
+                "shorten": 1e3,
+                "quicken": 4.0,
+            }
+            metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
+        metrics["stages"] = [{"sparsity": config.sparsity.target}]
+        _write_details(job.folder, metrics["wer"])
+        run_folder.write_json(job.folder / run_folder.METRICS, metrics)
+
+
+def _write_details(folder: Path, wer: float) -> None:
+    """Write transcripts of 30 utterances of ten words with so many errors, and a matrix's error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [f"word{number}" for number in range(10)]
+    rows = []
+    for utterance in range(30):
+        errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
+        wrong = ["wrong"] * errors + words[errors:]
+        rows.append({"id": f"u{utterance}", "reference": " ".join(words), "after": " ".join(wrong)})
+    (folder / run_folder.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / run_folder.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
+
+
+def _reproduce(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["reproduce.sh", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    return main()
+
+
+def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = Scale("demo", tmp_path)
+    one_shot, tuned = ITEMS["table1"].sweeps
+    base = {("obs", "uniform"): 0.20, ("obs", "hutchinson"): 0.16, ("obs_first_order", "hutchinson"): 0.17}
+
+    def wer(settings: dict[str, str]) -> float:
+        return base.get((settings["saliency"], settings["allocation"]), 0.5) + 0.01 * int(settings["seed"])
+
+    _finish(one_shot, scale, wer)
+    assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "6 of 6 runs are missing" in said
+    assert f"make them: sparsewav experiment=ablation_finetune scale=demo model=demo output_root={tmp_path}" in said
+
+    progressive = {"0": 0.07, "1": 0.07, "2": 0.09}
+    _finish(tuned, scale, lambda at: 0.08 if at["finetune_strategy"] == "one_pass" else progressive[at["seed"]])
+    assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    table = pandas.read_csv(tmp_path / "table1.csv")
+    assert table["Paper WER %"].tolist() == [6.1, 57.95, 53.79, 53.01, 7.54, 7.11]
+    assert table["Our WER %"].tolist()[:4] == ["5.00", "21.00 ± 1.00", "17.00 ± 1.00", "18.00 ± 1.00"]
+    assert table["Better, as in the paper"].tolist()[2:] == [
+        "yes (better in 3 of 3 seeds)",
+        "no (better in 0 of 3 seeds)",
+        "yes (better in 3 of 3 seeds)",
+        "not separated (better in 2 of 3 seeds)",
+    ]
+    assert table["Against the row above"].tolist()[2:4] == ["-4.00 ± 0.00", "1.00 ± 0.00"]
+    markdown = (tmp_path / "table1.md").read_text()
+    assert "holds in 2 of 4 steps, is reversed in 1; 1 differ by less" in markdown
+    assert "3.00 points above the dense model's, after progressive tuning 2.67" in markdown
+    latex = (tmp_path / "table1.tex").read_text()
+    assert r"$\pm$" in latex
+    assert r"\toprule" in latex
+
+
+def test_figures_table2_and_table3_are_drawn_from_finished_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = Scale("demo", tmp_path)
+    better = {"large_little": 0.5, "large_more": 0.2, "large_most": 0.1, "large": 0.1}
+
+    def wer(settings: dict[str, str]) -> float:
+        return 0.05 + float(settings.get("sparsity.target", "0.85")) ** 6 * (1 + 0.1 * int(settings.get("seed", "0")))
+
+    for sweep in SWEEPS:
+        dense = better.get(sweep.role, 0.05)
+        if sweep.experiment != "ablation_one_shot" and sweep.experiment != "ablation_finetune":
+            _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
+    items = [name for name in ITEMS if name not in ("table1", "figure6")]
+    assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    for name in ("figure1", "figure2", "figure3", "figure4", "figure5"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    points = pandas.read_csv(tmp_path / "figure1.csv")
+    assert len(points) == 9 + 9 + 2
+    shot = points[(points["finetune_strategy"] == "none") & (points["target_sparsity"] == 0.9)].iloc[0]
+    assert shot["seeds"] == 3
+    assert shot["wer_mean"] == pytest.approx(0.1 + 0.9**6 * 1.1, rel=1e-5)
+    compression = pandas.read_csv(tmp_path / "table2.csv").set_index("Method")
+    assert compression.loc["HuBERT Base", "Paper WER %"] == 6.42
+    assert compression.loc["HuBERT Base", "Our WER %"] == "5.00"
+    assert pandas.isna(compression.loc["Ours, HuBERT", "Paper WER %"])
+    assert compression.loc["DistilHuBERT", "Left"] == "25.0 %"
+    assert compression.loc["DistilHuBERT", "Training"] == "200 x 24 + 400 x 16"
+    assert {row.method for row in ROWS.values()} >= set(METHODS), "every method has a row"
+    assert compression["Our WER %"].notna().sum() == 6 + sum(row.method in METHODS for row in ROWS.values())
+    assert compression.loc["SparseWAV2VEC2", "Our params (M)"] == 0.8
+    spread = 100 * (better.get("base", 0.05) + 0.05 + 0.85**6 * 1.1), 100 * 0.1 * 0.85**6
+    for method in ("SparseWAV2VEC2", "PARP"):
+        assert compression.loc[method, "Our WER %"] == f"{spread[0]:.2f} ± {spread[1]:.2f}", "three short runs"
+    timing = pandas.read_csv(tmp_path / "table3.csv")
+    ours = timing[timing["Method"] == "SparseWAV"]
+    assert ours["Our seconds"].tolist() == ["6.0 ± 0.0"] * 2
+    assert timing.set_index("Method").loc["DistilHuBERT", "Times as long as ours"] == 10.0
+    assert (
+        "divided by 1000, and learning rates multiplied by 4, for all methods alike"
+        in (tmp_path / "table3.md").read_text()
+    )
+
+    ours = pandas.read_csv(tmp_path / "table4.csv")
+    assert ours["One-shot method"].tolist() == [variant.name for variant in VARIANTS]
+    assert set(ours["Layer error at 75 %"]) == {0.15}
+    assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
+    assert "Did not help" in (tmp_path / "table4.md").read_text()
+    curves = pandas.read_csv(tmp_path / "figure5.csv")["curve"].unique().tolist()
+    assert curves == [
+        f"{method}, {kind}"
+        for method in ("the paper's method", "best_oneshot", "best")
+        for kind in ("one-shot", "tuned")
+    ]
+
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', page) == items
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r'(src|href)="https?:', page), "the page is self-contained"
+    # Drawn again from the same runs, everything has the same bytes.
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(model_folder: Path, tmp_path: Path) -> None:
+    scale = Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
+    for sweep in figure6.SWEEPS:
+        _finish(sweep, scale, lambda settings: 0.1)
+        for job in jobs(sweep, scale):
+            model = sparsewav.load(model_folder)
+            if job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
+                for matrix in prunable_matrices(model):
+                    remove_at_random(matrix.weight, job.config.sparsity.target)
+            model.save_pretrained(job.folder / "model")
+    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo figure6"):
+        figure6.make(scale)
+    figure6.measure(scale)
+    result = figure6.make(scale)
+    assert result.table is not None
+    rows = result.table.set_index("Model")
+    sizes = pandas.read_csv(tmp_path / "figure6.csv", index_col="run")["megabytes"].set_axis(rows.index)
+    assert sizes["SparseWAV, 90%"] < sizes["SparseWAV, 85%"] < sizes["SparseWAV, 70%"] < sizes["dense"]
+    assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
+    assert (rows["Times faster"].astype(float) > 0).all()
+    assert (tmp_path / "figure6.png").is_file()
+    before = (tmp_path / "figure6.csv").read_bytes()
+    figure6.measure(scale)
+    assert (tmp_path / "figure6.csv").read_bytes() == before, "measured already"
+    os.utime(jobs(figure6.SWEEPS[0], scale)[0].folder / run_folder.METRICS, (time.time() + 5,) * 2)
+    with pytest.raises(UserError, match="not measured"):
+        figure6.make(scale)
+
+
+def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
+    """Its interval is that of drawing utterances one by one; errors that both methods make cancel out."""
+    generator = np.random.default_rng(1)
+    words = generator.integers(3, 20, 80)
+    baseline = generator.binomial(words, 0.3).astype(float)
+    edits = baseline + generator.integers(-2, 2, 80)
+    difference, low, high = bootstrap_difference(edits, baseline, words)
+    assert difference == pytest.approx(edits.sum() / words.sum() - baseline.sum() / words.sum())
+    drawn = []
+    for _ in range(4000):
+        chosen = generator.integers(80, size=80)
+        drawn.append(edits[chosen].sum() / words[chosen].sum() - baseline[chosen].sum() / words[chosen].sum())
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.002)
+    assert bootstrap_difference(baseline, baseline, words) == (0, 0, 0)
+    assert bootstrap_difference(edits, baseline, words) == (difference, low, high)
+
+
+def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
+    report = build_report("me", "sparsewav")
+    grids = [block for block in report.blocks if isinstance(block, PanelGrid)]
+    assert [len(grid.panels) for grid in grids] == [3, 3, 1]
+    assert "'ablation_one_shot', 'ablation_finetune'" in str(grids[0].runsets[0].filters)
+    assert grids[0].panels[0].groupby == Config("saliency.name")
+
+
+def test_dry_run_at_paper_scale_lists_every_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _reproduce("paper", "--dry-run", monkeypatch=monkeypatch) == 0
+    usual = capsys.readouterr().out
+    assert "variants_one_shot" not in usual  # hours more: full has it
+    assert _reproduce("paper", "full", "--dry-run", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert said.count("  to do  ") > usual.count("  to do  ")
+    assert said.count("  to do  ") == sum(len(jobs(sweep, Scale("paper", Path("outputs/paper")))) for sweep in SWEEPS)
+    assert "sparsewav experiment=curve_progressive scale=paper model=wavlm-base-plus-100h" in said
+
+
+def test_reproduce_killed_in_a_fine_tuning_ends_with_the_same_table(
+    corpus: Path, model_folder: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    command = [sys.executable, "-m", "experiments", "table1", "--output"]
+    settings = ["--", *_small(corpus, model_folder)]
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])}
+
+    def reproduce(output: str) -> str:
+        result = subprocess.run(
+            [*command, output, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    process = subprocess.Popen(
+        [*command, "killed", *settings],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("killed/ablation_finetune/*/*progressive*/stages/3-*/checkpoint-*")) and not list(
+        tmp_path.glob("killed/ablation_finetune/*/*progressive*/stages/checkpoints-3-*/checkpoint-*")
+    ):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert "Going on from" in reproduce("killed")
+    reproduce("whole")
+    for name in ("table1.csv", "table1.md", "table1.tex"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for job in (tmp_path / "whole").rglob("model.safetensors"):
+        assert job.read_bytes() == (tmp_path / "killed" / job.relative_to(tmp_path / "whole")).read_bytes()
+    started = time.monotonic()
+    assert "Loading" not in reproduce("whole"), "nothing is run again"
+    assert time.monotonic() - started < 60
+    metrics = json.loads(next((tmp_path / "whole").rglob("*progressive*/metrics.json")).read_text())
+    assert [stage["sparsity"] for stage in metrics["stages"]] == [0.7, 0.75]
+    assert OmegaConf.load(next((tmp_path / "whole").rglob("*progressive*/.hydra/config.yaml"))).save_model

@@ -1,0 +1,305 @@
+"""Sparse products: the kernel beside the dense product, the choice between the two, and what is left of the model."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCTC
+
+import sparsewav
+from sparsewav.data.sets import calibration_set
+from sparsewav.inference import acceleration, kernel, restore
+from sparsewav.inference.acceleration import two_of_four
+from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.timing import REMEMBERED, Timing
+from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.load import load_speech_model
+from sparsewav.pruning import prunable_matrices
+from sparsewav.settings.run import DemoData
+
+
+def _has_kernel() -> str:
+    try:
+        kernel.sparse_product()
+    except kernel.NoKernel as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Skip where the kernel cannot be built, and say why."""
+    reason = _has_kernel()
+    if reason:
+        pytest.skip(f"no kernel: {reason}")
+
+
+def _sparse_linear(rows: int, cols: int, share: float, *, bias: bool = True, seed: int = 0) -> nn.Linear:
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(cols, rows, bias)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(rows, cols, generator=generator))
+        linear.weight.mul_(torch.rand(rows, cols, generator=generator) >= share)
+        if rows > 3:
+            linear.weight[1] = 0.0
+            linear.weight[3] = torch.randn(cols, generator=generator)
+    return linear.eval()
+
+
+def _prune_at_random(model: Any, share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for matrix in prunable_matrices(model):
+            matrix.weight.mul_(torch.rand(matrix.weight.shape, generator=generator) >= share)
+
+
+@pytest.fixture
+def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the timing say that sparse is faster, as it is not for tiny matrices."""
+
+    def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
+        return Timing(*linear.weight.shape, 0.5, (2.0,), (1.0,), 8 if kernel else None)
+
+    monkeypatch.setattr(acceleration, "time_linear", timing)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "cols", "frames", "width"),
+    [(1, 1, 1, 96), (5, 7, 1, 4), (8, 16, 64, 96), (13, 200, 63, 96), (300, 97, 130, 32), (257, 192, 200, 192)],
+)
+@pytest.mark.usefixtures("compiled")
+def test_kernel_equals_the_dense_product(rows: int, cols: int, frames: int, width: int, threads: int) -> None:
+    """Shapes that are no multiple of anything, an empty row, a full row: equal to float64 up to rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for share, bias in ((0.0, True), (0.8, False), (1.0, True)):
+            linear = _sparse_linear(rows, cols, share, bias=bias)
+            inputs = torch.randn(2, frames, cols, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                exact = copy.deepcopy(linear).double()(inputs.double()).float()
+                outputs = SparseLinear(linear, width)(inputs)
+                turned = SparseLinear(linear, width)(inputs.transpose(0, 1)).transpose(0, 1)  # strided
+            torch.testing.assert_close(outputs, exact, rtol=1e-5, atol=1e-4)
+            assert torch.equal(outputs, turned)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_columns_beyond_what_signed_numbers_hold() -> None:
+    """Column numbers use all 16 bits."""
+    linear = _sparse_linear(4, 2**16, 0.9)
+    inputs = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(1))
+    sparse = SparseLinear(linear, 192)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(inputs), linear(inputs), rtol=1e-4, atol=1e-3)
+    assert torch.equal(sparse.dense_weight(), linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("bias", [True, False])
+def test_csr_equals_the_dense_product(bias: bool) -> None:
+    """What stands in for the kernel computes the same."""
+    linear = _sparse_linear(30, 50, 0.8, bias=bias)
+    inputs = torch.randn(2, 9, 50, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(SparseLinear(linear, None)(inputs), linear(inputs), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+@pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer"])
+def test_outputs_are_those_of_the_dense_model(family: str, tiny_model: Any, noise_batch: Any, tmp_path: Path) -> None:
+    """Every family, padding included; a saved model is dense again, and so is a restored one, bit for bit."""
+    model = tiny_model(family)
+    _prune_at_random(model, 0.8)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {name: noise_batch([400, 272])[name] for name in ("input_values", "attention_mask")}
+    with torch.no_grad():
+        before = model(**batch).logits
+        report = sparsewav.accelerate(model, frames=8)
+        after = model(**batch).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    fused = [matrix for matrix in report.matrices if not matrix.swapped]
+    assert {matrix.name.rpartition(".")[2] for matrix in fused} == (
+        {"q_proj", "k_proj", "v_proj", "out_proj"} if family == "wavlm" else set()
+    )
+    assert report.swapped == len(report.matrices) - len(fused) > 0
+
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(
+        torch.equal(saved[matrix.name + ".weight"], dense[matrix.name + ".weight"]) for matrix in report.matrices
+    )
+    loaded = AutoModelForCTC.from_pretrained(tmp_path).state_dict()
+    assert restore(model) == report.swapped
+    for state in (loaded, model.state_dict()):
+        assert state.keys() == dense.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in dense.items())
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+def test_word_error_rate_does_not_move() -> None:
+    """The demo model, half of it removed, writes the same letters before and after, on speech."""
+    speech = load_speech_model("demo")
+    utterances = calibration_set(DemoData("calibration", "test", "train", "dev"), 8, 0)
+    for matrix in prunable_matrices(speech.model):
+        magnitudes = matrix.weight.detach().abs()
+        matrix.weight.data[magnitudes < magnitudes.median()] = 0.0
+    before = transcribe(speech.model, speech.processor, utterances)
+    sparsewav.accelerate(speech.model, frames=100)
+    after = transcribe(speech.model, speech.processor, utterances)
+    assert after == before
+    assert word_error_rate(utterances, after) < 0.5
+
+
+@pytest.mark.usefixtures("compiled")
+def test_dense_stays_where_it_is_faster(tiny_model: Any, tmp_path: Path) -> None:
+    """Matrices that are full are not even timed, and those that sparse products do not speed up are left alone."""
+    model = tiny_model("wav2vec2", hidden_size=64, intermediate_size=96)
+    assert sparsewav.accelerate(model, folder=tmp_path).swapped == 0
+    assert not (tmp_path / REMEMBERED).exists()
+    _prune_at_random(model, 0.3)
+    report = sparsewav.accelerate(model, frames=[50, 200], folder=tmp_path)
+    for matrix in report.matrices:
+        worth_it = all(dense >= 1.1 * sparse for dense, sparse in zip(matrix.dense, matrix.sparse, strict=True))
+        assert matrix.swapped == worth_it == (not matrix.reason)
+        assert len(matrix.dense) == 2
+
+
+@pytest.mark.usefixtures("compiled")
+def test_timings_are_remembered(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model is not timed twice; other frames or threads, or a broken file, are timed anew."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.8)
+    model.save_pretrained(tmp_path)
+    calls: list[tuple[int, ...]] = []
+
+    def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
+        calls.append(tuple(linear.weight.shape))
+        return Timing(*linear.weight.shape, 0.8, (2.0,), (1.0,), 96)
+
+    monkeypatch.setattr(acceleration, "time_linear", timing)
+
+    def accelerated(**options: Any) -> tuple[int, int]:
+        calls.clear()
+        report = sparsewav.accelerate(AutoModelForCTC.from_pretrained(tmp_path), **options)
+        return len(calls), report.swapped
+
+    timed, swapped = accelerated()
+    assert timed == len(json.loads((tmp_path / REMEMBERED).read_text()).popitem()[1]) > 0
+    assert swapped == 12
+    assert accelerated() == (0, 12)
+    assert accelerated(frames=7) == (timed, 12)
+    assert accelerated() == (0, 12)
+    (tmp_path / REMEMBERED).write_text('{"')
+    assert accelerated() == (timed, 12)
+    assert accelerated() == (0, 12)
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+def test_dense_weights_are_freed(tiny_model: Any) -> None:
+    """Nothing of a swapped matrix is left, even where somebody still holds its module."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.9)
+    held = [matrix.module for matrix in prunable_matrices(model)]
+    sparsewav.accelerate(model, frames=8)
+    assert not prunable_matrices(model)
+    assert all(module.weight.numel() == 0 for module in held)
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what is mapped can be read on Linux alone")
+def test_the_checkpoint_is_let_go_of(tiny_model: Any, tmp_path: Path) -> None:
+    """No tensor keeps the mapped file, and all of it, in memory once the dense weights are gone."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.9)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCTC.from_pretrained(tmp_path / "model")
+
+    def mapped() -> bool:
+        return str(tmp_path / "model") in Path("/proc/self/maps").read_text()
+
+    assert mapped(), "transformers maps checkpoints"
+    assert sparsewav.accelerate(loaded, frames=8).swapped
+    assert not mapped()
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+def test_refusals(tiny_model: Any, noise_batch: Any) -> None:
+    """What an accelerated model cannot do it says in a sentence."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.8)
+    with pytest.raises(sparsewav.UserError, match="frames=0"):
+        sparsewav.accelerate(model, frames=0)
+    with pytest.raises(sparsewav.UserError, match="need an NVIDIA GPU"):
+        sparsewav.accelerate(model, pattern="2:4")
+    with pytest.raises(sparsewav.UserError, match="float32 on the CPU"):
+        sparsewav.accelerate(copy.deepcopy(model).to(torch.bfloat16))
+    sparsewav.accelerate(model, frames=8)
+    with pytest.raises(sparsewav.UserError, match="accelerated already"):
+        sparsewav.accelerate(model)
+    with pytest.raises(sparsewav.UserError, match="cannot be trained"):
+        model(noise_batch([400])["input_values"]).logits.sum().backward()
+    with pytest.raises(sparsewav.UserError, match="no other weights"):
+        model.load_state_dict(tiny_model("wav2vec2").state_dict())
+    with pytest.raises(sparsewav.UserError, match=r"bfloat16 on cpu"), torch.no_grad():
+        model.to(torch.bfloat16)(noise_batch([400])["input_values"].bfloat16())
+
+
+def test_two_of_four() -> None:
+    """The pattern that GPUs skip is recognised."""
+    weight = torch.tensor([[1.0, 0, 0, 2, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 3]])
+    assert two_of_four(weight)
+    weight[0, 1] = 1.0
+    assert not two_of_four(weight)
+    assert not two_of_four(weight[:, :6])
+
+
+SWAP_WITHOUT_COMPILER = """
+import torch, sparsewav
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+model = Wav2Vec2ForCTC(Wav2Vec2Config(num_hidden_layers=1, hidden_size=64, intermediate_size=96,
+                                      num_attention_heads=2, conv_dim=(8,), conv_kernel=(8,), conv_stride=(4,)))
+for matrix in sparsewav.pruning.prunable_matrices(model):
+    torch.nn.init.zeros_(matrix.weight)
+report = sparsewav.accelerate(model, frames=64)
+print(report.product, report.swapped, report)
+"""
+
+
+def test_without_a_compiler_it_says_so(environment: dict[str, str]) -> None:
+    """Without a compiler CSR products are what is tried, and the report and the log say why."""
+    changes = {"CXX": "no-such-compiler", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SWAP_WITHOUT_COMPILER],
+        env=environment | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("CSR ")
+    assert "there is no C++ compiler (no-such-compiler)" in done.stdout
+    assert "there is no C++ compiler (no-such-compiler)" in done.stderr
+
+
+BUILD = "from sparsewav.inference.kernel import sparse_product; sparse_product()"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_processes_build_it_once(environment: dict[str, str]) -> None:
+    """Two processes that need the kernel at once both get it, and one folder is left of it."""
+    changes = environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    processes = [subprocess.Popen([sys.executable, "-c", BUILD], env=changes) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    built = list(Path(environment["SPARSEWAV_CACHE"]).glob("kernels/*/product.so"))
+    assert len(built) == 1

@@ -1,0 +1,161 @@
+"""Transcripts of whole recordings: chunks joined without a seam, the times of words, and the command."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sparsewav.data.sets import evaluation_set
+from sparsewav.data.utterances import Utterance, read_audio
+from sparsewav.errors import UserError
+from sparsewav.inference.transcription import (
+    Transcript,
+    Word,
+    as_srt,
+    captions,
+    join_chunks,
+    plan_chunks,
+    transcribe_recording,
+)
+from sparsewav.inference.wer import transcribe
+from sparsewav.models.load import SpeechModel, load_speech_model
+from sparsewav.settings.run import DemoData
+
+QUIET = torch.tensor([0, 1])
+
+
+@pytest.fixture(scope="module")
+def demo() -> SpeechModel:
+    return load_speech_model("demo")
+
+
+@pytest.fixture(scope="module")
+def utterances() -> list[Utterance]:
+    """The first sentences of the demo's test set."""
+    return evaluation_set(DemoData("calibration", "test", "train", "dev"))[:8]
+
+
+@pytest.fixture(scope="module")
+def talk(utterances: list[Utterance], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sentences as one recording, in stereo and at 44.1 kHz."""
+    import soxr
+
+    path = tmp_path_factory.mktemp("talk") / "talk.flac"
+    pause = np.zeros(8000, np.float32)
+    audio = np.concatenate([part for item in utterances for part in (read_audio(item), pause)])
+    audio = soxr.resample(audio, 16_000, 44_100)
+    soundfile.write(path, np.stack([audio, audio], 1), 44_100)
+    return path
+
+
+@pytest.mark.parametrize("frames", [1, 9, 10, 11, 17, 100])
+@pytest.mark.parametrize("overlap", [0, 3, 4])
+def test_chunks_cover_every_frame(frames: int, overlap: int) -> None:
+    """No frame is left out, none is heard twice but in the overlaps, and the joined tokens are those of one pass."""
+    chunks = plan_chunks(frames, 10, overlap)
+    assert chunks[0].first == 0
+    assert chunks[-1].stop == frames
+    assert all(after.first == before.stop - overlap for before, after in itertools.pairwise(chunks))
+    tokens = torch.randint(0, 5, (frames,), generator=torch.Generator().manual_seed(0))
+    joined = join_chunks(chunks, [tokens[chunk.first : chunk.stop] for chunk in chunks], QUIET)
+    assert torch.equal(joined, tokens)
+
+
+def test_a_letter_at_the_seam_is_written_once() -> None:
+    """Two chunks that hear a letter a frame apart hand over in a pause, where neither has half of it."""
+    before = torch.tensor([2, 2, 0, 0, 0, 0, 3, 0, 4, 0])
+    after = torch.tensor([0, 0, 0, 3, 0, 4, 0, 0, 5, 5])  # the same 3 and 4, one frame later than before's
+    chunks = plan_chunks(16, 10, 4)
+    # In the overlap (frames 6 to 9) the two read 3 0 4 0 and 0 0 0 3: no three frames in a row agree.
+    assert len(join_chunks(chunks, [before, after], QUIET)) == 16
+    chunks = plan_chunks(14, 10, 6)
+    after = torch.tensor([0, 0, 0, 3, 0, 4, 0, 0, 5, 5])
+    joined = join_chunks(chunks, [before, after], QUIET)
+    letters = [
+        token for token, last in zip(joined.tolist(), [0, *joined.tolist()], strict=False) if token not in (0, last)
+    ]
+    assert letters == [2, 3, 4, 5]
+
+
+def test_chunks_read_what_the_whole_recording_reads(demo: SpeechModel, utterances: list[Utterance], talk: Path) -> None:
+    """In chunks of 6 seconds a talk reads nearly as in one pass, and no word is doubled at a seam."""
+    import jiwer
+
+    whole = transcribe_recording(demo, Utterance("talk", "", talk), chunk_seconds=600)
+    chunked = transcribe_recording(demo, Utterance("talk", "", talk), chunk_seconds=6, overlap_seconds=2)
+    assert jiwer.cer(whole.text, chunked.text) < 0.08
+    reference = " ".join(item.text for item in utterances)
+    assert jiwer.wer(reference, chunked.text) < jiwer.wer(reference, whole.text) + 0.1
+    doubled = re.findall(r"\b(\w{3,}) \1\b", chunked.text)
+    assert doubled == re.findall(r"\b(\w{3,}) \1\b", whole.text)
+    assert whole.seconds == pytest.approx(sum(len(read_audio(u)) for u in utterances) / 16_000 + 4, abs=0.1)
+    times = [second for word in chunked.words for second in (word.start, word.end)]
+    assert times == sorted(times)
+    assert times[-1] <= whole.seconds
+
+
+def test_one_chunk_is_the_evaluation(demo: SpeechModel, utterances: list[Utterance]) -> None:
+    """A short recording reads as the evaluation reads it."""
+    expected = transcribe(demo.model, demo.processor, utterances[:3])
+    for utterance in utterances[:3]:
+        assert transcribe_recording(demo, utterance).text == expected[utterance.id]
+
+
+def test_words_are_where_they_are_said(demo: SpeechModel, utterances: list[Utterance], tmp_path: Path) -> None:
+    """Two seconds of silence before a sentence move all its words by two seconds."""
+    audio = read_audio(utterances[0])
+    path = tmp_path / "late.wav"
+    soundfile.write(path, np.concatenate([np.zeros(32_000, np.float32), audio]), 16_000)
+    plain = transcribe_recording(demo, utterances[0])
+    late = transcribe_recording(demo, Utterance("late", "", path))
+    for moved, word in zip(late.words[-6:], plain.words[-6:], strict=True):  # before them the model hears the silence
+        assert moved.text == word.text
+        assert moved.start - word.start == pytest.approx(2, abs=0.15)
+        assert moved.end - word.end == pytest.approx(2, abs=0.15)
+
+
+def test_captions_end_at_pauses_and_lengths() -> None:
+    words = [Word(f"W{i}", i * 0.5, i * 0.5 + 0.4) for i in range(10)] + [Word("LATE", 3661.0, 3661.5)]
+    lines = captions(words, most_words=8)
+    assert [line.text for line in lines] == ["W0 W1 W2 W3 W4 W5 W6 W7", "W8 W9", "LATE"]
+    srt = as_srt(Transcript("", words, 3662.0))
+    assert "3\n01:01:01,000 --> 01:01:01,500\nLATE\n" in srt
+
+
+def test_refusals(demo: SpeechModel, utterances: list[Utterance], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "click.wav", np.ones(100, np.float32), 16_000)
+    with pytest.raises(UserError, match=r"click\.wav has 100 samples, too few"):
+        transcribe_recording(demo, Utterance("click", "", tmp_path / "click.wav"))
+    with pytest.raises(UserError, match="below half a chunk"):
+        transcribe_recording(demo, utterances[0], chunk_seconds=4, overlap_seconds=2)
+
+
+def test_command(run_sparsewav: Callable[..., Any], talk: Path, tmp_path: Path) -> None:
+    """Every format, several files, one of which is broken: the others are done, and the exit code tells."""
+    (tmp_path / "broken.mp3").write_bytes(b"not audio")
+    (tmp_path / "short.wav").write_bytes(b"")
+    done = run_sparsewav(str(talk), "broken.mp3", "--format", "json", command="sparsewav-transcribe")
+    assert done.returncode == 1
+    assert "broken.mp3 is not readable audio" in done.stderr
+    assert "Traceback" not in done.stderr
+    record = json.loads(done.stdout)
+    assert record["file"] == str(talk)
+    assert record["text"] == " ".join(word["text"] for word in record["words"])
+    text = run_sparsewav(str(talk), command="sparsewav-transcribe")
+    assert text.stdout.strip() == record["text"]
+    files = run_sparsewav(str(talk), "--format", "srt", "--output", "subtitles", command="sparsewav-transcribe")
+    assert files.returncode == 0
+    assert "-->" in (tmp_path / "subtitles" / "talk.srt").read_text()
+    several = run_sparsewav(str(talk), str(talk), "--format", "srt", command="sparsewav-transcribe")
+    assert several.returncode == 1
+    assert "--output FOLDER" in several.stderr
+    missing = run_sparsewav(str(talk), "--model", "./nowhere", command="sparsewav-transcribe")
+    assert missing.returncode == 1
+    assert "./nowhere is not a folder" in missing.stderr

@@ -1,0 +1,236 @@
+"""Pruning from disk: the same bytes as in memory, one layer at a time, and nothing half done."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCTC, PreTrainedModel
+
+import sparsewav
+from sparsewav.errors import UserError
+from sparsewav.pipeline import prune_folder as streaming
+from sparsewav.pruning import estimate_traces
+from sparsewav.pruning import layerwise as pruner
+from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.pruning.solvers.solve import MatrixGroup
+
+Batch = dict[str, Tensor]
+Factory = Callable[..., Any]
+MakeBatch = Callable[..., Batch]
+
+LAYERS = 3
+
+
+@pytest.fixture
+def batches(noise_batch: MakeBatch) -> list[Batch]:
+    """Two batches of padded noise with transcripts."""
+    return [noise_batch([400, 304]), noise_batch([352], seed=1)]
+
+
+@pytest.fixture
+def source(tiny_model: Factory, tmp_path: Path) -> Path:
+    """A checkpoint of a tiny WavLM, whose layers share a position embedding."""
+    tiny_model("wavlm", num_hidden_layers=LAYERS).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(
+    ("family", "norm", "dtype", "shard_size"),
+    [
+        ("wav2vec2", "layer", torch.float32, "4KB"),
+        ("wav2vec2", "group", torch.bfloat16, "50GB"),
+        ("hubert", "layer", torch.float16, "50GB"),
+        ("wavlm", "layer", torch.float32, "50GB"),
+        ("wavlm", "group", torch.float16, "4KB"),
+        ("data2vec-audio", "layer", torch.float32, "50GB"),
+        ("wav2vec2-conformer", "layer", torch.float32, "50GB"),
+    ],
+)
+def test_the_bytes_are_those_of_pruning_in_memory(
+    family: str,
+    norm: str,
+    dtype: torch.dtype,
+    shard_size: str,
+    tiny_model: Factory,
+    batches: list[Batch],
+    tmp_path: Path,
+) -> None:
+    """From one file or shards, in any dtype: what is on disk is what pruning layer by layer in memory gives."""
+    source, destination = tmp_path / "source", tmp_path / "pruned"
+    model = tiny_model(family, norm, num_hidden_layers=LAYERS)
+    model.to(dtype).save_pretrained(source, max_shard_size=shard_size)
+    assert (source / "model.safetensors").exists() == (shard_size == "50GB")
+    options: dict[str, Any] = {"sparsity": 0.6, "frames_per_column": 1.0, "seed": 2, "percdamp": 0.02}
+    model = AutoModelForCTC.from_pretrained(source, dtype=torch.float32).eval()
+    expected = sparsewav.prune(model, batches, allocation="uniform", propagation="sequential", **options)
+    report = sparsewav.prune_folder(source, destination, batches, **options)
+    assert report.matrices == expected.matrices
+    assert report.sparsity == expected.sparsity
+    assert report.masks == {}
+
+    pruned = AutoModelForCTC.from_pretrained(destination)
+    assert pruned.dtype == dtype
+    states = pruned.state_dict(), model.to(dtype).state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    files = sorted(path.name for path in destination.glob("*.safetensors"))
+    assert files == [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
+    # What is not pruned is there under the names and with the bytes that it had.
+    before, after = (
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (source, destination)
+    )
+    assert before.keys() == after.keys()
+    matrices = {f"{row.name}.weight" for row in report.matrices}
+    assert all(torch.equal(before[name], after[name]) != (name in matrices) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_killed_pruning_goes_on_to_the_same_bytes(
+    dtype: torch.dtype, tiny_model: Factory, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers that were done are run and not pruned again; other settings begin anew."""
+    source = tmp_path / "source"
+    tiny_model("wavlm", num_hidden_layers=LAYERS).to(dtype).save_pretrained(source)
+    whole = sparsewav.prune_folder(source, tmp_path / "whole", batches, 0.6)
+    solved: list[str] = []
+    prune_groups = pruner.prune_groups
+
+    def until_killed(groups: list[MatrixGroup], **options: Any) -> Any:
+        solved.extend(name for group in groups for name in group.names)
+        if any(".layers.2." in name for name in solved):
+            raise KeyboardInterrupt
+        return prune_groups(groups, **options)
+
+    def count(groups: list[MatrixGroup], **options: Any) -> Any:
+        solved.extend(name for group in groups for name in group.names)
+        return prune_groups(groups, **options)
+
+    def kill() -> None:
+        monkeypatch.setattr(pruner, "prune_groups", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+        monkeypatch.setattr(pruner, "prune_groups", count)
+        solved.clear()
+
+    kill()
+    assert not (tmp_path / "pruned").exists()
+    report = sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    assert solved
+    assert all(".layers.2." in name for name in solved)
+    assert (report.matrices, report.sparsity) == (whole.matrices, whole.sparsity)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()}
+    shutil.rmtree(tmp_path / "pruned")
+    kill()
+    sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.7)
+    assert any(".layers.0." in name for name in solved)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "pruned"}
+
+
+def test_one_layer_is_in_memory_at_a_time(
+    source: Path, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever anything runs, one layer alone has storage, and the position embedding that all of them read."""
+    found: list[set[str]] = []
+    hollow_model = streaming._hollow_model
+
+    def real_parameters(model: PreTrainedModel) -> set[str]:
+        named = encoder_layers(model).named_parameters()
+        return {name for name, parameter in named if parameter.device.type != "meta"}
+
+    def watched(*arguments: Any) -> PreTrainedModel:
+        model = hollow_model(*arguments)
+        found.append(real_parameters(model))
+        for module in encoder_layers(model).modules():
+            module.register_forward_pre_hook(lambda *_: found.append(real_parameters(model)))
+        return model
+
+    monkeypatch.setattr(streaming, "_hollow_model", watched)
+    sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    embedding = "0.attention.rel_attn_embed.weight"
+    assert found[0] == {embedding}
+    held = [{name.partition(".")[0] for name in names - {embedding}} for names in found[1:]]
+    assert all(len(layers) <= 1 for layers in held)  # none while the front end runs
+    assert set.union(*held) == {"0", "1", "2"}
+    assert all(embedding in names for names in found)
+
+
+def test_traces_found_before_allocate(source: Path, batches: list[Batch], tmp_path: Path) -> None:
+    """Given traces of the whole model the sparsities follow them; without, the allocation is refused."""
+    model = AutoModelForCTC.from_pretrained(source).eval()
+    traces = estimate_traces(model, batches)
+    expected = sparsewav.prune(model, batches, 0.6, propagation="sequential", traces=traces)
+    report = sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6, allocation="hutchinson", traces=traces)
+    assert report.matrices == expected.matrices
+    with pytest.raises(UserError, match=r"gradients of the whole model.*uniform.*traces"):
+        sparsewav.prune_folder(source, tmp_path / "other", batches, 0.6, allocation="hutchinson")
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _shard(folder: Path) -> Path:
+    model = AutoModelForCTC.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"]["wavlm.encoder.layers.1.attention.q_proj.weight"]
+
+
+def _drop_a_shard(folder: Path) -> None:
+    shard = _shard(folder)
+    shard.rename(shard.with_name("lost.safetensors"))
+
+
+def _truncate_a_shard(folder: Path) -> None:
+    shard = _shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _lose_a_layer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS + 1}))
+
+
+def _change_a_width(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), r"source has no model\.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), r"source cannot be loaded"),
+        (_truncate, r"source.model\.safetensors is missing or broken"),
+        (_drop_a_shard, r"source cannot be loaded: .*model-\d+-of-\d+\.safetensors"),
+        (_truncate_a_shard, r"source cannot be loaded"),
+        (_lose_a_layer, r"source has no tensor wavlm\.encoder\.layers\.3\."),
+        (_change_a_width, r"layer wavlm\.encoder\.layers\.0 does not fit the checkpoint's config\.json: .*24"),
+        (lambda folder: shutil.rmtree(folder), r"source is not a folder"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_by_name(
+    spoil: Callable[[Path], object], message: str, source: Path, batches: list[Batch], tmp_path: Path
+) -> None:
+    """One sentence names the file or tensor, and no folder is left behind."""
+    spoil(source)
+    with pytest.raises(UserError, match=message):
+        sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    assert {path.name for path in tmp_path.iterdir()} <= {"source"}
+
+
+def test_a_folder_with_files_is_not_replaced(source: Path, batches: list[Batch]) -> None:
+    """Neither the source nor anything else that is there already."""
+    with pytest.raises(UserError, match="is there already"):
+        sparsewav.prune_folder(source, source, batches, 0.6)
+    assert (source / "model.safetensors").is_file()

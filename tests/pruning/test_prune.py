@@ -1,0 +1,346 @@
+"""The engine as a whole: what it touches, how much it removes, and what it reports."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, UniSpeechConfig, UniSpeechForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
+
+import sparsewav
+from sparsewav.errors import UserError
+from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrix
+from sparsewav.pruning import layerwise as pruner
+
+Batch = dict[str, Tensor]
+Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
+MakeBatch = Callable[..., Batch]
+
+ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj")
+FEED_FORWARD = ("feed_forward.intermediate_dense", "feed_forward.output_dense")
+CONFORMER = (
+    *("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v", "self_attn.linear_out"),
+    *("ffn1.intermediate_dense", "ffn1.output_dense", "ffn2.intermediate_dense", "ffn2.output_dense"),
+)
+FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
+    "wav2vec2": ("wav2vec2", (*ATTENTION, *FEED_FORWARD), {}),
+    "hubert": ("hubert", (*ATTENTION, *FEED_FORWARD), {}),
+    "wavlm": ("wavlm", (*ATTENTION, *FEED_FORWARD), {}),
+    "data2vec-audio": ("data2vec_audio", (*ATTENTION, *FEED_FORWARD), {}),
+    # With relative positions a conformer's attention has a fifth matrix, linear_pos, that is not to be pruned.
+    "wav2vec2-conformer": ("wav2vec2_conformer", CONFORMER, {"position_embeddings_type": "relative"}),
+}
+
+
+@pytest.fixture
+def batches(noise_batch: MakeBatch) -> list[Batch]:
+    """Two batches of padded noise with transcripts."""
+    return [noise_batch([400, 304]), noise_batch([352], seed=1)]
+
+
+def same_bytes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return list(states[0]) == list(states[1]) and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+def zeros(model: PreTrainedModel) -> tuple[int, int]:
+    """Zero weights and all weights of the prunable matrices."""
+    weights = [matrix.weight for matrix in prunable_matrices(model)]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+def inputs_of(model: PreTrainedModel, utterances: list[Batch]) -> dict[str, Tensor]:
+    """X (cols, frames) of every matrix whose module is called, one unpadded utterance after the other."""
+    caught: dict[str, list[Tensor]] = {}
+    hooks = [
+        matrix.module.register_forward_pre_hook(
+            lambda module, args, name=matrix.name: caught.setdefault(name, []).append(args[0][0].double())
+        )
+        for matrix in prunable_matrices(model)
+    ]
+    with torch.no_grad():
+        for utterance in utterances:
+            model(utterance["input_values"])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(frames).T for name, frames in caught.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("propagation", ["parallel", "sequential"])
+def test_only_the_prunable_matrices_change(
+    family: str, propagation: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """The six roles of every layer are pruned to the count asked for; every other tensor is the same bytes."""
+    prefix, roles, overrides = FAMILIES[family]
+    model = tiny_model(family, **overrides)
+    dense = copy.deepcopy(model)
+    expected = {f"{prefix}.encoder.layers.{layer}.{role}" for layer in range(2) for role in roles}
+    assert {matrix.name for matrix in prunable_matrices(model)} == expected
+    report = sparsewav.prune(model, batches, 0.7, exact_budget=True, propagation=propagation)
+    state = model.state_dict()
+    for name, value in dense.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        assert torch.equal(state[name], value) == (module not in expected or kind != "weight"), name
+    assert zeros(model) == (round(0.7 * zeros(model)[1]), sum(module.size for module in prunable_matrices(model)))
+    assert [row.name for row in report.matrices] == list(report.masks) == [m.name for m in prunable_matrices(model)]
+    for row in report.matrices:
+        weight = model.get_submodule(row.name).weight
+        assert torch.equal(report.masks[row.name], weight != 0)
+        assert (row.rows, row.cols) == tuple(weight.shape)
+        assert row.sparsity == int((weight == 0).sum()) / weight.numel()
+        assert row.sparsity == pytest.approx(row.target_sparsity, abs=0.5 / weight.numel() + 1e-12)
+    assert report.sparsity == zeros(model)[0] / zeros(model)[1]
+
+
+def test_full_size_base_model_has_its_72_matrices() -> None:
+    """wav2vec2-base has 72 prunable matrices of 84,934,656 weights, as in the paper."""
+    with torch.device("meta"):
+        model = Wav2Vec2ForCTC(Wav2Vec2Config())
+    matrices = prunable_matrices(model)
+    assert len(matrices) == 72
+    assert sum(matrix.size for matrix in matrices) == 84_934_656
+
+
+def test_unknown_family_is_refused_by_name() -> None:
+    """A model whose encoder is not known is named, with what is supported."""
+    with torch.device("meta"):
+        model = UniSpeechForCTC(UniSpeechConfig(num_hidden_layers=1, hidden_size=48, vocab_size=5))
+    with pytest.raises(UserError, match=r"UniSpeechForCTC.*'unispeech'.*wav2vec2"):
+        sparsewav.prune(model, [], 0.5)
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs", "obs_first_order"])
+@pytest.mark.parametrize("propagation", ["parallel", "sequential"])
+def test_report_holds_what_was_done(
+    saliency: str,
+    propagation: str,
+    tiny_model: Factory,
+    batches: list[Batch],
+    utterances: Callable[[list[Batch]], list[Batch]],
+) -> None:
+    """The relative error is ||(W − Ŵ)X||² / ||WX||² of the inputs as dense or as pruned so far."""
+    model = tiny_model("wav2vec2")
+    dense = copy.deepcopy(model)
+    report = sparsewav.prune(
+        model, batches, 0.6, saliency=saliency, allocation="uniform", propagation=propagation, percdamp=0.05
+    )
+    so_far = copy.deepcopy(dense)
+    for layer in range(2):
+        inputs = inputs_of(so_far, utterances(batches))
+        for row in report.matrices:
+            if f".layers.{layer}." not in row.name:
+                continue
+            weight = dense.get_submodule(row.name).weight.detach().double()
+            change = weight - model.get_submodule(row.name).weight.detach().double()
+            expected = (change @ inputs[row.name]).square().sum() / (weight @ inputs[row.name]).square().sum()
+            assert row.relative_error == pytest.approx(float(expected), rel=1e-3), row.name
+            assert row.sensitivity is None
+            assert row.rank is None
+            assert row.target_sparsity == 0.6
+            if propagation == "sequential":
+                so_far.get_submodule(row.name).weight.data.copy_(model.get_submodule(row.name).weight)
+    assert report.target_sparsity == 0.6
+    assert set(report.seconds) == {"calibrate", "allocate", "solve"}
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+
+
+def test_every_matrix_is_what_the_solver_makes_of_it(tiny_model: Factory, batches: list[Batch]) -> None:
+    """Each matrix equals the solver's answer for its Hessian, sparsity, mask and options, called directly."""
+    model = tiny_model("wav2vec2")
+    dense = copy.deepcopy(model)
+    options: dict[str, Any] = {"saliency": "obs_first_order", "block_size": 5, "percdamp": 0.3}
+    keep = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < 0.9
+    masks = {prunable_matrices(model)[1].name: keep}
+    report = sparsewav.prune(model, batches, 0.7, allocation="hutchinson", alpha=0.2, masks=masks, **options)
+    calibration = calibrate(dense, batches)
+    for row in report.matrices:
+        expected = prune_matrix(
+            dense.get_submodule(row.name).weight.detach(),
+            calibration.hessian(row.name),
+            row.target_sparsity,
+            keep=masks.get(row.name),
+            **options,
+        )
+        assert torch.equal(report.masks[row.name], expected.keep)
+        torch.testing.assert_close(model.get_submodule(row.name).weight.detach(), expected.weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("propagation", "room", "calls"), [("parallel", 2**31, 2), ("sequential", 2**31, 4), ("parallel", 0, 8)]
+)
+def test_matrices_in_step_as_on_a_gpu(
+    propagation: str,
+    room: int,
+    calls: int,
+    tiny_model: Factory,
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs of one width are solved by one call, with as many as memory has room for; the model is the same."""
+    model = tiny_model("wav2vec2")
+    alone = copy.deepcopy(model)
+    one_by_one = sparsewav.prune(alone, batches, 0.6, propagation=propagation)
+    prune_groups, groups_of_calls = pruner.prune_groups, []
+
+    def counted(groups: list, **options: Any) -> Any:
+        groups_of_calls.append(len(groups))
+        return prune_groups(groups, **options)
+
+    monkeypatch.setattr(pruner, "IN_STEP_ON", ("cpu",))
+    monkeypatch.setattr(pruner, "IN_STEP_BYTES", room)
+    monkeypatch.setattr(pruner, "prune_groups", counted)
+    in_step = sparsewav.prune(model, batches, 0.6, propagation=propagation)
+    assert (len(groups_of_calls), sum(groups_of_calls)) == (calls, 8)
+    assert [report.sparsity for report in in_step.matrices] == [report.sparsity for report in one_by_one.matrices]
+    for mine, other in zip(prunable_matrices(model), prunable_matrices(alone), strict=True):
+        assert torch.equal(in_step.masks[mine.name], one_by_one.masks[mine.name])
+        torch.testing.assert_close(mine.weight, other.weight, rtol=0, atol=1e-5)
+
+
+def test_hutchinson_spares_the_sensitive(tiny_model: Factory, batches: list[Batch]) -> None:
+    """Rank 0 has the highest sensitivity and s − α, the last rank s + α; weak rankings are said to be weak."""
+    model = tiny_model("wav2vec2", "group")
+    report = sparsewav.prune(model, batches, 0.7, alpha=0.15)
+    rows = sorted(report.matrices, key=lambda row: row.rank if row.rank is not None else -1)
+    assert [row.rank for row in rows] == list(range(12))
+    sensitivities = [row.sensitivity for row in rows]
+    assert sensitivities == sorted(sensitivities, reverse=True)  # type: ignore[type-var]
+    assert [row.target_sparsity for row in rows] == pytest.approx([0.55 + 0.3 * rank / 11 for rank in range(12)])
+    assert any("standard error" in warning for warning in report.warnings)
+
+
+def test_emptied_matrix_is_warned_about(tiny_model: Factory, batches: list[Batch]) -> None:
+    """The paper's own 90 % with α = 0.1 empties a matrix; the report says which."""
+    model = tiny_model("wav2vec2")
+    report = sparsewav.prune(model, batches, 0.9)
+    (emptied,) = [row.name for row in report.matrices if row.sparsity == 1]
+    assert any(emptied in warning and "all of its weights" in warning for warning in report.warnings)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("propagation", ["parallel", "sequential"])
+def test_same_seed_gives_the_same_bytes(propagation: str, tiny_model: Factory, batches: list[Batch]) -> None:
+    """Runs repeat to the byte, from a list or a generator of batches, in training mode or not."""
+    dense = tiny_model("wavlm")
+    models = [copy.deepcopy(dense) for _ in range(4)]
+
+    def generated() -> Iterator[Batch]:
+        yield from batches
+
+    models[2].train()  # dropout and masking are on then; the engine has to switch them off, and on again
+    sources: list[Any] = [batches, generated(), batches, batches]
+    reports = [
+        sparsewav.prune(model, source, 0.7, propagation=propagation, seed=seed)
+        for model, source, seed in zip(models, sources, [3, 3, 3, 4], strict=True)
+    ]
+    assert same_bytes(models[0], models[1])
+    assert same_bytes(models[0], models[2])
+    assert models[2].training
+    assert not models[0].training
+    assert reports[0].matrices == reports[1].matrices == reports[2].matrices
+    sensitivities = [[row.sensitivity for row in report.matrices] for report in reports]
+    assert sensitivities[0] != sensitivities[3]
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "obs_first_order"])
+@pytest.mark.parametrize("allocation", ["uniform", "hutchinson"])
+def test_stages_are_nested(saliency: str, allocation: str, tiny_model: Factory, batches: list[Batch]) -> None:
+    """75 % on top of the masks of 50 % removes all that was gone, and exactly 75 % of every matrix's target."""
+    model = tiny_model("hubert")
+    first = sparsewav.prune(model, batches, 0.5, saliency="magnitude", allocation="uniform")
+    torch.manual_seed(0)
+    with torch.no_grad():  # fine-tuning that forgot the masks, so that what was gone looks worth keeping
+        for matrix in prunable_matrices(model):
+            matrix.weight.add_(torch.randn_like(matrix.weight))
+    second = sparsewav.prune(model, batches, 0.75, saliency=saliency, allocation=allocation, masks=first.masks)
+    for row in second.matrices:
+        weight = model.get_submodule(row.name).weight
+        assert not weight[~first.masks[row.name]].any()
+        assert not (second.masks[row.name] & ~first.masks[row.name]).any()
+        assert int((weight == 0).sum()) == round(row.target_sparsity * weight.numel())
+
+
+def test_pattern_through_the_engine(tiny_model: Factory, batches: list[Batch]) -> None:
+    """2:4 holds in every matrix; another sparsity or an uneven allocation does not go with it."""
+    model = tiny_model("wavlm")
+    sparsewav.prune(model, batches, 0.5, n_m=(2, 4), allocation="uniform")
+    for matrix in prunable_matrices(model):
+        assert ((matrix.weight != 0).reshape(-1, 4).sum(1) == 2).all()
+    with pytest.raises(UserError, match="2:4"):
+        sparsewav.prune(model, batches, 0.6, n_m=(2, 4), allocation="uniform")
+    with pytest.raises(UserError, match="2:4"):
+        sparsewav.prune(model, batches, 0.5, n_m=(2, 4))
+
+
+def test_obs_leaves_less_error_than_masks_alone(tiny_model: Factory, batches: list[Batch]) -> None:
+    """Over all matrices OBS has a lower mean relative error than Wanda, and Wanda than magnitude or about so."""
+    means = {}
+    for saliency in ("obs", "wanda", "magnitude"):
+        rows = sparsewav.prune(tiny_model("wav2vec2"), batches, 0.6, saliency=saliency, allocation="uniform").matrices
+        means[saliency] = sum(row.relative_error for row in rows) / len(rows)
+    assert means["obs"] < 0.8 * min(means["wanda"], means["magnitude"])
+    assert means["wanda"] < 1.1 * means["magnitude"]
+
+
+def test_ready_made_results_equal_fresh_ones(tiny_model: Factory, batches: list[Batch]) -> None:
+    """Hessians and traces computed earlier give the bytes that computing them here gives, and no batch is read."""
+    dense = tiny_model("wavlm")
+    fresh, cached = copy.deepcopy(dense), copy.deepcopy(dense)
+    sparsewav.prune(fresh, batches, 0.7, probes=2, seed=5)
+    calibration = calibrate(dense, batches)
+    traces = estimate_traces(dense, batches, probes=2, seed=5)
+    report = sparsewav.prune(cached, [], 0.7, calibration=calibration, traces=traces)
+    assert same_bytes(fresh, cached)
+    assert report.seconds["calibrate"] == report.seconds["allocate"] == 0
+
+
+def without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def with_nan(batch: Batch) -> Batch:
+    values = batch["input_values"].clone()
+    values[0, 5] = float("nan")
+    return batch | {"input_values": values}
+
+
+def too_short(batch: Batch) -> Batch:
+    return batch | {"input_values": batch["input_values"][:, :9], "attention_mask": batch["attention_mask"][:, :9]}
+
+
+def outside_the_vocabulary(batch: Batch) -> Batch:
+    return batch | {"labels": batch["labels"].clone().fill_(50)}
+
+
+@pytest.mark.parametrize(
+    ("options", "spoil"),
+    [
+        ({"saliency": "obd"}, None),
+        ({"allocation": "fisher"}, None),
+        ({"propagation": "sideways"}, None),
+        ({"sparsity": 1.2}, None),
+        ({"sparsity": 0.95}, None),  # + α = 0.1 is above 1
+        ({"masks": {"encoder.layers.0.attention.q_proj": torch.ones(16, 16).bool()}}, None),  # prefix forgotten
+        ({}, with_nan),
+        ({}, without_labels),
+        ({}, outside_the_vocabulary),
+        ({}, too_short),
+        ({"allocation": "uniform"}, too_short),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    options: dict[str, Any], spoil: Callable[[Batch], Batch] | None, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """A wrong argument or broken calibration data is a user's error, and the model is as it was."""
+    model = tiny_model("wav2vec2").train()
+    before = copy.deepcopy(model)
+    faulty = [batches[0], spoil(batches[1]) if spoil else batches[1]]
+    with pytest.raises(UserError):
+        sparsewav.prune(model, faulty, **({"sparsity": 0.6} | options))
+    assert same_bytes(model, before)
+    assert model.training

@@ -1,0 +1,143 @@
+"""Training a dense model from the terminal."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC
+
+import sparsewav.cli.app  # noqa: F401  (registers the schemas)
+from sparsewav.files import conf_folder
+from sparsewav.models.load import load_speech_model
+from sparsewav.settings.run import TrainConfig
+from sparsewav.settings.validation import validate_training
+
+ARCHITECTURE = (
+    "architecture.hidden_size=16",
+    "architecture.num_hidden_layers=2",
+    "architecture.num_attention_heads=2",
+    "architecture.intermediate_size=24",
+    "architecture.conv_dim=[8,8,8,8,8]",
+    "architecture.num_conv_pos_embeddings=4",
+    "architecture.num_conv_pos_embedding_groups=2",
+)
+
+
+def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_pruned(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]],
+    corpus: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
+    training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2"]
+    training += ["training.precision=float32", "training.checkpoint_updates=3"]
+    arguments = [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
+    result = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "model"
+    log = pandas.read_csv(folder / "training_log.csv")
+    assert log["eval_wer"].notna().sum() == 20
+    assert log["loss"].notna().sum() == 10  # of 60 updates every sixth, those with a WER among them
+    record = json.loads((folder / "training.json").read_text())
+    assert record["settings"]["epochs"] == 20
+    assert record["n_utterances"] == {"training": 12, "development": 6, "evaluation": 6}
+    assert not (folder / "checkpoints").exists()
+    assert all(tensor.dtype == torch.float16 for tensor in load_file(folder / "model.safetensors").values())
+    assert load_speech_model(str(folder)).model.dtype == torch.float32
+    assert "Done already" in run_sparsewav(*arguments, "output=model", command="sparsewav-train").stdout
+
+    # Killed after its first checkpoint, without a chance to clean up, and with half a checkpoint left behind.
+    command = [str(Path(sys.executable).parent / "sparsewav-train"), *arguments, "output=killed"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (checkpoints / "checkpoint-999").mkdir()
+    resumed = run_sparsewav(*arguments, "output=killed", command="sparsewav-train")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+    pruned = run_sparsewav(*data[:2], *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
+    assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (conf_folder() / "recipe").glob("*.yaml")))
+def test_every_recipe_of_the_demo_makes_a_model_that_its_successor_can_start_from(recipe: str) -> None:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("train", [f"recipe={recipe}"]))
+    assert isinstance(config, TrainConfig)
+    validate_training(config)
+    assert config.training.freeze_feature_encoder
+    assert config.initial_model is not None
+    assert config.initial_model == "demo" or (conf_folder() / "recipe" / f"{config.initial_model}.yaml").is_file()
+    assert (conf_folder() / "model" / f"{recipe}.yaml").is_file()
+
+
+def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.training_utterances=8"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
+    training = ["training.epochs=1", "training.batch_size=4", "training.freeze_feature_encoder=true"]
+    half = tmp_path / "half"  # as the shipped demo model is; training computes in single precision all the same
+    shutil.copytree(model_folder, half)
+    AutoModelForCTC.from_pretrained(model_folder, dtype=torch.float16).save_pretrained(half)
+    checkpoint = [f"initial_model={half}", "architecture=same", "output=tuned", "device=cpu"]
+    result = run_sparsewav(*data, *subsets, *training, *checkpoint, command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert (record["updates"], record["n_utterances"]["training"]) == (2, 8)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "tuned"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if ".feature_extractor." in name:
+            assert torch.equal(after[name], tensor.half()), name
+        else:  # two updates away from the checkpoint, not from somewhere else
+            assert float((after[name].float() - tensor).abs().max()) < 0.1, name
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("training.scheduler=cosin", r"^error: training\.scheduler=cosin does not exist; choose one of linear, cosine"),
+        ("architecture.conv_dim=[8,8]", r"^error: the architecture makes no model: .*conv_dim"),
+        ("initial_model=./nowhere", r"^error: initial_model=\./nowhere is not a folder"),
+        ("training.precision=int8", r"^error: training\.precision=int8 does not exist; choose one of auto"),
+        ("training.precision=float16", r"^error: training\.precision=float16 wants a GPU; choose training"),
+        ("training.accumulation=3", r"^error: training\.batch_size=16 cannot be split into 3 equal parts"),
+        ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
+        ("+foo=1", r"^error: there is no key foo"),
+        ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),
+        ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, argument: str, message: str
+) -> None:
+    data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
+    device = [] if argument.startswith("device") else ["device=cpu"]
+    result = run_sparsewav(*data, *subsets, *device, argument, command="sparsewav-train")
+    assert result.returncode == 1
+    assert re.search(message, result.stdout, re.MULTILINE), result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,0 +1,227 @@
+"""Fine-tuning: masks that hold, an order that can be resumed, and the strategies."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sparsewav.cli.app  # noqa: F401  (registers the schemas)
+from sparsewav.data.librispeech import read_librispeech_folder
+from sparsewav.files import conf_folder
+from sparsewav.models.load import SpeechModel, load_speech_model
+from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.settings.run import Config, TrainingConfig
+from sparsewav.training.masks import masked_gradients, masks_of
+from sparsewav.training.processes import train_masked_in_processes
+from sparsewav.training.schedule import Stage, plan_stages
+from sparsewav.training.trainer import choose_precision, plan_updates, train_ctc
+
+
+def _settings(**changes: object) -> TrainingConfig:
+    settings: dict[str, object] = {
+        "epochs": 1,
+        "batch_size": 4,
+        "processes": 1,
+        "accumulation": 1,
+        "learning_rate": 1e-2,
+        "betas": [0.9, 0.999],
+        "epsilon": 1e-8,
+        "warmup_steps": 0,
+        "scheduler": "linear",
+        "weight_decay": 0.1,
+        "precision": "float32",
+        "freeze_feature_encoder": True,
+        "checkpoint_updates": 2,
+        "seed": 0,
+    }
+    return TrainingConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def _half_pruned(model_folder: Path) -> SpeechModel:
+    """The tiny model with half of every prunable matrix zero."""
+    speech = load_speech_model(str(model_folder))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for matrix in prunable_matrices(speech.model):
+            matrix.weight[torch.rand(matrix.weight.shape, generator=generator) < 0.5] = 0
+    return speech
+
+
+def _zeros(state: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        weight = state[f"{name}.weight"]
+        assert not weight[~mask].any(), f"pruned weights of {name} came back"
+        assert weight[mask].all(), f"weights of {name} were lost"
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_masks_hold_through_decay_kill_and_resume(
+    model_folder: Path, corpus: Path, tmp_path: Path, precision: str
+) -> None:
+    training = read_librispeech_folder(corpus, "train")
+    settings = _settings(precision=precision)
+
+    def tune(folder: Path, stop_after: int | None = None) -> SpeechModel:
+        def progress(done: int, total: int) -> None:
+            if done == stop_after:
+                raise _Killed
+
+        speech = _half_pruned(model_folder)
+        masks = masks_of(speech.model)
+        train_ctc(speech.model, speech.processor, training, settings, 6, folder, masks=masks, progress=progress)
+        return speech
+
+    masks = masks_of(_half_pruned(model_folder).model)
+    undisturbed = tune(tmp_path / "whole").model.state_dict()
+    _zeros(undisturbed, masks)
+    assert len(masks) == 12
+    dense = load_speech_model(str(model_folder)).model.state_dict()
+    for name, tensor in undisturbed.items():
+        frozen = ".feature_extractor." in name
+        assert torch.equal(tensor, dense[name]) == frozen, name
+
+    # Killed between two checkpoints: the last one has the zeros, and no moment where a weight is masked.
+    with pytest.raises(_Killed):
+        tune(tmp_path / "killed", stop_after=5)
+    checkpoint = tmp_path / "killed" / "checkpoint-4"
+    _zeros(load_file(checkpoint / "model.safetensors"), masks)
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    by_shape = [state for state in moments.values() if state["exp_avg"].dim() == 2]
+    zero_moments = sum(int((state["exp_avg_sq"] == 0).sum()) for state in by_shape)
+    assert zero_moments >= sum(int((~mask).sum()) for mask in masks.values())
+    resumed = tune(tmp_path / "killed").model.state_dict()
+    for name, tensor in undisturbed.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_an_overflow_under_the_mask_is_no_nan(model_folder: Path) -> None:
+    speech = _half_pruned(model_folder)
+    matrix = prunable_matrices(speech.model)[0]
+    mask = masks_of(speech.model)[matrix.name]
+    with masked_gradients(speech.model, {matrix.name: mask}):
+        (matrix.weight * torch.where(mask, 1.0, torch.inf)).sum().backward()
+    assert matrix.weight.grad is not None
+    assert torch.equal(matrix.weight.grad, mask.float())
+    matrix.weight.grad = None
+    matrix.weight.sum().backward()  # outside of the block gradients are whole again
+    assert matrix.weight.grad.all()
+
+
+@pytest.fixture
+def plain_model(model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model without dropout and SpecAugment: its gradients do not depend on how a batch is split."""
+    folder = shutil.copytree(model_folder, tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {key: 0.0 for key in config if key.endswith(("dropout", "layerdrop"))} | {"apply_spec_augment": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_accumulated_passes_make_the_same_update(plain_model: Path, corpus: Path, tmp_path: Path) -> None:
+    training = read_librispeech_folder(corpus, "train")
+    results = []
+    for accumulation in (1, 2):
+        speech = load_speech_model(str(plain_model))
+        # So large an ε makes Adam's step proportional to the gradient: a wrong scale would show.
+        settings = _settings(accumulation=accumulation, epsilon=10.0, learning_rate=1.0, weight_decay=0.0)
+        train_ctc(speech.model, speech.processor, training, settings, 1, tmp_path / str(accumulation))
+        results.append(speech.model.state_dict())
+    before = load_speech_model(str(plain_model)).model.state_dict()
+    for name, tensor in results[0].items():
+        step, other = tensor - before[name], results[1][name] - before[name]
+        assert float((step - other).norm()) <= 1e-3 * float(step.norm()) + 1e-9, name
+
+
+def test_the_order_has_every_utterance_once_an_epoch(corpus: Path) -> None:
+    training = read_librispeech_folder(corpus, "train")
+    plan = plan_updates(training, batch_size=4, updates=6, seed=0)
+    assert len(plan) == 24
+    assert sorted(utterance.id for utterance in plan) == sorted(2 * [utterance.id for utterance in training])
+    assert plan == plan_updates(training, batch_size=4, updates=6, seed=0)
+    assert plan != plan_updates(training, batch_size=4, updates=6, seed=1)
+
+
+def _config(*overrides: str) -> Config:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", list(overrides)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["finetune_strategy=none"], [Stage(0.75, 0)]),
+        # 40 epochs of 28,539 utterances in batches of 16 at 50 %, twice as many at 75 %
+        (["finetune_strategy=one_pass", "sparsity.target=0.5"], [Stage(0.5, 71_348)]),
+        (["finetune_strategy=one_pass", "sparsity.target=0.3"], [Stage(0.3, 71_348)]),
+        (["finetune_strategy=one_pass"], [Stage(0.75, 142_695)]),
+        (["finetune_strategy=progressive"], [Stage(0.7, 71_348), Stage(0.75, 71_347)]),
+        (
+            ["finetune_strategy=progressive", "sparsity.target=0.9", "finetune_strategy.more_when_sparser=false"],
+            [Stage(0.7, 23_783), Stage(0.8, 23_783), Stage(0.9, 23_782)],
+        ),
+        (
+            ["finetune_strategy=progressive", "sparsity.target=0.8", "finetune_strategy.same_updates=false"],
+            [Stage(0.7, 118_913), Stage(0.8, 178_369)],
+        ),
+        (["finetune_strategy=progressive", "sparsity.target=0.6"], [Stage(0.6, 89_185)]),
+    ],
+)
+def test_strategies_plan_their_stages(overrides: list[str], stages: list[Stage]) -> None:
+    assert plan_stages(_config("training=paper", *overrides), 28_539) == stages
+
+
+def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    training = read_librispeech_folder(corpus, "train")
+    speech = _half_pruned(model_folder)
+    masks = masks_of(speech.model)
+    before = {name: tensor.clone() for name, tensor in speech.model.state_dict().items()}
+    tuned, log = train_masked_in_processes(
+        speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path
+    )
+    after = tuned.state_dict()
+    _zeros(after, masks)
+    assert log[-1]["update"] == 3
+    assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in masks)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
+def test_automatic_precision_is_the_one_that_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch, capability: str, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx512_f": True})
+    assert choose_precision("auto", torch.device("cpu")) == precision
+    assert choose_precision("float32", torch.device("cpu")) == "float32"
+
+
+def test_torchrun_processes_share_every_batch(
+    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, plain_model: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        *("data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.evaluation_subset=test"),
+        *("data.development_subset=test", f"initial_model={plain_model}", "architecture=same", "device=cpu"),
+        *("training.epochs=1", "training.batch_size=4", "training.precision=float32", "training.epsilon=1"),
+        "training.learning_rate=1",
+    ]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", "-m", "sparsewav.training"]
+    both = run_sparsewav(*launcher, *arguments, "output=two", command=Path(sys.executable).name)
+    assert both.returncode == 0, both.stdout + both.stderr
+    one = run_sparsewav(*arguments, "output=one", command="sparsewav-train")
+    assert one.returncode == 0, one.stdout + one.stderr
+    start = load_file(plain_model / "model.safetensors")
+    alone, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in alone.items():
+        step, other = tensor.float() - start[name], shared[name].float() - start[name]
+        assert float((step - other).norm()) <= 0.02 * float(step.norm()) + 1e-3, name
