@@ -25,9 +25,9 @@ SECONDS = {
     ("paper", "hubert"): (140.0, 0.3),
 }
 TRAINING_SECONDS = {
-    "demo-large-little": 330.0,
-    "demo-large-more": 440.0,
-    "demo-large-most": 440.0,
+    "demo-large-10m": 330.0,
+    "demo-large-100h": 440.0,
+    "demo-large-960h": 440.0,
     "demo-wavlm": 100.0,
     "demo-hubert": 50.0,
 }
@@ -54,7 +54,7 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
         config = typed(job.config)
         utterances = config.data.training_utterances or TRAINING_UTTERANCES[scale.name]
         updates.append(sum(stage.updates for stage in plan_stages(config, utterances)))
-        method = config.method.shortened(config.shorten)
+        method = config.method.shortened(config.update_divisor)
         compressing = method.updates * method.batch_size / 16 if isinstance(method, TrainedMethod) else 0.0
         if not job.done:
             seconds += run + update * (updates[-1] + compressing)

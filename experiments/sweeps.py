@@ -24,19 +24,19 @@ from sparsewav.pipeline import run_folder
 CAST = {
     "demo": {
         "base": "demo",
-        "large": "demo-large-most",  # the best of the three: at 2 cores' scale the others are far from converged
-        "large_little": "demo-large-little",
-        "large_more": "demo-large-more",
-        "large_most": "demo-large-most",
+        "large": "demo-large-960h",  # the best of the three: at 2 cores' scale the others are far from converged
+        "large_10m": "demo-large-10m",
+        "large_100h": "demo-large-100h",
+        "large_960h": "demo-large-960h",
         "wavlm": "demo-wavlm",
         "hubert": "demo-hubert",
     },
     "paper": {
         "base": "wav2vec2-base-100h",
         "large": "wav2vec2-large-100h",
-        "large_little": "wav2vec2-large-10m",
-        "large_more": "wav2vec2-large-100h",
-        "large_most": "wav2vec2-large-960h",
+        "large_10m": "wav2vec2-large-10m",
+        "large_100h": "wav2vec2-large-100h",
+        "large_960h": "wav2vec2-large-960h",
         "wavlm": "wavlm-base-plus-100h",
         "hubert": "hubert-base-100h",
     },

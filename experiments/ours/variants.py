@@ -49,16 +49,16 @@ class Variant:
 
 
 ALPS = (*EXACT, "solver=alps")
-STEPWISE = "calibration.propagation=stepwise"
-ASYMMETRIC = (STEPWISE, "objective=asymmetric")
-BLOCK = ("calibration.propagation=sequential", "recovery=block", "recovery.steps=50")
+TRUE_SEQUENTIAL = "calibration.propagation=true_sequential"
+ASYMMETRIC = (TRUE_SEQUENTIAL, "objective=asymmetric")
+BLOCK = ("calibration.propagation=sequential", "recovery=reconstruction", "recovery.steps=50")
 BEST_ONESHOT = ("solver=alps", "allocation=uniform", *BLOCK)
 """What ``conf/experiment/best_oneshot.yaml`` sets."""
 BEST = (
     "solver=alps",
     "allocation=error_curves",
     "calibration.propagation=sequential",
-    "recovery=block",
+    "recovery=reconstruction",
     "recovery.steps=200",
 )
 """What ``conf/experiment/best.yaml`` sets."""
@@ -66,15 +66,22 @@ BEST = (
 VARIANTS = (
     Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
     Variant("the paper's method as it is", ()),
-    Variant("+ saliency compared within matrices", (*EXACT, "saliency.compared_within=matrix"), ablation=True),
-    Variant("+ stepwise, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
-    Variant("+ stepwise, asymmetric, saliency obs", (*EXACT, *ASYMMETRIC, "saliency=obs"), ablation=True, seconds=15.0),
-    Variant("+ sequential, block recovery", (*EXACT, *BLOCK), ablation=True, seconds=45.0),
+    Variant("+ saliency compared within matrices", (*EXACT, "saliency.comparison_group=matrix"), ablation=True),
+    Variant("+ true_sequential, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
+    Variant(
+        "+ true_sequential, asymmetric, saliency obs",
+        (*EXACT, *ASYMMETRIC, "saliency=obs"),
+        ablation=True,
+        seconds=15.0,
+    ),
+    Variant("+ sequential, reconstruction", (*EXACT, *BLOCK), ablation=True, seconds=45.0),
     Variant("+ obs_refit", (*EXACT, "solver=obs_refit"), ablation=True),
     Variant("+ alps", ALPS, seconds=25.0),
-    Variant("+ alps, stepwise, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
-    Variant("+ alps, stepwise", (*ALPS, STEPWISE), ablation=True, seconds=30.0),
-    Variant("+ alps, stepwise, closed form", (*ALPS, STEPWISE, "recovery=closed_form"), ablation=True, seconds=35.0),
+    Variant("+ alps, true_sequential, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
+    Variant("+ alps, true_sequential", (*ALPS, TRUE_SEQUENTIAL), ablation=True, seconds=30.0),
+    Variant(
+        "+ alps, true_sequential, affine", (*ALPS, TRUE_SEQUENTIAL, "recovery=affine"), ablation=True, seconds=35.0
+    ),
     Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
     Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
     Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),

@@ -77,9 +77,9 @@ def cost(run: pandas.Series) -> str:
 
 def note(runs: pandas.DataFrame, scale: Scale) -> str:
     """What the baselines' runs had shortened, and what differs from their recipes."""
-    factors = sorted({item["shorten"] for item in runs["compression"] if isinstance(item, dict)})
+    factors = sorted({item["update_divisor"] for item in runs["compression"] if isinstance(item, dict)})
     shortened = " and ".join(f"{factor:g}" for factor in factors)
-    rates = sorted({item["quicken"] for item in runs["compression"] if isinstance(item, dict)})
+    rates = sorted({item["lr_multiplier"] for item in runs["compression"] if isinstance(item, dict)})
     quickened = " and ".join(f"{factor:g}" for factor in rates)
     different = "; ".join(f"{name}: {row.differs}" for name, row in registered().items())
     warned = {warning for item in runs["warnings"] if isinstance(item, list) for warning in item if "PARP" in warning}

@@ -5,7 +5,7 @@ from experiments.plots import Curve, plot_curves
 from experiments.results import Item, Result, describe
 from experiments.sweeps import Scale, Sweep, read
 
-ROLES = {"large_little": "10m", "large_more": "100h", "large_most": "960h"}
+ROLES = {"large_10m": "10m", "large_100h": "100h", "large_960h": "960h"}
 """Role of each model, and the data that the paper's was fine-tuned on."""
 
 SWEEPS = tuple(Sweep("curve_one_shot", role) for role in ROLES)

@@ -124,7 +124,7 @@ class Gates(nn.Module):
         super().__init__()
         if model.config.model_type not in UNEVEN:
             raise UserError(
-                f"a model of the family {model.config.model_type!r} cannot be cut into uneven layers; "
+                f"a model of the family {model.config.model_type!r} cannot be cut into layers of different sizes; "
                 f"choose one of {', '.join(UNEVEN)}"
             )
         self.groups = nn.ModuleDict()

@@ -77,7 +77,7 @@ def compress(
     regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())
     stuck = (
         "no weight that PARP removed came back: in so few updates, at this learning rate, none outgrew one of those "
-        "that stayed; this is magnitude pruning with a training (lower shorten, or raise method.learning_rate)"
+        "that stayed; this is magnitude pruning with a training (lower update_divisor, or raise method.learning_rate)"
     )
     report = CompressionReport(
         updates=settings.updates,

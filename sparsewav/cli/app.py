@@ -60,20 +60,20 @@ def _identifying(root: DictConfig) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
     # One of the two names the model; the other one changes nothing, and so neither the run's folder.
     del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
-    if not settings["model"]["stream"]:
-        del settings["model"]["stream"]  # runs from before there was this key keep their folders
+    if not settings["model"]["offload"]:
+        del settings["model"]["offload"]  # runs from before there was this key keep their folders
     for group, plain in PLAIN.items():  # and so do those from before there were these groups
         if settings[group]["name"] == plain:
             del settings[group]
-    if settings["saliency"].get("compared_within") == "block":
-        del settings["saliency"]["compared_within"]  # as there
+    if settings["saliency"].get("comparison_group") == "block":
+        del settings["saliency"]["comparison_group"]  # as there
     if settings["method"]["name"] == OURS:
-        del settings["method"], settings["shorten"], settings["quicken"]
+        del settings["method"], settings["update_divisor"], settings["lr_multiplier"]
     else:
         for key in ("saliency", "allocation", "calibration", *PLAIN):
             settings.pop(key, None)
-    if settings.get("training", {}).get("clip") == 1:
-        del settings["training"]["clip"]
+    if settings.get("training", {}).get("max_grad_norm") == 1:
+        del settings["training"]["max_grad_norm"]
     return settings
 
 

@@ -45,7 +45,7 @@ class LayerShape:
     units: int = 0
 
 
-class UnevenWav2Vec2Config(Wav2Vec2Config):
+class StructuredWav2Vec2Config(Wav2Vec2Config):
     """Attributes:
     layers: a dictionary of :class:`LayerShape` for every transformer layer.
     feature_scale: the features of the convolutions are multiplied by a vector before they are projected.
@@ -56,16 +56,16 @@ class UnevenWav2Vec2Config(Wav2Vec2Config):
     feature_scale: bool = False
 
 
-class UnevenHubertConfig(HubertConfig):
-    """As :class:`UnevenWav2Vec2Config`."""
+class StructuredHubertConfig(HubertConfig):
+    """As :class:`StructuredWav2Vec2Config`."""
 
     model_type = PREFIX + "hubert"
     layers: list | None = None
     feature_scale: bool = False
 
 
-class UnevenWavLMConfig(WavLMConfig):
-    """As :class:`UnevenWav2Vec2Config`."""
+class StructuredWavLMConfig(WavLMConfig):
+    """As :class:`StructuredWav2Vec2Config`."""
 
     model_type = PREFIX + "wavlm"
     layers: list | None = None
@@ -134,7 +134,7 @@ def join_heads(mixed: Tensor, dims: list[int]) -> Tensor:
     return torch.cat([mixed[:, head, :, :dim] for head, dim in enumerate(dims)], dim=-1)
 
 
-class UnevenAttention(_Projections):
+class StructuredAttention(_Projections):
     """Self-attention of wav2vec 2.0 and HuBERT over the heads that are left."""
 
     def __init__(self, width: int, dropout: float, shape: LayerShape, head_dim: int) -> None:
@@ -155,7 +155,7 @@ class UnevenAttention(_Projections):
         return self.attend(hidden_states, attention_mask), None
 
 
-class UnevenWavLMAttention(_Projections, WavLMAttention):
+class StructuredWavLMAttention(_Projections, WavLMAttention):
     """WavLM's self-attention over the heads that are left.
 
     The position bias passes through the layers with all heads of the dense model, because each layer keeps others.
@@ -199,7 +199,7 @@ class UnevenWavLMAttention(_Projections, WavLMAttention):
         return self.attend(hidden_states, scores), None, position_bias
 
 
-def make_uneven(model: PreTrainedModel) -> None:
+def make_structured(model: PreTrainedModel) -> None:
     """Replace what differs from the dense architecture by modules of the sizes in the model's configuration.
 
     Args:
@@ -215,9 +215,9 @@ def make_uneven(model: PreTrainedModel) -> None:
         shape = LayerShape(**kept)
         dense = layer.attention
         if isinstance(dense, WavLMAttention):
-            layer.attention = UnevenWavLMAttention(dense, shape, bucket_bias=index == 0)
+            layer.attention = StructuredWavLMAttention(dense, shape, bucket_bias=index == 0)
         else:
-            layer.attention = UnevenAttention(dense.embed_dim, dense.dropout, shape, dense.head_dim)
+            layer.attention = StructuredAttention(dense.embed_dim, dense.dropout, shape, dense.head_dim)
         if shape.units:
             width = config.hidden_size
             layer.feed_forward.intermediate_dense = nn.Linear(width, shape.units)
@@ -236,40 +236,40 @@ def _scale_features(feature_projection: Any, inputs: tuple[Tensor]) -> tuple[Ten
     return (inputs[0] * feature_projection.scale,)
 
 
-class UnevenWav2Vec2ForCTC(Wav2Vec2ForCTC):
-    """wav2vec 2.0 with uneven layers and a CTC head."""
+class StructuredWav2Vec2ForCTC(Wav2Vec2ForCTC):
+    """wav2vec 2.0 with layers of different sizes and a CTC head."""
 
-    config_class = UnevenWav2Vec2Config
+    config_class = StructuredWav2Vec2Config
 
-    def __init__(self, config: UnevenWav2Vec2Config, target_lang: str | None = None) -> None:
+    def __init__(self, config: StructuredWav2Vec2Config, target_lang: str | None = None) -> None:
         super().__init__(config, target_lang)
-        make_uneven(self)
+        make_structured(self)
 
 
-class UnevenHubertForCTC(HubertForCTC):
-    """HuBERT with uneven layers and a CTC head."""
+class StructuredHubertForCTC(HubertForCTC):
+    """HuBERT with layers of different sizes and a CTC head."""
 
-    config_class = UnevenHubertConfig
+    config_class = StructuredHubertConfig
 
-    def __init__(self, config: UnevenHubertConfig, target_lang: str | None = None) -> None:
+    def __init__(self, config: StructuredHubertConfig, target_lang: str | None = None) -> None:
         super().__init__(config, target_lang)
-        make_uneven(self)
+        make_structured(self)
 
 
-class UnevenWavLMForCTC(WavLMForCTC):
-    """WavLM with uneven layers and a CTC head."""
+class StructuredWavLMForCTC(WavLMForCTC):
+    """WavLM with layers of different sizes and a CTC head."""
 
-    config_class = UnevenWavLMConfig
+    config_class = StructuredWavLMConfig
 
-    def __init__(self, config: UnevenWavLMConfig, target_lang: str | None = None) -> None:
+    def __init__(self, config: StructuredWavLMConfig, target_lang: str | None = None) -> None:
         super().__init__(config, target_lang)
-        make_uneven(self)
+        make_structured(self)
 
 
 UNEVEN: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "wav2vec2": (UnevenWav2Vec2Config, UnevenWav2Vec2ForCTC),
-    "hubert": (UnevenHubertConfig, UnevenHubertForCTC),
-    "wavlm": (UnevenWavLMConfig, UnevenWavLMForCTC),
+    "wav2vec2": (StructuredWav2Vec2Config, StructuredWav2Vec2ForCTC),
+    "hubert": (StructuredHubertConfig, StructuredHubertForCTC),
+    "wavlm": (StructuredWavLMConfig, StructuredWavLMForCTC),
 }
 """Configuration and model of every family that can be cut, by the dense model's ``model_type``."""
 

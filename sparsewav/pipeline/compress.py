@@ -39,7 +39,7 @@ def compress(
     console: Console,
 ) -> None:
     """Put the smaller model in the place of the dense one, and note what was done."""
-    settings = config.method.shortened(config.shorten).quickened(config.quicken)
+    settings = config.method.shortened(config.update_divisor).quickened(config.lr_multiplier)
     prunable = sum(matrix.size for matrix in prunable_matrices(speech.model))
     total, _ = run_folder.count_parameters(speech.model)
     with stage(console, f"Compressing with {config.method.name}") as progress:
@@ -81,8 +81,8 @@ Made by SparseWAV from `{config.model.source}`.
 |---|---|
 | parameters | {total:,}, {nonzero:,} of them not zero; {done["params_dense"]:,} before |
 | compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {config.data.training_subset} |
-| published updates divided by | {config.shorten:g} |
-| published learning rates times | {config.quicken:g} |
+| published updates divided by | {config.update_divisor:g} |
+| published learning rates times | {config.lr_multiplier:g} |
 | tuning for recognition | {tuned:,} updates |
 {facts}
 {loading} The word error rates are in the run's `metrics.json`, beside this folder.

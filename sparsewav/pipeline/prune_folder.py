@@ -55,7 +55,7 @@ def prune_folder(
     frames_per_column: float | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
-    solver: str = "obs_sweep",
+    solver: str = "obs",
     solver_tolerance: float = 1e-4,
     solver_steps: int = 300,
     seed: int = 0,

@@ -41,12 +41,12 @@ from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import (
     AlpsSolver,
     AsymmetricObjective,
-    BlockRecovery,
     Config,
     ErrorCurvesAllocation,
     HawqAllocation,
     HutchinsonAllocation,
     ObsSaliency,
+    ReconstructionRecovery,
     RefitSolver,
     SearchAllocation,
 )
@@ -86,7 +86,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
     device = choose_device(config.device)
     ours = config.method.name == OURS
-    if config.model.stream:
+    if config.model.offload:
         _check_stream(config)
     if not ours:
         compress.check(config)
@@ -176,7 +176,9 @@ def _finish(
         "wer": final["wer"],
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
-        "compression": None if ours else state.compression | {"shorten": config.shorten, "quicken": config.quicken},
+        "compression": None
+        if ours
+        else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},
         "stages": state.stages,
         "n_utterances": len(evaluation),
         "n_calibration_utterances": calibration_utterances,
@@ -234,8 +236,8 @@ def _prune(
     options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
     if isinstance(config.saliency, ObsSaliency):
         options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
-        if not config.model.stream:
-            options["compared_within"] = config.saliency.compared_within
+        if not config.model.offload:
+            options["comparison_group"] = config.saliency.comparison_group
     if isinstance(config.allocation, HutchinsonAllocation):
         options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
     options |= _accuracy_options(config)
@@ -257,7 +259,7 @@ def _prune(
             "seed": config.seed,
             "progress": advance,
         }
-        if config.model.stream:
+        if config.model.offload:
             report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
         else:
             report = in_all_processes(
@@ -314,7 +316,7 @@ def _level_settings(config: Config) -> LevelSettings | None:
         step=allocation.step,
         spread=allocation.spread,
         evaluations=allocation.evaluations if isinstance(allocation, SearchAllocation) else 0,
-        memory=allocation.library_gigabytes * 2**30,
+        memory=allocation.level_cache_gib * 2**30,
     )
 
 
@@ -324,12 +326,12 @@ def _accuracy_options(config: Config) -> dict[str, Any]:
     if isinstance(config.solver, RefitSolver):
         options |= {"solver": config.solver.name, "solver_tolerance": config.solver.tolerance}
     if isinstance(config.solver, AlpsSolver):
-        options["solver_steps"] = config.solver.most_steps
+        options["solver_steps"] = config.solver.max_steps
     if isinstance(config.objective, AsymmetricObjective):
         options |= {"objective": config.objective.name, "drift_strength": config.objective.strength}
     if config.recovery.name != "none":
         options["recovery"] = config.recovery.name
-    if isinstance(config.recovery, BlockRecovery):
+    if isinstance(config.recovery, ReconstructionRecovery):
         options |= {"recovery_steps": config.recovery.steps, "recovery_rate": config.recovery.learning_rate}
     return options
 
@@ -350,10 +352,10 @@ def _prune_from_disk(
 def _check_stream(config: Config) -> None:
     """Refuse at once what pruning from disk cannot do."""
     if distributed.world() > 1:
-        raise UserError("model.stream=true prunes in one process; start it without torchrun")
+        raise UserError("model.offload=true prunes in one process; start it without torchrun")
     if not Path(_source_folder(config)).is_dir():
         raise UserError(
-            f"model.name_or_path={config.model.name_or_path} is not a folder, and model.stream=true reads the layers "
+            f"model.name_or_path={config.model.name_or_path} is not a folder, and model.offload=true reads the layers "
             "from one; fetch the model from the hub and name its folder"
         )
 

@@ -325,7 +325,7 @@ def calibrate_sequentially(
     frames_per_column: float | None = None,
     seed: int = 0,
     around_layer: AroundLayer = lambda _: nullcontext(False),
-    stepwise: bool = False,
+    true_sequential: bool = False,
     against_dense: bool = False,
     after_layer: AfterLayer | None = None,
 ) -> None:
@@ -345,8 +345,8 @@ def calibrate_sequentially(
         around_layer: all that is done with a layer is done within its block, which is given True for a layer that is
             pruned already and has but to be run. Outside of the block the layer's parameters may be anywhere (on the
             meta device), but for the first layer's position embedding, if it has one.
-        stepwise: within a layer, too, prune the matrices one input after the other, each on what those before it give
-            once they are pruned.
+        true_sequential: within a layer, too, prune the matrices one input after the other, each on what those before
+            it give once they are pruned.
         against_dense: run the dense layers on the dense hidden states beside, and gather how the inputs have drifted.
         after_layer: called when all of a layer is pruned, before the next one gets its outputs; may change the layer.
             The batches then hold the dense model's outputs of the layer as ``dense_states``.
@@ -371,7 +371,7 @@ def calibrate_sequentially(
             with around_layer(index) as pruned_already:
                 dense_layer = copy.deepcopy(layer) if two_models else layer
                 groups = [] if pruned_already else [[matrix for matrix in matrices if matrix.layer == index]]
-                if stepwise and groups:
+                if true_sequential and groups:
                     groups = _in_order_of_reading(groups[0], inputs, run)
                 for group in groups:
                     dense = _same_modules(group, layer, dense_layer) if against_dense else None

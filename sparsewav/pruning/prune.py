@@ -34,7 +34,7 @@ BringLayer = Callable[[int, dict[str, MatrixReport]], AbstractContextManager[boo
 weights. The block is given True for a layer that is pruned already, whose reports are then among the others."""
 
 ALLOCATIONS = ("uniform", "hutchinson", "levels")
-PROPAGATIONS = ("parallel", "sequential", "stepwise")
+PROPAGATIONS = ("parallel", "sequential", "true_sequential")
 OBJECTIVES = ("symmetric", "asymmetric")
 
 
@@ -84,8 +84,8 @@ def prune(
     frames_per_column: float | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
-    compared_within: str | None = None,
-    solver: str = "obs_sweep",
+    comparison_group: str | None = None,
+    solver: str = "obs",
     solver_tolerance: float = 1e-4,
     solver_steps: int = 300,
     objective: str = "symmetric",
@@ -123,13 +123,13 @@ def prune(
         judge_batches: what ``levels`` judges the model's output on; None for all calibration batches.
         n_m: keep n of every m consecutive weights of a row; ``sparsity`` must be 1 − n/m, ``allocation`` uniform.
         propagation: calibrate every matrix on the dense model's activations (``parallel``), layer by layer on those of
-            the layers already pruned (``sequential``), or matrix by matrix within a layer, too (``stepwise``).
+            the layers already pruned (``sequential``), or matrix by matrix within a layer, too (``true_sequential``).
         frames_per_column: sum each Hessian over a random sample of so many frames for each of its columns; None for
             all frames.
         block_size: columns that the solver masks together.
         percdamp: damping as a share of the Hessian's mean diagonal.
-        compared_within: as in :func:`~sparsewav.pruning.solvers.solve.prune_matrix`.
-        solver: ``obs_sweep`` (the paper's), ``obs_refit`` (its mask, the kept weights solved exactly) or ``alps`` (a
+        comparison_group: as in :func:`~sparsewav.pruning.solvers.solve.prune_matrix`.
+        solver: ``obs`` (the paper's), ``obs_refit`` (its mask, the kept weights solved exactly) or ``alps`` (a
             mask of its own by ADMM; the saliency is not used).
         solver_tolerance: relative, of the last two's conjugate gradients.
         solver_steps: of ``alps`` at most.
@@ -137,7 +137,7 @@ def prune(
             X̂ in the pruned model, so that a matrix makes up for those before it; not with propagation ``parallel``.
         drift_strength: 0 to 1, how much of X − X̂ the asymmetric objective takes into account.
         recovery: ``none``, or, when a transformer layer is pruned, ``block``: let its kept weights, biases and layer
-            norms learn the dense model's output of that layer, or ``closed_form``: solve its last bias or layer norm
+            norms learn the dense model's output of that layer, or ``affine``: solve its last bias or layer norm
             for it; not with propagation ``parallel``.
         recovery_steps: of one layer, with ``block``.
         recovery_rate: Adam's first learning rate; it falls to zero.
@@ -205,10 +205,10 @@ def prune(
             "n_m": n_m,
             "block_size": block_size,
             "percdamp": percdamp,
-            "compared_within": compared_within,
+            "comparison_group": comparison_group,
             "solver": solver,
             "tolerance": solver_tolerance,
-            "most_steps": solver_steps,
+            "max_steps": solver_steps,
         }
         strength = drift_strength if objective == "asymmetric" else None
         pruner = Pruner(targets, traces, solving, strength, dict(masks or {}), keep_masks, recovery != "none")
@@ -253,7 +253,7 @@ def prune(
             number_of_layers = len(encoder_layers(model))
 
             def recover(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs]) -> None:
-                if recovery == "closed_form":
+                if recovery == "affine":
                     pruner.recover(partial(correct_layer, layer, run, inputs))
                     return
                 done = len(pruner.recoveries) * recovery_steps
@@ -270,7 +270,7 @@ def prune(
                 frames_per_column=frames_per_column,
                 seed=seed,
                 around_layer=lambda index: bring_layer(index, pruner.reports) if bring_layer else nullcontext(False),
-                stepwise=propagation == "stepwise",
+                true_sequential=propagation == "true_sequential",
                 against_dense=objective == "asymmetric",
                 after_layer=recover if recovery != "none" else None,
             )
@@ -308,7 +308,8 @@ def _check_two_models(objective: str, drift_strength: float, recovery: str, prop
     for key, value, plain in (("objective", objective, "symmetric"), ("recovery", recovery, "none")):
         if value != plain and propagation == "parallel":
             raise UserError(
-                f"{key} {value!r} needs what the pruned layers give; choose propagation sequential or stepwise with it"
+                f"{key} {value!r} needs what the pruned layers give; choose propagation sequential or true_sequential "
+                "with it"
             )
     if objective == "asymmetric" and not SALIENCIES[saliency].updates:
         raise UserError(

@@ -17,7 +17,7 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import ROLES
 from sparsewav.pruning.hidden_states import LayerInputs
 
-RECOVERIES = ("none", "closed_form", "block")
+RECOVERIES = ("none", "affine", "reconstruction")
 
 
 @dataclass(frozen=True)

@@ -24,28 +24,28 @@ class OptimizationConfig:
 
     Attributes:
         batch_size: utterances of an update, over all processes and accumulation steps.
-        accumulation: forward and backward passes that the utterances of an update are split into.
+        gradient_accumulation_steps: forward and backward passes that the utterances of an update are split into.
         learning_rate: peak of the schedule.
         betas: of Adam.
         epsilon: of Adam.
         warmup_steps: updates of linear warm-up before the decay; below 1, a share of all updates.
         scheduler: name of a schedule of transformers, e.g. ``linear`` or ``cosine``.
         weight_decay: decoupled, as in AdamW; 0 makes it Adam.
-        clip: largest norm of all gradients together; 0 leaves them as they are.
+        max_grad_norm: largest norm of all gradients together; 0 leaves them as they are.
         precision: ``float32``, or ``bfloat16`` or ``float16`` where autocast allows it; ``auto`` for bfloat16 where the
             processor or GPU multiplies it itself, float32 elsewhere.
         checkpoint_updates: updates between two checkpoints.
     """
 
     batch_size: int = MISSING
-    accumulation: int = MISSING
+    gradient_accumulation_steps: int = MISSING
     learning_rate: float = MISSING
     betas: list[float] = MISSING
     epsilon: float = MISSING
     warmup_steps: float = MISSING
     scheduler: str = MISSING
     weight_decay: float = MISSING
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     precision: str = MISSING
     checkpoint_updates: int = MISSING
 
@@ -80,8 +80,8 @@ class TrainedMethod(OptimizationConfig, MethodConfig):
     updates: int = MISSING
 
     def shortened(self, factor: float) -> Self:
-        warmup = self.warmup_steps if self.warmup_steps < 1 else shorten(self.warmup_steps, factor)
-        return replace(self, updates=shorten(self.updates, factor), warmup_steps=warmup)
+        warmup = self.warmup_steps if self.warmup_steps < 1 else divided(self.warmup_steps, factor)
+        return replace(self, updates=divided(self.updates, factor), warmup_steps=warmup)
 
     def quickened(self, factor: float) -> Self:
         return replace(self, learning_rate=self.learning_rate * factor)
@@ -208,7 +208,7 @@ class DeepVersusWideConfig(ThinStudent):
         yield from at_least(0, cosine_weight=self.cosine_weight, prefix="method.")
 
 
-def shorten(updates: float, factor: float) -> int:
+def divided(updates: float, factor: float) -> int:
     """So many updates divided by a factor, at least one."""
     return max(1, math.ceil(updates / factor - 1e-9))
 
@@ -253,11 +253,11 @@ class GatedMethod(TrainedMethod):
         warmup = self.final_warmup_steps
         return replace(
             item,
-            ramp_updates=shorten(self.ramp_updates, factor),
+            ramp_updates=divided(self.ramp_updates, factor),
             gate_learning_rate=max(self.gate_learning_rate, GATE_PATH / item.updates),
             multiplier_learning_rate=max(self.multiplier_learning_rate, GATE_PATH / item.updates),
-            final_updates=shorten(self.final_updates, factor) if self.final_updates else 0,
-            final_warmup_steps=warmup if warmup < 1 else shorten(warmup, factor),
+            final_updates=divided(self.final_updates, factor) if self.final_updates else 0,
+            final_warmup_steps=warmup if warmup < 1 else divided(warmup, factor),
         )
 
     def quickened(self, factor: float) -> Self:
@@ -309,16 +309,18 @@ def optimization_faults(settings: OptimizationConfig, prefix: str, processes: in
     """A sentence for every value of a schedule that cannot be; the prefix ends with a dot."""
     from transformers import SchedulerType  # not at the top: --help does not wait for it
 
-    counts = {key: getattr(settings, key) for key in ("batch_size", "accumulation", "checkpoint_updates")}
+    counts = {
+        key: getattr(settings, key) for key in ("batch_size", "gradient_accumulation_steps", "checkpoint_updates")
+    }
     yield from at_least(1, **counts, processes=processes, prefix=prefix)
     yield from at_least(0, warmup_steps=settings.warmup_steps, prefix=prefix)
-    yield from at_least(0, weight_decay=settings.weight_decay, clip=settings.clip, prefix=prefix)
+    yield from at_least(0, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, prefix=prefix)
     for key in ("learning_rate", "epsilon"):
         if getattr(settings, key) <= 0:
             yield f"{prefix}{key}={getattr(settings, key):g} must be above 0"
     if len(settings.betas) != 2 or any(not 0 <= beta < 1 for beta in settings.betas):
         yield f"{prefix}betas={settings.betas} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
-    parts = max(settings.accumulation * processes, 1)
+    parts = max(settings.gradient_accumulation_steps * processes, 1)
     if settings.batch_size % parts:
         yield f"{prefix}batch_size={settings.batch_size} cannot be split into {parts} equal parts"
     yield from one_of([item.value for item in SchedulerType], scheduler=settings.scheduler, prefix=prefix)

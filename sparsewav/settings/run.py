@@ -21,12 +21,12 @@ class ModelConfig:
     Attributes:
         name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub.
         fairseq_checkpoint: a file that fairseq saved, taken in place of ``name_or_path``; None if there is none.
-        stream: prune from disk with one transformer layer in memory at a time, for models that memory hardly holds.
+        offload: prune from disk with one transformer layer in memory at a time, for models that memory hardly holds.
     """
 
     name_or_path: str = MISSING
     fairseq_checkpoint: str | None = None
-    stream: bool = False
+    offload: bool = False
 
     @property
     def source(self) -> str:
@@ -78,7 +78,7 @@ class LibriSpeechHub(DataConfig):
 class CalibrationConfig:
     """Attributes:
     utterances: size of the random sample.
-    propagation: ``parallel``, ``sequential`` or ``stepwise``.
+    propagation: ``parallel``, ``sequential`` or ``true_sequential``.
     frames_per_column: of a matrix's inputs a random sample of so many frames for each of its columns; None for all.
     """
 
@@ -119,12 +119,12 @@ class ObsSaliency(SaliencyConfig):
     """Attributes:
     percdamp: damping as a share of the Hessian's mean diagonal.
     block_size: columns masked together.
-    compared_within: which weights compete: ``block``, ``block_quotas`` or ``matrix``.
+    comparison_group: which weights compete: ``block``, ``block_quotas`` or ``matrix``.
     """
 
     percdamp: float = MISSING
     block_size: int = MISSING
-    compared_within: str = "block"
+    comparison_group: str = "block"
 
 
 @dataclass
@@ -143,9 +143,9 @@ class RefitSolver(SolverConfig):
 
 @dataclass
 class AlpsSolver(RefitSolver):
-    """Attributes: most_steps: of ADMM."""
+    """Attributes: max_steps: of ADMM."""
 
-    most_steps: int = MISSING
+    max_steps: int = MISSING
 
 
 @dataclass
@@ -164,13 +164,13 @@ class AsymmetricObjective(ObjectiveConfig):
 
 @dataclass
 class RecoveryConfig:
-    """Attributes: name: ``none``, ``closed_form`` or ``block``."""
+    """Attributes: name: ``none``, ``affine`` or ``block``."""
 
     name: str = MISSING
 
 
 @dataclass
-class BlockRecovery(RecoveryConfig):
+class ReconstructionRecovery(RecoveryConfig):
     """Attributes:
     steps: of every layer.
     learning_rate: at the first step.
@@ -218,12 +218,12 @@ class HawqAllocation(TracedAllocation):
     """Attributes:
     step: between two levels of sparsity.
     spread: how far from the target a matrix's sparsity may be.
-    library_gigabytes: memory that the pruned matrices of all levels may take; more goes to disk.
+    level_cache_gib: memory that the pruned matrices of all levels may take; more goes to disk.
     """
 
     step: float = MISSING
     spread: float = MISSING
-    library_gigabytes: float = MISSING
+    level_cache_gib: float = MISSING
 
 
 @dataclass
@@ -234,7 +234,7 @@ class ErrorCurvesAllocation(AllocationConfig):
     utterances: how many of the calibration set the judge listens to at most.
     step: between two levels of sparsity.
     spread: how far from the target a matrix's sparsity may be.
-    library_gigabytes: memory that the pruned matrices of all levels may take; more goes to disk.
+    level_cache_gib: memory that the pruned matrices of all levels may take; more goes to disk.
     """
 
     effect: str = MISSING
@@ -242,7 +242,7 @@ class ErrorCurvesAllocation(AllocationConfig):
     utterances: int = MISSING
     step: float = MISSING
     spread: float = MISSING
-    library_gigabytes: float = MISSING
+    level_cache_gib: float = MISSING
 
 
 @dataclass
@@ -332,8 +332,8 @@ class Config:
         training: of the fine-tuning, if the strategy wants it.
         method: ours, or a baseline; for a baseline sparsity, saliency and allocation decide no more than how long the
             fine-tuning is, so that it is as long as ours.
-        shorten: the baselines' published numbers of updates are divided by it.
-        quicken: their published learning rates are multiplied by it.
+        update_divisor: the baselines' published numbers of updates are divided by it.
+        lr_multiplier: their published learning rates are multiplied by it.
         seed: of the calibration sample and the Hutchinson probes; of a baseline's new weights and order.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         seconds_per_batch: most audio in one batch.
@@ -357,8 +357,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    shorten: float = 1.0
-    quicken: float = 1.0
+    update_divisor: float = 1.0
+    lr_multiplier: float = 1.0
     seed: int = 0
     device: str = "auto"
     seconds_per_batch: float = 60.0
@@ -432,7 +432,7 @@ SCHEMAS: dict[str, type] = {
     "objective/base_symmetric": ObjectiveConfig,
     "objective/base_asymmetric": AsymmetricObjective,
     "recovery/base_no_recovery": RecoveryConfig,
-    "recovery/base_block": BlockRecovery,
+    "recovery/base_reconstruction": ReconstructionRecovery,
     "allocation/base_uniform": AllocationConfig,
     "allocation/base_hutchinson": HutchinsonAllocation,
     "allocation/base_hawq": HawqAllocation,
@@ -448,10 +448,10 @@ SCHEMAS: dict[str, type] = {
 }
 """Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
 
-PLAIN = {"solver": "obs_sweep", "objective": "symmetric", "recovery": "none"}
+PLAIN = {"solver": "obs", "objective": "symmetric", "recovery": "none"}
 """The paper's choice in the groups that came later."""
 
-COMPARED_WITHIN = ("block", "block_quotas", "matrix")
+COMPARISON_GROUPS = ("block", "block_quotas", "matrix")
 
 NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model", "export")
 """Keys that do not change a run's results, and so neither its folder."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from sparsewav.errors import UserError
 from sparsewav.settings.baselines import OURS, at_least, one_of, optimization_faults
 from sparsewav.settings.run import (
-    COMPARED_WITHIN,
+    COMPARISON_GROUPS,
     AlpsSolver,
     AsymmetricObjective,
-    BlockRecovery,
     Config,
     ErrorCurvesAllocation,
     HawqAllocation,
@@ -17,12 +16,15 @@ from sparsewav.settings.run import (
     ObsSaliency,
     OnePassStrategy,
     ProgressiveStrategy,
+    ReconstructionRecovery,
     RefitSolver,
     SearchAllocation,
     TracedAllocation,
     TrainConfig,
     TrainingConfig,
 )
+
+PROPAGATIONS = ("parallel", "sequential", "true_sequential")
 
 
 def validate(config: Config) -> None:
@@ -58,30 +60,29 @@ def _faults(config: Config) -> Iterator[str]:
     if isinstance(config.saliency, ObsSaliency):
         yield from at_least(0, percdamp=config.saliency.percdamp, prefix="saliency.")
         yield from at_least(1, block_size=config.saliency.block_size, prefix="saliency.")
-        if config.saliency.compared_within not in COMPARED_WITHIN:
+        if config.saliency.comparison_group not in COMPARISON_GROUPS:
             yield (
-                f"saliency.compared_within={config.saliency.compared_within} does not exist; choose one of "
-                f"{', '.join(COMPARED_WITHIN)}"
+                f"saliency.comparison_group={config.saliency.comparison_group} does not exist; choose one of "
+                f"{', '.join(COMPARISON_GROUPS)}"
             )
-        stray = config.n_m or config.model.stream or config.solver.name == "alps"
-        if config.saliency.compared_within != "block" and stray:
+        stray = config.n_m or config.model.offload or config.solver.name == "alps"
+        if config.saliency.comparison_group != "block" and stray:
             yield (
-                f"saliency.compared_within={config.saliency.compared_within} goes with none of sparsity=n_m, "
-                "model.stream=true and solver=alps; choose block with them"
+                f"saliency.comparison_group={config.saliency.comparison_group} goes with none of sparsity=n_m, "
+                "model.offload=true and solver=alps; choose block with them"
             )
-    if config.calibration.propagation not in ("parallel", "sequential", "stepwise"):
-        yield f"calibration.propagation={config.calibration.propagation} is none of parallel, sequential and stepwise"
+    yield from one_of(PROPAGATIONS, propagation=config.calibration.propagation, prefix="calibration.")
     yield from _accuracy_faults(config)
     yield from one_of(("dense", "bitmask"), format=config.export.format, prefix="export.")
     yield from one_of(("model", "float16"), dtype=config.export.dtype, prefix="export.")
-    if config.model.stream:
+    if config.model.offload:
         if config.calibration.propagation != "sequential" or allocation.name != "uniform":
             yield (
-                "model.stream=true goes from layer to layer and never has the whole model's gradients; choose "
+                "model.offload=true goes from layer to layer and never has the whole model's gradients; choose "
                 "calibration.propagation=sequential and allocation=uniform with it"
             )
         if config.finetune_strategy.name != "none":
-            yield "model.stream=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
+            yield "model.offload=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
     yield from at_least(1, utterances=config.calibration.utterances, prefix="calibration.")
     if config.calibration.frames_per_column is not None:
         yield from at_least(1, frames_per_column=config.calibration.frames_per_column, prefix="calibration.")
@@ -102,10 +103,10 @@ def _accuracy_faults(config: Config) -> Iterator[str]:
     if isinstance(solver, RefitSolver) and not 0 < solver.tolerance < 1:
         yield f"solver.tolerance={solver.tolerance:g} must be above 0 and below 1, e.g. 1e-4"
     if isinstance(solver, AlpsSolver):
-        yield from at_least(1, most_steps=solver.most_steps, prefix="solver.")
+        yield from at_least(1, max_steps=solver.max_steps, prefix="solver.")
     if isinstance(objective, AsymmetricObjective) and not 0 <= objective.strength <= 1:
         yield f"objective.strength={objective.strength:g} is not between 0 and 1"
-    if isinstance(recovery, BlockRecovery):
+    if isinstance(recovery, ReconstructionRecovery):
         yield from at_least(1, steps=recovery.steps, prefix="recovery.")
         if recovery.learning_rate <= 0:
             yield f"recovery.learning_rate={recovery.learning_rate:g} must be above 0"
@@ -121,11 +122,11 @@ def _accuracy_faults(config: Config) -> Iterator[str]:
     for choice in two_models:
         if config.calibration.propagation == "parallel":
             yield (
-                f"{choice} needs what the pruned layers give; choose calibration.propagation=stepwise (or sequential) "
-                "with it"
+                f"{choice} needs what the pruned layers give; choose calibration.propagation=true_sequential (or "
+                "sequential) with it"
             )
-        if config.model.stream:
-            yield f"model.stream=true has one layer in memory, and {choice} takes two; drop one of them"
+        if config.model.offload:
+            yield f"model.offload=true has one layer in memory, and {choice} takes two; drop one of them"
 
 
 def _allocation_faults(config: Config, target: float | None) -> Iterator[str]:
@@ -161,7 +162,7 @@ def _allocation_faults(config: Config, target: float | None) -> Iterator[str]:
                 f"allocation.step={allocation.step:g} and allocation.spread={allocation.spread:g} do not fit: they "
                 "must be 0 < step <= spread <= 1"
             )
-        yield from at_least(0, library_gigabytes=allocation.library_gigabytes, prefix="allocation.")
+        yield from at_least(0, level_cache_gib=allocation.level_cache_gib, prefix="allocation.")
 
 
 def validate_training(config: TrainConfig) -> None:
@@ -210,18 +211,20 @@ def _schedule_faults(training: TrainingConfig) -> Iterator[str]:
 
 
 def _method_faults(config: Config) -> Iterator[str]:
-    if config.shorten < 1:
-        yield f"shorten={config.shorten:g} must be at least 1, which trains a baseline as long as published"
-    if config.quicken <= 0:
-        yield f"quicken={config.quicken:g} must be above 0; 1 takes a baseline's published learning rates"
+    if config.update_divisor < 1:
+        yield (
+            f"update_divisor={config.update_divisor:g} must be at least 1, which trains a baseline as long as published"
+        )
+    if config.lr_multiplier <= 0:
+        yield f"lr_multiplier={config.lr_multiplier:g} must be above 0; 1 takes a baseline's published learning rates"
     if config.method.name == OURS:
         return
     if config.finetune_strategy.name == "progressive":
         yield (
             f"finetune_strategy=progressive goes with method={OURS} alone; choose one_pass, which makes as many updates"
         )
-    if config.model.stream:
-        yield f"model.stream=true goes with method={OURS} alone"
+    if config.model.offload:
+        yield f"model.offload=true goes with method={OURS} alone"
     if config.training.processes != 1 and config.finetune_strategy.name != "none":
         yield f"training.processes={config.training.processes} goes with method={OURS} alone; choose 1"
     if config.n_m:

@@ -182,13 +182,13 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=updates,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
+        max_grad_norm=settings.max_grad_norm,
         warmup_steps=settings.warmup_steps if settings.warmup_steps < 1 else round(settings.warmup_steps),
         lr_scheduler_type=settings.scheduler,
         bf16=precision == "bfloat16",
@@ -301,11 +301,12 @@ def train_ctc(
 
 def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
     """Utterances that one process takes at once."""
-    share, rest = divmod(settings.batch_size, settings.accumulation * processes)
+    share, rest = divmod(settings.batch_size, settings.gradient_accumulation_steps * processes)
     if rest:
         raise UserError(
             f"training.batch_size={settings.batch_size} cannot be shared by {processes} processes in "
-            f"{settings.accumulation} passes; make it a multiple of {settings.accumulation * processes}"
+            f"{settings.gradient_accumulation_steps} passes; make it a multiple of "
+            f"{settings.gradient_accumulation_steps * processes}"
         )
     return share
 

@@ -219,7 +219,7 @@ def test_a_method_runs_by_the_command_line_and_is_found_done(
         "data.training_subset=train",
         "data.evaluation_subset=test",
         "method.batch_size=4",
-        "shorten=100000",
+        "update_divisor=100000",
         "finetune_strategy=one_pass",
         "training.epochs=0.5",
         "training.batch_size=4",
@@ -277,7 +277,7 @@ def test_a_parameter_group_has_its_own_rate_and_may_climb(corpus: Path, tmp_path
     [
         ("method.layers=13", "method.layers=13 must be from 1 to 12"),
         ("method.updates=0", "method.updates=0 must be at least 1"),
-        ("shorten=0.5", "shorten=0.5 must be at least 1"),
+        ("update_divisor=0.5", "update_divisor=0.5 must be at least 1"),
         ("finetune_strategy=progressive", "choose one_pass"),
     ],
 )

@@ -171,7 +171,7 @@ def test_command_compresses_tunes_and_saves(
     run_sparsewav: Any, model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     done = run_sparsewav(
-        *("method=dphubert", "shorten=25000", *SHORT),
+        *("method=dphubert", "update_divisor=25000", *SHORT),
         *(f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}"),
         *("data.training_subset=train", "data.evaluation_subset=test", "data.calibration_subset=train"),
         *("finetune_strategy=one_pass", "training.epochs=1", "training.batch_size=4", "training.precision=float32"),
@@ -214,7 +214,7 @@ def test_killed_while_it_compresses_it_ends_with_the_same_model(
 ) -> None:
     """Gates, multipliers and optimizers, or what PARP has pruned so far, come back from the last checkpoint."""
     command = [
-        *(str(Path(sys.executable).parent / "sparsewav"), f"method={method}", "shorten=4000"),
+        *(str(Path(sys.executable).parent / "sparsewav"), f"method={method}", "update_divisor=4000"),
         *("method.checkpoint_updates=2", "method.batch_size=4", "method.precision=float32"),
         *(f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}"),
         *("data.training_subset=train", "data.evaluation_subset=test", "data.calibration_subset=train"),

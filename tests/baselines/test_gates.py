@@ -166,4 +166,4 @@ def test_other_families_are_refused_in_a_sentence(tiny_model: Any) -> None:
 def test_uneven_classes_are_registered(tiny_model: Any, tmp_path: Path) -> None:
     model, gates = gated_pair(tiny_model, "wavlm", "group", HOW["dphubert"])
     cut(model, gates).save_pretrained(tmp_path)
-    assert type(AutoModelForCTC.from_pretrained(tmp_path)).__name__ == "UnevenWavLMForCTC"
+    assert type(AutoModelForCTC.from_pretrained(tmp_path)).__name__ == "StructuredWavLMForCTC"

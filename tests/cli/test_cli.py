@@ -271,11 +271,11 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
         (["sparsity.target=1.2"], r"sparsity\.target=1\.2 is not between 0 and 1"),
         (["sparsity.target=0.95"], r"choose an alpha from 0 to 0\.05"),
         (
-            ["model.stream=true", "calibration.propagation=sequential"],
+            ["model.offload=true", "calibration.propagation=sequential"],
             r"choose calibration\.propagation=sequential and allocation=uniform with it",
         ),
         (["sparsity=n_m"], "choose allocation=uniform"),
-        (["objective=asymmetric"], r"choose calibration\.propagation=stepwise \(or sequential\) with it"),
+        (["objective=asymmetric"], r"choose calibration\.propagation=true_sequential \(or sequential\) with it"),
         (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
         (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
@@ -330,19 +330,19 @@ def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path:
 
 def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     """Solver, objective and recovery reach the engine and the records; runs without them keep their folders."""
-    settings = ["allocation=uniform", "calibration.propagation=stepwise", "output_root=out"]
+    settings = ["allocation=uniform", "calibration.propagation=true_sequential", "output_root=out"]
     plain = run_sparsewav(*small, *settings)
     assert plain.returncode == 0, plain.stdout + plain.stderr
-    others = ["solver=alps", "objective=asymmetric", "recovery=block", "recovery.steps=15"]
+    others = ["solver=alps", "objective=asymmetric", "recovery=reconstruction", "recovery.steps=15"]
     result = run_sparsewav(*small, *settings, *others)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("alps", "asymmetric", "block", "recover"):
+    for name in ("alps", "asymmetric", "reconstruction", "recover"):
         assert name in result.stdout
-    (folder,) = (tmp_path / "out").glob("tiny*-alps-asymmetric-block-*")
+    (folder,) = (tmp_path / "out").glob("tiny*-alps-asymmetric-reconstruction-*")
     (plain_folder,) = set((tmp_path / "out").glob("tiny*")) - {folder}
     metrics, before = (json.loads((path / "metrics.json").read_text()) for path in (folder, plain_folder))
-    assert (metrics["solver"], metrics["objective"], metrics["recovery"]) == ("alps", "asymmetric", "block")
-    assert (before["solver"], before["objective"], before["recovery"]) == ("obs_sweep", "symmetric", "none")
+    assert (metrics["solver"], metrics["objective"], metrics["recovery"]) == ("alps", "asymmetric", "reconstruction")
+    assert (before["solver"], before["objective"], before["recovery"]) == ("obs", "symmetric", "none")
     seconds = metrics["seconds"]
     assert seconds["recover"] > 0
     assert seconds["prune"] == pytest.approx(sum(seconds[key] for key in ("calibrate", "allocate", "solve", "recover")))
@@ -445,11 +445,11 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
 
 
 def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    """model.stream=true changes how much memory a run takes, and nothing that it writes."""
+    """model.offload=true changes how much memory a run takes, and nothing that it writes."""
     options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
     folders = []
     for stream in ("false", "true"):
-        result = run_sparsewav(*small, *options, f"model.stream={stream}", f"output_root=streamed-{stream}")
+        result = run_sparsewav(*small, *options, f"model.offload={stream}", f"output_root=streamed-{stream}")
         assert result.returncode == 0, result.stdout + result.stderr
         (metrics,) = (tmp_path / f"streamed-{stream}").glob("*/metrics.json")
         folders.append(metrics.parent)

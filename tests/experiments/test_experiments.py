@@ -142,8 +142,8 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
                 "updates": 200,
                 "batch_size": 24,
                 "params_dense": 3_200_000,
-                "shorten": 1e3,
-                "quicken": 4.0,
+                "update_divisor": 1e3,
+                "lr_multiplier": 4.0,
             }
             metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
         metrics["stages"] = [{"sparsity": config.sparsity.target}]
@@ -211,7 +211,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale = Scale("demo", tmp_path)
-    better = {"large_little": 0.5, "large_more": 0.2, "large_most": 0.1, "large": 0.1}
+    better = {"large_10m": 0.5, "large_100h": 0.2, "large_960h": 0.1, "large": 0.1}
 
     def wer(settings: dict[str, str]) -> float:
         return 0.05 + float(settings.get("sparsity.target", "0.85")) ** 6 * (1 + 0.1 * int(settings.get("seed", "0")))

@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
 
-ASYMMETRIC = {"objective": "asymmetric", "propagation": "stepwise"}
+ASYMMETRIC = {"objective": "asymmetric", "propagation": "true_sequential"}
 
 
 def random_layer(seed: int, rows: int = 24, cols: int = 32) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def test_kept_weights_are_the_least_squares_solution(solver: str, dead: tuple[in
 
 def test_refit_keeps_the_mask_of_the_sweep() -> None:
     weight, inputs = random_layer(2)
-    sweep, refit = (prune_matrix(weight, inputs @ inputs.T, 0.7, solver=name) for name in ("obs_sweep", "obs_refit"))
+    sweep, refit = (prune_matrix(weight, inputs @ inputs.T, 0.7, solver=name) for name in ("obs", "obs_refit"))
     assert torch.equal(sweep.keep, refit.keep)
 
 
@@ -73,7 +73,7 @@ def test_alps_never_loses_more_than_the_sweep(seed: int) -> None:
     sparsity = (0.3, 0.5, 0.7, 0.8, 0.9)[seed % 5]
     results = {
         solver: prune_matrix(weight, inputs @ inputs.T, sparsity, solver=solver)
-        for solver in ("obs_sweep", "obs_refit", "alps")
+        for solver in ("obs", "obs_refit", "alps")
     }
     errors = [damped_error(weight, result.weight, inputs, result.damping) for result in results.values()]
     counts = {int((result.weight == 0).sum()) for result in results.values()}
@@ -134,7 +134,7 @@ def test_asymmetric_sweep_removes_what_the_formulas_say(saliency: str) -> None:
         assert not torch.equal(~pruned.keep, lowest(plain, 60)), "or a wrong gradient would not be seen"
 
 
-@pytest.mark.parametrize("solver", ["obs_sweep", "obs_refit", "alps"])
+@pytest.mark.parametrize("solver", ["obs", "obs_refit", "alps"])
 def test_asymmetric_is_symmetric_where_nothing_has_drifted(solver: str) -> None:
     """To the last bit: the first matrices of a model have the same inputs before and after."""
     weight, inputs = random_layer(9)
@@ -173,7 +173,7 @@ def test_reports_hold_the_error_of_what_is_saved(objective: str, tiny_model: Fac
     model = tiny_model("wav2vec2")
     dense = copy.deepcopy(model)
     report = sparsewav.prune(
-        model, batches, 0.6, allocation="uniform", propagation="stepwise", objective=objective, solver="alps"
+        model, batches, 0.6, allocation="uniform", propagation="true_sequential", objective=objective, solver="alps"
     )
     names = [row.name for row in report.matrices]
     of_dense, so_far = inputs_of(dense, batches, names), copy.deepcopy(dense)
@@ -192,7 +192,7 @@ def test_reports_hold_the_error_of_what_is_saved(objective: str, tiny_model: Fac
                 so_far.get_submodule(row.name).weight.data.copy_(model.get_submodule(row.name).weight)
 
 
-@pytest.mark.parametrize("propagation", ["sequential", "stepwise"])
+@pytest.mark.parametrize("propagation", ["sequential", "true_sequential"])
 def test_asymmetric_brings_the_outputs_closer(propagation: str, tiny_model: Factory, batches: list[Batch]) -> None:
     """The last layer's output, far from all that any single matrix was fitted to."""
     dense = tiny_model("hubert")
@@ -211,7 +211,7 @@ def test_asymmetric_brings_the_outputs_closer(propagation: str, tiny_model: Fact
 
 def test_no_drift_strength_is_symmetric(tiny_model: Factory, batches: list[Batch]) -> None:
     models = [tiny_model("wav2vec2") for _ in range(2)]
-    sparsewav.prune(models[0], batches, 0.5, allocation="uniform", propagation="stepwise")
+    sparsewav.prune(models[0], batches, 0.5, allocation="uniform", propagation="true_sequential")
     sparsewav.prune(models[1], batches, 0.5, allocation="uniform", **ASYMMETRIC, drift_strength=0.0)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
@@ -237,7 +237,9 @@ def test_recovery_learns_the_dense_layers_outputs(tiny_model: Factory, batches: 
     plain = copy.deepcopy(dense)
     sparsewav.prune(plain, batches, 0.6, **options)
     models = [copy.deepcopy(dense) for _ in range(2)]
-    reports = [sparsewav.prune(m, batches, 0.6, **options, recovery="block", recovery_steps=60) for m in models]
+    reports = [
+        sparsewav.prune(m, batches, 0.6, **options, recovery="reconstruction", recovery_steps=60) for m in models
+    ]
     model, report = models[0], reports[0]
     for one, other in zip(*(item.parameters() for item in models), strict=True):
         assert torch.equal(one, other)
@@ -274,7 +276,7 @@ def test_closed_form_recovery_is_the_least_squares_solution(
     plain, model = copy.deepcopy(dense), copy.deepcopy(dense)
     options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}
     sparsewav.prune(plain, batches, 0.7, **options)
-    report = sparsewav.prune(model, batches, 0.7, **options, recovery="closed_form")
+    report = sparsewav.prune(model, batches, 0.7, **options, recovery="affine")
     target, output = (layer_outputs(item, batches, 0).flatten(0, -2).double() for item in (dense, plain))
     fitted = []
     for channel in range(target.shape[1]):
@@ -297,7 +299,9 @@ def test_a_recovery_that_diverges_is_undone(tiny_model: Factory, batches: list[B
     plain, model = (tiny_model("wav2vec2") for _ in range(2))
     options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}
     sparsewav.prune(plain, batches, 0.6, **options)
-    report = sparsewav.prune(model, batches, 0.6, **options, recovery="block", recovery_steps=3, recovery_rate=100.0)
+    report = sparsewav.prune(
+        model, batches, 0.6, **options, recovery="reconstruction", recovery_steps=3, recovery_rate=100.0
+    )
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(recovery.error == recovery.error_before for recovery in report.recoveries)
@@ -312,7 +316,14 @@ def test_other_families_are_matched_to_their_dense_layers(
     sizes = sum(matrix.size for matrix in prunable_matrices(model))
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
     report = sparsewav.prune(
-        model, batches, 0.6, allocation="uniform", **ASYMMETRIC, solver="alps", recovery="block", recovery_steps=20
+        model,
+        batches,
+        0.6,
+        allocation="uniform",
+        **ASYMMETRIC,
+        solver="alps",
+        recovery="reconstruction",
+        recovery_steps=20,
     )
     assert sum(int((matrix.weight == 0).sum()) for matrix in prunable_matrices(model)) / sizes == report.sparsity
     assert len(report.recoveries) == 2
@@ -323,10 +334,10 @@ def test_other_families_are_matched_to_their_dense_layers(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "admm"}, "choose one of obs_sweep, obs_refit, alps"),
+        ({"solver": "admm"}, "choose one of obs, obs_refit, alps"),
         ({"solver": "alps", "saliency": "wanda"}, "choose obs or obs_first_order"),
-        ({"objective": "asymmetric"}, "choose propagation sequential or stepwise"),
-        ({"recovery": "block"}, "choose propagation sequential or stepwise"),
+        ({"objective": "asymmetric"}, "choose propagation sequential or true_sequential"),
+        ({"recovery": "reconstruction"}, "choose propagation sequential or true_sequential"),
         ({**ASYMMETRIC, "saliency": "magnitude"}, "choose obs or obs_first_order"),
         ({**ASYMMETRIC, "drift_strength": 1.5}, "not between 0 and 1"),
     ],

@@ -72,7 +72,7 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
         {"allocation": "uniform", "frames_per_column": 2.0, "saliency": "wanda"},
         {
             "allocation": "uniform",
-            "propagation": "stepwise",
+            "propagation": "true_sequential",
             "objective": "asymmetric",
             "solver": "obs_refit",
             "solver_tolerance": 1e-6,

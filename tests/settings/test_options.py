@@ -54,9 +54,9 @@ def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
     extra = {
         "data=librispeech_dir": ["data.root=/data"],
         "sparsity=n_m": ["allocation=uniform"],
-        "objective=asymmetric": ["calibration.propagation=stepwise"],
-        "recovery=block": ["calibration.propagation=sequential"],
-        "recovery=closed_form": ["calibration.propagation=sequential"],
+        "objective=asymmetric": ["calibration.propagation=true_sequential"],
+        "recovery=reconstruction": ["calibration.propagation=sequential"],
+        "recovery=affine": ["calibration.propagation=sequential"],
     }.get(option, [])
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", [option, *extra]))

@@ -124,7 +124,10 @@ def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
         ("initial_model=./nowhere", r"^error: initial_model=\./nowhere is not a folder"),
         ("training.precision=int8", r"^error: training\.precision=int8 does not exist; choose one of auto"),
         ("training.precision=float16", r"^error: training\.precision=float16 wants a GPU; choose training"),
-        ("training.accumulation=3", r"^error: training\.batch_size=16 cannot be split into 3 equal parts"),
+        (
+            "training.gradient_accumulation_steps=3",
+            r"^error: training\.batch_size=16 cannot be split into 3 equal parts",
+        ),
         ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
         ("+foo=1", r"^error: there is no key foo"),
         ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),

@@ -31,7 +31,7 @@ def _settings(**changes: object) -> TrainingConfig:
         "epochs": 1,
         "batch_size": 4,
         "processes": 1,
-        "accumulation": 1,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
         "betas": [0.9, 0.999],
         "epsilon": 1e-8,
@@ -136,7 +136,9 @@ def test_accumulated_passes_make_the_same_update(plain_model: Path, corpus: Path
     for accumulation in (1, 2):
         speech = load_speech_model(str(plain_model))
         # So large an ε makes Adam's step proportional to the gradient: a wrong scale would show.
-        settings = _settings(accumulation=accumulation, epsilon=10.0, learning_rate=1.0, weight_decay=0.0)
+        settings = _settings(
+            gradient_accumulation_steps=accumulation, epsilon=10.0, learning_rate=1.0, weight_decay=0.0
+        )
         train_ctc(speech.model, speech.processor, training, settings, 1, tmp_path / str(accumulation))
         results.append(speech.model.state_dict())
     before = load_speech_model(str(plain_model)).model.state_dict()

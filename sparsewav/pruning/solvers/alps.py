@@ -20,7 +20,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 def find_mask(
-    target: Tensor, hessian: Tensor, project: Callable[[Tensor], Tensor], most_steps: int
+    target: Tensor, hessian: Tensor, project: Callable[[Tensor], Tensor], max_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Find which weights go.
 
@@ -28,7 +28,7 @@ def find_mask(
         target: what the weights would be if none went, shape (cols, rows).
         hessian: damped, shape (cols, cols).
         project: takes scores (cols, rows) and gives a mask of the same shape, True where a weight goes.
-        most_steps: of ADMM.
+        max_steps: of ADMM.
 
     Returns:
         The mask, True where a weight goes, and the weights at the end, zero there; both (cols, rows).
@@ -43,7 +43,7 @@ def find_mask(
     removed = torch.zeros_like(target, dtype=torch.bool)
     checked = removed
     penalty = FIRST_PENALTY
-    for step in range(most_steps):
+    for step in range(max_steps):
         free = vectors @ ((vectors.T @ (product - dual + penalty * sparse)) / (values + penalty))
         shifted = free + dual / penalty
         removed = project(shifted.square())

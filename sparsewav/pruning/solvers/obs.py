@@ -57,7 +57,7 @@ class Problem:
     method: Saliency
     n_m: tuple[int, int] | None
     block_size: int
-    compared_within: str
+    comparison_group: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _begin(problem: Problem, number: int) -> _Sweep:
     all_live = bool(live.all())
     if not all_live:
         dense[~live], removed[~live] = 0, True
-    chosen = None if problem.compared_within == "block" else _lowest_before(problem, dense, quotas)
+    chosen = None if problem.comparison_group == "block" else _lowest_before(problem, dense, quotas)
     if chosen is not None:
         quotas = [counts_of_blocks(marked & live[:, None], block_size) for marked in chosen]
     return _Sweep(
@@ -182,7 +182,7 @@ def _mask_block(item: _Sweep, upper: Tensor, span: slice, index: int) -> None:
     scores = problem.method.score(Block(block.T, pivots.square(), diagonal, gradient)).T
     if problem.n_m:
         removed[span] = ~n_of_m(scores.T, ~removed[span].T, *problem.n_m).T
-    elif item.chosen is not None and problem.compared_within == "matrix":
+    elif item.chosen is not None and problem.comparison_group == "matrix":
         for rows, marked in zip(problem.rows, item.chosen, strict=True):
             removed[span, rows] = marked[span]
     else:

@@ -54,17 +54,17 @@ class Saliency:
     Attributes:
         score: the function above.
         updates: whether the kept weights are updated to make up for the removed ones (OBS).
-        compared_within: the weights whose scores compete; OBS compares within a block of columns.
+        comparison_group: the weights whose scores compete; OBS compares within a block of columns.
     """
 
     score: Callable[[Block], Tensor]
     updates: bool
-    compared_within: Literal["matrix", "row", "block"]
+    comparison_group: Literal["matrix", "row", "block"]
 
 
 SALIENCIES = {
-    "magnitude": Saliency(magnitude, updates=False, compared_within="matrix"),
-    "wanda": Saliency(wanda, updates=False, compared_within="row"),
-    "obs": Saliency(obs, updates=True, compared_within="block"),
-    "obs_first_order": Saliency(obs_first_order, updates=True, compared_within="block"),
+    "magnitude": Saliency(magnitude, updates=False, comparison_group="matrix"),
+    "wanda": Saliency(wanda, updates=False, comparison_group="row"),
+    "obs": Saliency(obs, updates=True, comparison_group="block"),
+    "obs_first_order": Saliency(obs_first_order, updates=True, comparison_group="block"),
 }

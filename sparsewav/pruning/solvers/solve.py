@@ -26,9 +26,9 @@ from sparsewav.pruning.solvers.saliency import SALIENCIES, Block, Saliency
 from sparsewav.pruning.solvers.selection import block_quotas, group_quotas, lowest_of_rows, mark_lowest, n_of_m
 from sparsewav.pruning.solvers.workspace import workspace
 
-SOLVERS = ("obs_sweep", "obs_refit", "alps")
+SOLVERS = ("obs", "obs_refit", "alps")
 
-COMPARED_WITHIN = ("block", "block_quotas", "matrix")
+COMPARISON_GROUPS = ("block", "block_quotas", "matrix")
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def prune_matrix(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
-    compared_within: str | None = None,
-    solver: str = "obs_sweep",
+    comparison_group: str | None = None,
+    solver: str = "obs",
     tolerance: float = 1e-4,
-    most_steps: int = 300,
+    max_steps: int = 300,
     drift: Tensor | None = None,
     name: str = "the matrix",
 ) -> PrunedMatrix:
@@ -84,10 +84,10 @@ def prune_matrix(
         solver: a key of :data:`SOLVERS`; those after the first need a saliency with weight updates, and ``alps`` takes
             the mask from the weights themselves, whatever the saliency.
         tolerance: of the conjugate gradients of ``obs_refit`` and ``alps``, relative.
-        most_steps: of ``alps``.
+        max_steps: of ``alps``.
         drift: (X − X̂)X̂ᵀ of the dense model's inputs X and those that ``hessian`` is of, X̂, shape (cols, cols); None
             where they are the same.
-        compared_within: with weight updates, which weights compete: ``block``, every block of columns loses the same
+        comparison_group: with weight updates, which weights compete: ``block``, every block of columns loses the same
             share; ``block_quotas``, a block loses as many as it has of the matrix's lowest scores before any removal;
             ``matrix``, those very weights go. None for the saliency's own; ``alps`` has no blocks.
         name: what to call the matrix in a message.
@@ -107,9 +107,9 @@ def prune_matrix(
         percdamp=percdamp,
         solver=solver,
         tolerance=tolerance,
-        most_steps=most_steps,
+        max_steps=max_steps,
         drift=drift,
-        compared_within=compared_within,
+        comparison_group=comparison_group,
         names=[name],
     )[0]
 
@@ -161,10 +161,10 @@ def prune_groups(
     n_m: tuple[int, int] | None = None,
     block_size: int = 128,
     percdamp: float = 0.01,
-    compared_within: str | None = None,
-    solver: str = "obs_sweep",
+    comparison_group: str | None = None,
+    solver: str = "obs",
     tolerance: float = 1e-4,
-    most_steps: int = 300,
+    max_steps: int = 300,
 ) -> list[list[PrunedMatrix]]:
     """Prune groups of matrices whose inputs are equally wide, the sweeps of all of them in step.
 
@@ -175,11 +175,11 @@ def prune_groups(
     if method is None:
         raise UserError(f"saliency {saliency!r} does not exist; choose one of {', '.join(SALIENCIES)}")
     check_solver(solver, saliency)
-    within = compared_within or method.compared_within
-    if method.updates and within not in COMPARED_WITHIN:
-        raise UserError(f"compared_within {within!r} does not exist; choose one of {', '.join(COMPARED_WITHIN)}")
+    within = comparison_group or method.comparison_group
+    if method.updates and within not in COMPARISON_GROUPS:
+        raise UserError(f"comparison_group {within!r} does not exist; choose one of {', '.join(COMPARISON_GROUPS)}")
     if method.updates and within != "block" and n_m:
-        raise UserError(f"compared_within {within!r} does not go with the pattern {n_m[0]}:{n_m[1]}; choose block")
+        raise UserError(f"comparison_group {within!r} does not go with the pattern {n_m[0]}:{n_m[1]}; choose block")
     for group in groups:
         _check(group, n_m)
         if group.drift is not None and not method.updates:
@@ -193,7 +193,7 @@ def prune_groups(
     ]
     found: list[tuple[Tensor, Tensor, Tensor | None]] = []
     if solver == "alps":
-        found = [(*_admm(problem, tolerance, most_steps), None) for problem in problems]
+        found = [(*_admm(problem, tolerance, max_steps), None) for problem in problems]
     elif solver == "obs_refit":
         found = [
             (_refit(problem, pruned, removed, tolerance), removed, None)
@@ -255,7 +255,7 @@ def _problem(
     n_m: tuple[int, int] | None,
     block_size: int,
     percdamp: float,
-    compared_within: str,
+    comparison_group: str,
 ) -> Problem:
     """Lay the matrices of a group side by side, and factor their Hessian; ``number`` is that of their memory."""
     stacked, removed, rows = _stack(group, number)
@@ -276,7 +276,7 @@ def _problem(
         method=method,
         n_m=n_m,
         block_size=block_size,
-        compared_within=compared_within,
+        comparison_group=comparison_group,
     )
 
 
@@ -340,7 +340,7 @@ def _mask_only(group: MatrixGroup, method: Saliency, n_m: tuple[int, int] | None
         if n_m:
             kept[span] = n_of_m(scores[span], keep[span], *n_m)
             continue
-        shape = (1, -1) if method.compared_within == "matrix" else scores[span].shape
+        shape = (1, -1) if method.comparison_group == "matrix" else scores[span].shape
         candidates, candidates_kept = scores[span].reshape(shape), keep[span].reshape(shape)
         sizes = torch.full((len(candidates),), candidates.shape[1])
         quotas = group_quotas(round(sparsity * candidates.numel()), sizes, (~candidates_kept).sum(1))
@@ -357,7 +357,7 @@ def _refit(problem: Problem, pruned: Tensor, removed: Tensor, tolerance: float) 
     return solve_on_support(target, damped, ~removed, pruned, tolerance)
 
 
-def _admm(problem: Problem, tolerance: float, most_steps: int) -> tuple[Tensor, Tensor]:
+def _admm(problem: Problem, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor]:
     """ALPS: the mask of ADMM, all weights of a matrix competing, and the kept weights solved exactly."""
     in_force, live = problem.removed, problem.live
     quotas = [
@@ -377,7 +377,7 @@ def _admm(problem: Problem, tolerance: float, most_steps: int) -> tuple[Tensor, 
         return removed
 
     damped = damp(problem.hessian.clone(), live, problem.damping)
-    removed, start = alps.find_mask(target, damped, project, most_steps)
+    removed, start = alps.find_mask(target, damped, project, max_steps)
     if not removed.any():
         return target, removed
     return solve_on_support(target, damped, ~removed, start, tolerance), removed

@@ -188,8 +188,8 @@ def test_stacked_matrices_equal_one_at_a_time(saliency: str) -> None:
     [
         {},
         {"n_m": (2, 4)},
-        {"compared_within": "block_quotas"},
-        {"compared_within": "matrix"},
+        {"comparison_group": "block_quotas"},
+        {"comparison_group": "matrix"},
         {"solver": "obs_refit"},
         {"solver": "alps"},
     ],
@@ -197,7 +197,7 @@ def test_stacked_matrices_equal_one_at_a_time(saliency: str) -> None:
 )
 def test_groups_in_step_equal_one_at_a_time(saliency: str, options: dict) -> None:
     """Different Hessians of one width, different heights, a mask, a drift and dead inputs: each as if solved alone."""
-    if saliency not in UPDATING and not {"solver", "compared_within"}.isdisjoint(options):
+    if saliency not in UPDATING and not {"solver", "comparison_group"}.isdisjoint(options):
         pytest.skip("goes with weight updates alone")
     groups = []
     for seed, (heights, dead) in enumerate([((4, 6), ()), ((9,), (2, 70)), ((3,), ())]):
