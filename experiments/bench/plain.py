@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.pruning import estimate_traces, prunable_matrices
 from sparsewav.pruning.allocation.rank import allocate_by_rank
-from sparsewav.pruning.encoder import model_batches, projections_as_modules
+from sparsewav.pruning.encoder import base_of, model_batches, projections_as_modules
 
 Batch = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def forward(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
     """Run the encoder over batches: what any calibration costs at least."""
     for batch in batches:
         for part in model_batches(model, batch):
-            getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
+            base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
 
 
 @torch.no_grad()

@@ -13,16 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor
 from sparsewav.baselines import CompressionReport
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.pruning.encoder import base_of
 from sparsewav.settings.baselines import DistilHubertConfig, ThinStudent
 from sparsewav.training.trainer import train
 
 BASE_LAYERS, BASE_WIDTH, BASE_UNITS, BASE_HEADS = 12, 768, 3072, 12
 """Size of the teachers that the methods were published for."""
-
-
-def base_of(model: PreTrainedModel) -> Any:
-    """The model below the CTC head."""
-    return getattr(model, model.base_model_prefix)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:

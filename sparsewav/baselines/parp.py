@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from sparsewav.baselines import CompressionReport
-from sparsewav.baselines.distillation import base_of, no_masking, reader
+from sparsewav.baselines.distillation import no_masking, reader
 from sparsewav.baselines.magnitude import prune_by_magnitude
 from sparsewav.data.utterances import Utterance
+from sparsewav.pruning.encoder import base_of
 from sparsewav.settings.baselines import ParpConfig
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import train

@@ -24,8 +24,7 @@ from transformers import (
 )
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-PREFIX = "sparsewav-"
-"""What ``model_type`` starts with; the rest is the family's own."""
+from sparsewav.pruning.encoder import OWN_PREFIX
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class StructuredWav2Vec2Config(Wav2Vec2Config):
     feature_scale: the features of the convolutions are multiplied by a vector before they are projected.
     """
 
-    model_type = PREFIX + "wav2vec2"
+    model_type = OWN_PREFIX + "wav2vec2"
     layers: list | None = None
     feature_scale: bool = False
 
@@ -59,7 +58,7 @@ class StructuredWav2Vec2Config(Wav2Vec2Config):
 class StructuredHubertConfig(HubertConfig):
     """As :class:`StructuredWav2Vec2Config`."""
 
-    model_type = PREFIX + "hubert"
+    model_type = OWN_PREFIX + "hubert"
     layers: list | None = None
     feature_scale: bool = False
 
@@ -67,7 +66,7 @@ class StructuredHubertConfig(HubertConfig):
 class StructuredWavLMConfig(WavLMConfig):
     """As :class:`StructuredWav2Vec2Config`."""
 
-    model_type = PREFIX + "wavlm"
+    model_type = OWN_PREFIX + "wavlm"
     layers: list | None = None
     feature_scale: bool = False
 

@@ -61,6 +61,11 @@ def check_family(model_type: str, name: str) -> None:
         )
 
 
+def base_of(model: PreTrainedModel) -> Any:
+    """The model below the CTC head."""
+    return getattr(model, model.base_model_prefix)
+
+
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer layers of a CTC model.
 
@@ -68,7 +73,7 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         UserError: the model's family is not supported.
     """
     check_family(model.config.model_type, type(model).__name__)
-    return getattr(model, model.base_model_prefix).encoder.layers
+    return base_of(model).encoder.layers
 
 
 def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:

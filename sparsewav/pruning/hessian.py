@@ -23,6 +23,7 @@ from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import (
     PrunableMatrix,
+    base_of,
     encoder_layers,
     model_batches,
     projections_as_modules,
@@ -308,7 +309,7 @@ def calibrate(
             parts = list(model_batches(model, batch))
             for number, (part, share) in enumerate(zip(parts, shares_of(model, parts, len(sized)), strict=True)):
                 observer.start_batch(frame_mask_of(model, part), 1000 * index + number, share)
-                getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
+                base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
                 observer.end_batch()
             if progress:
                 progress(min(index + distributed.world(), len(sized)), len(sized))

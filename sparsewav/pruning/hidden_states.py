@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import frame_counts, model_batches
+from sparsewav.pruning.encoder import base_of, frame_counts, model_batches
 
 
 def frame_mask_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -72,7 +72,7 @@ def first_layer_inputs(
             parts = list(model_batches(model, batch))
             for number, (part, share) in enumerate(zip(parts, shares_of(model, parts, len(sized)), strict=True)):
                 with suppress(_StopForward):
-                    getattr(model, model.base_model_prefix)(part["input_values"], attention_mask=part["attention_mask"])
+                    base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
                 hidden_states, arguments = caught.pop()
                 item = LayerInputs(folder, 1000 * index + number, share)
                 item.save("hidden_states", hidden_states)

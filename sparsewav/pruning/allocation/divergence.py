@@ -17,6 +17,7 @@ from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.sensitivity import only_matrices_trainable
 from sparsewav.pruning.encoder import (
     PrunableMatrix,
+    base_of,
     encoder_layers,
     model_batches,
     projections_as_modules,
@@ -43,7 +44,7 @@ class Judge:
         self.model = model
         self.evaluations = 0
         self._layers = encoder_layers(model)
-        self._front: nn.Module = getattr(model, model.base_model_prefix).feature_extractor
+        self._front: nn.Module = base_of(model).feature_extractor
         self._parts = [
             {name: value for name, value in part.items() if name != "labels"}
             for batch in batches
