@@ -1,11 +1,9 @@
-"""``python -m experiments``: run what is missing of the paper's tables and figures, and draw them.
-
-Usage: ./reproduce.sh [demo | paper] [all | table1 ... figure6] [options] [-- key=value ...]
-"""
+"""``python -m experiments``, the command behind ``./reproduce.sh``: run what is missing and draw tables and figures."""
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,33 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.estimate import estimate, training_seconds
-from experiments.ours import figure5, figure6, table4
+from experiments.items import ITEMS, OURS, PAPER
 from experiments.page import write_page
-from experiments.paper import figure1, figure2, figure3, figure4, table1, table2, table3
 from experiments.results import Item, Result
-from experiments.sweeps import Scale, Sweep, jobs, launch
+from experiments.sweeps import MODELS, Scale, Sweep, jobs, launch
 from sparsewav.errors import UserError
 
-ITEMS: dict[str, Item] = {
-    "table1": table1.ITEM,
-    "figure1": figure1.ITEM,
-    "figure2": figure2.ITEM,
-    "figure3": figure3.ITEM,
-    "figure4": figure4.ITEM,
-    "table2": table2.ITEM,
-    "table3": table3.ITEM,
-    "table4": table4.ITEM,
-    "figure5": figure5.ITEM,
-    "figure6": figure6.ITEM,
-}
+GROUPS = {"all": [item for item in ITEMS.values() if not item.hours], "full": list(ITEMS.values())}
+"""The words that stand for several items; the first one is the default."""
 
-LONG = ("table4", "figure5")
-"""Items that ``full`` has and ``all`` has not: hours of runs at demo scale."""
-
-EPILOG = """examples:
-  ./reproduce.sh                         the paper's tables and figures at demo scale: 2 CPU cores, nothing to fetch but
-                                         PyPI
-  ./reproduce.sh full                    ours, too: table4 and figure5, hours more
+EXAMPLES = """examples:
+  ./reproduce.sh                         the paper's items at demo scale: 2 CPU cores, nothing to fetch but PyPI
   ./reproduce.sh table1 figure4          some of them
   ./reproduce.sh paper --dry-run         list the jobs at paper scale: LibriSpeech, published checkpoints, a GPU
   ./reproduce.sh --draw                  draw again what is finished, without running anything
@@ -63,19 +45,18 @@ def main() -> int:
     settings = tuple(word for word in arguments.overrides if not word.startswith("hydra"))
     scale = Scale(arguments.scale, folder, settings)
     try:
-        sweeps = list(dict.fromkeys(sweep for name in arguments.items for sweep in ITEMS[name].sweeps))
         if arguments.dry_run:
-            _show_plan(sweeps, scale, console)
+            _show_plan(arguments.items, scale, console)
             return 0
         started = time.perf_counter()
         failed = []
         drawn: dict[str, Result] = {}
-        for name in arguments.items:
-            missing = 0 if arguments.draw else _run(name, scale, launcher, console)
-            result = _draw(name, scale, console)
+        for item in arguments.items:
+            missing = 0 if arguments.draw else _run(item, scale, launcher, console)
+            result = _draw(item, scale, console)
             if result:
-                drawn[name] = result
-            failed += [name] if missing or not result else []
+                drawn[item.name] = result
+            failed += [item.name] if missing or not result else []
         _write_page(scale, drawn, console)
         console.print(f"{time.perf_counter() - started:.0f} seconds")
         if failed:
@@ -89,8 +70,19 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _usual() -> list[str]:
-    return [name for name in ITEMS if name not in LONG]
+def _epilog() -> str:
+    """The items with their titles, the words that stand for several, and examples."""
+    sections = [(f"{whose}:", [(item.name, item.title) for item in items]) for whose, items in _ORIGINS]
+    hours = " and ".join(item.name for item in ITEMS.values() if item.hours)
+    groups = [("all", f"every item but {hours} (default)"), ("full", f"every item; {hours} take hours more")]
+    lists = [
+        "\n".join([title, *(f"  {name:<16} {text}" for name, text in rows)])
+        for title, rows in [*sections, ("several items:", groups)]
+    ]
+    return "\n\n".join([*lists, EXAMPLES])
+
+
+_ORIGINS = (("items of the paper", PAPER), ("items of this project", OURS))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -99,120 +91,121 @@ def _parse(words: list[str]) -> argparse.Namespace:
         words, overrides = words[: words.index("--")], words[words.index("--") + 1 :]
     parser = argparse.ArgumentParser(
         prog="./reproduce.sh",
-        description="Regenerate the paper's tables and figures: run what is missing, then draw.",
-        epilog=EPILOG,
+        description="Regenerate the paper's tables and figures, and this project's: run what is missing, then draw.",
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "words",
         nargs="*",
-        metavar="demo|paper|all|full|table1..4|figure1..6",
-        help="scale (default demo), and tables and figures (default all)",
+        metavar="|".join([*MODELS, *GROUPS, "item"]),
+        help=f"the scale (default {next(iter(MODELS))}) and the items (default {next(iter(GROUPS))})",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the jobs and an estimate; run nothing")
     parser.add_argument("--draw", action="store_true", help="draw what is finished; run nothing")
     parser.add_argument("--output", type=Path, help="folder of runs, tables and figures (default outputs/<scale>)")
     arguments = parser.parse_args(words)
     arguments.overrides = overrides
-    arguments.scale, arguments.items = "demo", []
+    arguments.scale, chosen = next(iter(MODELS)), []
     for word in arguments.words:
-        if word in ("demo", "paper"):
+        if word in MODELS:
             arguments.scale = word
-        elif word == "full":
-            arguments.items += ITEMS
-        elif word == "all":
-            arguments.items += _usual()
+        elif word in GROUPS:
+            chosen += GROUPS[word]
         elif word in ITEMS:
-            arguments.items.append(word)
+            chosen.append(ITEMS[word])
         else:
-            parser.error(
-                f"{word} is neither demo, paper, all, full nor one of {', '.join(ITEMS)}; settings go behind --"
-            )
-    arguments.items = list(dict.fromkeys(arguments.items)) or _usual()
+            choices = ", ".join([*MODELS, *GROUPS, *ITEMS])
+            parser.error(f"{word} is none of {choices}; settings go behind --")
+    arguments.items = list(dict.fromkeys(chosen or next(iter(GROUPS.values()))))
     return arguments
 
 
-def _run(name: str, scale: Scale, launcher: tuple[str, ...], console: Console) -> int:
-    """Launch every sweep of an item that misses runs; gives how many are missing afterwards."""
+def _run(item: Item, scale: Scale, launcher: tuple[str, ...], console: Console) -> int:
+    """Launch every sweep of an item that misses runs, then measure; returns how many runs are still missing."""
     missing = 0
-    for sweep in ITEMS[name].sweeps:
+    for sweep in item.sweeps:
         if all(job.done for job in jobs(sweep, scale)):
             continue
-        extra = () if sweep.experiment == "timing" else launcher
-        console.rule(f"{name}: {escape(sweep.command(scale))}")
+        extra = () if sweep.experiment == "paper/timing" else launcher
+        console.rule(f"{item.name}: {escape(sweep.command(scale))}")
         missing += launch(sweep, scale, extra)
-    measure = ITEMS[name].measure
-    if measure and not missing:
-        measure(scale)
+    if item.measure and not missing:
+        item.measure(item, scale)
     return missing
 
 
-def _draw(name: str, scale: Scale, console: Console) -> Result | None:
+def _draw(item: Item, scale: Scale, console: Console) -> Result | None:
     """Draw one item and show it; None, with the reason on the terminal, if it cannot be drawn."""
     try:
-        result = ITEMS[name].make(scale)
+        result = item.make(item, scale)
     except UserError as error:
-        console.print(f"[bold red]{name}:[/bold red] {escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]{item.name}:[/bold red] {escape(str(error))}", soft_wrap=True)
         return None
-    _show(result, console)
+    _show(item, result, console)
     return result
 
 
 def _write_page(scale: Scale, drawn: dict[str, Result], console: Console) -> None:
-    """Write the page with every item that is finished, those of earlier launches, too."""
-    finished: dict[str, tuple[Item, Result]] = {}
-    for name, item in ITEMS.items():
-        if name in drawn:
-            finished[name] = (item, drawn[name])
+    """Write the page with every finished item, including those of earlier launches."""
+    finished: list[tuple[Item, Result]] = []
+    for item in ITEMS.values():
+        if item.name in drawn:
+            finished.append((item, drawn[item.name]))
         elif all(job.done for sweep in item.sweeps for job in jobs(sweep, scale)):
             with suppress(UserError):  # not measured yet
-                finished[name] = (item, item.make(scale))
+                finished.append((item, item.make(item, scale)))
     if finished:
         console.print(f"Everything on one page: {write_page(scale, finished)}")
 
 
-def _show(result: Result, console: Console) -> None:
+def _show(item: Item, result: Result, console: Console) -> None:
     if result.table is not None:
-        shown = Table(title=result.title)
+        shown = Table(title=item.title)
         for column in result.table.columns:
             shown.add_column(column, overflow="fold")
         for row in result.table.astype(object).where(result.table.notna(), "–").itertuples(index=False):
             shown.add_row(*(escape(str(cell)) for cell in row))
         console.print(shown)
     else:
-        console.print(f"[bold]{result.title}[/bold]")
+        console.print(f"[bold]{item.title}[/bold]")
     for note in result.notes:
         console.print(f"  {escape(note)}", style="dim", soft_wrap=True)
     console.print("  " + "  ".join(str(path) for path in result.files), soft_wrap=True)
 
 
-def _show_plan(sweeps: list[Sweep], scale: Scale, console: Console) -> None:
+def needed_by(sweep: Sweep) -> list[str]:
+    """Names of all items that read the runs of a sweep."""
+    return [item.name for item in ITEMS.values() if sweep in item.sweeps]
+
+
+def _show_plan(items: Sequence[Item], scale: Scale, console: Console) -> None:
+    sweeps = list(dict.fromkeys(sweep for item in items for sweep in item.sweeps))
     plan = Table(title=f"{scale.name} scale, in {scale.folder}")
-    for column in ("command", "runs", "done", "updates each", "seconds to go, estimated"):
-        plan.add_column(column, justify="left" if column == "command" else "right", overflow="fold")
-    total = training_seconds(sweeps, scale)
-    training = total
+    plan.add_column("command", overflow="fold")
+    plan.add_column("needed by", max_width=max(map(len, ITEMS)))  # a name a line leaves room for the command
+    for column in ("runs", "done", "updates each", "estimated seconds"):
+        plan.add_column(column, justify="right", overflow="fold")
+    total = training = training_seconds(sweeps, scale)
+    found = [job for sweep in sweeps for job in jobs(sweep, scale)]
     for sweep in sweeps:
-        found = jobs(sweep, scale)
         guess = estimate(sweep, scale)
         total += guess.seconds
         plan.add_row(
             escape(sweep.command(scale)),
-            str(len(found)),
-            str(sum(job.done for job in found)),
+            "\n".join(needed_by(sweep)),
+            str(len(jobs(sweep, scale))),
+            str(sum(job.done for job in jobs(sweep, scale))),
             guess.updates,
             f"{guess.seconds:,.0f}",
         )
     if training:
-        plan.add_row("training of the demo's models, on first use", "", "", "", f"{training:,.0f}")
+        plan.add_row("training of the demo's models, on first use", "", "", "", "", f"{training:,.0f}")
     console.print(plan)
-    for sweep in sweeps:
-        for job in jobs(sweep, scale):
-            state = "done" if job.done else "to do"
-            console.print(f"  {state:5}  {job.folder}", soft_wrap=True, highlight=False)
-    runs = sum(len(jobs(sweep, scale)) for sweep in sweeps)
+    for job in found:
+        console.print(f"  {'done' if job.done else 'to do':5}  {job.folder}", soft_wrap=True, highlight=False)
     console.print(
-        f"{runs} runs; about {total / 60:,.0f} minutes to go, on the hardware named in experiments/estimate.py"
+        f"{len(found)} runs; about {total / 60:,.0f} minutes to go, on the hardware named in experiments/estimate.py"
     )
 
 

@@ -1,4 +1,4 @@
-"""How long a sweep is going to take: rough, for ``--dry-run``."""
+"""A rough estimate of how long a sweep takes, for ``--dry-run``."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from sparsewav.models.load import lineage, trained_model_folder
 from sparsewav.settings.baselines import TrainedMethod
 from sparsewav.settings.run import Config, key_names
@@ -31,14 +31,19 @@ TRAINING_SECONDS = {
     "demo-wavlm": 100.0,
     "demo-hubert": 50.0,
 }
-"""Of the demo's models that are trained on first use, on the same 2 cores."""
+"""Seconds to train each of the demo's models that are trained on first use, on the same 2 cores."""
 TRAINING_UTTERANCES = {"demo": 20_000, "paper": 28_539}
-"""Of the demo's train set, and of LibriSpeech's train-clean-100."""
+"""Size of the demo's train set and of LibriSpeech's train-clean-100."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Attributes: seconds: of the runs still to do. updates: of a run, least to most."""
+    """What a sweep costs.
+
+    Attributes:
+        seconds: Duration of the runs that are still to do.
+        updates: The fewest and the most updates of a run.
+    """
 
     seconds: float
     updates: str
@@ -64,7 +69,7 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
 
 def training_seconds(sweeps: Iterable[Sweep], scale: Scale) -> float:
     """Estimate the seconds that it takes to train the models which sweeps want and which are not in the cache yet."""
-    wanted = {CAST[scale.name][sweep.role] for sweep in sweeps if not all(job.done for job in jobs(sweep, scale))}
+    wanted = {MODELS[scale.name][sweep.role] for sweep in sweeps if not all(job.done for job in jobs(sweep, scale))}
     models = {name for model in wanted & TRAINING_SECONDS.keys() for name in lineage(model)}
     missing = [model for model in models if not (trained_model_folder(model) / "training.json").is_file()]
     return sum(TRAINING_SECONDS[model] for model in missing)

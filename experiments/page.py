@@ -29,11 +29,11 @@ pre { background: var(--back); padding: .6rem; overflow-x: auto; font-size: .8re
 """
 
 
-def write_page(scale: Scale, results: dict[str, tuple[Item, Result]]) -> Path:
+def write_page(scale: Scale, results: list[tuple[Item, Result]]) -> Path:
     """Write ``index.html`` with the results given, in their order; returns its path."""
     path = scale.folder / "index.html"
-    links = " ".join(f'<a href="#{name}">{escape(_short(name))}</a>' for name in results)
-    sections = "".join(_section(name, item, result, scale) for name, (item, result) in results.items())
+    links = " ".join(f'<a href="#{item.name}">{escape(item.short)}</a>' for item, _ in results)
+    sections = "".join(_section(item, result, scale) for item, result in results)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -47,23 +47,19 @@ def write_page(scale: Scale, results: dict[str, tuple[Item, Result]]) -> Path:
     return path
 
 
-def _short(name: str) -> str:
-    return name.replace("table", "Table ").replace("figure", "Figure ")
-
-
-def _section(name: str, item: Item, result: Result, scale: Scale) -> str:
+def _section(item: Item, result: Result, scale: Scale) -> str:
     body = ""
     if result.files[0].suffix == ".png":
         picture = base64.b64encode(result.files[0].read_bytes()).decode()
-        body = f'<img alt="{escape(result.title)}" src="data:image/png;base64,{picture}">'
+        body = f'<img alt="{escape(item.title)}" src="data:image/png;base64,{picture}">'
     if result.table is not None:
         body += f'<div class="wide">{_table(result.table)}</div>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
     runs = sum(len(jobs(sweep, scale)) for sweep in item.sweeps)
-    commands = "\n".join([f"./reproduce.sh {scale.name} {name}", *(sweep.command(scale) for sweep in item.sweeps)])
+    commands = "\n".join([f"./reproduce.sh {scale.name} {item.name}", *(sweep.command(scale) for sweep in item.sweeps)])
     files = ", ".join(f'<a href="{escape(path.name)}">{escape(path.name)}</a>' for path in result.files)
     return (
-        f'<section id="{name}"><h2>{escape(result.title)}</h2>\n{body}\n<ul>{notes}</ul>\n'
+        f'<section id="{item.name}"><h2>{escape(item.title)}</h2>\n{body}\n<ul>{notes}</ul>\n'
         f"<p>Files: {files}. {_cost(item, scale)} Made of {runs} runs by</p><pre>{escape(commands)}</pre></section>\n"
     )
 

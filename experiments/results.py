@@ -1,7 +1,7 @@
-"""What a table or figure is, once made; and the paper's own figures."""
+"""What a table or figure is, before and after it is drawn."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +16,54 @@ class Result:
     """A finished table or figure.
 
     Attributes:
-        title: caption.
-        notes: sentences below it.
-        table: cells as printed, of a table, or beside a figure.
-        files: what was written, a figure's PNG first.
+        notes: Sentences to print below it.
+        files: The files that were written, with the PNG of a figure first.
+        table: The printed cells of a table, or of the table beside a figure.
     """
 
-    title: str
     notes: list[str]
+    files: list[Path]
     table: pandas.DataFrame | None = None
-    files: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A table or figure of the paper.
+    """A table or figure that ``./reproduce.sh`` makes.
 
     Attributes:
-        sweeps: whose runs it reads.
-        make: reads them, writes its files and tells what it made.
-        measure: what is to be measured of the runs' models once all are there, if anything.
+        name: Its name on the command line and the stem of its files.
+        title: Its caption.
+        sweeps: The sweeps whose runs it reads.
+        make: Reads these runs, writes the item's files and returns what it made. It raises UserError if a run is
+            missing.
+        measure: Measures the models of the runs once all are finished. Most items need no such step.
+        hours: Whether its runs take hours at demo scale, so that ``full`` includes it and ``all`` does not.
     """
 
+    name: str
+    title: str
     sweeps: tuple[Sweep, ...]
-    make: Callable[[Scale], Result]
-    measure: Callable[[Scale], None] | None = None
+    make: Callable[["Item", Scale], Result]
+    measure: Callable[["Item", Scale], None] | None = None
+    hours: bool = False
+
+    @property
+    def short(self) -> str:
+        """The beginning of the title, for links: ``Table 1``."""
+        return self.title.partition(":")[0]
+
+    def files(self, scale: Scale, *suffixes: str) -> list[Path]:
+        """Paths of the item's files with these suffixes."""
+        return [scale.folder / f"{self.name}.{suffix}" for suffix in suffixes]
 
 
 def paper() -> dict[str, Any]:
-    """The paper's own figures, as ``paper.yaml`` has them."""
+    """The figures that the paper reports, as ``paper.yaml`` has them."""
     return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
 
 
 def describe(runs: pandas.DataFrame, scale: Scale) -> str:
-    """One sentence on where the figures of some runs come from."""
+    """One sentence on the models, data and devices of some runs."""
     devices = ", ".join(sorted(set(runs["device"])))
     models = ", ".join(dict.fromkeys(runs["model"]))
     seeds = ", ".join(str(seed) for seed in sorted(set(runs["seed"])))

@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -21,7 +21,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.pipeline import run_folder
 
-CAST = {
+MODELS = {
     "demo": {
         "base": "demo",
         "large": "demo-large-960h",  # the best of the three: at 2 cores' scale the others are far from converged
@@ -41,7 +41,7 @@ CAST = {
         "hubert": "hubert-base-100h",
     },
 }
-"""Which option of the group ``model`` plays which of the paper's models, at each scale."""
+"""The option of the group ``model`` that stands for each of the paper's models, at each scale."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Scale:
 
     Attributes:
         name: ``demo`` or ``paper``.
-        folder: where runs, tables and figures go.
-        overrides: settings added to every run, e.g. another corpus.
+        folder: The folder of runs, tables and figures.
+        overrides: Settings added to every run, e.g. another corpus.
     """
 
     name: str
@@ -64,25 +64,33 @@ class Sweep:
     """One launch of ``sparsewav``.
 
     Attributes:
-        experiment: file of ``conf/experiment`` with the grid.
-        role: of the model, a key of :data:`CAST`.
-        demo: settings at demo scale alone.
-        both: settings at either scale.
-        seconds: of a one-shot run at demo scale, where it takes longer than the paper's method; for the estimate.
+        experiment: The file of ``conf/experiment`` with the grid.
+        role: Which of the paper's models is pruned, a key of :data:`MODELS`.
+        demo: Settings at demo scale alone.
+        both: Settings at either scale.
+        preset: A preset of ``conf/experiment`` that the grid is run with.
+        seconds: Duration of a one-shot run at demo scale, for the estimate; None where it is that of the paper's
+            method.
     """
 
     experiment: str
     role: str
     demo: tuple[str, ...] = ()
     both: tuple[str, ...] = ()
+    preset: str | None = None
     seconds: float | None = None
+
+    def settings(self, scale: Scale) -> list[str]:
+        """Arguments of the command ``sparsewav`` but for the folder."""
+        experiment = f"[{self.preset},{self.experiment}]" if self.preset else self.experiment
+        model = MODELS[scale.name][self.role]
+        own = (*self.both, *(self.demo if scale.name == "demo" else ()))
+        return [f"experiment={experiment}", f"scale={scale.name}", f"model={model}", *own, *scale.overrides]
 
     def arguments(self, scale: Scale) -> list[str]:
         """Arguments of the command ``sparsewav``."""
-        model = CAST[scale.name][self.role]
         root = [] if scale.folder == Path("outputs") / scale.name else [f"output_root={scale.folder}"]
-        own = (*self.both, *(self.demo if scale.name == "demo" else ()))
-        return [f"experiment={self.experiment}", f"scale={scale.name}", f"model={model}", *own, *root, *scale.overrides]
+        return [*self.settings(scale), *root]
 
     def command(self, scale: Scale) -> str:
         """The command, to be typed."""
@@ -94,9 +102,9 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        folder: of the run.
-        settings: its point of the grid.
-        config: the composed configuration.
+        folder: The folder of the run.
+        settings: Its point of the grid.
+        config: The composed configuration.
     """
 
     folder: Path
@@ -110,30 +118,21 @@ class Job:
 
 @cache
 def jobs(sweep: Sweep, scale: Scale) -> list[Job]:
-    """Every run of a sweep, in the order of its grid.
-
-    Raises:
-        UserError: the configuration does not compose.
-    """
-    arguments = sweep.arguments(scale)
-    grid = _compose(arguments).hydra.sweeper.params
+    """Every run of a sweep, in the order of its grid."""
+    settings = tuple(sweep.settings(scale))
+    grid = _composed(settings).hydra.sweeper.params
     values = {key: [item.strip() for item in str(text).split(",")] for key, text in grid.items()}
     # Only the choice of a group needs Hydra again; a plain value is set in what it composed.
     groups = [key for key in values if "." not in key and (conf_folder() / key).is_dir()]
     found = []
-    for point in product(*values.values()):
-        settings = dict(zip(values, point, strict=True))
-        chosen = tuple(f"{key}={settings[key]}" for key in groups)
-        config = _compose([*arguments, *chosen]).copy()
+    for words in product(*values.values()):
+        point = dict(zip(values, words, strict=True))
+        config = _composed((*settings, *(f"{key}={point[key]}" for key in groups))).copy()
+        config.output_root = str(scale.folder)
         for key in values.keys() - set(groups):
-            OmegaConf.update(config, key, json.loads(settings[key]))
-        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
-        found.append(Job(folder, settings, config))
+            OmegaConf.update(config, key, json.loads(point[key]))
+        found.append(Job(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir, point, config))
     return found
-
-
-def _compose(arguments: Sequence[str]) -> DictConfig:
-    return _composed(tuple(arguments))
 
 
 @cache
@@ -147,9 +146,9 @@ def launch(sweep: Sweep, scale: Scale, extra: Iterable[str] = ()) -> int:
     """Run what is missing of a sweep, in a process of its own that shows its progress.
 
     Args:
-        sweep: what to run.
-        scale: where.
-        extra: further arguments that do not change the results, e.g. a launcher.
+        sweep: What to run.
+        scale: Where to run it.
+        extra: Further arguments that do not change the results, e.g. a launcher.
 
     Returns:
         How many of its runs are still missing.
@@ -162,7 +161,7 @@ def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
     """Read the finished runs of sweeps into a table, a row a run: its metrics, and ``experiment`` and ``role``.
 
     Raises:
-        UserError: a run is missing; the message has the command that makes it.
+        UserError: A run is missing; the message has the command that makes it.
     """
     rows: list[dict[str, Any]] = []
     for sweep in sweeps:

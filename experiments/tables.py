@@ -1,30 +1,35 @@
 """Tables: one data frame as CSV, Markdown and LaTeX."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas
 
+from experiments.results import Item, Result
+from experiments.sweeps import Scale
 from sparsewav.files import write_file
 
 
-def write_table(folder: Path, name: str, title: str, table: pandas.DataFrame, notes: Sequence[str]) -> None:
-    """Write ``<name>.csv``, ``<name>.md`` and ``<name>.tex``.
+def write_table(item: Item, scale: Scale, table: pandas.DataFrame, notes: list[str]) -> Result:
+    """Write ``<item>.csv``, ``<item>.md`` and ``<item>.tex``.
 
     Args:
-        folder: where to.
-        name: of the files.
-        title: caption.
-        table: cells as they are to be printed; a missing one becomes a dash.
-        notes: sentences below the table.
+        item: The table's name and title.
+        scale: Its folder is where the files go.
+        table: Cells as they are to be printed; a missing one becomes a dash.
+        notes: Sentences below the table.
+
+    Returns:
+        The table with its notes and files.
     """
     printed = table.astype(object).where(table.notna(), "–")
-    with write_file(folder / f"{name}.csv") as path:
+    csv, markdown, latex = files = item.files(scale, "csv", "md", "tex")
+    with write_file(csv) as path:
         table.to_csv(path, index=False)
-    with write_file(folder / f"{name}.md") as path:
-        path.write_text(_markdown(title, printed, notes), encoding="utf-8")
-    with write_file(folder / f"{name}.tex") as path:
-        path.write_text(_latex(name, title, printed, notes), encoding="utf-8")
+    with write_file(markdown) as path:
+        path.write_text(_markdown(item.title, printed, notes), encoding="utf-8")
+    with write_file(latex) as path:
+        path.write_text(_latex(item.name, item.title, printed, notes), encoding="utf-8")
+    return Result(notes, files, table)
 
 
 def mean_and_deviation(values: Sequence[float] | pandas.Series, digits: int = 2) -> str:

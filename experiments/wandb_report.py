@@ -56,11 +56,11 @@ def build_report(entity: str, project: str) -> reports.Report:
         description="Table 1, Figures 1 to 4 and Table 3 from the tracked sweeps of ./reproduce.sh",
         blocks=[
             reports.H1("Ablation at 75 % sparsity"),
-            grid(("ablation_one_shot", "ablation_finetune"), *bars),
+            grid(("paper/ablation_one_shot", "paper/ablation_finetune"), *bars),
             reports.H1("WER over sparsity"),
-            grid(("curve_one_shot", "curve_one_pass", "curve_progressive"), *curves),
+            grid(("paper/curve_one_shot", "paper/curve_one_pass", "paper/curve_progressive"), *curves),
             reports.H1("Time to prune"),
-            grid(("timing",), seconds),
+            grid(("paper/timing",), seconds),
         ],
     )
 

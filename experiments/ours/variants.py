@@ -1,7 +1,7 @@
-"""The methods that Table 4 and Figure 5 compare, and the comparison: paired by seed and by utterance."""
+"""The methods that the accuracy table and curves compare, and the comparison, paired by seed and by utterance."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jiwer
 import numpy as np
@@ -23,49 +23,42 @@ class Variant:
     """One method.
 
     Attributes:
-        name: of its row.
-        settings: that differ from the default configuration.
-        ablation: it shows what a part is worth, and runs at two sparsities alone.
-        figure: label in Figure 5; None to leave it out there.
-        note: what was found of it, for the notes below the table.
-        seconds: of a run at demo scale, where it takes longer than the paper's method.
+        name: The name of its row, for a preset that of its file in ``conf/experiment``.
+        settings: The settings that differ from the default configuration.
+        preset: Whether it is a preset, whose settings stand in its file.
+        ablation: Whether it shows what one part is worth, and is run at two sparsities alone.
+        curve: Its label in the accuracy curves; None to leave it out there.
+        seconds: Duration of a run at demo scale; None where it is that of the paper's method.
     """
 
     name: str
-    settings: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    preset: bool = False
     ablation: bool = False
-    figure: str | None = None
-    note: str | None = None
+    curve: str | None = None
     seconds: float | None = None
 
     @property
     def one_shot(self) -> Sweep:
-        experiment = "variants_ablation" if self.ablation else "variants_one_shot"
-        return Sweep(experiment, "base", both=self.settings, seconds=self.seconds)
+        return self._sweep("ours/accuracy_ablation" if self.ablation else "ours/accuracy_one_shot")
 
     @property
     def tuned(self) -> Sweep:
-        return Sweep("variants_tuned", "base", demo=("training=demo_short",), both=self.settings)
+        return replace(self._sweep("ours/accuracy_tuned"), demo=("training=demo_short",), seconds=None)
+
+    def _sweep(self, experiment: str) -> Sweep:
+        preset = self.name if self.preset else None
+        return Sweep(experiment, "base", both=self.settings, preset=preset, seconds=self.seconds)
 
 
 ALPS = (*EXACT, "solver=alps")
 TRUE_SEQUENTIAL = "calibration.propagation=true_sequential"
 ASYMMETRIC = (TRUE_SEQUENTIAL, "objective=asymmetric")
-BLOCK = ("calibration.propagation=sequential", "recovery=reconstruction", "recovery.steps=50")
-BEST_ONESHOT = ("solver=alps", "allocation=uniform", *BLOCK)
-"""What ``conf/experiment/best_oneshot.yaml`` sets."""
-BEST = (
-    "solver=alps",
-    "allocation=error_curves",
-    "calibration.propagation=sequential",
-    "recovery=reconstruction",
-    "recovery.steps=200",
-)
-"""What ``conf/experiment/best.yaml`` sets."""
+RECONSTRUCTION = ("calibration.propagation=sequential", "recovery=reconstruction", "recovery.steps=50")
 
 VARIANTS = (
-    Variant("the paper's method, exact budget", EXACT, figure="the paper's method"),
-    Variant("the paper's method as it is", ()),
+    Variant("the paper's method, exact budget", EXACT, curve="the paper's method"),
+    Variant("the paper's method as it is"),
     Variant("+ saliency compared within matrices", (*EXACT, "saliency.comparison_group=matrix"), ablation=True),
     Variant("+ true_sequential, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
     Variant(
@@ -74,7 +67,7 @@ VARIANTS = (
         ablation=True,
         seconds=15.0,
     ),
-    Variant("+ sequential, reconstruction", (*EXACT, *BLOCK), ablation=True, seconds=45.0),
+    Variant("+ sequential, reconstruction", (*EXACT, *RECONSTRUCTION), ablation=True, seconds=45.0),
     Variant("+ obs_refit", (*EXACT, "solver=obs_refit"), ablation=True),
     Variant("+ alps", ALPS, seconds=25.0),
     Variant("+ alps, true_sequential, asymmetric", (*ALPS, *ASYMMETRIC), ablation=True, seconds=45.0),
@@ -88,10 +81,10 @@ VARIANTS = (
     Variant(
         "alps, search", ("solver=alps", "allocation=search", "allocation.evaluations=150"), ablation=True, seconds=140.0
     ),
-    Variant("best_oneshot", BEST_ONESHOT, figure="best_oneshot", seconds=50.0),
-    Variant("best", BEST, figure="best", seconds=230.0),
+    Variant("best_oneshot", preset=True, curve="best_oneshot", seconds=50.0),
+    Variant("best", preset=True, curve="best", seconds=230.0),
 )
-"""The first one is what the others are compared with; those with a + add to it."""
+"""All are compared with the first one; those whose name begins with a + add to it."""
 
 
 def read_edits(sweep: Sweep, scale: Scale) -> dict[tuple[float, int], pandas.DataFrame]:
@@ -118,14 +111,14 @@ def bootstrap_difference(
     """Difference of two corpus word error rates with its 95 % interval over utterances.
 
     Args:
-        edits: of every utterance, shape (utterances,); a mean over seeds is as good.
-        baseline: of the same utterances by the other method, shape (utterances,).
-        words: of their references, shape (utterances,).
-        seed: of the resampling.
+        edits: Number of edits in every utterance, or its mean over seeds, shape (utterances,).
+        baseline: The same of the other method, shape (utterances,).
+        words: Number of words in every reference, shape (utterances,).
+        seed: Seed of the resampling.
 
     Returns:
-        Difference (fraction), and the 2.5 % and 97.5 % quantiles over :data:`RESAMPLES` samples of the utterances with
-        replacement; both methods are always seen on the same utterances.
+        Difference (fraction), and its 2.5 % and 97.5 % quantiles over :data:`RESAMPLES` samples of the utterances with
+        replacement. Every sample takes the same utterances of both methods.
     """
     count = len(words)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
@@ -139,12 +132,12 @@ def compare(
     baseline: dict[tuple[float, int], pandas.DataFrame],
     sparsity: float,
 ) -> tuple[float, float, float]:
-    """Difference to the baseline at one sparsity, mean over the seeds, as :func:`bootstrap_difference` gives it."""
+    """Apply :func:`bootstrap_difference` to the edits at one sparsity, averaged over the seeds."""
     seeds = sorted(seed for target, seed in variant if target == sparsity)
     words = variant[sparsity, seeds[0]]["words"]
 
-    def mean_edits(of: dict[tuple[float, int], pandas.DataFrame]) -> np.ndarray:
-        return np.mean([of[sparsity, seed]["edits"].loc[words.index].to_numpy() for seed in seeds], axis=0)
+    def mean_edits(runs: dict[tuple[float, int], pandas.DataFrame]) -> np.ndarray:
+        return np.mean([runs[sparsity, seed]["edits"].loc[words.index].to_numpy() for seed in seeds], axis=0)
 
     return bootstrap_difference(mean_edits(variant), mean_edits(baseline), words.to_numpy())
 

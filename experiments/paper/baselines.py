@@ -55,7 +55,7 @@ ROWS = {
 def sweep_of(method: str, role: str) -> Sweep:
     """The runs of one method on one model."""
     demo = (*DEMO, *THREE_SEEDS) if method in SHORT else DEMO
-    return Sweep("baseline", role, demo=demo, both=(f"method={method}",))
+    return Sweep("paper/baseline", role, demo=demo, both=(f"method={method}",))
 
 
 def registered() -> dict[str, Row]:

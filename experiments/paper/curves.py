@@ -4,44 +4,36 @@ import pandas
 
 from experiments.plots import Curve, plot_curves
 from experiments.results import Item, Result, describe, paper
-from experiments.sweeps import CAST, Scale, Sweep, read
+from experiments.sweeps import MODELS, Scale, Sweep, read
 from sparsewav.files import write_file
 
 STRATEGIES = {"none": "one-shot", "one_pass": "fine-tuned", "progressive": "progressive"}
 
 
-def curve_item(name: str, role: str, published_model: str) -> Item:
-    """The figure of one model.
-
-    Args:
-        name: of the files, e.g. ``figure1``.
-        role: of the model, a key of :data:`~experiments.sweeps.CAST`.
-        published_model: the paper's.
-    """
-    sweeps = (
-        Sweep("curve_one_shot", role),
-        Sweep("curve_one_pass", role, demo=("training=demo_short",)),
-        Sweep("curve_progressive", role, demo=("training=demo_short",)),
+def sweeps(role: str) -> tuple[Sweep, ...]:
+    """The three curves of one model; ``role`` is a key of :data:`~experiments.sweeps.MODELS`."""
+    return (
+        Sweep("paper/curve_one_shot", role),
+        Sweep("paper/curve_one_pass", role, demo=("training=demo_short",)),
+        Sweep("paper/curve_progressive", role, demo=("training=demo_short",)),
     )
 
-    def make(scale: Scale) -> Result:
-        runs = read(sweeps, scale)
-        curves = []
-        for strategy, label in STRATEGIES.items():
-            points = points_of(runs[runs["finetune_strategy"] == strategy])
-            if strategy == "progressive":
-                # Where there is no earlier stage, progressive tuning is one-pass tuning: the same runs, in both curves.
-                tuned = points_of(runs[runs["finetune_strategy"] == "one_pass"])
-                points = pandas.concat([tuned[tuned["sparsity"] < points["sparsity"].min()].iloc[-1:], points])
-            curves.append(Curve(label, points, runs["wer_dense"].iloc[0]))
-        model = runs["model"].iloc[0]
-        plot_curves(scale.folder / name, f"{model} (paper: {published_model})", curves)
-        write_points(scale, name, runs)
-        notes = [describe(runs, scale), _updates(runs), *_claims(runs, role)]
-        title = f"{name.replace('figure', 'Figure ')}: WER over sparsity, {CAST[scale.name][role]}"
-        return Result(title, notes, files=[scale.folder / f"{name}.{suffix}" for suffix in ("png", "pdf", "csv")])
 
-    return Item(sweeps, make)
+def make(item: Item, scale: Scale) -> Result:
+    """Draw the figure of the one model that the item's sweeps are about."""
+    runs, role = read(item.sweeps, scale), item.sweeps[0].role
+    curves = []
+    for strategy, label in STRATEGIES.items():
+        points = points_of(runs[runs["finetune_strategy"] == strategy])
+        if strategy == "progressive":
+            # Where there is no earlier stage, progressive tuning is one-pass tuning: both curves have the same runs.
+            tuned = points_of(runs[runs["finetune_strategy"] == "one_pass"])
+            points = pandas.concat([tuned[tuned["sparsity"] < points["sparsity"].min()].iloc[-1:], points])
+        curves.append(Curve(label, points, runs["wer_dense"].iloc[0]))
+    title = f"{runs['model'].iloc[0]} (paper: {MODELS['paper'][role]})"
+    plot_curves(scale.folder / item.name, title, curves)
+    write_points(item, scale, runs)
+    return Result([describe(runs, scale), _updates(runs), *_claims(runs, role)], item.files(scale, "png", "pdf", "csv"))
 
 
 def points_of(runs: pandas.DataFrame) -> pandas.DataFrame:
@@ -49,8 +41,8 @@ def points_of(runs: pandas.DataFrame) -> pandas.DataFrame:
     return runs.rename(columns={"target_sparsity": "sparsity"})[["sparsity", "wer"]].sort_values("sparsity")
 
 
-def write_points(scale: Scale, name: str, runs: pandas.DataFrame) -> None:
-    """Write ``<name>.csv``: for every model, strategy and sparsity the WER over the seeds."""
+def write_points(item: Item, scale: Scale, runs: pandas.DataFrame) -> None:
+    """Write ``<item>.csv``: for every model, strategy and sparsity the WER over the seeds."""
     keys = ["model", "finetune_strategy", "target_sparsity"]
     groups = runs.groupby(keys, sort=True)
     table = pandas.DataFrame(
@@ -63,7 +55,8 @@ def write_points(scale: Scale, name: str, runs: pandas.DataFrame) -> None:
             "wer_deviation": groups["wer"].std(),
         }
     ).reset_index()
-    with write_file(scale.folder / f"{name}.csv") as path:
+    (csv,) = item.files(scale, "csv")
+    with write_file(csv) as path:
         table.to_csv(path, index=False, float_format="%.6g")
 
 

@@ -8,16 +8,12 @@ from experiments.sweeps import Scale, Sweep, read
 ROLES = {"large_10m": "10m", "large_100h": "100h", "large_960h": "960h"}
 """Role of each model, and the data that the paper's was fine-tuned on."""
 
-SWEEPS = tuple(Sweep("curve_one_shot", role) for role in ROLES)
+SWEEPS = tuple(Sweep("paper/curve_one_shot", role) for role in ROLES)
 
 
-def make(scale: Scale) -> Result:
-    """Draw ``figure4``.
-
-    Raises:
-        UserError: a run is missing.
-    """
-    runs = read(SWEEPS, scale)
+def make(item: Item, scale: Scale) -> Result:
+    """Draw the figure."""
+    runs = read(item.sweeps, scale)
     curves, increases = [], {}
     for role, hours in ROLES.items():
         chosen = runs[runs["role"] == role]
@@ -25,8 +21,8 @@ def make(scale: Scale) -> Result:
         label = f"{chosen['model'].iloc[0]} ({100 * dense:.1f} %; paper: {hours})"
         curves.append(Curve(label, points_of(chosen), dense))
         increases[label] = mean_increase(chosen)
-    plot_curves(scale.folder / "figure4", "Large models, more and more training data", curves)
-    write_points(scale, "figure4", runs)
+    plot_curves(scale.folder / item.name, "Large models, more and more training data", curves)
+    write_points(item, scale, runs)
     sparsities = [sparsity for sparsity in next(iter(increases.values())).index if sparsity >= 0.5]
     losses = [[increase[sparsity] for increase in increases.values()] for sparsity in sparsities]
     ordered = [loss for loss in losses if loss == sorted(loss, reverse=True)]
@@ -38,8 +34,4 @@ def make(scale: Scale) -> Result:
         + ", ".join(f"{label.split()[0]} {increase[0.7]:+.2f}" for label, increase in increases.items())
         + " points.",
     ]
-    title = "Figure 4: one-shot WER over sparsity, three large models"
-    return Result(title, notes, files=[scale.folder / f"figure4.{suffix}" for suffix in ("png", "pdf", "csv")])
-
-
-ITEM = Item(SWEEPS, make)
+    return Result(notes, item.files(scale, "png", "pdf", "csv"))

@@ -8,7 +8,7 @@ from experiments.results import Item, Result, describe, paper
 from experiments.sweeps import Scale, Sweep, read
 from experiments.tables import mean_and_deviation, write_table
 
-SWEEPS = (Sweep("ablation_one_shot", "base"), Sweep("ablation_finetune", "base"))
+SWEEPS = (Sweep("paper/ablation_one_shot", "base"), Sweep("paper/ablation_finetune", "base"))
 
 ROWS = {
     "obs": ("OBS, uniform sparsity", "obs", "uniform", "none"),
@@ -20,13 +20,9 @@ ROWS = {
 """Key in ``paper.yaml``; method, saliency, allocation and fine-tuning strategy."""
 
 
-def make(scale: Scale) -> Result:
-    """Write ``table1`` and say whether the paper's ordering holds.
-
-    Raises:
-        UserError: a run is missing.
-    """
-    runs = read(SWEEPS, scale)
+def make(item: Item, scale: Scale) -> Result:
+    """Write the table and say whether the paper's ordering holds."""
+    runs = read(item.sweeps, scale)
     published = paper()["table1"]
     dense = 100 * runs["wer_dense"].iloc[0]
     name = runs["model"].iloc[0]
@@ -72,9 +68,7 @@ def make(scale: Scale) -> Result:
         f"{tuned.iloc[1] - dense:.2f}; both had the same number of updates: "
         f"{'yes' if frame['Updates'].iloc[-1] == frame['Updates'].iloc[-2] else 'no'}.",
     ]
-    title = "Table 1: ablation at 75 % transformer sparsity"
-    write_table(scale.folder, "table1", title, frame, notes)
-    return Result(title, notes, frame, [scale.folder / f"table1.{suffix}" for suffix in ("csv", "md", "tex")])
+    return write_table(item, scale, frame, notes)
 
 
 def _verdict(difference: pandas.Series) -> str:
@@ -83,6 +77,3 @@ def _verdict(difference: pandas.Series) -> str:
     if len(difference) > 1 and abs(mean) <= 2 * error:
         return "not separated"
     return "yes" if mean < 0 else "no"
-
-
-ITEM = Item(SWEEPS, make)

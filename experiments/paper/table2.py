@@ -8,7 +8,8 @@ from experiments.sweeps import Scale, Sweep, read
 from experiments.tables import mean_and_deviation, write_table
 
 OURS = tuple(
-    Sweep("compression", role, demo=(*baselines.DEMO, *baselines.THREE_SEEDS)) for role in ("base", "wavlm", "hubert")
+    Sweep("paper/compression", role, demo=(*baselines.DEMO, *baselines.THREE_SEEDS))
+    for role in ("base", "wavlm", "hubert")
 )
 SWEEPS = (*OURS, *baselines.SWEEPS)
 
@@ -17,13 +18,9 @@ PRUNED = {"SparseWAV2VEC2": "base", "SparseWAVLM+": "wavlm", "Ours, HuBERT": "hu
 """Rows that are ours, and their model's role; the last one is not in the paper's table."""
 
 
-def make(scale: Scale) -> Result:
-    """Write ``table2``.
-
-    Raises:
-        UserError: a run is missing.
-    """
-    runs = read(SWEEPS, scale)
+def make(item: Item, scale: Scale) -> Result:
+    """Write the table."""
+    runs = read(item.sweeps, scale)
     published = {row["method"]: row for row in paper()["table2"]}
     methods = baselines.registered()
     names = [*(name for name in published if name not in PRUNED), *(name for name in methods if name not in published)]
@@ -60,9 +57,7 @@ def make(scale: Scale) -> Result:
         *_orderings(frame),
         "A dash: not run here. Models and speech of the demo scale are not the paper's: compare within a column.",
     ]
-    title = "Table 2: WER and parameters at 85 % transformer sparsity"
-    write_table(scale.folder, "table2", title, frame, notes)
-    return Result(title, notes, frame, [scale.folder / f"table2.{suffix}" for suffix in ("csv", "md", "tex")])
+    return write_table(item, scale, frame, notes)
 
 
 def _measured(chosen: pandas.DataFrame) -> dict[str, str]:
@@ -98,6 +93,3 @@ def _orderings(frame: pandas.DataFrame) -> list[str]:
     others = [name for name in names if name not in PRUNED]
     best = all(ours[name] > max(ours[mine] for mine in PRUNED if mine in ours) for name in others)
     return [f"{text}. Both of ours better than every other method: {'yes' if best else 'no'} (paper: yes)."]
-
-
-ITEM = Item(SWEEPS, make)

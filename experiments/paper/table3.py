@@ -9,7 +9,7 @@ from experiments.tables import mean_and_deviation, write_table
 from sparsewav.baselines import METHODS
 from sparsewav.errors import UserError
 
-OURS = (Sweep("timing", "base"), Sweep("timing", "large"))
+OURS = (Sweep("paper/timing", "base"), Sweep("paper/timing", "large"))
 LARGE = tuple(baselines.sweep_of(method, "large") for method in ("dphubert",) if method in METHODS)
 SWEEPS = (*OURS, *(sweep for sweep in baselines.SWEEPS if sweep.role == "base"), *LARGE)
 
@@ -17,13 +17,13 @@ ROLES = {"HuBERT-base": "base", "HuBERT-large": "large", "wav2vec2-base": "base"
 """Which of our models stands for each of the paper's."""
 
 
-def make(scale: Scale) -> Result:
-    """Write ``table3``.
+def make(item: Item, scale: Scale) -> Result:
+    """Write the table.
 
     Raises:
-        UserError: a run is missing, or took a piece from the cache.
+        UserError: A run is missing, or took a piece from the cache.
     """
-    runs = read(SWEEPS, scale)
+    runs = read(item.sweeps, scale)
     runs["prune"] = [seconds["prune"] for seconds in runs["seconds"]]
     if runs["cached"].map(len).any():
         raise UserError("a run of the timing sweep took a piece from the cache; run it again with force=true")
@@ -67,9 +67,7 @@ def make(scale: Scale) -> Result:
         + ("yes" if not slower else f"no, not faster than {', '.join(slower)}")
         + " (paper: yes). A dash: not run here.",
     ]
-    title = "Table 3: time to compress"
-    write_table(scale.folder, "table3", title, frame, notes)
-    return Result(title, notes, frame, [scale.folder / f"table3.{suffix}" for suffix in ("csv", "md", "tex")])
+    return write_table(item, scale, frame, notes)
 
 
 def _measured(chosen: pandas.DataFrame, ours: float) -> dict[str, str]:
@@ -91,6 +89,3 @@ def _measured(chosen: pandas.DataFrame, ours: float) -> dict[str, str]:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
-
-
-ITEM = Item(SWEEPS, make)

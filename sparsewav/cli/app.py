@@ -209,9 +209,10 @@ def _choices() -> dict[str, str]:
 
 def _group(folder: Path, is_sweep: bool) -> str | None:
     """The experiment that a run belongs to, or the folder of its sweep."""
-    experiment = _choices()["experiment"]
-    if experiment != "None":
-        return experiment
+    # A list of options (experiment=[best,ours/accuracy_one_shot]) is no choice of Hydra's; the overrides have it.
+    for override in HydraConfig.get().overrides.task:
+        if override.startswith("experiment="):
+            return override.partition("=")[2]
     return folder.parent.name if is_sweep else None
 
 

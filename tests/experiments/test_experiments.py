@@ -18,13 +18,14 @@ from omegaconf import OmegaConf
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
 import sparsewav
-from experiments.__main__ import ITEMS, main
+from experiments.__main__ import main, needed_by
 from experiments.bench.inference import remove_at_random
 from experiments.estimate import typed
-from experiments.ours import figure6
+from experiments.items import ITEMS, PAPER
+from experiments.ours import model_costs
 from experiments.ours.variants import VARIANTS, bootstrap_difference
 from experiments.paper.baselines import ROWS
-from experiments.sweeps import CAST, Scale, Sweep, jobs
+from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from experiments.wandb_report import build_report
 from sparsewav.baselines import METHODS
 from sparsewav.errors import UserError
@@ -51,20 +52,21 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
 
 
 def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
-    experiments = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
-    assert experiments - {sweep.experiment for sweep in SWEEPS} == {
-        "methods",
-        "smoke",
-        "tuning_length",
-        *PRESETS,
-    }
-    for cast in CAST.values():
-        assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in cast.values())
+    folder = conf_folder() / "experiment"
+    experiments = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    used = {sweep.experiment for sweep in SWEEPS}
+    assert experiments - used == {"ours/methods", "ours/tuning_length", "smoke", *PRESETS}
+    assert used >= {name for name in experiments if name.startswith("paper/")}
+    for item in ITEMS.values():
+        if item in PAPER:
+            assert all(sweep.experiment.startswith("paper/") for sweep in item.sweeps), item.name
+    for models in MODELS.values():
+        assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in models.values())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_its_row_of_table4(preset: str, tmp_path: Path) -> None:
-    """``experiment=best`` is the run of Table 4's row of that name, folder and all."""
+def test_a_preset_is_its_row_of_the_accuracy_table(preset: str, tmp_path: Path) -> None:
+    """``experiment=best`` is the run of the accuracy table's row of that name, folder and all."""
     (variant,) = (variant for variant in VARIANTS if variant.name == preset)
     row = jobs(variant.one_shot, Scale("demo", tmp_path))[0]
     GlobalHydra.instance().clear()
@@ -77,7 +79,10 @@ def test_a_preset_is_its_row_of_table4(preset: str, tmp_path: Path) -> None:
 def test_a_job_is_the_run_that_the_command_makes(
     run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    sweep, scale = Sweep("ablation_one_shot", "base"), _small_scale(corpus, model_folder, tmp_path / "out")
+    """Also of a grid with a preset, over groups and over plain values."""
+    grid = ("allocation=uniform", "hydra.sweeper.params.seed='0,1'", "~hydra.sweeper.params.allocation")
+    sweep = Sweep("paper/ablation_one_shot", "base", both=grid, preset="best_oneshot")
+    scale = _small_scale(corpus, model_folder, tmp_path / "out")
     result = run_sparsewav(*sweep.arguments(scale))
     assert result.returncode == 0, result.stdout + result.stderr
     assert {path.parent for path in (tmp_path / "out").rglob("metrics.json")} == {
@@ -113,7 +118,7 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
     for job in jobs(sweep, scale):
         config = job.config
         metrics = {
-            "model": CAST[scale.name][sweep.role],
+            "model": MODELS[scale.name][sweep.role],
             "method": config.method.name,
             "saliency": config.saliency.name,
             "allocation": config.allocation.name,
@@ -184,7 +189,9 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().out
     assert "6 of 6 runs are missing" in said
-    assert f"make them: sparsewav experiment=ablation_finetune scale=demo model=demo output_root={tmp_path}" in said
+    assert (
+        f"make them: sparsewav experiment=paper/ablation_finetune scale=demo model=demo output_root={tmp_path}" in said
+    )
 
     progressive = {"0": 0.07, "1": 0.07, "2": 0.09}
     _finish(tuned, scale, lambda at: 0.08 if at["finetune_strategy"] == "one_pass" else progressive[at["seed"]])
@@ -218,11 +225,11 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
 
     for sweep in SWEEPS:
         dense = better.get(sweep.role, 0.05)
-        if sweep.experiment != "ablation_one_shot" and sweep.experiment != "ablation_finetune":
+        if sweep not in ITEMS["table1"].sweeps:
             _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
-    items = [name for name in ITEMS if name not in ("table1", "figure6")]
+    items = [name for name in ITEMS if name not in ("table1", "size_and_speed")]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
-    for name in ("figure1", "figure2", "figure3", "figure4", "figure5"):
+    for name in ("figure1", "figure2", "figure3", "figure4", "accuracy_curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     points = pandas.read_csv(tmp_path / "figure1.csv")
@@ -251,12 +258,12 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         in (tmp_path / "table3.md").read_text()
     )
 
-    ours = pandas.read_csv(tmp_path / "table4.csv")
+    ours = pandas.read_csv(tmp_path / "accuracy_table.csv")
     assert ours["One-shot method"].tolist() == [variant.name for variant in VARIANTS]
     assert set(ours["Layer error at 75 %"]) == {0.15}
     assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
-    assert "Did not help" in (tmp_path / "table4.md").read_text()
-    curves = pandas.read_csv(tmp_path / "figure5.csv")["curve"].unique().tolist()
+    assert "Did not help" in (tmp_path / "accuracy_table.md").read_text()
+    curves = pandas.read_csv(tmp_path / "accuracy_curves.csv")["curve"].unique().tolist()
     assert curves == [
         f"{method}, {kind}"
         for method in ("the paper's method", "best_oneshot", "best")
@@ -273,9 +280,14 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(model_folder: Path, tmp_path: Path) -> None:
-    scale = Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
-    for sweep in figure6.SWEEPS:
+def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_costs, "AUDIO", 1)
+    monkeypatch.setattr(model_costs, "ROUNDS", 3)
+    item, scale = ITEMS["size_and_speed"], Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
+    assert item.measure is not None
+    for sweep in item.sweeps:
         _finish(sweep, scale, lambda settings: 0.1)
         for job in jobs(sweep, scale):
             model = sparsewav.load(model_folder)
@@ -283,23 +295,24 @@ def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(model_folder
                 for matrix in prunable_matrices(model):
                     remove_at_random(matrix.weight, job.config.sparsity.target)
             model.save_pretrained(job.folder / "model")
-    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo figure6"):
-        figure6.make(scale)
-    figure6.measure(scale)
-    result = figure6.make(scale)
+    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo size_and_speed"):
+        item.make(item, scale)
+    item.measure(item, scale)
+    result = item.make(item, scale)
     assert result.table is not None
     rows = result.table.set_index("Model")
-    sizes = pandas.read_csv(tmp_path / "figure6.csv", index_col="run")["megabytes"].set_axis(rows.index)
+    measured = tmp_path / "size_and_speed.csv"
+    sizes = pandas.read_csv(measured, index_col="run")["megabytes"].set_axis(rows.index)
     assert sizes["SparseWAV, 90%"] < sizes["SparseWAV, 85%"] < sizes["SparseWAV, 70%"] < sizes["dense"]
     assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
     assert (rows["Times faster"].astype(float) > 0).all()
-    assert (tmp_path / "figure6.png").is_file()
-    before = (tmp_path / "figure6.csv").read_bytes()
-    figure6.measure(scale)
-    assert (tmp_path / "figure6.csv").read_bytes() == before, "measured already"
-    os.utime(jobs(figure6.SWEEPS[0], scale)[0].folder / run_folder.METRICS, (time.time() + 5,) * 2)
+    assert (tmp_path / "size_and_speed.png").is_file()
+    before = measured.read_bytes()
+    item.measure(item, scale)
+    assert measured.read_bytes() == before, "measured already"
+    os.utime(jobs(item.sweeps[0], scale)[0].folder / run_folder.METRICS, (time.time() + 5,) * 2)
     with pytest.raises(UserError, match="not measured"):
-        figure6.make(scale)
+        item.make(item, scale)
 
 
 def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
@@ -323,7 +336,7 @@ def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
     report = build_report("me", "sparsewav")
     grids = [block for block in report.blocks if isinstance(block, PanelGrid)]
     assert [len(grid.panels) for grid in grids] == [3, 3, 1]
-    assert "'ablation_one_shot', 'ablation_finetune'" in str(grids[0].runsets[0].filters)
+    assert "'paper/ablation_one_shot', 'paper/ablation_finetune'" in str(grids[0].runsets[0].filters)
     assert grids[0].panels[0].groupby == Config("saliency.name")
 
 
@@ -332,14 +345,44 @@ def test_dry_run_at_paper_scale_lists_every_job(
 ) -> None:
     assert _reproduce("paper", "--dry-run", monkeypatch=monkeypatch) == 0
     usual = capsys.readouterr().out
-    assert "variants_one_shot" not in usual  # hours more: full has it
+    assert "accuracy_one_shot" not in usual  # hours more: full has it
     assert _reproduce("paper", "full", "--dry-run", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert said.count("  to do  ") > usual.count("  to do  ")
     assert said.count("  to do  ") == sum(len(jobs(sweep, Scale("paper", Path("outputs/paper")))) for sweep in SWEEPS)
-    assert "sparsewav experiment=curve_progressive scale=paper model=wavlm-base-plus-100h" in said
+    assert "sparsewav experiment=paper/curve_progressive scale=paper model=wavlm-base-plus-100h" in said
 
 
+def test_dry_run_says_which_items_need_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that were not asked for."""
+    assert _reproduce("table2", "--dry-run", monkeypatch=monkeypatch) == 0
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    needed: list[list[str]] = []  # a row may go over several lines, of which the first has the number of runs
+    for _, item, runs, *_ in lines:
+        needed += [[]] if runs.strip() else []
+        needed[-1] += [item.strip()] if item.strip() else []
+    sweeps = ITEMS["table2"].sweeps
+    assert needed[: len(sweeps)] == (by_items := [needed_by(sweep) for sweep in sweeps])
+    assert by_items[0] == ["table2", "size_and_speed"]
+    assert ["table2", "table3", "size_and_speed"] in by_items
+    assert needed_by(ITEMS["figure1"].sweeps[0]) == ["figure1"]
+
+
+def test_help_and_errors_name_every_item(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _reproduce("--help", monkeypatch=monkeypatch)
+    said = capsys.readouterr().out
+    for item in ITEMS.values():
+        assert re.search(rf"^  {item.name} +{re.escape(item.title)}$", said, re.MULTILINE)
+    assert "every item but accuracy_table and accuracy_curves (default)" in said
+    with pytest.raises(SystemExit):
+        _reproduce("table4", monkeypatch=monkeypatch)
+    assert "table4 is none of demo, paper, all, full, table1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_reproduce_killed_in_a_fine_tuning_ends_with_the_same_table(
     corpus: Path, model_folder: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -1,4 +1,6 @@
-"""Table 4 (ours): the ablation of one-shot methods beyond the paper's."""
+"""The accuracy table: an ablation of one-shot methods beyond the paper's."""
+
+from dataclasses import replace
 
 import pandas
 
@@ -6,17 +8,14 @@ from experiments.ours.variants import RESAMPLES, VARIANTS, compare, layer_errors
 from experiments.results import Item, Result, describe
 from experiments.sweeps import Scale, read
 from experiments.tables import mean_and_deviation, write_table
+from sparsewav.files import write_file
 
 SWEEPS = tuple(variant.one_shot for variant in VARIANTS)
 ERRORS_AT = 0.75
 
 
-def make(scale: Scale) -> Result:
-    """Write ``table4``, and ``table4-differences.csv`` with every difference and interval.
-
-    Raises:
-        UserError: a run is missing.
-    """
+def make(item: Item, scale: Scale) -> Result:
+    """Write the table, and ``accuracy_table-differences.csv`` with every difference and interval."""
     baseline = read_edits(SWEEPS[0], scale)
     baseline_seconds = float("nan")
     rows, differences, gathered = [], [], []
@@ -41,7 +40,7 @@ def make(scale: Scale) -> Result:
         row["Sparsity reached at 75 %"] = (
             f"{runs.loc[runs['target_sparsity'] == ERRORS_AT, 'achieved_sparsity'].mean():.4f}"
         )
-        row["Judgements"] = max(stages[-1].get("judge_evaluations", 0) for stages in runs["stages"])
+        row["Evaluations"] = max(stages[-1].get("judge_evaluations", 0) for stages in runs["stages"])
         row["Seconds to prune"] = f"{seconds.mean():.1f} ({seconds.mean() / baseline_seconds:.1f} x)"
         rows.append(row)
     runs = pandas.concat(gathered)
@@ -51,22 +50,22 @@ def make(scale: Scale) -> Result:
         f"Dense WER {100 * runs['wer_dense'].iloc[0]:.2f} %. WER as mean ± standard deviation over the calibration "
         "seeds; in brackets the difference to the first row in points, and its 95 % interval over "
         f"{RESAMPLES:,} bootstrap samples of the utterances, edits averaged over the seeds.",
-        "A dash: what shows the worth of a part was run at 75 and 85 % alone.",
+        "A dash: a method that shows what one part is worth was run at 75 and 85 % alone.",
         "Every method prunes the same model with the same calibration sets; layer error: mean over the matrices of "
         "||WX − ŴX||² / ||WX||² on the calibration set.",
+        "Evaluations: how often the allocation measured the output divergence of a pruned model.",
         "Seconds: calibration, allocation and solving, those of pieces out of the cache included.",
         *_what_did_not_help(differences),
-        *(f"{variant.name}: {variant.note}" for variant in VARIANTS if variant.note),
     ]
-    title = "Table 4 (ours): one-shot methods at the same sparsity"
-    write_table(scale.folder, "table4", title, frame, notes)
-    pandas.DataFrame(differences).to_csv(scale.folder / "table4-differences.csv", index=False)
-    files = [scale.folder / name for name in ("table4.csv", "table4.md", "table4.tex", "table4-differences.csv")]
-    return Result(title, notes, frame, files)
+    result = write_table(item, scale, frame, notes)
+    every_difference = scale.folder / f"{item.name}-differences.csv"
+    with write_file(every_difference) as path:
+        pandas.DataFrame(differences).to_csv(path, index=False)
+    return replace(result, files=[*result.files, every_difference])
 
 
 def _what_did_not_help(differences: list[dict[str, object]]) -> list[str]:
-    """A sentence on the methods that are nowhere better than the first, with the interval below zero."""
+    """A sentence on the methods that are better than the first at no sparsity, with the interval below zero."""
     frame = pandas.DataFrame(differences)
     if frame.empty:
         return []
@@ -78,6 +77,3 @@ def _what_did_not_help(differences: list[dict[str, object]]) -> list[str]:
     run = frame.groupby("method").size()
     listed = "; ".join(f"{name} (worse at {worse.get(name, 0)} of {run[name]})" for name in names)
     return [f"Did not help, at no sparsity better than the first row with the interval below zero: {listed}."]
-
-
-ITEM = Item(SWEEPS, make)

@@ -1,0 +1,99 @@
+"""What models weigh on disk, and how long they take on a CPU: measured."""
+
+import copy
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sparsewav
+from sparsewav.errors import UserError
+from sparsewav.inference.timing import in_turns
+from sparsewav.models.bitmask import export
+from sparsewav.models.load import load_chosen_model
+from sparsewav.pipeline.run_folder import count_parameters, device_name
+from sparsewav.progress import quieten_libraries, stage
+from sparsewav.settings.run import ModelConfig
+
+AUDIO = 10  # seconds
+ROUNDS = 15
+
+
+def measure_models(dense_model: ModelConfig, runs: list[Path]) -> pandas.DataFrame:
+    """Measure the models of runs, and the dense one that they come from.
+
+    Each model, accelerated if weights were removed from it, and the dense one take turns on the CPU with ten seconds of
+    noise.
+
+    Args:
+        dense_model: where it comes from.
+        runs: their folders.
+
+    Returns:
+        A row a model, the dense one first. Columns run; megabytes on disk, in float16, in bitmask format where weights
+        were removed; milliseconds for a second of audio; milliseconds_dense, the dense model's in the same turns;
+        faster, how many times in these; swapped, matrices that multiply sparse; and what it was measured with.
+
+    Raises:
+        UserError: a run has no model.
+    """
+    for run in runs:
+        if not (run / "model").is_dir():
+            raise UserError(f"{run} has no model; run it again with save_model=true force=true")
+    quieten_libraries()
+    audio = torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
+    dense = load_chosen_model(dense_model).model
+    rows = []
+    with stage(Console(), "Measuring size and speed") as progress:
+        for done, run in enumerate(runs, start=1):
+            rows.append({"run": str(run)} | _measure(run / "model", dense, audio))
+            progress(done, len(runs))
+    table = pandas.DataFrame(rows)
+    first = {
+        "run": dense_model.source,
+        "megabytes": _megabytes(dense, "dense"),
+        "milliseconds": table["milliseconds_dense"].median(),
+        "milliseconds_dense": table["milliseconds_dense"].median(),
+        "faster": 1.0,
+        "swapped": 0,
+    }
+    return pandas.concat([pandas.DataFrame([first]), table], ignore_index=True).assign(
+        audio_seconds=AUDIO,
+        rounds=ROUNDS,
+        threads=torch.get_num_threads(),
+        machine=device_name(torch.device("cpu")),
+    )
+
+
+def _measure(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, Any]:
+    """The columns of one model."""
+    model: Any = sparsewav.load(folder, torch.float32)
+    total, nonzero = count_parameters(model)
+    pruned = nonzero < 0.9 * total  # by removing weights, not by making matrices smaller
+    megabytes = _megabytes(model, "bitmask" if pruned else "dense")
+    swapped = sparsewav.accelerate(model).swapped if pruned else 0
+    with torch.inference_mode():
+        before, after = in_turns(ROUNDS, [partial(dense, audio), partial(model, audio)])
+    return {
+        "megabytes": megabytes,
+        "milliseconds": 1000 * after / AUDIO,
+        "milliseconds_dense": 1000 * before / AUDIO,
+        "faster": before / after,
+        "swapped": swapped,
+    }
+
+
+def _megabytes(model: PreTrainedModel, format: str) -> float:
+    """Size of a model's weights on disk in float16."""
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / "dense"
+        copy.deepcopy(model).half().save_pretrained(written)
+        if format != "dense":
+            written = export(written, Path(temporary) / format, format)
+        return sum(path.stat().st_size for path in written.glob("*.safetensors")) / 1e6
