@@ -1,15 +1,14 @@
-"""``python -m experiments.bench.engine``: what pruning costs, beside the plain way of doing it.
+"""``python -m experiments.bench.engine``: the cost of pruning, beside that of a plain implementation.
 
-Every comparison alternates its contestants in one process, so that whatever else the machine does meets all of them;
+Every comparison alternates its contestants in one process, so that other load on the machine affects all of them alike;
 what counts is the ratio of their medians.
 """
 
 import argparse
 import copy
 import importlib.util
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,18 +19,16 @@ import pandas
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from rich.console import Console
 from torch import Tensor, distributed
 from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
+from experiments.bench.command import Part, benchmark_parser, run_parts
 from experiments.bench.plain import Batch, forward, plain_hessians, plain_prune, plain_prune_matrix, plain_solve
 from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import calibration_set
-from sparsewav.files import write_file
 from sparsewav.models.load import load_speech_model
-from sparsewav.pipeline.run_folder import device_name
 from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrices
 from sparsewav.settings.run import DemoData
 
@@ -50,51 +47,30 @@ BASE_LAYER = {
 PAPER_UTTERANCES, PAPER_FRAMES = 2048, 1_300_000
 """Calibration set of the paper (its section 3.1), at train-clean-100's mean of 12.7 s an utterance, 50 frames each."""
 
-EPILOG = """parts:
-  solver        a layer of wav2vec2-base: ours, the plain loop, llm-compressor's sparsify_weight if it is installed
-  calibration   Hessians of full-size wav2vec2-base (random weights), for 1000 frames, beside the forward pass itself
-  pipeline      calibrate, allocate and solve of full-size wav2vec2-base, the paper's set-up scaled down
-  scaling       time against matrix size, calibration frames, layers, processes
-"""
 
-
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench.engine",
-        description="Time the engine beside a plain implementation; writes CSV files and plots.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", metavar="part", help="solver, calibration, pipeline, scaling (default all)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs (default 3)")
-    parser.add_argument("--utterances", type=int, default=16, help="of the calibration set (default 16)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
-    arguments = parser.parse_args()
-    parts: dict[str, Callable[[argparse.Namespace], pandas.DataFrame]] = {
-        "solver": bench_solver,
-        "calibration": bench_calibration,
-        "pipeline": bench_pipeline,
-        "scaling": bench_scaling,
+    parts = {
+        "solver": Part(bench_solver, show_summary),
+        "calibration": Part(bench_calibration, show_summary),
+        "pipeline": Part(bench_pipeline, show_summary),
+        "scaling": Part(bench_scaling, show_scaling),
     }
-    unknown = [part for part in arguments.parts if part not in parts]
-    if unknown:
-        parser.error(f"{unknown[0]} is none of {', '.join(parts)}")
-    console = Console(width=160)
-    console.print(f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-    for part in arguments.parts or parts:
-        table = parts[part](arguments)
-        table["machine"], table["threads"] = device_name(torch.device("cpu")), torch.get_num_threads()
-        table["versions"] = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-        with write_file(arguments.output / f"{part}.csv") as path:
-            table.to_csv(path, index=False)
-        console.rule(part)
-        console.print(summary(table).to_string(index=False), highlight=False)
-        console.print(f"{arguments.output / part}.csv", highlight=False)
-        if part == "scaling":
-            plot_scaling(arguments.output / "scaling", table)
-            console.print(f"{arguments.output / part}.png", highlight=False)
-    return 0
+    description = "Time the engine beside a plain implementation on the CPU."
+    parser = benchmark_parser("engine", description, parts, "solver --rounds 7")
+    parser.add_argument("--utterances", type=int, default=16, help="size of the calibration set (default 16)")
+    return run_parts(parts, parser.parse_args(words))
+
+
+def show_summary(table: pandas.DataFrame, path: Path) -> str:
+    """The table of :func:`summary` as text."""
+    return summary(table).to_string(index=False)
+
+
+def show_scaling(table: pandas.DataFrame, path: Path) -> str:
+    """Draw the plots and give the summary."""
+    plot_scaling(path.with_suffix(""), table)
+    return show_summary(table, path)
 
 
 def summary(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -136,7 +112,10 @@ def finished() -> float:
 
 
 def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """A layer of wav2vec2-base, factorisation included; errors and masks are compared with the plain loop's."""
+    """A layer of wav2vec2-base: ours, the plain loop, and llm-compressor's sparsify_weight if it is installed.
+
+    The factorisation is included; errors and masks are compared with those of the plain loop.
+    """
     rows: list[dict[str, Any]] = []
     for subject, (count, height, cols) in BASE_LAYER.items():
         weights, hessian = random_problem(count, height, cols)
@@ -199,7 +178,7 @@ def _same_mask(results: list[Tensor], reference: list[Tensor]) -> float:
 
 
 def bench_calibration(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Seconds for 1000 frames: the forward pass, and with it all Hessians, in several ways."""
+    """Hessians of full-size wav2vec2-base (random weights) for 1000 frames, and the forward pass alone."""
     model = random_base()
     batches = speech(arguments.utterances)
     frames = calibrate(model, batches).frames
@@ -215,7 +194,7 @@ def bench_calibration(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Calibrate, allocate and solve: the paper's set-up, all its counts scaled down alike."""
+    """Calibrate, allocate and solve full-size wav2vec2-base: the paper's set-up, all its counts scaled down alike."""
     dense = random_base()
     batches = speech(arguments.utterances)
     frames = calibrate(dense, batches).frames
@@ -245,7 +224,7 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Time against one size at a time."""
+    """Time over the width of a matrix, calibration frames, layers and processes, one at a time."""
     rows: list[dict[str, Any]] = []
     pair: dict[str, Callable[[], Any]]
     for cols in (256, 512, 1024, 2048, 4096):

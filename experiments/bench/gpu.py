@@ -1,4 +1,4 @@
-"""``python -m experiments.bench.gpu``: what pruning costs on a GPU, and what 2:4 models save there.
+"""``python -m experiments.bench.gpu``: the cost of pruning on a GPU, and the time that 2:4 models save there.
 
 The models have the published shapes and random weights, which do not change what a product costs. Contestants take
 turns in one process.
@@ -6,8 +6,7 @@ turns in one process.
 
 import argparse
 import copy
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
@@ -16,15 +15,13 @@ from typing import Any
 
 import pandas
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 import sparsewav
-from experiments.bench.engine import FLOOR, OURS, PLAIN, SPARSITY, alternate, finished, speech, summary
+from experiments.bench.command import Part, benchmark_parser, run_parts
+from experiments.bench.engine import FLOOR, OURS, PLAIN, SPARSITY, alternate, finished, show_summary, speech
 from experiments.bench.inference import DENSE, MODELS, alternate_models, markdown, random_model, speedups
 from experiments.bench.plain import Batch, forward, plain_prune, plain_solve
-from sparsewav.files import write_file
-from sparsewav.pipeline.run_folder import device_name
 from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices
 from sparsewav.pruning import layerwise as pruner
 from sparsewav.pruning.solvers.selection import n_of_m
@@ -40,66 +37,40 @@ PROBED = 128 / 2048
 FRAMES_PER_COLUMN = 64
 RANK_TOLERANCE = 0.05
 
-EPILOG = """parts:
-  solver        the solve of all matrices: those of one width in step, one input at a time, and the plain loop
-  pipeline      sensitivities, calibration and solve of the paper's set-up: 2048 clips of 12.7 s
-  two_of_four   2:4 models in half precision, dense and through PyTorch's semi-structured products
 
-  python -m experiments.bench.gpu pipeline --models base --clips 256 --rounds 1
-"""
-
-
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench.gpu",
-        description="Time the engine and 2:4 models on a GPU; writes CSV files.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parts: dict[str, Callable[[argparse.Namespace], pandas.DataFrame]] = {
-        "solver": bench_solver,
-        "pipeline": bench_pipeline,
-        "two_of_four": bench_two_of_four,
+    parts = {
+        "solver": Part(bench_solver, show_summary),
+        "pipeline": Part(bench_pipeline, show_summary),
+        "two_of_four": Part(bench_two_of_four, show_two_of_four),
     }
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)} (default all)")
+    example = "pipeline --models base --clips 256 --rounds 1"
+    parser = benchmark_parser("gpu", "Time the engine and 2:4 models on a GPU.", parts, example)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default both")
     parser.add_argument("--layers", type=int, help="of the models, for a quick look (default as published)")
-    parser.add_argument("--clips", type=int, default=2048, help="of the calibration set (default 2048)")
+    parser.add_argument("--clips", type=int, default=2048, help="size of the calibration set (default 2048)")
     parser.add_argument("--cases", nargs="+", default=["1x20", "8x20", "64x20"], help="batch x seconds, of two_of_four")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs (default 3)")
     parser.add_argument("--no-warm-up", action="store_true", help="count the first round: for long parts")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain implementation out")
     parser.add_argument("--device", default="cuda", help="default cuda")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
-    arguments = parser.parse_args()
-    unknown = [part for part in arguments.parts if part not in parts]
-    if unknown:
-        parser.error(f"{unknown[0]} is none of {', '.join(parts)}")
+    arguments = parser.parse_args(words)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"PyTorch sees no GPU for --device {arguments.device}; bench_engine is for the CPU")
-    console = Console(width=160)
-    machine = device_name(torch.device(arguments.device))
-    console.print(f"{machine}, PyTorch {torch.__version__}", highlight=False)
-    for part in arguments.parts or parts:
-        console.rule(part)
-        table = parts[part](arguments)
-        table["machine"] = machine
-        table["versions"] = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-        path = arguments.output / f"gpu_{part}.csv"
-        with write_file(path) as temporary:
-            table.to_csv(temporary, index=False)
-        if part == "two_of_four":
-            console.print(markdown(speedups(table)), highlight=False)
-            console.print(table.drop_duplicates("subject")[["subject", "swapped", "deviation"]].to_string(index=False))
-        else:
-            console.print(summary(table).to_string(index=False), highlight=False)
-        console.print(str(path), highlight=False)
-    return 0
+        parser.error(f"PyTorch sees no GPU for --device {arguments.device}; experiments.bench.engine is for the CPU")
+    return run_parts(parts, arguments, device=arguments.device, prefix="gpu_")
+
+
+def show_two_of_four(table: pandas.DataFrame, path: Path) -> str:
+    """The speedups, and how far the logits move."""
+    deviations = table.drop_duplicates("subject")[["subject", "swapped", "deviation"]]
+    return f"{markdown(speedups(table))}\n{deviations.to_string(index=False)}"
 
 
 def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """The solve alone, with the same Hessians; the zeros are compared with the plain loop's."""
+    """The solve of all matrices: those of one width batched, one input at a time, and the plain loop.
+
+    All have the same Hessians; the zeros are compared with those of the plain loop.
+    """
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense = random_model(name, arguments.layers).to(arguments.device)
@@ -108,15 +79,15 @@ def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
         hessians = {key: calibration.hessian(key) for key in targets}
         results: dict[str, PreTrainedModel] = {}
 
-        def in_step(
+        def batched(
             dense: PreTrainedModel = dense, calibration: Any = calibration, results: dict = results, key: str = OURS
         ) -> None:
             results[key] = copy.deepcopy(dense)
             sparsewav.prune(results[key], [], SPARSITY, allocation="uniform", calibration=calibration)
 
-        def one_by_one(in_step: Callable = in_step) -> None:
+        def one_by_one(batched: Callable = batched) -> None:
             with one_input_at_a_time():
-                in_step(key=ONE_BY_ONE)
+                batched(key=ONE_BY_ONE)
 
         def plain(
             dense: PreTrainedModel = dense, hessians: dict = hessians, targets: dict = targets, results: dict = results
@@ -124,7 +95,7 @@ def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
             results[PLAIN] = copy.deepcopy(dense)
             plain_solve(results[PLAIN], hessians, targets)
 
-        contestants: dict[str, Callable[[], Any]] = {OURS: in_step, ONE_BY_ONE: one_by_one}
+        contestants: dict[str, Callable[[], Any]] = {OURS: batched, ONE_BY_ONE: one_by_one}
         if not arguments.no_plain:
             contestants[PLAIN] = plain
         subject = f"wav2vec2-{name}, {len(targets)} matrices"
@@ -135,13 +106,16 @@ def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Allocate, calibrate and solve on so many clips; the seconds of each are rows of their own."""
+    """Sensitivities, calibration and solve of the paper's set-up: 2048 clips of 12.7 s.
+
+    The seconds of each step are rows of their own.
+    """
     rows: list[dict[str, Any]] = []
-    heard = clips(arguments.clips)
-    probed = heard[: max(round(len(heard) * PROBED), 1)]
+    batches = clips(arguments.clips)
+    probed = batches[: max(round(len(batches) * PROBED), 1)]
     for name in arguments.models:
         dense = random_model(name, arguments.layers).to(arguments.device)
-        forward(dense, heard[:2])  # libraries choose their kernels
+        forward(dense, batches[:2])  # libraries choose their kernels
         stages: list[dict[str, float]] = []
         peaks: dict[str, float] = {}
 
@@ -161,15 +135,15 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
             traces = estimate_traces(model, probed, rank_tolerance=RANK_TOLERANCE)
             allocate = finished() - started
             report = sparsewav.prune(
-                model, heard, SPARSITY, traces=traces, frames_per_column=FRAMES_PER_COLUMN, keep_masks=False
+                model, batches, SPARSITY, traces=traces, frames_per_column=FRAMES_PER_COLUMN, keep_masks=False
             )
             stages.append(report.seconds | {"allocate": allocate})
 
-        runs: dict[str, Callable[[], Any]] = {OURS: ours, FLOOR: partial(forward, dense, heard)}
+        runs: dict[str, Callable[[], Any]] = {OURS: ours, FLOOR: partial(forward, dense, batches)}
         if not arguments.no_plain:
-            runs[PLAIN] = partial(_plainly_pruned, dense, heard, probed)
+            runs[PLAIN] = partial(_plainly_pruned, dense, batches, probed)
         contestants = {contestant: measured(contestant, run) for contestant, run in runs.items()}
-        subject = f"wav2vec2-{name}, {len(heard)} batches, {arguments.clips} clips"
+        subject = f"wav2vec2-{name}, {len(batches)} batches, {arguments.clips} clips"
         timed = alternate(arguments.rounds, subject, contestants, warm_up=not arguments.no_warm_up)
         rows += [row | {"peak_gib": peaks.get(row["contestant"])} for row in timed]
         for number, seconds in enumerate(stages[-arguments.rounds :]):
@@ -180,7 +154,10 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 @torch.inference_mode()
 def bench_two_of_four(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Whole models in float16: seconds of the forward pass for a second of audio, and how far the logits move."""
+    """2:4 models in half precision, dense and through PyTorch's semi-structured products.
+
+    Seconds of the forward pass are for a second of audio; the deviation is that of the logits.
+    """
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense = random_model(name, arguments.layers).to(arguments.device, torch.float16)
@@ -224,7 +201,7 @@ def clips(count: int) -> list[Batch]:
 
 @contextmanager
 def one_input_at_a_time() -> Iterator[None]:
-    """Within the block matrices of one width are not pruned together."""
+    """Context manager within which matrices of one width are not pruned together."""
     before = pruner.IN_STEP_ON
     pruner.IN_STEP_ON = ()
     try:

@@ -7,11 +7,10 @@ and accelerated models take turns in one process; memory is that of fresh proces
 import argparse
 import copy
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,17 @@ import matplotlib as mpl
 import pandas
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
-from experiments.bench.engine import OURS, alternate, finished, summary
+from experiments.bench.command import MACHINE, Part, benchmark_parser, run_parts
+from experiments.bench.engine import OURS, alternate, finished, show_summary
 from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav.files import write_file
 from sparsewav.inference.kernel import sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import WIDTHS
-from sparsewav.pipeline.run_folder import device_name
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
 
 DENSE = "dense"
@@ -53,86 +51,49 @@ MODELS: dict[str, dict[str, Any]] = {
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CASES = ("1x5", "1x20", "8x5", "8x20")
-MACHINE = ("machine", "versions")
 KEYS = ("subject", "contestant", "threads")
 
-EPILOG = """parts:
-  products      each shape of matrix: dense, our kernel in each layout, PyTorch's CSR and BSR products
-  inference     whole models, dense and accelerated: seconds for a second of audio
-  memory        resident memory of a loaded model, dense and accelerated
 
-A part adds its rows to its CSV file, and replaces those of the same subject: a long sweep can be run in pieces.
-
-  python -m experiments.bench.inference inference --models base --threads 1 --cases 1x5 1x20 --rounds 5
-"""
-
-
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench.inference",
-        description="Time pruned models on the CPU, dense and accelerated; writes CSV, Markdown and plots.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parts: dict[str, Callable[[argparse.Namespace], pandas.DataFrame]] = {
-        "products": bench_products,
-        "inference": bench_inference,
-        "memory": bench_memory,
+    parts = {
+        "products": Part(bench_products, show_summary),
+        "inference": Part(bench_inference, show_speedups),
+        "memory": Part(bench_memory, show_memory),
     }
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)} (default all)")
+    description = (
+        "Time pruned models on the CPU, dense and accelerated. A part adds its rows to its CSV file and replaces those "
+        "of the same subject: a long sweep can be run in pieces."
+    )
+    example = "inference --models base --threads 1 --cases 1x5 1x20 --rounds 5"
+    parser = benchmark_parser("inference", description, parts, example)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default both")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="default 0.5 to 0.95")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"batch x seconds (default {' '.join(CASES)})")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
     parser.add_argument("--frames", nargs="+", type=int, default=[250, 1000], help="of products (default 250 1000)")
     parser.add_argument("--layers", type=int, help="of the models, for a quick look (default as published)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs (default 3)")
     parser.add_argument("--no-warm-up", action="store_true", help="count the first round: for long cases")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
-    arguments = parser.parse_args()
-    unknown = [part for part in arguments.parts if part not in parts]
-    if unknown:
-        parser.error(f"{unknown[0]} is none of {', '.join(parts)}")
-    console = Console(width=160)
-    console.print(f"{device_name(torch.device('cpu'))}, PyTorch {torch.__version__}", highlight=False)
-    for part in arguments.parts or parts:
-        console.rule(part)
-        table = parts[part](arguments)
-        table["machine"] = device_name(torch.device("cpu"))
-        table["versions"] = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-        path = arguments.output / f"{part}.csv"
-        whole = merged(path, table)
-        with write_file(path) as temporary:
-            whole.to_csv(temporary, index=False)
-        if part == "inference":
-            overview = speedups(whole)
-            with write_file(path.with_suffix(".md")) as temporary:
-                temporary.write_text(markdown(overview), encoding="utf-8")
-            console.print(overview.to_string(index=False), highlight=False)
-            plot_speedups(path.with_suffix(""), overview)
-        elif part == "products":
-            console.print(summary(table).to_string(index=False), highlight=False)
-        else:
-            console.print(table.drop(columns=list(MACHINE)).to_string(index=False), highlight=False)
-        console.print(str(path), highlight=False)
-    return 0
+    return run_parts(parts, parser.parse_args(words), keys=KEYS)
 
 
-def merged(path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows of a CSV file, those of the same subject replaced by new ones."""
-    if not path.is_file():
-        return table
-    old = pandas.read_csv(path)
-    keys = [key for key in KEYS if key in table]
-    new = set(map(tuple, table[keys].to_numpy().tolist()))
-    kept = [tuple(row) not in new for row in old[keys].to_numpy().tolist()]
-    return pandas.concat([old[kept], table], ignore_index=True)
+def show_speedups(table: pandas.DataFrame, path: Path) -> str:
+    """Write the speedups as Markdown and as a plot, and give them as text."""
+    overview = speedups(table)
+    with write_file(path.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown(overview), encoding="utf-8")
+    plot_speedups(path.with_suffix(""), overview)
+    return overview.to_string(index=False)
+
+
+def show_memory(table: pandas.DataFrame, path: Path) -> str:
+    """The figures without the machine."""
+    return table.drop(columns=list(MACHINE)).to_string(index=False)
 
 
 @torch.inference_mode()
 def bench_products(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """A product of every shape: which layout wins."""
+    """Each shape of matrix: dense, our kernel in each layout, PyTorch's CSR and BSR products."""
     sparse_product()  # compiled before anything is timed
     rows: list[dict[str, Any]] = []
     for threads in arguments.threads:
@@ -157,7 +118,7 @@ def bench_products(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 @torch.inference_mode()
 def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Whole models: seconds of the forward pass, and of its transformer layers, for a second of audio."""
+    """Whole models, dense and accelerated: seconds for a second of audio, also of the transformer layers alone."""
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense = random_model(name, arguments.layers)
@@ -284,10 +245,10 @@ print(json.dumps(found))
 
 
 def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Resident memory in MiB: of Python and libraries, with the model loaded, after 5 s of audio, and at most.
+    """Resident memory of a loaded model, dense and accelerated.
 
-    On Linux, where a mapped checkpoint counts as far as it was read. Models are loaded from dense checkpoints, one
-    process for each figure.
+    In MiB: Python and its libraries, with the model loaded, after 5 s of audio, and at most. On Linux, where a mapped
+    checkpoint counts as far as it was read. Models are loaded from dense checkpoints, one process for each figure.
     """
     rows: list[dict[str, Any]] = []
     for name in arguments.models:

@@ -18,24 +18,22 @@ Batch = dict[str, Tensor]
 
 
 def plain_prune_matrix(
-    weight: Tensor, hessian: Tensor, sparsity: float, block_size: int = 128, percdamp: float = 0.01
+    weight: Tensor, hessian: Tensor, sparsity: float, block_size: int = 128, damping: float = 0.01
 ) -> Tensor:
     """Prune one matrix by the plain loop.
 
     Args:
-        weight: shape (rows, cols); not changed.
+        weight: The dense weight, shape (rows, cols); not changed.
         hessian: XXᵀ, shape (cols, cols); not changed.
-        sparsity: share of every block's weights to prune.
-        block_size: columns that are masked together.
-        percdamp: damping as a share of the mean diagonal.
+        sparsity: Share of every block's weights to prune.
+        block_size: Number of columns that are masked together.
+        damping: Damping as a share of the mean diagonal.
 
     Returns:
         The pruned weight, shape (rows, cols).
     """
     cols = weight.shape[1]
-    damped = hessian + percdamp * hessian.diagonal().mean() * torch.eye(
-        cols, dtype=hessian.dtype, device=hessian.device
-    )
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(cols, dtype=hessian.dtype, device=hessian.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)  # (cols, cols)
     result = weight.clone()
@@ -58,7 +56,7 @@ def plain_prune_matrix(
 
 @torch.no_grad()
 def plain_hessians(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """XXᵀ of every matrix, each for itself and all of it, in one pass; by name, shape (cols, cols)."""
+    """XXᵀ of the whole input of every matrix, by name, shape (cols, cols), in one pass and without sharing."""
     hessians: dict[str, Tensor] = {}
 
     def adder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -82,7 +80,7 @@ def plain_hessians(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
-    """Run the encoder over batches: what any calibration costs at least."""
+    """Run the encoder over batches, the least that any calibration costs."""
     for batch in batches:
         for part in model_batches(model, batch):
             base_of(model)(part["input_values"], attention_mask=part["attention_mask"])

@@ -1,13 +1,16 @@
-"""The plain loop that the benchmark compares with, and the benchmark's own command."""
+"""The plain loop that the benchmarks compare with, and their commands."""
 
-import subprocess
-import sys
+import re
+from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import pandas
 import pytest
 import torch
 
+from experiments.bench import engine, gpu, inference
+from experiments.bench.command import Part, run_parts
 from experiments.bench.engine import random_problem
 from experiments.bench.plain import plain_hessians, plain_prune_matrix
 from sparsewav.pruning import calibrate, prune_matrices
@@ -34,29 +37,69 @@ def test_calibration_equals_the_plain_sums(tiny_model, noise_batch) -> None:  # 
         torch.testing.assert_close(calibration.hessian(name), plain, rtol=1e-4, atol=1e-4)
 
 
-def test_command_writes_what_it_measured(tmp_path: Path) -> None:
-    """The solver's part of the benchmark runs by its command, and its CSV has every contestant's rounds."""
-    command = [sys.executable, "-m", "experiments.bench.engine", "solver", "--rounds", "1", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_command_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The CSV of the solver's part has every contestant's rounds, on a layer that is small here."""
+    layer = {name: (count, rows // 8, cols // 8) for name, (count, rows, cols) in engine.BASE_LAYER.items()}
+    monkeypatch.setattr(engine, "BASE_LAYER", layer)
+    assert engine.main(["solver", "--rounds", "1", "--output", str(tmp_path)]) == 0
     table = pandas.read_csv(tmp_path / "solver.csv")
     assert {"SparseWAV", "plain loop"} <= set(table["contestant"])
     assert (table["seconds"] > 0).all()
-    assert "the layer" in done.stdout
+    assert {"machine", "threads", "versions"} <= set(table)
+    assert "the layer" in capsys.readouterr().out
 
 
-def test_gpu_benchmark_runs_its_contestants(tmp_path: Path) -> None:
-    """On the CPU in place of a GPU, with one layer: every contestant prunes, and a missing GPU is one sentence."""
-    command = [sys.executable, "-m", "experiments.bench.gpu", "solver", "pipeline", "--output", str(tmp_path)]
+def test_gpu_benchmark_runs_its_contestants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU in place of a GPU, with one small layer: all contestants prune, and a missing GPU is one sentence."""
+    narrow = {"hidden_size": 192, "intermediate_size": 768, "conv_dim": (32,) * 7}
+    monkeypatch.setitem(inference.MODELS, "base", narrow)
+    command = ["solver", "pipeline", "--output", str(tmp_path)]
     quick = ["--models", "base", "--layers", "1", "--clips", "8", "--rounds", "1", "--no-warm-up", "--device", "cpu"]
-    done = subprocess.run([*command, *quick], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert gpu.main([*command, *quick]) == 0
     solver, pipeline = (pandas.read_csv(tmp_path / f"gpu_{part}.csv") for part in ("solver", "pipeline"))
     assert set(solver["contestant"]) == {"SparseWAV", "one input at a time", "plain loop"}
-    assert (solver["same_mask"] >= 0.97).all()  # 5000 frames for 3072 columns: nearly singular
+    assert (solver["same_mask"] >= 0.97).all()
     assert {"SparseWAV", "plain loop", "one forward"} <= set(pipeline["contestant"])
     assert {f"wav2vec2-base: {stage}" for stage in ("allocate", "calibrate", "solve")} <= set(pipeline["subject"])
     if not torch.cuda.is_available():
-        refused = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert refused.returncode == 2
-        assert "PyTorch sees no GPU" in refused.stderr
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main(command)
+        assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", [engine, gpu, inference])
+def test_every_benchmark_describes_its_parts_and_refuses_others(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.main(["--help"])
+    said = capsys.readouterr().out
+    name = benchmark.__name__.rpartition(".")[2]
+    assert re.search(rf"^  python -m experiments\.bench\.{name} \w+", said, re.MULTILINE), "a command worth copying"
+    (listed,) = re.findall(r"^  part +(.+) \(default all\)", said, re.MULTILINE)
+    assert all(re.search(rf"^  {part} +\S.+\.$", said, re.MULTILINE) for part in listed.split(", "))
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["slover"])
+    assert f"slover is none of {listed}" in capsys.readouterr().err
+
+
+def test_rows_of_a_benchmark_are_replaced_when_they_are_measured_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long sweep can be run in pieces: what is not measured again stays."""
+    seconds = iter((1.0, 2.0, 3.0))
+    parts = {
+        "one": Part(
+            lambda options: pandas.DataFrame([{"subject": options.subject, "seconds": next(seconds)}]),
+            lambda table, path: f"{len(table)} rows",
+        )
+    }
+    for subject in ("a", "b", "a"):
+        run_parts(parts, Namespace(parts=["one"], output=tmp_path, subject=subject), keys=("subject", "threads"))
+    table = pandas.read_csv(tmp_path / "one.csv")
+    assert table.set_index("subject")["seconds"].to_dict() == {"a": 3.0, "b": 2.0}
+    assert capsys.readouterr().out.count("2 rows") == 2
