@@ -1,8 +1,10 @@
 """The tables and figures: their sweeps, what is drawn from finished runs, and reproduce.sh as a user runs it."""
 
 import json
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -36,6 +38,10 @@ from sparsewav.settings.validation import validate
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ("best", "best_oneshot")
+EXPERIMENT_FOLDER = conf_folder() / "experiment"
+EXPERIMENTS = sorted(
+    str(path.relative_to(EXPERIMENT_FOLDER).with_suffix("")) for path in EXPERIMENT_FOLDER.rglob("*.yaml")
+)
 SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
 
 
@@ -52,16 +58,35 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
 
 
 def test_every_experiment_belongs_to_an_item_or_says_what_it_is_for() -> None:
-    folder = conf_folder() / "experiment"
-    experiments = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
     used = {sweep.experiment for sweep in SWEEPS}
-    assert experiments - used == {"ours/methods", "ours/tuning_length", "smoke", *PRESETS}
-    assert used >= {name for name in experiments if name.startswith("paper/")}
+    assert set(EXPERIMENTS) - used == {"ours/methods", "ours/tuning_length", "smoke", *PRESETS}
+    assert used >= {name for name in EXPERIMENTS if name.startswith("paper/")}
     for item in ITEMS.values():
         if item in PAPER:
             assert all(sweep.experiment.startswith("paper/") for sweep in item.sweeps), item.name
     for models in MODELS.values():
         assert all((conf_folder() / "model" / f"{model}.yaml").is_file() for model in models.values())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_commands_to_copy_and_says_how_many_runs_they_are(name: str) -> None:
+    text = (EXPERIMENT_FOLDER / f"{name}.yaml").read_text()
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    commands = re.findall(r"^#   sparsewav (.*)$", head, re.MULTILINE)
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        assert re.search(rf"\bexperiment=(\[\w+,)?{name}\]?$", words[0])
+        grid = [word.partition("=")[2].count(",") + 1 for word in words[1:]]
+        chosen = [word.partition(",")[0] for word in words[1:]]
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = compose("config", overrides=[words[0], *chosen], return_hydra_config=True)
+        validate(typed(config))
+        if config.hydra.mode is not None:
+            grid += [str(values).count(",") + 1 for values in config.hydra.sweeper.params.values()]
+            (runs,) = re.findall(r"(\d+) (?:one-shot )?runs?\b", head)
+            assert int(runs) == math.prod(grid)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
