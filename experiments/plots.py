@@ -1,4 +1,4 @@
-"""Plots that a paper could print: the style, and the WER over sparsity."""
+"""The style of all plots, and the plot of WER over sparsity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from sparsewav.files import write_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-"""Okabe and Ito's palette (2008): distinct to every kind of colour vision, and in grey."""
+"""The palette of Okabe and Ito (2008), which is distinct to every kind of colour vision, and in grey."""
 MARKERS = ("o", "s", "^", "D", "v")
 
 STYLE: Any = {
@@ -38,11 +38,12 @@ class Curve:
     """One line of a plot.
 
     Attributes:
-        label: for the legend.
-        points: columns sparsity (0 to 1) and wer (a fraction), a row a run; runs of one sparsity differ by their seed.
-        dense: WER of the dense model, a fraction; None to leave its line out.
-        color: number of its colour and marker; None for the next one.
-        dotted: draw it so, to tell it from another curve of the same colour.
+        label: Its name in the legend.
+        points: A row a run, with the columns sparsity (0 to 1) and wer (a fraction); runs of one sparsity differ by
+            their seed.
+        dense: WER of the dense model as a fraction; None to leave its line out.
+        color: Index of its colour and marker; None for the next one.
+        dotted: Whether its line is dotted, to tell it from another curve of the same colour.
     """
 
     label: str
@@ -52,7 +53,7 @@ class Curve:
     dotted: bool = False
 
 
-def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: str = "dense") -> None:
+def plot_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
     """Draw WER over sparsity to ``<path>.png`` and ``<path>.pdf``.
 
     The band around a line spans one standard deviation over the seeds. The WER has a logarithmic axis: it runs from a
@@ -74,7 +75,7 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
                     color=color if own_dense else "#444444",
                     linestyle="--",
                     linewidth=1.0,
-                    label=f"{dense_label} ({100 * curve.dense:.1f} %)" if not own_dense else None,
+                    label=f"dense ({100 * curve.dense:.1f} %)" if not own_dense else None,
                     zorder=2,
                 )
             line = ":" if curve.dotted else "-"
@@ -90,7 +91,9 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve], dense_label: st
         axes.set_title(f"{title} (dashed: dense)" if own_dense else title, fontsize=10)
         handles, labels = axes.get_legend_handles_labels()
         columns = len(labels) if sum(map(len, labels)) < 60 else 1
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)  # below the axes: on no curve
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns
+        )  # below the axes, where it hides no curve
         save(figure, path)
 
 
@@ -109,7 +112,7 @@ def logarithmic_wer(axes: Axes) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a plot to ``<path>.png`` and ``<path>.pdf``."""
     for suffix in ("png", "pdf"):
-        # No date in the file: the same figures give the same bytes.
+        # Without a date in the file, the same figures give the same bytes.
         metadata = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
         with write_file(path.with_name(f"{path.name}.{suffix}")) as temporary:
             figure.savefig(temporary, format=suffix, metadata=metadata)

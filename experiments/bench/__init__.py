@@ -1,1 +1,1 @@
-"""Benchmarks: what pruning and pruned models cost in seconds, bytes and memory."""
+"""Benchmarks of pruning and of pruned models in seconds, bytes and memory."""

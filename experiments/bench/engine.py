@@ -42,7 +42,7 @@ BASE_LAYER = {
     "fc1: 3072x768": (1, 3072, 768),
     "fc2: 768x3072": (1, 768, 3072),
 }
-"""Matrices of a layer of wav2vec2-base that read the same input: how many, rows, cols."""
+"""Number, rows and columns of the matrices of a wav2vec2-base layer that read the same input."""
 
 PAPER_UTTERANCES, PAPER_FRAMES = 2048, 1_300_000
 """Calibration set of the paper (its section 3.1), at train-clean-100's mean of 12.7 s an utterance, 50 frames each."""
@@ -92,7 +92,7 @@ def summary(table: pandas.DataFrame) -> pandas.DataFrame:
 def alternate(
     rounds: int, subject: str, contestants: dict[str, Callable[[], Any]], *, warm_up: bool = True
 ) -> list[dict[str, Any]]:
-    """Time contestants in turns, after a round that does not count; a GPU's work is waited for."""
+    """Time contestants in turns, after a warm-up round that does not count; a GPU is synchronised."""
     rows = []
     for number in range(0 if warm_up else 1, rounds + 1):
         for name, contestant in contestants.items():
@@ -105,7 +105,7 @@ def alternate(
 
 
 def finished() -> float:
-    """The time, when all that was asked of a GPU is done."""
+    """The time once the GPU, if any, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -249,7 +249,9 @@ def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
             PLAIN: partial(_pruned_uniformly_by_the_plain_loop, model, batches),
         }
         rows += _at("layers, pruned on 2 utterances", layers, alternate(arguments.rounds, f"{layers} layers", pair))
-    for number in range(arguments.rounds):  # every process starts anew: it is these that take turns
+    for number in range(
+        arguments.rounds
+    ):  # every measurement starts new processes, so that the numbers of processes take turns
         for count in (1, 2):
             row = {"subject": f"{count} processes", "contestant": OURS, "round": number + 1}
             rows += _at("processes of one thread, 4 layers", count, [row | {"seconds": _seconds_together(count)}])
@@ -257,7 +259,7 @@ def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 def _seconds_together(count: int) -> float:
-    """Seconds that so many processes of one thread each take to prune a model together, after one that is not timed."""
+    """Seconds that ``count`` processes of one thread take to prune a model together, after a warm-up."""
     with TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_prune_together, (count, Path(folder)), nprocs=count)
         return float((Path(folder) / "seconds").read_text())
@@ -318,7 +320,7 @@ def plot_scaling(path: Path, table: pandas.DataFrame) -> None:
 
 
 def random_base(layers: int = 12) -> PreTrainedModel:
-    """wav2vec2-base at full width with random weights: costs do not depend on what the weights are."""
+    """wav2vec2-base at full width with random weights, on which the costs do not depend."""
     torch.manual_seed(0)
     config = Wav2Vec2Config(num_hidden_layers=layers, ctc_loss_reduction="mean")
     return Wav2Vec2ForCTC(config).eval()
@@ -332,7 +334,7 @@ def speech(utterances: int) -> list[Batch]:
 
 
 def _scaled_sample(frames: int) -> float:
-    """Frames for each column that are the share of these frames which the default takes of the paper's set."""
+    """Frames per column that take the same share of these frames as the default takes of the paper's set."""
     return 64 * frames / PAPER_FRAMES
 
 

@@ -1,7 +1,7 @@
 """``python -m experiments.bench.export``: bytes on disk and seconds to load, dense and as bitmask.
 
-Full-size wav2vec2-base with random weights, of whose transformer the smallest are zero. What compressors make of the
-dense file is written beside it.
+The model is full-size wav2vec2-base with random weights, of which the smallest in the transformer are zero. The size of
+the dense file after general compressors is measured, too.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, 
     """Write a model in every format and load it in turns.
 
     Args:
-        sparsity: share of every matrix that is zero.
-        folder: for the files.
-        rounds: of loading.
+        sparsity: Share of every matrix that is zero.
+        folder: Where the files go.
+        rounds: How often each file is loaded.
 
     Returns:
         Rows with bytes, and rows with seconds.
@@ -93,7 +93,7 @@ def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, 
 
 def _touching(folder: Path) -> Any:
     def load_and_touch() -> None:
-        # Mapped weights are read from the file when they are first used: what is timed includes that.
+        # Mapped weights are read from the file when they are first used; the time includes that.
         for parameter in load(folder).parameters():
             parameter.sum()
 

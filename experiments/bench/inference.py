@@ -1,4 +1,4 @@
-"""``python -m experiments.bench.inference``: what a pruned model's zeros save in time and in memory, on the CPU.
+"""``python -m experiments.bench.inference``: the time and memory that a pruned model's zeros save on the CPU.
 
 The models have the published shapes and random weights, removed at random: neither changes what a product costs. Dense
 and accelerated models take turns in one process; memory is that of fresh processes.

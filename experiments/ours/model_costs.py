@@ -1,4 +1,4 @@
-"""What models weigh on disk, and how long they take on a CPU: measured."""
+"""Measurements of the size of models on disk and of their time on a CPU."""
 
 import copy
 import tempfile
@@ -26,22 +26,23 @@ ROUNDS = 15
 
 
 def measure_models(dense_model: ModelConfig, runs: list[Path]) -> pandas.DataFrame:
-    """Measure the models of runs, and the dense one that they come from.
+    """Measure the models of runs, and the dense model that they come from.
 
-    Each model, accelerated if weights were removed from it, and the dense one take turns on the CPU with ten seconds of
-    noise.
+    Each model and the dense one take turns on the CPU with ten seconds of noise. Models from which weights were removed
+    are accelerated.
 
     Args:
-        dense_model: where it comes from.
-        runs: their folders.
+        dense_model: The settings that the dense model is loaded by.
+        runs: Folders of the runs.
 
     Returns:
-        A row a model, the dense one first. Columns run; megabytes on disk, in float16, in bitmask format where weights
-        were removed; milliseconds for a second of audio; milliseconds_dense, the dense model's in the same turns;
-        faster, how many times in these; swapped, matrices that multiply sparse; and what it was measured with.
+        A row a model, the dense one first, with the columns run; megabytes on disk in float16, in bitmask format where
+        weights were removed; milliseconds for a second of audio; milliseconds_dense, the dense model's in the same
+        turns; faster, the ratio of the two; swapped, the number of matrices that multiply sparse; and audio_seconds,
+        rounds, threads and machine of the measurement.
 
     Raises:
-        UserError: a run has no model.
+        UserError: A run has no model.
     """
     for run in runs:
         if not (run / "model").is_dir():
@@ -75,7 +76,7 @@ def _measure(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, A
     """The columns of one model."""
     model: Any = sparsewav.load(folder, torch.float32)
     total, nonzero = count_parameters(model)
-    pruned = nonzero < 0.9 * total  # by removing weights, not by making matrices smaller
+    pruned = nonzero < 0.9 * total  # weights were removed, where other methods make matrices smaller
     megabytes = _megabytes(model, "bitmask" if pruned else "dense")
     swapped = sparsewav.accelerate(model).swapped if pruned else 0
     with torch.inference_mode():

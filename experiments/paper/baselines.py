@@ -1,4 +1,4 @@
-"""The sweeps of the methods that the paper compares with: what Tables 2 and 3 share."""
+"""The sweeps of the methods that the paper compares with, which Tables 2 and 3 share."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from experiments.sweeps import Scale, Sweep
 from sparsewav.baselines import METHODS
 
 DEMO = ("training.epochs=0.08",)
-"""Half the demo's tuning, for every method and for ours."""
+"""Half of the demo's fine-tuning, for every method and for ours."""
 
 SHORT = ("l0_finetune", "parp", "parp_p")
-"""Methods of which a run takes minutes at demo scale: three seeds there, as of ours. One-shot magnitude leaves nothing
-to chance: its seeds would end with the same model."""
+"""Methods of which a run takes minutes at demo scale. They have three seeds there, as ours has. One-shot magnitude
+pruning is deterministic and needs one."""
 
 THREE_SEEDS = ('hydra.sweeper.params.seed="0,1,2"',)
 
@@ -22,9 +22,9 @@ class Row:
     """A method as a row of Table 2.
 
     Attributes:
-        method: its name here.
-        role: of the model that it starts from.
-        differs: from the original recipe.
+        method: Its name in the group ``method``.
+        role: The role of the model that it starts from.
+        differs: How it differs from the original recipe.
     """
 
     method: str
@@ -49,7 +49,7 @@ ROWS = {
     "PARP": Row("parp", "base", "starts from a recogniser; masked tuning follows it"),
     "PARP-P": Row("parp_p", "base", "starts from a recogniser; masked tuning follows it"),
 }
-"""By the paper's name in Table 2, or ours where the paper has no such row; those in METHODS are run."""
+"""By the name of the paper's Table 2, or our own where the paper has no such row."""
 
 
 def sweep_of(method: str, role: str) -> Sweep:
@@ -59,7 +59,7 @@ def sweep_of(method: str, role: str) -> Sweep:
 
 
 def registered() -> dict[str, Row]:
-    """The rows whose method is there."""
+    """The rows whose method is implemented."""
     return {name: row for name, row in ROWS.items() if row.method in METHODS}
 
 
@@ -67,7 +67,7 @@ SWEEPS = tuple(sweep_of(row.method, row.role) for row in registered().values())
 
 
 def cost(run: pandas.Series) -> str:
-    """Updates and utterances of an update of a run's compression, and of its tuning."""
+    """Updates and batch size of a run's compression and of its fine-tuning, as text."""
     compression, tuning = run["compression"], f"{run['updates']:,} x 16"
     if not isinstance(compression, dict):
         return tuning
@@ -76,7 +76,7 @@ def cost(run: pandas.Series) -> str:
 
 
 def note(runs: pandas.DataFrame, scale: Scale) -> str:
-    """What the baselines' runs had shortened, and what differs from their recipes."""
+    """Sentences on what the baselines' runs shortened, and on how they differ from their recipes."""
     factors = sorted({item["update_divisor"] for item in runs["compression"] if isinstance(item, dict)})
     shortened = " and ".join(f"{factor:g}" for factor in factors)
     rates = sorted({item["lr_multiplier"] for item in runs["compression"] if isinstance(item, dict)})

@@ -1,4 +1,4 @@
-"""Figures 1 to 3: WER over sparsity for one model, one-shot, tuned and progressively tuned."""
+"""Figures 1 to 3: WER over sparsity of one model, one-shot, fine-tuned and progressively fine-tuned."""
 
 import pandas
 
@@ -42,7 +42,7 @@ def points_of(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def write_points(item: Item, scale: Scale, runs: pandas.DataFrame) -> None:
-    """Write ``<item>.csv``: for every model, strategy and sparsity the WER over the seeds."""
+    """Write ``<item>.csv`` with the WER over the seeds for every model, strategy and sparsity."""
     keys = ["model", "finetune_strategy", "target_sparsity"]
     groups = runs.groupby(keys, sort=True)
     table = pandas.DataFrame(
@@ -75,7 +75,7 @@ def _updates(runs: pandas.DataFrame) -> str:
 
 
 def _claims(runs: pandas.DataFrame, role: str) -> list[str]:
-    """What the paper's text says of its figure, and what ours says."""
+    """Sentences that compare the claims of the paper's text with our runs."""
     said = paper()["figures"]
     tuned = mean_increase(runs[runs["finetune_strategy"] == "one_pass"])
     shot = mean_increase(runs[runs["finetune_strategy"] == "none"])

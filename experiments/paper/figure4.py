@@ -1,4 +1,4 @@
-"""Figure 4: one-shot pruning of large models that learned from little, more and most of the data."""
+"""Figure 4: one-shot pruning of large models that were fine-tuned on 10 minutes, 100 and 960 hours of speech."""
 
 from experiments.paper.curves import mean_increase, points_of, write_points
 from experiments.plots import Curve, plot_curves
@@ -6,7 +6,7 @@ from experiments.results import Item, Result, describe
 from experiments.sweeps import Scale, Sweep, read
 
 ROLES = {"large_10m": "10m", "large_100h": "100h", "large_960h": "960h"}
-"""Role of each model, and the data that the paper's was fine-tuned on."""
+"""By the role of each model, the data that the paper's model was fine-tuned on."""
 
 SWEEPS = tuple(Sweep("paper/curve_one_shot", role) for role in ROLES)
 
@@ -29,7 +29,7 @@ def make(item: Item, scale: Scale) -> Result:
     notes = [
         describe(runs, scale),
         "Bands: one standard deviation over the seeds. Dashed: each model's dense WER.",
-        "Paper: the better the dense model, the smaller the loss by pruning. Ours, from 50 % on: so at "
+        "Paper: the better the dense model, the smaller the loss by pruning. Ours, from 50 % on: the same order at "
         f"{len(ordered)} of {len(sparsities)} sparsities; at 70 % "
         + ", ".join(f"{label.split()[0]} {increase[0.7]:+.2f}" for label, increase in increases.items())
         + " points.",

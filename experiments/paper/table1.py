@@ -1,4 +1,4 @@
-"""Table 1: what each piece of the method is worth, at 75 % sparsity."""
+"""Table 1: the ablation of the method's parts at 75 % sparsity."""
 
 import math
 
@@ -17,7 +17,7 @@ ROWS = {
     "one_pass": ("+++ post-pruning finetune", "obs_first_order", "hutchinson", "one_pass"),
     "progressive": ("++++ progress", "obs_first_order", "hutchinson", "progressive"),
 }
-"""Key in ``paper.yaml``; method, saliency, allocation and fine-tuning strategy."""
+"""By the key in ``paper.yaml``: name, saliency, allocation and fine-tuning strategy of each row."""
 
 
 def make(item: Item, scale: Scale) -> Result:
@@ -72,7 +72,7 @@ def make(item: Item, scale: Scale) -> Result:
 
 
 def _verdict(difference: pandas.Series) -> str:
-    """Whether a row is better than the one above: the mean difference against two standard errors over the seeds."""
+    """Whether a row is better than the one above by more than two standard errors of the mean over the seeds."""
     mean, error = difference.mean(), difference.std() / math.sqrt(len(difference))
     if len(difference) > 1 and abs(mean) <= 2 * error:
         return "not separated"

@@ -15,7 +15,7 @@ SWEEPS = (*OURS, *baselines.SWEEPS)
 
 DENSE = {"wav2vec2 Base": "base", "HuBERT Base": "hubert", "WavLM Base+": "wavlm"}
 PRUNED = {"SparseWAV2VEC2": "base", "SparseWAVLM+": "wavlm", "Ours, HuBERT": "hubert"}
-"""Rows that are ours, and their model's role; the last one is not in the paper's table."""
+"""The rows of SparseWAV with their model's role; the last one is not in the paper's table."""
 
 
 def make(item: Item, scale: Scale) -> Result:
@@ -77,7 +77,7 @@ def _measured(chosen: pandas.DataFrame) -> dict[str, str]:
 
 
 def _orderings(frame: pandas.DataFrame) -> list[str]:
-    """Which pairs of methods stand here as they do in the paper."""
+    """A sentence on the pairs of methods that have the same order here and in the paper."""
     both = frame.dropna(subset=["Our WER %", "Paper WER %"])
     both = both[~both["Method"].isin(DENSE)]
     ours = {row["Method"]: float(str(row["Our WER %"]).split()[0]) for _, row in both.iterrows()}

@@ -1,4 +1,4 @@
-"""Table 3: how long compressing takes, before the tuning for recognition."""
+"""Table 3: the duration of the compression, without the fine-tuning that follows it."""
 
 import pandas
 
@@ -14,7 +14,7 @@ LARGE = tuple(baselines.sweep_of(method, "large") for method in ("dphubert",) if
 SWEEPS = (*OURS, *(sweep for sweep in baselines.SWEEPS if sweep.role == "base"), *LARGE)
 
 ROLES = {"HuBERT-base": "base", "HuBERT-large": "large", "wav2vec2-base": "base", "wav2vec2-large": "large"}
-"""Which of our models stands for each of the paper's."""
+"""The role of our model that stands for each of the paper's models."""
 
 
 def make(item: Item, scale: Scale) -> Result:
