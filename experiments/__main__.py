@@ -22,7 +22,7 @@ GROUPS = {"all": [item for item in ITEMS.values() if not item.hours], "full": li
 """The words that stand for several items; the first one is the default."""
 
 EXAMPLES = """examples:
-  ./reproduce.sh                         the paper's items at demo scale: 2 CPU cores, nothing to fetch but PyPI
+  ./reproduce.sh                         the default items at demo scale: 2 CPU cores, nothing to fetch but PyPI
   ./reproduce.sh table1 figure4          some of them
   ./reproduce.sh paper --dry-run         list the jobs at paper scale: LibriSpeech, published checkpoints, a GPU
   ./reproduce.sh --draw                  draw again what is finished, without running anything
@@ -72,17 +72,14 @@ def main() -> int:
 
 def _epilog() -> str:
     """The items with their titles, the words that stand for several, and examples."""
-    sections = [(f"{whose}:", [(item.name, item.title) for item in items]) for whose, items in _ORIGINS]
     hours = " and ".join(item.name for item in ITEMS.values() if item.hours)
-    groups = [("all", f"every item but {hours} (default)"), ("full", f"every item; {hours} take hours more")]
-    lists = [
-        "\n".join([title, *(f"  {name:<16} {text}" for name, text in rows)])
-        for title, rows in [*sections, ("several items:", groups)]
-    ]
-    return "\n\n".join([*lists, EXAMPLES])
-
-
-_ORIGINS = (("items of the paper", PAPER), ("items of this project", OURS))
+    lists = {
+        "items of the paper": [(item.name, item.title) for item in PAPER],
+        "items of this project": [(item.name, item.title) for item in OURS],
+        "several items": [("all", f"every item but {hours} (default)"), ("full", f"every item; {hours} take hours")],
+    }
+    rows = {title: "\n".join(f"  {name:<16} {text}" for name, text in pairs) for title, pairs in lists.items()}
+    return "\n\n".join([*(f"{title}:\n{text}" for title, text in rows.items()), EXAMPLES])
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
