@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.baselines.gates import Gates
-from sparsewav.models.structured import UNEVEN, LayerShape
+from sparsewav.models.structured import STRUCTURED, LayerShape
+from sparsewav.pruning.encoder import base_of
 
 
 @torch.no_grad()
@@ -30,18 +31,18 @@ def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
     gates.draw()
     gates.train(was_training)
     values = {name: group.value.detach().cpu() for name, group in gates.items()}
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.base_model.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in base_of(model).state_dict().items()}
     changes: dict[str, Any] = {}
     if "channels_0" in values:
         changes = {"conv_dim": _cut_channels(state, values), "feature_scale": True}
-    base: Any = model.base_model
+    base = base_of(model)
     shapes = [_cut_layer(state, values, index, layer) for index, layer in enumerate(base.encoder.layers)]
-    config_class, model_class = UNEVEN[model.config.model_type]
+    config_class, model_class = STRUCTURED[model.config.model_type]
     settings = model.config.to_dict()
     settings.pop("model_type")
     settings |= changes | {"layers": [asdict(shape) for shape in shapes], "architectures": [model_class.__name__]}
     smaller: Any = model_class(config_class(**settings))
-    smaller.base_model.load_state_dict(state)
+    base_of(smaller).load_state_dict(state)
     smaller.lm_head.load_state_dict(model.lm_head.state_dict())
     return smaller.to(model.dtype).eval()
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.models.structured import UNEVEN
-from sparsewav.pruning.encoder import projections_as_modules
+from sparsewav.models.structured import STRUCTURED
+from sparsewav.pruning.encoder import base_of, projections_as_modules
 
 TEMPERATURE = 2 / 3
 """β: how sharply a sample tends to 0 or 1."""
@@ -25,9 +25,6 @@ SHARPNESS = 0.8
 """Of the approximate mean of a gate, σ(0.8 log α / β)."""
 SPREAD = 0.01
 """Standard deviation of log α at the start."""
-
-UNITS = ("channels", "heads", "head_dims", "units")
-"""What can be gated: convolution channels, attention heads, single dimensions of heads, feed-forward units."""
 
 
 def sample_gates(log_alpha: Tensor) -> Tensor:
@@ -114,7 +111,7 @@ class Gates(nn.Module):
 
         Args:
             model: dense CTC model of wav2vec 2.0, HuBERT or WavLM; changed in place.
-            units: some of :data:`UNITS`.
+            units: some of :data:`sparsewav.settings.baselines.GATED`.
             drop_rates: of each of the units, where they start.
             straight_through: as :class:`Gate` takes it.
 
@@ -122,13 +119,13 @@ class Gates(nn.Module):
             UserError: the model's family has no form that a cut model could be saved in.
         """
         super().__init__()
-        if model.config.model_type not in UNEVEN:
+        if model.config.model_type not in STRUCTURED:
             raise UserError(
                 f"a model of the family {model.config.model_type!r} cannot be cut into layers of different sizes; "
-                f"choose one of {', '.join(UNEVEN)}"
+                f"choose one of {', '.join(STRUCTURED)}"
             )
         self.groups = nn.ModuleDict()
-        base: Any = model.base_model
+        base = base_of(model)
         chosen = set(units)
 
         def gate(name: str, count: int, kind: str, keep_one: bool = False) -> Gate:
@@ -205,7 +202,7 @@ def _output_times(gate: Gate) -> Any:
 
 def encoder_parameters(model: PreTrainedModel) -> int:
     """Number of parameters of a CTC model without its head."""
-    return sum(parameter.numel() for parameter in model.base_model.parameters())
+    return sum(parameter.numel() for parameter in base_of(model).parameters())
 
 
 def left_parameters(model: PreTrainedModel, opened: Mapping[str, Tensor]) -> Tensor:
@@ -221,7 +218,7 @@ def left_parameters(model: PreTrainedModel, opened: Mapping[str, Tensor]) -> Ten
     Returns:
         A scalar, differentiable with respect to the probabilities.
     """
-    base: Any = model.base_model
+    base = base_of(model)
     width = model.config.hidden_size
     total = torch.as_tensor(float(encoder_parameters(model)), device=next(iter(opened.values())).device)
     incoming, dense_incoming = torch.ones_like(total), 1

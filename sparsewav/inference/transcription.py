@@ -1,6 +1,6 @@
 """Transcripts of whole recordings: in overlapping chunks, with the times of the words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
+from sparsewav.pruning.hessian import Progress
 
 AGREEMENT = 3
 """Frames, one after the other, on which two chunks have to agree where one hands over to the next."""
@@ -67,7 +68,7 @@ def transcribe_recording(
     *,
     chunk_seconds: float = 30.0,
     overlap_seconds: float = 4.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Transcript:
     """Transcribe a recording of any length greedily, as the evaluation does.
 

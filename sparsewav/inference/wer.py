@@ -1,6 +1,6 @@
 """Word error rate: greedy CTC, no language model, corpus level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jiwer
@@ -12,6 +12,7 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import takes_padding
+from sparsewav.pruning.hessian import Progress
 
 
 @torch.inference_mode()
@@ -20,7 +21,7 @@ def transcribe(
     processor: Wav2Vec2Processor,
     utterances: Sequence[Utterance],
     seconds_per_batch: float = 60.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Transcribe utterances greedily.
 

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -215,6 +216,29 @@ def load_pretrained(
         return AutoModelForCTC.from_pretrained(source, dtype=dtype, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of {called} cannot be loaded: {_first_line(error)}") from error
+
+
+@torch.no_grad()
+def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequence[str] = ()) -> int:
+    """Copy parameters and buffers into a model wherever name, below the family's prefix, and shape agree.
+
+    Args:
+        model: Changed in place.
+        initial: Where the values come from.
+        without: Parts of the names that are not copied.
+
+    Returns:
+        How many values were copied.
+    """
+    state = model.state_dict()
+    prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
+    taken = 0
+    for name, tensor in initial.state_dict().items():
+        own = state.get(prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name)
+        if own is not None and own.shape == tensor.shape and not any(part in name for part in without):
+            own.copy_(tensor)
+            taken += tensor.numel()
+    return taken
 
 
 def load_processor(source: str) -> Wav2Vec2Processor:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from sparsewav.pruning.encoder import OWN_PREFIX
+from sparsewav.pruning.encoder import OWN_PREFIX, base_of
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def make_structured(model: PreTrainedModel) -> None:
         model: a dense one, just made, whose configuration is one of this module's.
     """
     config: Any = model.config
-    base: Any = model.base_model
+    base = base_of(model)
     if config.feature_scale:
         add_feature_scale(base.feature_projection, config.conv_dim[-1])
     for index, (layer, kept) in enumerate(
@@ -265,13 +265,13 @@ class StructuredWavLMForCTC(WavLMForCTC):
         make_structured(self)
 
 
-UNEVEN: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+STRUCTURED: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "wav2vec2": (StructuredWav2Vec2Config, StructuredWav2Vec2ForCTC),
     "hubert": (StructuredHubertConfig, StructuredHubertForCTC),
     "wavlm": (StructuredWavLMConfig, StructuredWavLMForCTC),
 }
 """Configuration and model of every family that can be cut, by the dense model's ``model_type``."""
 
-for _config, _model in UNEVEN.values():
+for _config, _model in STRUCTURED.values():
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCTC.register(_config, _model)

@@ -27,7 +27,7 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable
 from sparsewav.inference.wer import transcribe, word_error_rate
-from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model
+from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
@@ -142,21 +142,7 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if source is not None:
-        taken = _take_over(model, load_pretrained(source, torch.float32, "initial_model"))
+        taken = take_over(model, load_pretrained(source, torch.float32, "initial_model"))
         if not taken:
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
     return model
-
-
-def _take_over(model: PreTrainedModel, initial: PreTrainedModel) -> int:
-    """Copy every parameter and buffer that has the same name and shape in both; returns how many parameters fit."""
-    state = model.state_dict()
-    prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
-    taken = 0
-    with torch.no_grad():
-        for name, tensor in initial.state_dict().items():
-            own = state.get(prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name)
-            if own is not None and own.shape == tensor.shape:
-                own.copy_(tensor)
-                taken += tensor.numel()
-    return taken

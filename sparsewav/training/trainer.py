@@ -31,6 +31,7 @@ from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.run import OptimizationConfig, TrainingConfig
 from sparsewav.training.masks import HoldMasks, masked_gradients
 
@@ -115,7 +116,7 @@ class ParameterGroup:
 class _Progress(TrainerCallback):
     """Tells how many updates are done."""
 
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -149,7 +150,7 @@ def train(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
     parameter_groups: Sequence[ParameterGroup] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Train anything that has a loss in place, on the device where it is.
 
@@ -257,7 +258,7 @@ def train_ctc(
     *,
     masks: Mapping[str, Tensor] | None = None,
     development_set: Sequence[Utterance] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Train a CTC model in place, as :func:`train` does.
 
