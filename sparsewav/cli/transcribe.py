@@ -39,10 +39,12 @@ def main() -> None:
     quieten_libraries()
     from sparsewav.data.utterances import Utterance
     from sparsewav.inference.transcription import transcribe_recording
-    from sparsewav.models.load import choose_device, load_speech_model
+    from sparsewav.models.load import choose_device
+    from sparsewav.settings.run import ModelConfig
+    from sparsewav.training.recipes import load_or_train
 
     try:
-        speech = load_speech_model(arguments.model, device=choose_device(arguments.device))
+        speech = load_or_train(ModelConfig(arguments.model), choose_device(arguments.device))
         if arguments.accelerate:
             from sparsewav.inference import accelerate
 

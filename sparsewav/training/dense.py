@@ -32,6 +32,7 @@ from sparsewav.pipeline import run_folder
 from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
+from sparsewav.training.recipes import train_if_recipe
 from sparsewav.training.trainer import choose_precision, train_ctc, updates_of, write_training_log
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
@@ -123,7 +124,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
 def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
     """Make a model with random weights, and take over those of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = None if config.initial_model is None else locate_model(config.initial_model, "initial_model")
+    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
     try:
         if config.architecture:
             architecture = dict(config.architecture)

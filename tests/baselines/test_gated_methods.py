@@ -28,10 +28,10 @@ def settings_of(name: str, *overrides: str) -> GatedMethod:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from sparsewav import cli
+    from sparsewav.cli import app
     from sparsewav.files import conf_folder
 
-    cli._register()
+    app._register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composed = compose("config", overrides=[f"method={name}", *overrides])
     config: Any = OmegaConf.to_object(composed)
