@@ -1,4 +1,4 @@
-"""Cutting closed gates out of a model for real, and folding what the open ones are worth into the weights."""
+"""Removing what closed gates cover from a model, and folding the values of open gates into the weights."""
 
 from dataclasses import asdict
 from typing import Any
@@ -14,14 +14,14 @@ from sparsewav.pruning.encoder import base_of
 
 @torch.no_grad()
 def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
-    """Make the smaller model that computes what the gated one computes in evaluation, up to rounding.
+    """Make the structured model (layers of different widths) that computes the same as the gated one, up to rounding.
 
-    A gate's soft value goes into the next layer's weights. The last convolution is followed by a layer norm, and its
-    soft values stay in the model as the scale of the features.
+    The value of a gate is folded into the weights of the next layer. The last convolution is followed by a layer norm,
+    so that the values of its gates stay in the model as the scale of the features.
 
     Args:
-        model: that the gates are attached to; not changed.
-        gates: settled here.
+        model: The model that the gates are attached to; it is not changed.
+        gates: New values are drawn as in evaluation.
 
     Returns:
         A model of :mod:`sparsewav.models.structured`, on the CPU, in evaluation mode.
@@ -48,7 +48,7 @@ def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
 
 
 def _cut_channels(state: dict[str, Tensor], values: dict[str, Tensor]) -> list[int]:
-    """Cut the convolutions; give the channels that each has left."""
+    """Cut the convolutions, and give the number of channels that each keeps."""
     counts = []
     for index in range(sum(name.startswith("channels_") for name in values)):
         value = values[f"channels_{index}"]
@@ -71,7 +71,7 @@ def _cut_channels(state: dict[str, Tensor], values: dict[str, Tensor]) -> list[i
 
 
 def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, layer: Any) -> LayerShape:
-    """Cut one transformer layer; give what is left of it."""
+    """Cut one transformer layer, and give its shape."""
     attention = layer.attention
     heads, head_dim = attention.num_heads, attention.head_dim
     ones = torch.ones(heads * head_dim)
@@ -83,7 +83,8 @@ def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, 
     value_open = (value > 0).view(heads, head_dim)
     alive = value_open.any(-1)
     query_open = (query > 0).view(heads, head_dim) & alive[:, None]
-    _fold_rows(state, prefix + "q_proj", query)
+    state[prefix + "q_proj.weight"] = state[prefix + "q_proj.weight"] * query[:, None]
+    state[prefix + "q_proj.bias"] = state[prefix + "q_proj.bias"] * query
     for name, opened in (("q_proj", query_open), ("k_proj", query_open), ("v_proj", value_open)):
         for kind in ("weight", "bias"):
             state[f"{prefix}{name}.{kind}"] = state[f"{prefix}{name}.{kind}"][opened.flatten()]
@@ -110,8 +111,3 @@ def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, 
         value_dims=value_open.sum(-1)[alive].tolist(),
         units=int((units > 0).sum()),
     )
-
-
-def _fold_rows(state: dict[str, Tensor], name: str, factors: Tensor) -> None:
-    state[name + ".weight"] = state[name + ".weight"] * factors[:, None]
-    state[name + ".bias"] = state[name + ".bias"] * factors

@@ -105,7 +105,7 @@ def _train_and_cut(
     seed: int,
     progress: Progress | None,
 ) -> None:
-    """Train with gates, and write the cut model and its record to ``cut`` in the folder."""
+    """Train with gates, and write the cut model and its record to the subfolder ``cut``."""
     student = copy.deepcopy(dense)
     for parameter in student.parameters():
         parameter.requires_grad_(True)  # those of a teacher take no gradient

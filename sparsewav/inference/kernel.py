@@ -19,7 +19,7 @@ from sparsewav.cache import cached_folder
 
 SOURCE = Path(__file__).with_name("product.cpp")
 
-MOST_COLUMNS = 2**16
+MAX_COLUMNS = 2**16
 """Column numbers are stored in 16 bits."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
-from sparsewav.inference.kernel import MOST_COLUMNS, SOURCE, processor_name
+from sparsewav.inference.kernel import MAX_COLUMNS, SOURCE, processor_name
 from sparsewav.inference.sparse_linear import SparseLinear
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timin
         frames: numbers of frames to multiply with at once.
         kernel: there is a kernel; otherwise PyTorch's CSR product is timed.
     """
-    widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MOST_COLUMNS else (None,)
+    widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MAX_COLUMNS else (None,)
     candidates = [SparseLinear(linear, width) for width in widths]
     seconds = []
     for count in frames:

@@ -182,12 +182,12 @@ def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Ite
             yield Word(text, start, end)
 
 
-def captions(words: list[Word], *, most_words: int = 8, most_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:
+def captions(words: list[Word], *, max_words: int = 8, max_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:
     """Gather words into captions: a new one after so many words or seconds, or a pause of so many seconds."""
     lines: list[list[Word]] = []
     for word in words:
         line = lines[-1] if lines else []
-        fits = line and len(line) < most_words and word.end - line[0].start <= most_seconds
+        fits = line and len(line) < max_words and word.end - line[0].start <= max_seconds
         if fits and word.start - line[-1].end < pause:
             line.append(word)
         else:
