@@ -10,10 +10,10 @@ from sparsewav.settings.run import DataConfig, DemoData, LibriSpeechFolder
 
 
 def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:
-    """A seeded random sample of the calibration subset.
+    """Give a random sample of the calibration subset.
 
     Raises:
-        UserError: the subset is missing, broken or too small.
+        UserError: The subset is missing, broken or too small.
     """
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return sample_utterances(_read(data, data.calibration_subset), count, seed)
@@ -21,19 +21,19 @@ def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:
 
 
 def evaluation_set(data: DataConfig) -> list[Utterance]:
-    """The evaluation subset, or its first ``evaluation_utterances``.
+    """Give the evaluation subset, or its first ``evaluation_utterances``.
 
     Raises:
-        UserError: the subset is missing or broken.
+        UserError: The subset is missing or broken.
     """
     return whole_subset(data, data.evaluation_subset)[: data.evaluation_utterances]
 
 
 def training_set(data: DataConfig, seed: int) -> list[Utterance]:
-    """The training subset, or a seeded random sample of ``training_utterances`` of it.
+    """Give the training subset, or a random sample of ``training_utterances`` of it.
 
     Raises:
-        UserError: the subset is missing, broken or too small.
+        UserError: The subset is missing, broken or too small.
     """
     utterances = whole_subset(data, data.training_subset)
     if data.training_utterances is None:
@@ -42,10 +42,10 @@ def training_set(data: DataConfig, seed: int) -> list[Utterance]:
 
 
 def whole_subset(data: DataConfig, subset: str) -> list[Utterance]:
-    """Every utterance of a subset.
+    """Give every utterance of a subset.
 
     Raises:
-        UserError: the subset is missing or broken.
+        UserError: The subset is missing or broken.
     """
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return _read(data, subset)

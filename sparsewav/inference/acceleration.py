@@ -1,4 +1,4 @@
-"""``sparsewav.accelerate``: put sparse products in the place of dense ones where they are faster."""
+"""``sparsewav.accelerate``: replace dense products of a pruned model by sparse ones where these are faster."""
 
 import logging
 import math
@@ -20,23 +20,23 @@ from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 log = logging.getLogger(__name__)
 
 FRAMES = (250, 1000)
-"""Frames in a batch for which the products are timed by default: 5 and 20 seconds of audio."""
+"""Numbers of frames that products are timed with by default, 5 and 20 seconds of audio."""
 
 BUCKET = 0.05
-"""Matrices of one shape whose sparsities lie in the same twentieth share a timing, that of the least sparse one."""
+"""Matrices of one shape with sparsities in the same interval share a timing, that of the least sparse one."""
 
 
 @dataclass(frozen=True)
 class AcceleratedMatrix:
-    """What became of one matrix.
+    """The decision for one matrix.
 
     Attributes:
-        name: of its module.
-        rows, cols: its shape.
-        sparsity: share of its weights that are zero.
-        swapped: its product is a sparse one now.
-        reason: why it was left dense; empty if it was swapped.
-        dense, sparse: seconds of a product, one for each number of frames; empty where none was timed.
+        name: Name of its module.
+        rows, cols: Its shape.
+        sparsity: Share of zeros.
+        swapped: Whether its product is sparse now.
+        reason: Why it stays dense; empty if it was swapped.
+        dense, sparse: Seconds of a product for each number of frames; empty if none was timed.
     """
 
     name: str
@@ -51,14 +51,15 @@ class AcceleratedMatrix:
 
 @dataclass
 class AccelerationReport:
-    """What :func:`accelerate` did.
+    """The decisions of :func:`accelerate`.
 
     Attributes:
-        matrices: a row for every prunable matrix.
-        frames: numbers of frames that the products were timed with.
-        threads: that they were timed with; the choice holds for these.
-        product: ``kernel``, ``CSR`` or ``2:4``: what the sparse products are computed by.
-        without_kernel: why there is no kernel; empty if there is one.
+        matrices: The decision for every prunable matrix.
+        frames: Numbers of frames that products were timed with.
+        threads: Number of threads that products were timed with, for which the choice holds.
+        product: How sparse products are computed: ``kernel``, ``CSR`` or ``2:4``.
+        without_kernel: Why there is no kernel; empty if there is one.
+        swapped: Number of matrices with sparse products.
     """
 
     matrices: list[AcceleratedMatrix]
@@ -87,23 +88,23 @@ def accelerate(
     folder: Path | str | None = None,
     pattern: Literal["any", "2:4"] = "any",
 ) -> AccelerationReport:
-    """Let a pruned model skip its zeros, in place; for inference.
+    """Make a pruned model skip its zeros, in place, for inference.
 
-    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight freed; the
-    rest stays as it is. Outputs are equal up to rounding. The choice is made by timing, with the number of threads that
-    PyTorch has now, and remembered in the model's folder.
+    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight is freed. The
+    outputs are equal up to rounding. Products are timed with the current number of threads of PyTorch, and the timings
+    are stored in the folder of the model.
 
     Args:
         model: CTC model, in float32 on the CPU (``pattern="2:4"``: in float16 or bfloat16 on a GPU).
-        frames: frames of a batch (50 for a second of audio, times the utterances in it), or several such numbers; a
-            matrix is swapped where it is faster with all of them.
-        folder: where the timings are remembered; the folder that the model was loaded from, by default.
+        frames: Number of frames in a batch (50 for a second of audio, times the utterances), or several of them; a
+            matrix is swapped if its sparse product is faster with all of them.
+        folder: Where the timings are stored; by default the folder that the model was loaded from.
         pattern: ``any`` zeros on the CPU, or ``2:4`` on an NVIDIA GPU by
             :func:`torch.sparse.to_sparse_semi_structured`.
 
     Raises:
-        UserError: the model's family is unknown, it is accelerated already, or it is not on a device and in a precision
-            for which there are sparse products.
+        UserError: The model's family is unknown, the model is accelerated already, or there are no sparse products for
+            its device and precision.
     """
     counts = (frames,) if isinstance(frames, int) else tuple(frames)
     if not counts or min(counts) < 1:
@@ -131,7 +132,7 @@ def accelerate(
     timings = remembered(place, key)
     known = set(timings)
     reasons = {matrix.name: _reason(model, matrix) for matrix in matrices}
-    # The least sparse first: its timing is the one that the others of its bucket share.
+    # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
         if not reasons[matrix.name] and _bucket(matrix.weight) not in timings:
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
@@ -148,11 +149,7 @@ def accelerate(
 
 
 def restore(model: PreTrainedModel) -> int:
-    """Undo :func:`accelerate` on the CPU: give every swapped matrix its dense weight back, in place.
-
-    Returns:
-        How many matrices were swapped.
-    """
+    """Undo :func:`accelerate` on the CPU in place, and give the number of matrices that had been swapped."""
     swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     for name, module in swapped:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -162,7 +159,7 @@ def restore(model: PreTrainedModel) -> int:
 
 
 def _folder(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from; None for one from the hub or from nowhere, or this package's own."""
+    """Give the folder that a model was loaded from; None for the hub, for a new model, and for this package's own."""
     folder = Path(model.name_or_path) if model.name_or_path else None
     package = Path(__file__).parents[1]
     return folder if folder and folder.is_dir() and package not in folder.resolve().parents else None
@@ -175,7 +172,7 @@ def _bucket(weight: Tensor) -> str:
 
 
 def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
-    """Why a matrix must stay dense; empty if timing shall decide."""
+    """Say why a matrix must stay dense; empty if its timing decides."""
     if sparsity(matrix.weight) < 0.2:
         return "hardly any of it is zero"
     parent = model.get_submodule(matrix.name.rpartition(".")[0])
@@ -195,13 +192,13 @@ def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timing: Timing | None,
         reason = "the sparse product is not clearly faster"
         return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason, timing.dense, timing.sparse)
     sparse = SparseLinear(matrix.module, timing.width)
-    matrix.module.weight = nn.Parameter(torch.empty(0))  # who still holds the module holds no memory
+    matrix.module.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
     model.set_submodule(matrix.name, sparse)
     return AcceleratedMatrix(matrix.name, rows, cols, share, True, "", timing.dense, timing.sparse)
 
 
 def _leave_mapped_file(model: PreTrainedModel) -> None:
-    """Copy what is left: as long as one tensor lies in a mapped checkpoint, all of that stays in memory."""
+    """Copy the remaining tensors, because one tensor in a mapped checkpoint keeps all of it in memory."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
 
