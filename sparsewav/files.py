@@ -1,4 +1,7 @@
-"""Locations of files, and writing files that appear whole or not at all."""
+"""Locations of files, and writing files that appear whole or not at all.
+
+What cannot be written (a full disk, a read-only folder) raises :class:`UserError`; see :func:`writing`.
+"""
 
 import os
 import shutil
@@ -35,11 +38,7 @@ def conf_folder() -> Path:
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which is renamed to ``path`` if the block ends without an error.
-
-    Raises:
-        UserError: The file cannot be written (a full disk, a read-only folder).
-    """
+    """Give a temporary path to write to, which is renamed to ``path`` if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
         try:
@@ -52,11 +51,7 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which replaces the folder ``path`` if the block ends without an error.
-
-    Raises:
-        UserError: The folder cannot be written (a full disk, a read-only folder).
-    """
+    """Give a temporary folder to fill, which replaces the folder ``path`` if the block ends without an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -79,11 +74,7 @@ def make_readable(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time run the block, while the others wait.
-
-    Raises:
-        UserError: The lock file cannot be written.
-    """
+    """Let one process at a time run the block, while the others wait."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -96,11 +87,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the system while ``path`` is written within the block into one sentence.
-
-    Raises:
-        UserError: The system refused to write.
-    """
+    """Within the block, turn an error of the system that prevents writing ``path`` into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -3,16 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    Wav2Vec2Processor,
-)
+from transformers import PreTrainedModel, TrainerState, Wav2Vec2Processor
 
 from sparsewav.baselines.distillation import no_masking
 from sparsewav.baselines.magnitude import prune_by_magnitude
@@ -35,19 +27,6 @@ def ramp(settings: ParpConfig, update: int) -> float | None:
     return settings.first_sparsity + (settings.sparsity - settings.first_sparsity) * number / prunes
 
 
-class _PruneAgain(TrainerCallback):
-    """Prunes to the ramp's sparsity. A weight that was zero and has grown may replace a smaller one."""
-
-    def __init__(self, model: PreTrainedModel, settings: ParpConfig) -> None:
-        self.model = model
-        self.settings = settings
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        sparsity = ramp(self.settings, state.global_step)
-        if sparsity is not None:
-            prune_by_magnitude(self.model, sparsity)
-
-
 def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
@@ -66,6 +45,12 @@ def compress(
     prune_by_magnitude(dense, settings.first_sparsity)
     first = masks_of(dense)
     base_of(dense).feature_extractor._freeze_parameters()
+
+    def prune_again(state: TrainerState) -> None:
+        sparsity = ramp(settings, state.global_step)
+        if sparsity is not None:  # a weight that was zero and has grown may now replace a smaller one
+            prune_by_magnitude(dense, sparsity)
+
     with no_masking(dense):
         log = train(
             dense,
@@ -75,7 +60,7 @@ def compress(
             settings.updates,
             folder,
             seed=seed,
-            callbacks=[_PruneAgain(dense, settings)],
+            after_update=prune_again,
             progress=progress,
         )
     regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())

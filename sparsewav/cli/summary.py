@@ -18,12 +18,7 @@ from sparsewav.settings.run import PLAIN
 SUMMARY = "summary.csv"
 
 _SHOWN = {
-    "method": "method",
-    "saliency": "saliency",
-    "solver": "solver",
-    "objective": "objective",
-    "recovery": "recovery",
-    "allocation": "allocation",
+    **{key: key for key in ("method", "saliency", "solver", "objective", "recovery", "allocation")},
     "finetune_strategy": "tuning",
     "target_sparsity": "asked",
     "achieved_sparsity": "reached",

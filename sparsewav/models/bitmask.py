@@ -62,17 +62,15 @@ def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, int], name: str) -
         UserError: Bits, values and shape do not fit each other; ``name`` says of which matrix and file.
     """
     size = math.prod(shape)
-    if bitmask.dtype != torch.uint8 or bitmask.dim() != 1 or len(bitmask) != -(-size // 8):
-        raise UserError(f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight; {_AGAIN}")
-    if values.dtype not in _BITS or values.dim() != 1:
-        raise UserError(f"the values of {name} are not one row of floating-point numbers; {_AGAIN}")
+    is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
+    _check(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
+    is_row = values.dtype in _BITS and values.dim() == 1
+    _check(is_row, f"the values of {name} are not one row of floating-point numbers")
     bits = bitmask.numpy()
-    if size % 8 and bits[-1] >> (size % 8):
-        raise UserError(f"the bitmask of {name} has bits set behind its last weight; {_AGAIN}")
+    _check(not size % 8 or not bits[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight")
     kept = np.unpackbits(bits, count=size, bitorder="little").view(bool)
     count = int(np.count_nonzero(kept))
-    if count != len(values):
-        raise UserError(f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}; {_AGAIN}")
+    _check(count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}")
     integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
     flat = torch.zeros(size, dtype=integers.dtype)
     flat.numpy()[np.flatnonzero(kept)] = integers.numpy()  # three times as fast as indexing by the mask
@@ -80,6 +78,11 @@ def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, int], name: str) -
 
 
 _AGAIN = "the file is broken: write it again with sparsewav-export"
+
+
+def _check(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise UserError(f"{complaint}; {_AGAIN}")
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -273,10 +276,8 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
             for name in shapes:
                 parts = (f"{name}.bitmask", f"{name}.values")
                 for part in parts:
-                    if part not in names:
-                        raise UserError(f"{path} lacks {part}; {_AGAIN}")
-                if name in names:
-                    raise UserError(f"{path} has {name} both dense and as a bitmask; {_AGAIN}")
+                    _check(part in names, f"{path} lacks {part}")
+                _check(name not in names, f"{path} has {name} both dense and as a bitmask")
                 names -= set(parts)
                 encoded[name] = (file.get_tensor(parts[0]), file.get_tensor(parts[1]))
             rest = {name: file.get_tensor(name) for name in sorted(names)}
@@ -292,8 +293,8 @@ def _shapes(
     path: Path, metadata: Mapping[str, str], expected: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[int, int]]:
     """Give the shapes in the metadata of the file, after comparing them with those of the model."""
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is of the format {metadata.get('format')!r}, not {FORMAT}; {_AGAIN}")
+    found = metadata.get("format")
+    _check(found == FORMAT, f"{path} is of the format {found!r}, not {FORMAT}")
     if metadata.get("version") != VERSION:
         raise UserError(
             f"{path} is of version {metadata.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
@@ -303,15 +304,10 @@ def _shapes(
         shapes: Any = json.loads(metadata.get("shapes", ""))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}") from error
-    if not isinstance(shapes, dict):
-        raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}")
+    _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
     for name, shape in shapes.items():
-        if name not in expected:
-            raise UserError(
-                f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json; {_AGAIN}"
-            )
-        if shape != list(expected[name]) or not all(type(size) is int for size in shape):
-            raise UserError(
-                f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}; {_AGAIN}"
-            )
+        known = name in expected
+        _check(known, f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json")
+        fits = shape == list(expected[name]) and all(type(size) is int for size in shape)
+        _check(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}")
     return {name: expected[name] for name in shapes}

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,30 +105,17 @@ class ParameterGroup:
     ascend: bool = False
 
 
-class _Progress(TrainerCallback):
-    """Reports how many updates are done."""
+class _AfterUpdate(TrainerCallback):
+    """Calls two functions after every update, one with the trainer's state and one with (updates done, updates)."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress(state.global_step, state.max_steps)
-
-
-class _LogErrorRate(TrainerCallback):
-    """Logs the WER of the development set at regular intervals."""
-
-    def __init__(self, processor: Wav2Vec2Processor, development_set: Sequence[Utterance], evaluate_every: int) -> None:
-        self.processor = processor
-        self.development_set = development_set
-        self.evaluate_every = evaluate_every
+    def __init__(self, act: Callable[[TrainerState], None] | None, progress: Progress | None) -> None:
+        self.act, self.progress = act, progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = state.global_step == state.max_steps
-        if last or state.global_step % self.evaluate_every == 0:
-            hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
-            wer = word_error_rate(self.development_set, hypotheses)
-            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+        if self.act:
+            self.act(state)
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
 
 
 def train(
@@ -140,6 +128,7 @@ def train(
     *,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -158,6 +147,7 @@ def train(
         folder: Where checkpoints are written. The newest complete one in it is resumed.
         seed: Seed of the order and of dropout.
         callbacks: Further callbacks of the Trainer.
+        after_update: Called with the state of the Trainer after every update.
         parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
             take a gradient follow ``settings``.
         progress: Called with (updates done, updates) after every update.
@@ -206,7 +196,7 @@ def train(
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
         data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
-        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
+        callbacks=[_AfterUpdate(after_update, progress), *callbacks],
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
     trainer.remove_callback(PrinterCallback)
@@ -258,23 +248,27 @@ def train_ctc(
         masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
         development_set: Utterances whose WER is logged after every epoch, and used for nothing else.
     """
-    callbacks: list[TrainerCallback] = [HoldMasks(model, masks)] if masks else []
-    if development_set:
-        epoch = updates_of(1, len(training_set), settings.batch_size)
-        callbacks.append(_LogErrorRate(processor, development_set, epoch))
+    epoch = updates_of(1, len(training_set), settings.batch_size)
+
+    def log_error_rate(state: TrainerState) -> None:
+        if state.global_step == state.max_steps or state.global_step % epoch == 0:
+            wer = word_error_rate(development_set, transcribe(model, processor, development_set))
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+
     if settings.freeze_feature_encoder:
         freeze: Any = model.freeze_feature_encoder
         freeze()
     with masked_gradients(model, masks) if masks else nullcontext():
         return train(
             model,
-            lambda utterances: collate(utterances, processor),
+            partial(collate, processor=processor),
             training_set,
             settings,
             updates,
             folder,
             seed=settings.seed,
-            callbacks=callbacks,
+            callbacks=[HoldMasks(model, masks)] if masks else [],
+            after_update=log_error_rate if development_set else None,
             progress=progress,
         )
 
