@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
-from sparsewav.inference.timing import Timing, in_turns, remember, remembered, setting, sparsity, time_linear
+from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ FRAMES = (250, 1000)
 BUCKET = 0.05
 """Matrices of one shape with sparsities in the same interval share a timing, that of the least sparse one."""
 
+NOT_FASTER = "the sparse product is not clearly faster"
+
 
 @dataclass(frozen=True)
 class AcceleratedMatrix:
@@ -34,7 +36,6 @@ class AcceleratedMatrix:
         name: Name of its module.
         rows, cols: Its shape.
         sparsity: Share of zeros.
-        swapped: Whether its product is sparse now.
         reason: Why it stays dense; empty if it was swapped.
         dense, sparse: Seconds of a product for each number of frames; empty if none was timed.
     """
@@ -43,10 +44,14 @@ class AcceleratedMatrix:
     rows: int
     cols: int
     sparsity: float
-    swapped: bool
     reason: str = ""
     dense: tuple[float, ...] = ()
     sparse: tuple[float, ...] = ()
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the product is sparse now."""
+        return not self.reason
 
 
 @dataclass
@@ -59,7 +64,6 @@ class AccelerationReport:
         threads: Number of threads that products were timed with, for which the choice holds.
         product: How sparse products are computed: ``kernel``, ``CSR`` or ``2:4``.
         without_kernel: Why there is no kernel; empty if there is one.
-        swapped: Number of matrices with sparse products.
     """
 
     matrices: list[AcceleratedMatrix]
@@ -67,10 +71,11 @@ class AccelerationReport:
     threads: int
     product: str
     without_kernel: str = ""
-    swapped: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.swapped = sum(matrix.swapped for matrix in self.matrices)
+    @property
+    def swapped(self) -> int:
+        """Number of matrices with sparse products."""
+        return sum(matrix.swapped for matrix in self.matrices)
 
     def __str__(self) -> str:
         lines = [f"{self.swapped} of {len(self.matrices)} matrices multiply sparse ({self.product})"]
@@ -131,17 +136,13 @@ def accelerate(
     key = setting(counts, kernel=not without_kernel)
     timings = remembered(place, key)
     known = set(timings)
-    reasons = {matrix.name: _reason(model, matrix) for matrix in matrices}
     # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
-        if not reasons[matrix.name] and _bucket(matrix.weight) not in timings:
+        if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
         remember(place, key, timings)
-    rows = []
-    for matrix in matrices:
-        timing = None if reasons[matrix.name] else timings[_bucket(matrix.weight)]
-        rows.append(_swap(model, matrix, timing, reasons[matrix.name]))
+    rows = [_swap(model, matrix, timings) for matrix in matrices]
     if any(row.swapped for row in rows):
         _leave_mapped_file(model)
     product = "CSR" if without_kernel else "kernel"
@@ -183,18 +184,18 @@ def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
     return ""
 
 
-def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timing: Timing | None, reason: str) -> AcceleratedMatrix:
+def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Timing]) -> AcceleratedMatrix:
     rows, cols = matrix.weight.shape
-    share = sparsity(matrix.weight)
-    if timing is None:
-        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason)
+    facts = (matrix.name, rows, cols, sparsity(matrix.weight))
+    if reason := _reason(model, matrix):
+        return AcceleratedMatrix(*facts, reason)
+    timing = timings[_bucket(matrix.weight)]
     if not timing.worth_it:
-        reason = "the sparse product is not clearly faster"
-        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason, timing.dense, timing.sparse)
+        return AcceleratedMatrix(*facts, NOT_FASTER, timing.dense, timing.sparse)
     sparse = SparseLinear(matrix.module, timing.width)
     matrix.module.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
     model.set_submodule(matrix.name, sparse)
-    return AcceleratedMatrix(matrix.name, rows, cols, share, True, "", timing.dense, timing.sparse)
+    return AcceleratedMatrix(*facts, "", timing.dense, timing.sparse)
 
 
 def _leave_mapped_file(model: PreTrainedModel) -> None:
@@ -226,12 +227,12 @@ def _accelerate_on_gpu(
             weight = matrix.module.weight
             compressed = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
             dense, sparse = _time_on_gpu(weight, compressed, frames)
-            if all(before >= 1.1 * after for before, after in zip(dense, sparse, strict=True)):
+            if all(before >= MARGIN * after for before, after in zip(dense, sparse, strict=True)):
                 matrix.module.weight = compressed
             else:
-                reason = "the sparse product is not clearly faster"
+                reason = NOT_FASTER
         share = sparsity(matrix.weight) if reason else 0.5
-        rows.append(AcceleratedMatrix(matrix.name, height, cols, share, not reason, reason, dense, sparse))
+        rows.append(AcceleratedMatrix(matrix.name, height, cols, share, reason, dense, sparse))
     return AccelerationReport(rows, frames, torch.get_num_threads(), "2:4")
 
 
