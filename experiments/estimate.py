@@ -7,9 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
-from sparsewav.models.load import lineage, trained_model_folder
 from sparsewav.settings.baselines import TrainedMethod
 from sparsewav.settings.run import Config, key_names
+from sparsewav.training.recipes import lineage, trained_model_folder
 from sparsewav.training.schedule import plan_stages
 
 SECONDS = {

@@ -1,4 +1,4 @@
-"""Results that can be made again, kept between runs and keyed by all that they depend on."""
+"""A cache of results between runs, keyed by everything that they depend on."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from sparsewav.pruning.hessian import Calibration
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model's configuration and of every byte of its weights."""
+    """Hash the configuration of a model and every byte of its weights."""
     digest = hashlib.blake2b(model.config.to_json_string(use_diff=False).encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -26,7 +26,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
-    """Hash of ids, transcripts and audio files (by path, size and time of change; bytes by their content)."""
+    """Hash ids, transcripts and audio: files by path, size and time of change, bytes by content."""
     digest = hashlib.blake2b(digest_size=16)
     for utterance in utterances:
         digest.update(f"{utterance.id}\t{utterance.text}\t".encode())
@@ -40,10 +40,7 @@ def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
 
 @cache
 def code_fingerprint() -> str:
-    """Hash of PyTorch's version and of all code of this package, wherever in it a file lies.
-
-    A change of any file makes cached results anew: which of them a result came from is not worth guessing.
-    """
+    """Hash the version of PyTorch and all code of this package, so that any change invalidates cached results."""
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
     for path in code_files():
         digest.update(path.read_bytes())
@@ -51,25 +48,25 @@ def code_fingerprint() -> str:
 
 
 def code_files() -> list[Path]:
-    """The package's files of code, in Python and C++, those in subfolders among them."""
+    """List the files of code of the package, in Python and C++, in all subfolders."""
     return sorted(path for suffix in ("py", "cpp") for path in Path(__file__).parent.rglob(f"*.{suffix}"))
 
 
 def cached_folder(
     kind: str, identity: dict[str, Any], make: Callable[[Path], None], *, enabled: bool
 ) -> tuple[Path, bool]:
-    """Give the folder of a cached result, making it if it is not there.
+    """Give the folder of a cached result, which is made if it does not exist.
 
-    Processes that want the same result wait for the first one to make it.
+    Processes that need the same result wait for the first one to make it.
 
     Args:
-        kind: what the result is, e.g. ``hessians``.
-        identity: everything that the result depends on.
-        make: writes the result into an empty folder.
-        enabled: take a result that is there; otherwise it is made again.
+        kind: Kind of the result, e.g. ``hessians``.
+        identity: Everything that the result depends on.
+        make: Writes the result into an empty folder.
+        enabled: Use an existing result; otherwise it is made again.
 
     Returns:
-        The folder, and whether it was there already.
+        The folder, and whether it existed.
     """
     key = hashlib.blake2b(json.dumps([kind, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / kind / key
@@ -83,7 +80,7 @@ def cached_folder(
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Write Hessians as safetensors, with what reads them."""
+    """Write Hessians as safetensors, and the names of the matrices that use each."""
     save_file(
         {name: hessian.contiguous() for name, hessian in calibration.hessians.items()}, folder / "hessians.safetensors"
     )

@@ -1,8 +1,8 @@
-"""The one kind of error that is the user's to mend."""
+"""The error for what the user can correct."""
 
 
 class UserError(ValueError):
-    """Something the user can put right: one sentence that names the file or key, what is wrong and what to do.
+    """An error that the user can correct: one sentence that names the file or key, what is wrong and what to do.
 
-    The command line prints the sentence alone and exits with 1; the traceback goes to the run's log.
+    The command line prints the sentence alone and exits with 1; the traceback is written to the run's log.
     """

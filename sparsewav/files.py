@@ -1,4 +1,7 @@
-"""Where files go, and that they appear whole or not at all."""
+"""Locations of files, and writing files that appear whole or not at all.
+
+What cannot be written (a full disk, a read-only folder) raises :class:`UserError`; see :func:`writing`.
+"""
 
 import os
 import shutil
@@ -15,16 +18,16 @@ from sparsewav.errors import UserError
 
 
 def cache_folder() -> Path:
-    """The folder of everything that can be made again: ``$SPARSEWAV_CACHE``, or the user's cache directory."""
+    """Give the folder of everything that can be made again: ``$SPARSEWAV_CACHE``, or the user's cache directory."""
     folder = Path(os.environ.get("SPARSEWAV_CACHE") or user_cache_path("sparsewav", appauthor=False))
     return folder.expanduser().absolute()
 
 
 def conf_folder() -> Path:
-    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
+    """Give the folder of the YAML files, inside the installed package or beside it in a checkout.
 
     Raises:
-        UserError: neither is there.
+        UserError: Neither exists.
     """
     package = Path(__file__).parent
     for folder in (package / "conf", package.parent / "conf"):
@@ -35,11 +38,7 @@ def conf_folder() -> Path:
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; it takes the name ``path`` only when the block ends without an error.
-
-    Raises:
-        UserError: the file cannot be written there (a full disk, a read-only folder).
-    """
+    """Give a temporary path to write to, which is renamed to ``path`` if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
         try:
@@ -52,11 +51,7 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; it replaces the folder ``path`` only when the block ends without an error.
-
-    Raises:
-        UserError: the folder cannot be written there (a full disk, a read-only folder).
-    """
+    """Give a temporary folder to fill, which replaces the folder ``path`` if the block ends without an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -71,7 +66,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def make_readable(folder: Path) -> None:
-    """Let everybody read a folder and its files: mkdtemp and safetensors leave them to their owner alone."""
+    """Let everybody read a folder and its files, which mkdtemp and safetensors restrict to their owner."""
     folder.chmod(0o755)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -79,11 +74,7 @@ def make_readable(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time through the block; the others wait.
-
-    Raises:
-        UserError: the lock file cannot be written.
-    """
+    """Let one process at a time run the block, while the others wait."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -96,15 +87,11 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing ``path`` in the block into one sentence.
-
-    Raises:
-        UserError: the system refused.
-    """
+    """Within the block, turn an error of the system that prevents writing ``path`` into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors wraps what the system said: "Error while serializing: I/O error: No space left on device"
+        # safetensors wraps the message of the system: "Error while serializing: I/O error: No space left on device"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rpartition(": ")[2]
         raise UserError(
             f"cannot write {path}: {reason}; free some space, or choose another folder (output_root, $SPARSEWAV_CACHE)"

@@ -1,4 +1,4 @@
-"""What the terminal shows of the work: a run's stages, and nothing of what the libraries say."""
+"""Output on the terminal: progress of stages and errors, without messages of libraries."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def stage(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar, and a line with the seconds at the end; yields what to call with (steps done, steps)."""
+    """Show a progress bar, and the seconds at the end; yields a function to call with (steps done, steps)."""
     started = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -33,12 +33,12 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
 
 
 def print_error(error: Exception | str) -> None:
-    """Say on the error stream what is wrong, in one line."""
+    """Print an error to the error stream, in one line."""
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
 
 
 def quieten_libraries() -> None:
-    """Keep transformers and the hub from showing bars and news of their own."""
+    """Keep transformers and the hub from printing bars and messages."""
     # Set before transformers is imported, which is why that happens here and not above.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -16,10 +16,10 @@ import sparsewav
 from sparsewav.errors import UserError
 from sparsewav.inference.timing import in_turns
 from sparsewav.models.bitmask import export
-from sparsewav.models.load import load_chosen_model
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.settings.run import ModelConfig
+from sparsewav.training.recipes import load_or_train
 
 AUDIO = 10  # seconds
 ROUNDS = 15
@@ -49,7 +49,7 @@ def measure_models(dense_model: ModelConfig, runs: list[Path]) -> pandas.DataFra
             raise UserError(f"{run} has no model; run it again with save_model=true force=true")
     quieten_libraries()
     audio = torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
-    dense = load_chosen_model(dense_model).model
+    dense = load_or_train(dense_model).model
     rows = []
     with stage(Console(), "Measuring size and speed") as progress:
         for done, run in enumerate(runs, start=1):

@@ -1,4 +1,4 @@
-"""Cutting closed gates out of a model for real, and folding what the open ones are worth into the weights."""
+"""Removing what closed gates cover from a model, and folding the values of open gates into the weights."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,19 +8,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.baselines.gates import Gates
-from sparsewav.models.structured import UNEVEN, LayerShape
+from sparsewav.models.structured import STRUCTURED, LayerShape
+from sparsewav.pruning.encoder import base_of
 
 
 @torch.no_grad()
 def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
-    """Make the smaller model that computes what the gated one computes in evaluation, up to rounding.
+    """Make the structured model (layers of different widths) that computes the same as the gated one, up to rounding.
 
-    A gate's soft value goes into the next layer's weights. The last convolution is followed by a layer norm, and its
-    soft values stay in the model as the scale of the features.
+    The value of a gate is folded into the weights of the next layer. The last convolution is followed by a layer norm,
+    so that the values of its gates stay in the model as the scale of the features.
 
     Args:
-        model: that the gates are attached to; not changed.
-        gates: settled here.
+        model: The model that the gates are attached to; it is not changed.
+        gates: New values are drawn as in evaluation.
 
     Returns:
         A model of :mod:`sparsewav.models.structured`, on the CPU, in evaluation mode.
@@ -30,24 +31,24 @@ def cut(model: PreTrainedModel, gates: Gates) -> PreTrainedModel:
     gates.draw()
     gates.train(was_training)
     values = {name: group.value.detach().cpu() for name, group in gates.items()}
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.base_model.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in base_of(model).state_dict().items()}
     changes: dict[str, Any] = {}
     if "channels_0" in values:
         changes = {"conv_dim": _cut_channels(state, values), "feature_scale": True}
-    base: Any = model.base_model
+    base = base_of(model)
     shapes = [_cut_layer(state, values, index, layer) for index, layer in enumerate(base.encoder.layers)]
-    config_class, model_class = UNEVEN[model.config.model_type]
+    config_class, model_class = STRUCTURED[model.config.model_type]
     settings = model.config.to_dict()
     settings.pop("model_type")
     settings |= changes | {"layers": [asdict(shape) for shape in shapes], "architectures": [model_class.__name__]}
     smaller: Any = model_class(config_class(**settings))
-    smaller.base_model.load_state_dict(state)
+    base_of(smaller).load_state_dict(state)
     smaller.lm_head.load_state_dict(model.lm_head.state_dict())
     return smaller.to(model.dtype).eval()
 
 
 def _cut_channels(state: dict[str, Tensor], values: dict[str, Tensor]) -> list[int]:
-    """Cut the convolutions; give the channels that each has left."""
+    """Cut the convolutions, and give the number of channels that each keeps."""
     counts = []
     for index in range(sum(name.startswith("channels_") for name in values)):
         value = values[f"channels_{index}"]
@@ -70,7 +71,7 @@ def _cut_channels(state: dict[str, Tensor], values: dict[str, Tensor]) -> list[i
 
 
 def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, layer: Any) -> LayerShape:
-    """Cut one transformer layer; give what is left of it."""
+    """Cut one transformer layer, and give its shape."""
     attention = layer.attention
     heads, head_dim = attention.num_heads, attention.head_dim
     ones = torch.ones(heads * head_dim)
@@ -82,7 +83,8 @@ def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, 
     value_open = (value > 0).view(heads, head_dim)
     alive = value_open.any(-1)
     query_open = (query > 0).view(heads, head_dim) & alive[:, None]
-    _fold_rows(state, prefix + "q_proj", query)
+    state[prefix + "q_proj.weight"] = state[prefix + "q_proj.weight"] * query[:, None]
+    state[prefix + "q_proj.bias"] = state[prefix + "q_proj.bias"] * query
     for name, opened in (("q_proj", query_open), ("k_proj", query_open), ("v_proj", value_open)):
         for kind in ("weight", "bias"):
             state[f"{prefix}{name}.{kind}"] = state[f"{prefix}{name}.{kind}"][opened.flatten()]
@@ -109,8 +111,3 @@ def _cut_layer(state: dict[str, Tensor], values: dict[str, Tensor], index: int, 
         value_dims=value_open.sum(-1)[alive].tolist(),
         units=int((units > 0).sum()),
     )
-
-
-def _fold_rows(state: dict[str, Tensor], name: str, factors: Tensor) -> None:
-    state[name + ".weight"] = state[name + ".weight"] * factors[:, None]
-    state[name + ".bias"] = state[name + ".bias"] * factors

@@ -1,20 +1,23 @@
-"""What the distilling methods share: hidden states side by side, their valid frames, and losses between them."""
+"""What the distillation methods share: hidden states of teacher and student, losses between them, and the training."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor
+from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor, set_seed
 
-from sparsewav.baselines import CompressionReport
+from sparsewav.baselines.method import CompressionReport, Method
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import base_of
-from sparsewav.settings.baselines import DistilHubertConfig, ThinStudent
+from sparsewav.pruning.hessian import Progress
+from sparsewav.settings.baselines import ThinStudent
 from sparsewav.training.trainer import train
 
 BASE_LAYERS, BASE_WIDTH, BASE_UNITS, BASE_HEADS = 12, 768, 3072, 12
@@ -22,66 +25,89 @@ BASE_LAYERS, BASE_WIDTH, BASE_UNITS, BASE_HEADS = 12, 768, 3072, 12
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
-    """What every transformer layer of a CTC model reads, and what the CTC head reads: each (batch, frames, width)."""
+    """Give the input of every transformer layer and of the CTC head, each (batch, frames, width)."""
     output = base_of(model)(batch["input_values"], attention_mask=batch["attention_mask"], output_hidden_states=True)
     return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
 def valid_frames(model: PreTrainedModel, attention_mask: Tensor, frames: int) -> Tensor:
-    """Which frames hold audio: (batch, samples) to a boolean mask (batch, frames)."""
+    """Turn a mask of samples, (batch, samples), into a boolean mask of frames with audio, (batch, frames)."""
     mask: Any = base_of(model)._get_feature_vector_attention_mask
     return mask(frames, attention_mask).bool()
 
 
 def mean_over_frames(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of (batch, frames) over the valid frames of a batch."""
+    """Give the mean of (batch, frames) over the valid frames of a batch."""
     return values.masked_select(valid).mean()
 
 
 def l1_and_cosine(predicted: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute difference, and cosine similarity frame by frame.
+    """Give the mean absolute difference, and the cosine similarity frame by frame.
 
     Args:
-        predicted: (batch, frames, width).
-        target: the same.
-        valid: frames that count, (batch, frames).
+        predicted: Shape (batch, frames, width).
+        target: Shape (batch, frames, width).
+        valid: The frames that count, shape (batch, frames).
 
     Returns:
-        The mean over valid frames and width, and the cosines of all frames, (batch, frames).
+        The mean over valid frames and width, and the cosines of all frames, shape (batch, frames).
     """
     predicted, target = predicted.float(), target.float()
     distance = mean_over_frames((predicted - target).abs().mean(-1), valid)
     return distance, F.cosine_similarity(predicted, target, dim=-1)
 
 
+def l1_and_log_cosine(
+    predicted: Iterable[Tensor], targets: Iterable[Tensor], valid: Tensor, cosine_weight: float
+) -> Tensor:
+    """Give the loss of DistilHuBERT: L1 distance minus λ log σ(cosine), averaged over pairs of hidden states."""
+    losses = []
+    for prediction, target in zip(predicted, targets, strict=True):
+        distance, cosine = l1_and_cosine(prediction, target, valid)
+        losses.append(distance - cosine_weight * mean_over_frames(F.logsigmoid(cosine), valid))
+    return sum(losses, start=losses[0].new_zeros(())) / len(losses)
+
+
 class Frozen:
-    """Holds a teacher outside of the module that is trained: no gradients, no dropout, not in its checkpoints."""
+    """Holds a teacher outside the trained module: it has no gradients and no dropout and is in no checkpoint."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
-        """As :func:`hidden_states`."""
+        """Give the hidden states as :func:`hidden_states` does."""
         return hidden_states(self.model, batch)
 
 
-class GradientScale(nn.Module):
-    """Passes its input on, and a share of the gradient back."""
+class Distiller(nn.Module):
+    """A student, layers that only its training needs, and a loss against the hidden states of a frozen teacher."""
 
-    def __init__(self, share: float) -> None:
+    student: PreTrainedModel
+
+    def __init__(self, student: PreTrainedModel, teacher: Frozen) -> None:
         super().__init__()
-        self.share = share
+        self.student, self.teacher = student, teacher
 
-    def forward(self, values: Tensor) -> Tensor:
-        return values * self.share + values.detach() * (1 - self.share)
+    def forward(self, input_values: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Give the loss of a batch."""
+        batch = {"input_values": input_values, "attention_mask": attention_mask}
+        targets = self.teacher.hidden_states(batch)
+        return {"loss": self.loss(hidden_states(self.student, batch), targets, attention_mask)}
+
+    def loss(self, states: Sequence[Tensor], targets: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+        """Compare the hidden states of the student with those of the teacher."""
+        raise NotImplementedError
 
 
 @contextmanager
 def scaled_front_end_gradient(model: PreTrainedModel, share: float) -> Iterator[None]:
-    """Within the block, let so much of the gradient into the convolutions of the front end."""
-    scale = GradientScale(share)
-    handle = base_of(model).feature_extractor.register_forward_hook(lambda module, inputs, output: scale(output))
+    """Within the block, scale the gradient that reaches the convolutions of the front end."""
+
+    def scale(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * share + output.detach() * (1 - share)
+
+    handle = base_of(model).feature_extractor.register_forward_hook(scale)
     try:
         yield
     finally:
@@ -90,7 +116,7 @@ def scaled_front_end_gradient(model: PreTrainedModel, share: float) -> Iterator[
 
 @contextmanager
 def no_masking(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, let a model hear all of its input in all of its layers: no SpecAugment, no LayerDrop."""
+    """Within the block, train a model without SpecAugment and without LayerDrop."""
     config = model.config
     saved = config.apply_spec_augment, config.layerdrop
     config.apply_spec_augment, config.layerdrop = False, 0.0
@@ -101,71 +127,55 @@ def no_masking(model: PreTrainedModel) -> Iterator[None]:
 
 
 def in_proportion(published: int, reference: int, actual: int) -> int:
-    """Scale a published size, made for a teacher of a reference size, to the size of another teacher; at least 1."""
+    """Scale a size published for a teacher of a reference size to the size of another teacher; at least 1."""
     return max(1, round(published * actual / reference))
 
 
-def layers_in_proportion(published: Sequence[int], depth: int) -> list[int]:
-    """Scale numbers of layers of a teacher 12 deep to another depth."""
-    return sorted({in_proportion(layer, BASE_LAYERS, depth) for layer in published})
+def thin_sizes(teacher: PreTrainedModel, settings: ThinStudent) -> dict[str, int]:
+    """Give a thin student's sizes in proportion to the teacher's, with a width that is a multiple of the heads."""
+    config = teacher.config
+    heads = in_proportion(settings.heads, BASE_HEADS, config.num_attention_heads)
+    width = in_proportion(settings.width, BASE_WIDTH * heads, config.hidden_size) * heads
+    return {
+        "hidden_size": width,
+        "intermediate_size": in_proportion(settings.units, BASE_UNITS, config.intermediate_size),
+        "num_attention_heads": heads,
+        "num_conv_pos_embedding_groups": gcd(config.num_conv_pos_embedding_groups, width),
+    }
 
 
-def plain_config(model: PreTrainedModel, **changes: Any) -> PretrainedConfig:
-    """A copy of a model's configuration, changed."""
+def changed_config(model: PreTrainedModel, **changes: Any) -> PretrainedConfig:
+    """Give a copy of a model's configuration with changes."""
     return type(model.config).from_dict(model.config.to_dict() | changes)
 
 
-def take_over(student: PreTrainedModel, teacher: PreTrainedModel, *, without: Sequence[str] = ()) -> list[str]:
-    """Copy the teacher's parameters into the student wherever name and shape agree.
+def distilling(build: Callable[[PreTrainedModel, Any], tuple[Distiller, dict[str, Any]]]) -> Method:
+    """Make a compression method out of a function that builds a student and its loss.
+
+    The student is trained without masking, and what only its training needs is dropped.
 
     Args:
-        student: changed in place.
-        teacher: where they come from.
-        without: parts of names that are left as they are.
-
-    Returns:
-        Names of what was copied.
+        build: Takes the dense model and the method's settings; gives the module to train, and facts for the report.
     """
-    source = teacher.state_dict()
-    own = student.state_dict()
-    taken = [
-        name
-        for name, tensor in own.items()
-        if name in source and source[name].shape == tensor.shape and not any(part in name for part in without)
-    ]
-    student.load_state_dict(own | {name: source[name] for name in taken})
-    return taken
 
+    def compress(
+        dense: PreTrainedModel,
+        processor: Wav2Vec2Processor,
+        training_set: Sequence[Utterance],
+        settings: Any,
+        folder: Path,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> tuple[PreTrainedModel, CompressionReport]:
+        set_seed(seed)
+        distiller, facts = build(dense, settings)
+        distiller.to(dense.device)
+        student, updates = distiller.student, settings.updates
+        read = partial(collate, processor=processor)
+        with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
+            log = train(distiller, read, training_set, settings, updates, folder, seed=seed, progress=progress)
+        entries = [{"phase": "distil", **entry} for entry in log]
+        return student, CompressionReport(updates, settings.batch_size, log=entries, facts=facts)
 
-def reader(processor: Wav2Vec2Processor) -> Callable[[Sequence[Utterance]], Batch]:
-    """What turns the utterances of an update into a batch, for :func:`sparsewav.training.trainer.train`."""
-    return lambda utterances: collate(utterances, processor)
-
-
-def distil(
-    distiller: nn.Module,
-    processor: Wav2Vec2Processor,
-    training_set: Sequence[Utterance],
-    settings: DistilHubertConfig | ThinStudent,
-    folder: Path,
-    facts: dict[str, Any],
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> CompressionReport:
-    """Train a module with a ``student`` on its own loss; the student hears all of its input.
-
-    Args:
-        distiller: student, teacher and what is between them; changed in place.
-        facts: for the report; the rest is as in :class:`~sparsewav.baselines.Method`.
-    """
-    student: Any = distiller.student
-    with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
-        log = train(
-            distiller, reader(processor), training_set, settings, settings.updates, folder, seed=seed, progress=progress
-        )
-    return CompressionReport(
-        updates=settings.updates,
-        batch_size=settings.batch_size,
-        log=[{"phase": "distil", **entry} for entry in log],
-        facts=facts,
-    )
+    return compress

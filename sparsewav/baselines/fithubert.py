@@ -1,23 +1,13 @@
 """FitHuBERT: as deep as the teacher and thin, with half the frames and hints at every layer (Lee et al. 2022)."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import PreTrainedModel
 
-from sparsewav.baselines import CompressionReport
-from sparsewav.baselines.deep_vs_wide import thin_sizes
-from sparsewav.baselines.distillation import (
-    Frozen,
-    distil,
-    hidden_states,
-    mean_over_frames,
-    valid_frames,
-)
-from sparsewav.data.utterances import Utterance
+from sparsewav.baselines.distillation import Distiller, Frozen, mean_over_frames, thin_sizes, valid_frames
 from sparsewav.models.fithubert import FitHubertConfig, FitHubertForCTC, Restoration
 from sparsewav.settings.baselines import FitHubertMethod
 
@@ -30,19 +20,19 @@ KEPT = (
     *("bos_token_id", "eos_token_id", "ctc_loss_reduction", "ctc_zero_infinity", "apply_spec_augment"),
     *("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length"),
 )
-"""What the student's configuration has of the teacher's."""
+"""The keys of the configuration that the student takes over from the teacher."""
 
 
 def thin_front_end(widths: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Make the teacher's convolutions narrower, and let them end with the time reduction.
+    """Make the teacher's convolutions narrower, and append the time reduction.
 
-    Published for seven of width 512: the first has a quarter of it, the next four half, the last two all, and where
-    that changes a 1 x 1 convolution stands between.
+    Published for seven convolutions of width 512: the first has a quarter of the width, the next four half of it, the
+    last two all of it, and a 1 x 1 convolution stands wherever the share changes.
 
     Args:
-        widths: of the teacher's convolutions, and so on.
-        kernels: in samples of what each reads.
-        strides: likewise.
+        widths: Channels of each of the teacher's convolutions.
+        kernels: Kernel size of each.
+        strides: Stride of each.
 
     Returns:
         ``conv_dim``, ``conv_kernel`` and ``conv_stride`` of the student.
@@ -60,7 +50,7 @@ def thin_front_end(widths: Sequence[int], kernels: Sequence[int], strides: Seque
 
 
 def make_student(teacher: PreTrainedModel, settings: FitHubertMethod) -> FitHubertForCTC:
-    """A new thin model; the output layer is the teacher's, as what it reads is to become the teacher's last layer."""
+    """Make a new thin model. It has the teacher's CTC head, whose input it learns to reproduce."""
     config = teacher.config
     options: dict[str, Any] = {
         **{key: getattr(config, key) for key in KEPT},
@@ -74,51 +64,38 @@ def make_student(teacher: PreTrainedModel, settings: FitHubertMethod) -> FitHube
     return student.to(teacher.device)
 
 
-class Distiller(nn.Module):
-    """The student, and for each of its layers but the last a restoration to the teacher's frames and width.
+class FitHubert(Distiller):
+    """The student with a restoration to the teacher's frames and width for each of its layers but the last.
 
-    The loss is the mean squared error at the last layer, and the sum of those at the others times their weight.
+    The loss is the mean squared error at the last layer, plus the sum of those at the other layers times their weight.
     """
 
+    student: FitHubertForCTC
+
     def __init__(self, student: FitHubertForCTC, teacher: Frozen, hint_weight: float) -> None:
-        super().__init__()
+        super().__init__(student, teacher)
         config = student.config
-        self.student = student
         self.hints = nn.ModuleList(
             Restoration(config.hidden_size, config.time_reduction, config.restored_size)
             for _ in range(config.num_hidden_layers - 1)
         )
-        self.teacher = teacher
         self.hint_weight = hint_weight
 
-    def forward(self, input_values: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        batch = {"input_values": input_values, "attention_mask": attention_mask}
-        targets = self.teacher.hidden_states(batch)[1:]
-        states = hidden_states(self.student, batch)[1:]
-        restorations = [*self.hints, self.student.restoration]
+    def loss(self, states: Sequence[Tensor], targets: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
         losses = []
-        for restoration, state, target in zip(restorations, states, targets, strict=True):
+        for restoration, state, target in zip(
+            [*self.hints, self.student.restoration], states[1:], targets[1:], strict=True
+        ):
             restored = restoration(state).float()
-            frames = min(restored.shape[1], target.shape[1])  # an odd last frame of the teacher's has no half
+            frames = min(restored.shape[1], target.shape[1])  # the student drops an odd last frame
             valid = valid_frames(self.teacher.model, attention_mask, target.shape[1])[:, :frames]
             error = (restored[:, :frames] - target[:, :frames].float()).square().mean(-1)
             losses.append(mean_over_frames(error, valid))
-        return {"loss": losses[-1] + self.hint_weight * torch.stack(losses[:-1]).sum() if self.hints else losses[-1]}
+        return losses[-1] + self.hint_weight * torch.stack(losses[:-1]).sum() if self.hints else losses[-1]
 
 
-def compress(
-    dense: PreTrainedModel,
-    processor: Wav2Vec2Processor,
-    training_set: Sequence[Utterance],
-    settings: FitHubertMethod,
-    folder: Path,
-    *,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[PreTrainedModel, CompressionReport]:
-    """Distil a thin student; its hints are dropped. Arguments as of :class:`~sparsewav.baselines.Method`."""
-    set_seed(seed)
-    student = make_student(dense, settings)
-    distiller = Distiller(student, Frozen(dense), settings.hint_weight).to(dense.device)
-    facts = thin_sizes(dense, settings) | {"front_end": list(student.config.conv_dim)}
-    return student, distil(distiller, processor, training_set, settings, folder, facts, seed, progress)
+def build(teacher: PreTrainedModel, settings: FitHubertMethod) -> tuple[FitHubert, dict[str, Any]]:
+    """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
+    student = make_student(teacher, settings)
+    facts = thin_sizes(teacher, settings) | {"front_end": list(student.config.conv_dim)}
+    return FitHubert(student, Frozen(teacher), settings.hint_weight), facts

@@ -1,7 +1,6 @@
-"""Training with gates until the expected sparsity is the target's, then cutting, then training what is left."""
+"""A model trained with gates: the Lagrangian that meets the target sparsity, and what the student learns from."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,24 +8,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from sparsewav.baselines.distillation import (
-    Frozen,
-    hidden_states,
-    l1_and_cosine,
-    mean_over_frames,
-    valid_frames,
-)
+from sparsewav.baselines.distillation import Frozen, hidden_states, l1_and_cosine, mean_over_frames, valid_frames
 from sparsewav.baselines.gates import Gates, encoder_parameters, expected_parameters
 from sparsewav.data.batches import Batch
 
 Objective = Callable[[PreTrainedModel, Batch], Tensor]
-"""What a student is to make small on a batch; a scalar."""
+"""Gives the loss of a student on a batch, a scalar."""
 
 
 class Lagrangian(nn.Module):
     """λ1 (s − t) + λ2 (s − t)² for the expected sparsity s and the target t.
 
-    The multipliers climb where everything else descends, so that they grow for as long as s misses t (Wang et al.,
+    The multipliers ascend while everything else descends, so that they grow for as long as s misses t (Wang et al.,
     "Structured pruning of large language models", 2020).
     """
 
@@ -42,10 +35,10 @@ class Lagrangian(nn.Module):
 
 
 class GatedStudent(nn.Module):
-    """A model with gates, the objective it trains for, and the penalty for missing the target sparsity.
+    """A model with gates, its objective, and the penalty for missing the target sparsity.
 
     Attributes:
-        update: how many updates are done; the target rises linearly over the first ``ramp_updates``.
+        update: Number of updates done. The target rises linearly over the first ``ramp_updates``.
     """
 
     def __init__(
@@ -59,11 +52,11 @@ class GatedStudent(nn.Module):
         self.update = 0
 
     def expected_sparsity(self) -> Tensor:
-        """Share of the encoder's parameters that the gates are expected to remove; a scalar."""
+        """Give the share of the encoder's parameters that the gates are expected to remove, a scalar."""
         return 1 - expected_parameters(self.student, self.gates) / self.dense_parameters
 
     def current_target(self) -> float:
-        """Sparsity that the penalty asks for at the present update."""
+        """Give the sparsity that the penalty asks for at the current update."""
         return self.target * min(1.0, self.update / max(1, self.ramp_updates))
 
     def forward(self, **batch: Tensor) -> ModelOutput:
@@ -88,23 +81,21 @@ class FollowTarget(TrainerCallback):
 
 
 def ctc_loss(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """CTC loss of a batch, the objective without a teacher."""
+    """Give the CTC loss of a batch, the objective without a teacher."""
     return student(**batch).loss
 
 
 class Distillation(nn.Module):
-    """Layer-to-layer distillation of DPHuBERT: L1 distance minus cosine of hidden states, at a few layers.
+    """Layer-to-layer distillation of DPHuBERT: L1 distance minus cosine similarity of hidden states at a few layers.
 
-    The first of the layers is projected by a matrix of its own, the others share one; both start as the identity.
+    The first of the layers has a projection of its own, and the others share one. Both start as the identity.
+
+    Args:
+        teacher: Dense CTC model. Its parameters take no gradient afterwards.
+        layers: 0 for the input of the first transformer layer, i for the output of the i-th.
     """
 
     def __init__(self, teacher: PreTrainedModel, layers: Sequence[int]) -> None:
-        """Make the objective.
-
-        Args:
-            teacher: dense CTC model; its parameters take no gradient any more.
-            layers: 0 for what enters the first transformer layer, i for what leaves the i-th.
-        """
         super().__init__()
         self.teacher, self.layers = Frozen(teacher), list(layers)
         width = teacher.config.hidden_size
@@ -114,7 +105,7 @@ class Distillation(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, student: PreTrainedModel, batch: Batch) -> Tensor:
-        """Give the loss of a batch, over frames with audio."""
+        """Give the loss of a batch over the frames with audio."""
         wanted, found = self.teacher.hidden_states(batch), hidden_states(student, batch)
         valid = valid_frames(student, batch["attention_mask"], found[0].shape[1])
         losses = []
@@ -126,7 +117,7 @@ class Distillation(nn.Module):
 
 
 class DistilledStudent(nn.Module):
-    """A model without gates and the objective it trains for."""
+    """A model without gates, and its objective."""
 
     def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
@@ -138,17 +129,5 @@ class DistilledStudent(nn.Module):
 
 
 def distilled_layers(depth: int) -> list[int]:
-    """Layers that are compared: 0, 4, 8, 12 of 12, and in proportion at other depths."""
+    """Give the layers that are compared: 0, 4, 8 and 12 of 12, and in proportion at other depths."""
     return sorted({round(depth * third / 3) for third in range(4)})
-
-
-@contextmanager
-def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, mask no spans and skip no layers in training: the teacher does neither."""
-    config: Any = model.config
-    before = config.apply_spec_augment, config.layerdrop
-    config.apply_spec_augment, config.layerdrop = False, 0.0
-    try:
-        yield
-    finally:
-        config.apply_spec_augment, config.layerdrop = before

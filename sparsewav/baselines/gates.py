@@ -14,43 +14,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.models.structured import UNEVEN
-from sparsewav.pruning.encoder import projections_as_modules
+from sparsewav.models.structured import STRUCTURED
+from sparsewav.pruning.encoder import base_of, projections_as_modules
 
 TEMPERATURE = 2 / 3
-"""β: how sharply a sample tends to 0 or 1."""
+"""β, which sets how sharply a sample tends to 0 or 1."""
 STRETCH = 0.1
-"""The distribution is stretched to (-0.1, 1.1) and cut off at 0 and 1, so that both have a mass of their own."""
+"""The distribution is stretched to (-0.1, 1.1) and clipped to [0, 1], so that 0 and 1 have positive probability."""
 SHARPNESS = 0.8
-"""Of the approximate mean of a gate, σ(0.8 log α / β)."""
+"""Factor in the approximate mean of a gate, σ(0.8 log α / β)."""
 SPREAD = 0.01
 """Standard deviation of log α at the start."""
 
-UNITS = ("channels", "heads", "head_dims", "units")
-"""What can be gated: convolution channels, attention heads, single dimensions of heads, feed-forward units."""
-
 
 def sample_gates(log_alpha: Tensor) -> Tensor:
-    """Draw hard-concrete gates, each from 0 to 1, shape of ``log_alpha``; differentiable with respect to it."""
+    """Draw hard-concrete gates in [0, 1] of the shape of ``log_alpha``, differentiable with respect to it."""
     uniform = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
     concrete = torch.sigmoid((uniform.logit() + log_alpha) / TEMPERATURE)
     return (concrete * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """Probability that a gate is not 0: σ(log α − β log(0.1 / 1.1)); its sum is the expected L0 norm."""
+    """Give the probability that a gate is not 0, σ(log α − β log(0.1 / 1.1)); its sum is the expected L0 norm."""
     return torch.sigmoid(log_alpha - TEMPERATURE * math.log(STRETCH / (1 + STRETCH)))
 
 
 def settled_gates(log_alpha: Tensor, keep_one: bool = False) -> Tensor:
-    """Give the values that gates are cut with: as many zeros as expected, the smallest, and soft values elsewhere.
+    """Give the values that one group of n gates is cut with, shape (n,).
 
-    Args:
-        log_alpha: of one group of gates, shape (n,).
-        keep_one: leave at least one of the group open.
-
-    Returns:
-        Shape (n,): 0 for the round(n − E[L0]) gates with the smallest σ(0.8 log α / β), that value for the others.
+    They are 0 for the round(n − E[L0]) gates with the smallest σ(0.8 log α / β), and that value for the others.
+    ``keep_one`` leaves at least one of the group open.
     """
     log_alpha = log_alpha.detach()
     soft = torch.sigmoid(SHARPNESS * log_alpha / TEMPERATURE)
@@ -60,24 +53,22 @@ def settled_gates(log_alpha: Tensor, keep_one: bool = False) -> Tensor:
 
 
 class Gate(nn.Module):
-    """A group of gates. :meth:`draw` sets their values, which hold until the next draw.
+    """A group of gates, whose values hold from one :meth:`draw` to the next.
+
+    Args:
+        count: Number of gates n.
+        drop_rate: Probability of a closed gate at the start, where log α = log(1 − rate) − log(rate).
+        straight_through: Set every open gate to 1 in the forward pass, and leave the gradient as it is.
+        keep_one: Never close all gates in evaluation.
 
     Attributes:
-        log_alpha: parameter, shape (n,).
-        value: shape (n,), of the newest draw: a sample in training, settled in evaluation.
+        log_alpha: Parameter of shape (n,).
+        value: Values of shape (n,): a sample in training, the settled values in evaluation.
     """
 
     value: Tensor
 
     def __init__(self, count: int, drop_rate: float, *, straight_through: bool = False, keep_one: bool = False) -> None:
-        """Make gates that are closed with a given rate.
-
-        Args:
-            count: of gates.
-            drop_rate: where log α starts: log(1 − rate) − log(rate).
-            straight_through: make every open gate 1, and pass the gradient as if it had not been.
-            keep_one: never settle on closing all.
-        """
         super().__init__()
         start = math.log(1 - drop_rate) - math.log(drop_rate)
         self.log_alpha = nn.Parameter(start + SPREAD * torch.randn(count))
@@ -86,7 +77,7 @@ class Gate(nn.Module):
         self.value = torch.ones(count)
 
     def draw(self) -> None:
-        """Set new values."""
+        """Draw new values."""
         value = sample_gates(self.log_alpha) if self.training else settled_gates(self.log_alpha, self.keep_one)
         if self.straight_through:
             value = (value > 0).to(value.dtype) + (value - value.detach())  # exactly 0 or 1
@@ -94,10 +85,23 @@ class Gate(nn.Module):
 
 
 class Gates(nn.Module):
-    """All gates of an encoder, whose values are drawn anew for every forward pass of it.
+    """All gates of an encoder. Their values are drawn anew for every forward pass.
+
+    A model with gates computes the same as without while all of them are 1. A layer norm over gated channels takes its
+    statistics over the open ones alone, as it will after the cut.
+
+    Args:
+        model: Dense CTC model of wav2vec 2.0, HuBERT or WavLM; the gates are attached to it in place.
+        units: Some of :data:`sparsewav.settings.baselines.GATED`.
+        drop_rates: Probability of a closed gate at the start, by unit.
+        straight_through: As :class:`Gate` takes it.
 
     Attributes:
-        groups: by ``channels_0``, ``heads_3``, ``queries_3``, ``values_3`` or ``units_3``, with the layer's index.
+        groups: The gates by ``channels_0``, ``heads_3``, ``queries_3``, ``values_3`` or ``units_3`` with the index of
+            the layer.
+
+    Raises:
+        UserError: There is no class for cut models of this family.
     """
 
     def __init__(
@@ -108,27 +112,14 @@ class Gates(nn.Module):
         *,
         straight_through: bool = False,
     ) -> None:
-        """Attach gates to a model; without them (all 1) it computes what it did before.
-
-        A layer norm over gated channels takes its statistics over the open ones alone, as it will after the cut.
-
-        Args:
-            model: dense CTC model of wav2vec 2.0, HuBERT or WavLM; changed in place.
-            units: some of :data:`UNITS`.
-            drop_rates: of each of the units, where they start.
-            straight_through: as :class:`Gate` takes it.
-
-        Raises:
-            UserError: the model's family has no form that a cut model could be saved in.
-        """
         super().__init__()
-        if model.config.model_type not in UNEVEN:
+        if model.config.model_type not in STRUCTURED:
             raise UserError(
                 f"a model of the family {model.config.model_type!r} cannot be cut into layers of different sizes; "
-                f"choose one of {', '.join(UNEVEN)}"
+                f"choose one of {', '.join(STRUCTURED)}"
             )
         self.groups = nn.ModuleDict()
-        base: Any = model.base_model
+        base = base_of(model)
         chosen = set(units)
 
         def gate(name: str, count: int, kind: str, keep_one: bool = False) -> Gate:
@@ -155,21 +146,21 @@ class Gates(nn.Module):
                 made = gate(f"units_{index}", feed_forward.output_dense.in_features, "units")
                 feed_forward.output_dense.register_forward_pre_hook(_times(made))
         base.register_forward_pre_hook(lambda module, inputs: self.draw())
-        self._wavlm: AbstractContextManager[None] = projections_as_modules(model)  # kept: it ends when it is collected
+        self._wavlm: AbstractContextManager[None] = projections_as_modules(model)  # a reference keeps it open
         self._wavlm.__enter__()
 
     def draw(self) -> None:
-        """Set new values of all gates."""
+        """Draw new values of all gates."""
         for _, group in self.items():
             group.draw()
 
     def items(self) -> list[tuple[str, Gate]]:
-        """The groups with their names."""
+        """Give the groups of gates with their names."""
         return list(self.groups.items())  # type: ignore[arg-type]
 
 
 class OpenLayerNorm(nn.LayerNorm):
-    """A layer norm over the last axis, as it will be when only the open channels are left; closed ones give 0."""
+    """A layer norm over the last axis whose statistics are those of the open channels; closed channels give 0."""
 
     def __init__(self, dense: nn.LayerNorm, gate: Gate) -> None:
         super().__init__(dense.normalized_shape, eps=dense.eps)
@@ -177,7 +168,7 @@ class OpenLayerNorm(nn.LayerNorm):
         self._gate = [gate]  # in a list: the gate belongs to the gates, not to the model
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (..., channels)."""
+        """Normalize (..., channels)."""
         input = input.to(self.weight.dtype)  # in full precision under autocast, as every layer norm
         opened = (self._gate[0].value > 0).to(input.dtype)
         count = opened.sum().clamp(min=1)
@@ -187,7 +178,7 @@ class OpenLayerNorm(nn.LayerNorm):
 
 
 def _gate_channels(layer: Any, gate: Gate) -> None:
-    if isinstance(getattr(layer, "layer_norm", None), nn.LayerNorm):  # a group norm has a channel of its own a group
+    if isinstance(getattr(layer, "layer_norm", None), nn.LayerNorm):  # a group norm here has one channel a group
         layer.layer_norm = OpenLayerNorm(layer.layer_norm, gate)
     layer.register_forward_hook(lambda module, inputs, output: output * gate.value[:, None].to(output.dtype))
 
@@ -204,24 +195,24 @@ def _output_times(gate: Gate) -> Any:
 
 
 def encoder_parameters(model: PreTrainedModel) -> int:
-    """Number of parameters of a CTC model without its head."""
-    return sum(parameter.numel() for parameter in model.base_model.parameters())
+    """Count the parameters of a CTC model without its head."""
+    return sum(parameter.numel() for parameter in base_of(model).parameters())
 
 
 def left_parameters(model: PreTrainedModel, opened: Mapping[str, Tensor]) -> Tensor:
-    """Expected number of parameters of the encoder, without the CTC head, that gates leave.
+    """Give the expected number of parameters that gates leave in the encoder, without the CTC head.
 
-    Gates are independent, so that the expectation of a product is the product of expectations. Where every gate is
-    certainly open or closed it is the count of the cut model.
+    The gates are independent, so that the expectation of a product is the product of expectations. Where all
+    probabilities are 0 or 1, the result is the count of the cut model.
 
     Args:
-        model: that the gates are attached to.
-        opened: probability of every gate of every group to be open, shapes (n,).
+        model: The model that the gates are attached to.
+        opened: Probabilities of open gates by group, each of shape (n,).
 
     Returns:
         A scalar, differentiable with respect to the probabilities.
     """
-    base: Any = model.base_model
+    base = base_of(model)
     width = model.config.hidden_size
     total = torch.as_tensor(float(encoder_parameters(model)), device=next(iter(opened.values())).device)
     incoming, dense_incoming = torch.ones_like(total), 1
@@ -233,7 +224,7 @@ def left_parameters(model: PreTrainedModel, opened: Mapping[str, Tensor]) -> Ten
         incoming, dense_incoming = channels, dense
     if "channels_0" in opened:
         once = width + 2 * (getattr(base.feature_projection, "layer_norm", None) is not None)
-        total = total + incoming * (once + 1) - dense_incoming * once  # and the scale of the features
+        total = total + incoming * (once + 1) - dense_incoming * once  # the scale of the features adds one a channel
     for index, layer in enumerate(base.encoder.layers):
         attention = layer.attention
         gru = getattr(attention, "gru_rel_pos_linear", None)  # WavLM's: a factor for each head, a matrix for all
@@ -255,24 +246,24 @@ def left_parameters(model: PreTrainedModel, opened: Mapping[str, Tensor]) -> Ten
 
 
 def expected_parameters(model: PreTrainedModel, gates: Gates) -> Tensor:
-    """Expected number of parameters of the encoder; see :func:`left_parameters`."""
+    """Give the expected number of parameters of a gated encoder; see :func:`left_parameters`."""
     return left_parameters(model, {name: open_probability(gate.log_alpha) for name, gate in gates.items()})
 
 
 @torch.no_grad()
 def meet_target(model: PreTrainedModel, gates: Gates, parameters: float) -> float:
-    """Move all log α by the same amount so that the cut leaves as many parameters as asked, or hardly fewer.
+    """Shift all log α by the same amount so that the cut leaves at most so many parameters, and hardly fewer.
 
     Args:
-        model: that the gates are attached to.
-        gates: changed in place.
-        parameters: of the encoder, without the CTC head.
+        model: The model that the gates are attached to.
+        gates: Changed in place.
+        parameters: Number of parameters to leave in the encoder, without the CTC head.
 
     Returns:
-        The amount; about 0 after a training that reached its target.
+        The amount, which is about 0 after a training that reached its target.
 
     Raises:
-        UserError: more is left with all gates closed.
+        UserError: More is left even with all gates closed.
     """
 
     def left(shift: float) -> float:

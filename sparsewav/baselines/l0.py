@@ -1,13 +1,15 @@
-"""L0 regularisation in three forms: DPHuBERT and DPWavLM, fine-grained (Wang et al. 2023), and with the CTC loss alone.
+"""L0 regularization in three forms: DPHuBERT and DPWavLM, fine-grained (Wang et al. 2023), and with the CTC loss alone.
 
-All train hard-concrete gates until the encoder is expected to be as small as asked, and cut the closed gates out for
-real. They differ in what is gated, and in what the student learns from: the teacher's hidden states, or transcripts.
+All train hard-concrete gates until the expected size of the encoder meets the target, remove what the closed gates
+cover, and train on. They differ in what is gated, and in whether the student learns from the teacher's hidden states or
+from transcripts.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCTC, PreTrainedModel, Wav2Vec2Processor, set_seed
 
-from sparsewav.baselines import CompressionReport
 from sparsewav.baselines.cut import cut
-from sparsewav.baselines.distillation import reader
+from sparsewav.baselines.distillation import no_masking
 from sparsewav.baselines.gated import (
     Distillation,
     DistilledStudent,
@@ -26,16 +27,20 @@ from sparsewav.baselines.gated import (
     Objective,
     ctc_loss,
     distilled_layers,
-    undisturbed,
 )
 from sparsewav.baselines.gates import Gates, encoder_parameters, meet_target
+from sparsewav.baselines.method import CompressionReport
+from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import write_folder
+from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import GatedMethod
 from sparsewav.training.trainer import ParameterGroup, train
 
+Log = list[dict[str, float]]
+
 MISSED = 0.02
-"""A sparsity that the gates miss by more than this is worth a warning."""
+"""A warning is given where the expected sparsity misses the target by more than this."""
 
 
 def compress(
@@ -46,24 +51,28 @@ def compress(
     folder: Path,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Train with gates, cut, and train what is left; a :class:`sparsewav.baselines.Method`.
+    """Train with gates, cut, and train the cut model; see :class:`~sparsewav.baselines.Method` for the arguments.
 
-    What the gates came to is kept in the folder with the cut model, so that a killed compression need not train them
-    again.
+    The cut model is kept in the folder, so that an interrupted compression does not train the gates again.
     """
     set_seed(seed)
     total = settings.updates + settings.final_updates
 
-    def shown_after(done: int) -> Callable[[int, int], None] | None:
-        return (lambda update, _: progress(done + update, total)) if progress else None
+    def learn(
+        module: nn.Module, student: PreTrainedModel, phase: GatedMethod, name: str, done: int, **options: Any
+    ) -> Log:
+        shown: Progress | None = (lambda update, _: progress(done + update, total)) if progress else None
+        read = partial(collate, processor=processor)
+        with no_masking(student) if settings.teacher else nullcontext():
+            return train(module, read, training_set, phase, phase.updates, folder / name, progress=shown, **options)
 
     objective: Objective = ctc_loss
     if settings.teacher:
         objective = Distillation(dense, distilled_layers(dense.config.num_hidden_layers)).to(dense.device)
     if not (folder / "cut").is_dir():
-        _train_and_cut(dense, processor, training_set, settings, objective, folder, seed=seed, progress=shown_after(0))
+        _train_and_cut(dense, settings, objective, partial(learn, seed=seed, done=0), folder / "cut")
     record = torch.load(folder / "cut" / "record.pt", weights_only=True)
     if isinstance(objective, nn.Module):
         objective.load_state_dict(record["objective"])
@@ -71,19 +80,8 @@ def compress(
     facts, log = record["facts"], record["log"]
     if settings.final_updates:
         rate, warmup = settings.final_learning_rate, settings.final_warmup_steps
-        with ExitStack() as stack:
-            if settings.teacher:
-                stack.enter_context(undisturbed(smaller))
-            entries = train(
-                DistilledStudent(smaller, objective),
-                reader(processor),
-                training_set,
-                replace(settings, learning_rate=rate, warmup_steps=warmup),
-                settings.final_updates,
-                folder / "final",
-                seed=seed + 1,
-                progress=shown_after(settings.updates),
-            )
+        phase = replace(settings, updates=settings.final_updates, learning_rate=rate, warmup_steps=warmup)
+        entries = learn(DistilledStudent(smaller, objective), smaller, phase, "final", settings.updates, seed=seed + 1)
         log += [{"phase": "after the cut"} | entry for entry in entries]
     warnings = []
     if abs(facts["expected_sparsity"] - settings.target) > MISSED:
@@ -95,42 +93,20 @@ def compress(
 
 
 def _train_and_cut(
-    dense: PreTrainedModel,
-    processor: Wav2Vec2Processor,
-    training_set: Sequence[Utterance],
-    settings: GatedMethod,
-    objective: Objective,
-    folder: Path,
-    *,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
+    dense: PreTrainedModel, settings: GatedMethod, objective: Objective, learn: Callable[..., Log], folder: Path
 ) -> None:
-    """Train with gates and write the cut model to ``cut`` in the folder."""
+    """Train with gates, and write the cut model and its record to a folder."""
     student = copy.deepcopy(dense)
     for parameter in student.parameters():
-        parameter.requires_grad_(True)  # a teacher's take no gradient
+        parameter.requires_grad_(True)  # those of a teacher take no gradient
     drop_rates = dict.fromkeys(settings.gated, settings.drop_rate) | {"units": settings.unit_drop_rate}
     gates = Gates(student, settings.gated, drop_rates, straight_through=settings.straight_through)
     trained = GatedStudent(student, gates, objective, settings.target, settings.ramp_updates).to(dense.device)
-    multipliers = list(trained.lagrangian.parameters())
-    with ExitStack() as stack:
-        if settings.teacher:
-            stack.enter_context(undisturbed(student))
-        entries = train(
-            trained,
-            reader(processor),
-            training_set,
-            settings,
-            settings.updates,
-            folder / "gates",
-            seed=seed,
-            callbacks=[FollowTarget(trained)],
-            parameter_groups=[
-                ParameterGroup(list(gates.parameters()), settings.gate_learning_rate),
-                ParameterGroup(multipliers, settings.multiplier_learning_rate, ascend=True),
-            ],
-            progress=progress,
-        )
+    groups = [
+        ParameterGroup(list(gates.parameters()), settings.gate_learning_rate),
+        ParameterGroup(list(trained.lagrangian.parameters()), settings.multiplier_learning_rate, ascend=True),
+    ]
+    entries = learn(trained, student, settings, "gates", callbacks=[FollowTarget(trained)], parameter_groups=groups)
     expected = float(trained.expected_sparsity().detach())
     moved = meet_target(student, gates, (1 - settings.target) * encoder_parameters(student))
     smaller = cut(student, gates)
@@ -148,6 +124,6 @@ def _train_and_cut(
     }
     log = [{"phase": "with gates"} | entry for entry in entries]
     state = objective.state_dict() if isinstance(objective, nn.Module) else {}
-    with write_folder(folder / "cut") as temporary:
+    with write_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         torch.save({"objective": state, "facts": facts, "log": log}, temporary / "record.pt")

@@ -1,25 +1,24 @@
-"""Global magnitude pruning: the smallest weights of all prunable matrices together."""
+"""Global magnitude pruning: the smallest weights of all prunable matrices together become zero."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
-from sparsewav.baselines import CompressionReport
+from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.solvers.selection import lowest
 from sparsewav.settings.baselines import MagnitudeConfig
 
 
 @torch.no_grad()
 def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
-    """Set the smallest weights of all prunable matrices to zero, whichever matrix they are in.
+    """Set the smallest weights of all prunable matrices together to zero, in place.
 
-    Args:
-        model: CTC model, changed in place.
-        sparsity: share of the prunable weights that is zero afterwards, to one weight; ties go by position.
+    The share of zeros among the prunable weights then is the sparsity, to one weight. Ties are broken by position.
     """
     matrices = prunable_matrices(model)
     magnitudes = torch.cat([matrix.weight.abs().flatten().float() for matrix in matrices])
@@ -36,8 +35,8 @@ def compress(
     folder: Path,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Prune once; the fine-tuning holds the zeros. Arguments as of :class:`~sparsewav.baselines.Method`."""
+    """Prune once; the fine-tuning keeps the zeros. See :class:`~sparsewav.baselines.Method` for the arguments."""
     prune_by_magnitude(dense, settings.sparsity)
     return dense, CompressionReport(updates=0, batch_size=0, masked=True)

@@ -1,48 +1,30 @@
 """PARP: prune, adjust, prune again (Lai et al., NeurIPS 2021)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    Wav2Vec2Processor,
-)
+from transformers import PreTrainedModel, TrainerState, Wav2Vec2Processor
 
-from sparsewav.baselines import CompressionReport
-from sparsewav.baselines.distillation import no_masking, reader
+from sparsewav.baselines.distillation import no_masking
 from sparsewav.baselines.magnitude import prune_by_magnitude
+from sparsewav.baselines.method import CompressionReport
+from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import ParpConfig
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import train
 
 
 def ramp(settings: ParpConfig, update: int) -> float | None:
-    """The sparsity to prune to after an update; None if nothing is pruned there. 0 stands for the start."""
+    """Give the sparsity to prune to after an update (0 is the start), or None if that update is not followed by one."""
     prunes = settings.updates if settings.reprunes > settings.updates else settings.reprunes
     number, due = divmod(update * prunes, settings.updates)
     if due >= prunes:
         return None
     return settings.first_sparsity + (settings.sparsity - settings.first_sparsity) * number / prunes
-
-
-class _PruneAgain(TrainerCallback):
-    """Prunes to the ramp's sparsity; what was zero and has grown since may stay in the place of something smaller."""
-
-    def __init__(self, model: PreTrainedModel, settings: ParpConfig) -> None:
-        self.model = model
-        self.settings = settings
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        sparsity = ramp(self.settings, state.global_step)
-        if sparsity is not None:
-            prune_by_magnitude(self.model, sparsity)
 
 
 def compress(
@@ -53,26 +35,32 @@ def compress(
     folder: Path,
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Prune, train for recognition with every weight free to come back, and prune again, at last at the end.
+    """Prune, train with the CTC loss while every weight may regrow, and prune again along the way and at the end.
 
-    Arguments as of :class:`~sparsewav.baselines.Method`. ``facts`` has how many of the weights that went at first are
-    back in the end (``regrown``).
+    See :class:`~sparsewav.baselines.Method` for the arguments. ``facts`` counts the weights that were pruned first and
+    are back at the end (``regrown``).
     """
     prune_by_magnitude(dense, settings.first_sparsity)
     first = masks_of(dense)
     base_of(dense).feature_extractor._freeze_parameters()
+
+    def prune_again(state: TrainerState) -> None:
+        sparsity = ramp(settings, state.global_step)
+        if sparsity is not None:  # a weight that was zero and has grown may now replace a smaller one
+            prune_by_magnitude(dense, sparsity)
+
     with no_masking(dense):
         log = train(
             dense,
-            reader(processor),
+            partial(collate, processor=processor),
             training_set,
             settings,
             settings.updates,
             folder,
             seed=seed,
-            callbacks=[_PruneAgain(dense, settings)],
+            after_update=prune_again,
             progress=progress,
         )
     regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks_of(dense).items())

@@ -32,7 +32,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
-    from sparsewav.models.bitmask import export  # here, so that --help does not wait for PyTorch
+    from sparsewav.models.bitmask import export  # imported here, so that --help does not wait for PyTorch
 
     try:
         folder = export(arguments.source, arguments.destination, arguments.format, arguments.dtype)

@@ -1,8 +1,7 @@
-"""Console command ``sparsewav-inspect``: what a pruned model is made of, and whether its zeros are those reported."""
+"""Console command ``sparsewav-inspect``: size and sparsity of a model, and whether its run reports the same."""
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,113 +23,61 @@ _EPILOG = """examples:
 The exit code is 1 if the model is not what the run's files say.
 """
 
-_RECIPE = (
-    "model",
-    "method",
-    "saliency",
-    "solver",
-    "objective",
-    "recovery",
-    "allocation",
-    "target_sparsity",
-    "finetune_strategy",
-    "updates",
-    "seed",
-    "wer_dense",
-    "wer",
+_SHOWN_METRICS = (
+    *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "target_sparsity"),
+    *("finetune_strategy", "updates", "seed", "wer_dense", "wer"),
 )
-"""Of ``metrics.json``, what made the model and what came of it."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A model's size.
-
-    Attributes:
-        parameters: all of them.
-        nonzero: those that are not zero.
-        dense: bytes of a plain checkpoint in the model's dtype.
-        bitmask: bytes in bitmask format, in the same dtype.
-        on_disk: bytes of the safetensors that are there.
-    """
-
-    parameters: int
-    nonzero: int
-    dense: int
-    bitmask: int
-    on_disk: int
+"""The keys of ``metrics.json`` that are shown."""
 
 
 def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
-    """A row for every prunable matrix: name, layer, role, rows, cols and zeros."""
+    """Give a row for every prunable matrix: name, layer, role, rows, cols and zeros."""
     import pandas
 
     from sparsewav.pruning.encoder import prunable_matrices
 
     rows = []
     for matrix in prunable_matrices(model):
-        weight = matrix.weight.detach()
-        zeros = weight.numel() - int(weight.count_nonzero())
-        role = matrix.name.rpartition(".")[2]
-        rows.append(
-            {
-                "name": matrix.name,
-                "layer": matrix.layer,
-                "role": role,
-                "rows": weight.shape[0],
-                "cols": weight.shape[1],
-                "zeros": zeros,
-            }
-        )
-    return pandas.DataFrame(rows)
-
-
-def sizes(model: "PreTrainedModel", folder: Path) -> Sizes:
-    """Measure a model that was loaded from a folder."""
-    from sparsewav.models.bitmask import stored_bytes
-    from sparsewav.pipeline.run_folder import count_parameters
-
-    parameters, nonzero = count_parameters(model)
-    dense, bitmask = stored_bytes(model)
-    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Sizes(parameters, nonzero, dense, bitmask, on_disk)
+        zeros = matrix.size - int(matrix.weight.count_nonzero())
+        rows.append((matrix.name, matrix.layer, matrix.name.rpartition(".")[2], *matrix.weight.shape, zeros))
+    return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros"])
 
 
 def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list[str]:
-    """Compare a model's zeros with what its run reported.
+    """Compare the zeros of a model with the files in the folder of its run.
 
     Args:
-        matrices: as :func:`matrix_sparsities` gives them.
-        nonzero: parameters of the whole model that are not zero.
-        run: the run's folder.
+        matrices: The result of :func:`matrix_sparsities`.
+        nonzero: Number of nonzero parameters of the whole model.
+        run: The folder of the run.
 
     Returns:
-        A sentence for everything that differs.
+        A sentence for every difference.
     """
     import pandas
 
-    from sparsewav import records
+    from sparsewav.pipeline import run_folder
 
     found = []
-    metrics = json.loads((run / records.METRICS).read_text())
+    metrics = json.loads((run / run_folder.METRICS).read_text())
     if metrics["params_nonzero"] != nonzero:
         found.append(
-            f"{records.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
+            f"{run_folder.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
         )
-    if (run / records.LAYERS).is_file():
-        layers = pandas.read_csv(run / records.LAYERS).set_index("name")
+    if (run / run_folder.LAYERS).is_file():
+        layers = pandas.read_csv(run / run_folder.LAYERS).set_index("name")
         for row in matrices.itertuples():
             if row.name not in layers.index:
-                found.append(f"{records.LAYERS} has no row for {row.name}")
+                found.append(f"{run_folder.LAYERS} has no row for {row.name}")
                 continue
             reported = round(float(layers.loc[row.name, "sparsity"]) * int(row.rows * row.cols))
             if reported != row.zeros:
-                found.append(f"{records.LAYERS} says {reported:,} weights of {row.name} are zero; {row.zeros:,} are")
+                found.append(f"{run_folder.LAYERS} says {reported:,} weights of {row.name} are zero; {row.zeros:,} are")
     return found
 
 
 def heat_map(matrices: "pandas.DataFrame") -> Table:
-    """The sparsity of every matrix, a row a layer, coloured from light to dark."""
+    """Make a table of the sparsity of every matrix with a row for each layer, coloured from light to dark."""
     roles = list(dict.fromkeys(matrices["role"]))
     table = Table(title="sparsity in percent", pad_edge=False)
     table.add_column("layer", justify="right")
@@ -145,12 +92,12 @@ def heat_map(matrices: "pandas.DataFrame") -> Table:
 def _cell(share: float | None) -> Text:
     if share is None:
         return Text("–")
-    shade = 255 - round(23 * share)  # of the terminal's grey ramp, 232 black to 255 white
+    shade = 255 - round(23 * share)  # colours 232 (black) to 255 (white) of a terminal
     return Text(f" {100 * share:5.1f} ", style=f"{'white' if shade < 244 else 'black'} on color({shade})")
 
 
 def plot_heat_map(matrices: "pandas.DataFrame", path: Path) -> None:
-    """Draw the sparsity of every matrix to a PNG."""
+    """Plot the sparsity of every matrix to a PNG."""
     from matplotlib.figure import Figure
 
     from sparsewav.files import write_file
@@ -195,25 +142,23 @@ def main() -> None:
 
 def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     quieten_libraries()
-    from sparsewav import records
-    from sparsewav.models.bitmask import format_of
     from sparsewav.models.load import load, locate_model
+    from sparsewav.pipeline import run_folder
 
     folder = Path(locate_model(str(given.expanduser().absolute()), "the folder"))
-    run = next((path for path in (given, given.parent) if (path / records.METRICS).is_file()), None)
+    run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
     model = load(folder)
     matrices = matrix_sparsities(model)
-    measured = sizes(model, folder)
-    console.print(_summary(folder, format_of(folder), matrices, measured, str(model.dtype).removeprefix("torch.")))
+    console.print(_summary(folder, model, matrices))
     if run:
-        console.print(_recipe(json.loads((run / records.METRICS).read_text())))
+        console.print(_origin(json.loads((run / run_folder.METRICS).read_text())))
     console.print(heat_map(matrices))
     plot = plot or given / "sparsity.png"
     plot_heat_map(matrices, plot)
     console.print(f"heat map: {plot}", highlight=False)
     if run is None:
         return 0
-    wrong = discrepancies(matrices, measured.nonzero, run)
+    wrong = discrepancies(matrices, run_folder.count_parameters(model)[1], run)
     for sentence in wrong:
         console.print(f"[bold red]not as reported:[/bold red] {sentence}", highlight=False)
     if not wrong:
@@ -221,17 +166,22 @@ def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     return 1 if wrong else 0
 
 
-def _summary(folder: Path, form: str, matrices: "pandas.DataFrame", measured: Sizes, dtype: str) -> Table:
+def _summary(folder: Path, model: "PreTrainedModel", matrices: "pandas.DataFrame") -> Table:
+    from sparsewav.models.bitmask import format_of, stored_bytes
+    from sparsewav.pipeline.run_folder import count_parameters
+
     table = Table(title=str(folder), show_header=False)
     weights = int((matrices["rows"] * matrices["cols"]).sum())
+    parameters, nonzero = count_parameters(model)
+    dense, bitmask = stored_bytes(model)
     rows = {
-        "format": f"{form}, {dtype}",
-        "parameters": f"{measured.parameters:,}",
-        "not zero": f"{measured.nonzero:,}   ({100 * measured.nonzero / measured.parameters:.1f} %)",
+        "format": f"{format_of(folder)}, {str(model.dtype).removeprefix('torch.')}",
+        "parameters": f"{parameters:,}",
+        "not zero": f"{nonzero:,}   ({100 * nonzero / parameters:.1f} %)",
         "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights",
-        "on disk": _megabytes(measured.on_disk),
-        "dense": _megabytes(measured.dense),
-        "bitmask": f"{_megabytes(measured.bitmask)}   ({100 * measured.bitmask / measured.dense:.1f} % of dense)",
+        "on disk": _megabytes(sum(path.stat().st_size for path in folder.glob("*.safetensors"))),
+        "dense": _megabytes(dense),
+        "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / dense:.1f} % of dense)",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -242,9 +192,9 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
 
 
-def _recipe(metrics: dict[str, Any]) -> Table:
+def _origin(metrics: dict[str, Any]) -> Table:
     table = Table(title="how it was made", show_header=False)
-    for key in _RECIPE:
+    for key in _SHOWN_METRICS:
         value = metrics.get(key)
         if value is not None:
             shown = (

@@ -1,4 +1,4 @@
-"""Sweeps: what the runs of one folder amount to."""
+"""Console command ``sparsewav-summary``: the runs of a sweep in one table."""
 
 import json
 import sys
@@ -18,12 +18,7 @@ from sparsewav.settings.run import PLAIN
 SUMMARY = "summary.csv"
 
 _SHOWN = {
-    "method": "method",
-    "saliency": "saliency",
-    "solver": "solver",
-    "objective": "objective",
-    "recovery": "recovery",
-    "allocation": "allocation",
+    **{key: key for key in ("method", "saliency", "solver", "objective", "recovery", "allocation")},
     "finetune_strategy": "tuning",
     "target_sparsity": "asked",
     "achieved_sparsity": "reached",
@@ -34,11 +29,11 @@ _SHOWN = {
     "prune_seconds": "seconds",
     "status": "status",
 }
-"""Columns of the summary that the terminal shows, with their headings."""
+"""The columns that the terminal shows, with their headings."""
 
 
 def collect(folder: Path) -> pandas.DataFrame:
-    """Read every finished or failed run below a folder into a table, a row a run."""
+    """Read the finished and failed runs in a folder into a table with a row for each."""
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob(f"*/{run_folder.METRICS}")):
         metrics = json.loads(path.read_text())
@@ -57,11 +52,7 @@ def collect(folder: Path) -> pandas.DataFrame:
 
 
 def summarize(folder: Path, console: Console) -> int:
-    """Write ``summary.csv`` of a sweep's folder and show it.
-
-    Returns:
-        How many runs failed.
-    """
+    """Write ``summary.csv`` in the folder of a sweep, show it, and give the number of failed runs."""
     table = collect(folder)
     if table.empty:
         console.print(f"{folder} has no runs")
@@ -76,7 +67,7 @@ def summarize(folder: Path, console: Console) -> int:
     columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
     if "method" in table and set(table["method"]) <= {OURS}:
         columns.remove("method")
-    if "updates" in table and not table["updates"].any():  # nothing was tuned: the two WERs are one
+    if "updates" in table and not table["updates"].any():  # without fine-tuning the two WERs are equal
         columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
     columns = [column for column in columns if column not in PLAIN or set(table[column].dropna()) != {PLAIN[column]}]
     for column in columns:

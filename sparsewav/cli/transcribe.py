@@ -1,9 +1,8 @@
-"""Console command ``sparsewav-transcribe``: print what is said in audio files."""
+"""Console command ``sparsewav-transcribe``: print transcripts of audio files."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from sparsewav.errors import UserError
+from sparsewav.files import write_file
 from sparsewav.progress import print_error, quieten_libraries, stage
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _EPILOG = """examples:
   sparsewav-transcribe *.wav --model outputs/RUN --format json > talks.jsonl
   sparsewav-transcribe one.ogg two.ogg --format srt --output subtitles   subtitles/one.srt, subtitles/two.srt
 
-Any file that libsndfile reads: WAV, FLAC, OGG, MP3; any rate, channels averaged. Long ones are heard in chunks that
-overlap. Transcripts are greedy CTC without a language model, as in the evaluation.
+Any file that libsndfile reads: WAV, FLAC, OGG, MP3; any rate, channels averaged. Long ones are transcribed in chunks
+that overlap. Transcripts are greedy CTC without a language model, as in the evaluation.
 """
 
 SUFFIXES = {"text": ".txt", "json": ".jsonl", "srt": ".srt"}
@@ -38,14 +38,15 @@ def main() -> None:
         raise SystemExit(1)
     quieten_libraries()
     from sparsewav.data.utterances import Utterance
+    from sparsewav.inference import accelerate
     from sparsewav.inference.transcription import transcribe_recording
-    from sparsewav.models.load import choose_device, load_speech_model
+    from sparsewav.models.load import choose_device
+    from sparsewav.settings.run import ModelConfig
+    from sparsewav.training.recipes import load_or_train
 
     try:
-        speech = load_speech_model(arguments.model, device=choose_device(arguments.device))
+        speech = load_or_train(ModelConfig(arguments.model), choose_device(arguments.device))
         if arguments.accelerate:
-            from sparsewav.inference import accelerate
-
             errors.print(accelerate(speech.model), markup=False, highlight=False)
     except UserError as error:
         print_error(error)
@@ -61,8 +62,8 @@ def main() -> None:
                     overlap_seconds=arguments.overlap,
                     progress=progress,
                 )
-            _write(_FORMATS[arguments.format](transcript, path, len(arguments.files) > 1), path, arguments)
-        except UserError as error:  # the other files are done all the same
+            _write(_formatted(transcript, path, arguments), path, arguments)
+        except UserError as error:  # the other files are transcribed nevertheless
             print_error(error)
             failed = True
     raise SystemExit(1 if failed else 0)
@@ -81,28 +82,21 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="text", help="text (default), json lines or srt")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each audio file there")
-    parser.add_argument("--chunk", type=float, default=30.0, metavar="SECONDS", help="heard at once (default 30)")
+    parser.add_argument("--chunk", type=float, default=30.0, metavar="SECONDS", help="length of a chunk (default 30)")
     parser.add_argument("--overlap", type=float, default=4.0, metavar="SECONDS", help="of two chunks (default 4)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--accelerate", action="store_true", help="skip the pruned weights where that is faster (CPU)")
     return parser.parse_args()
 
 
-def _text(transcript: "Transcript", path: Path, several: bool) -> str:
-    return f"{path}: {transcript.text}\n" if several else f"{transcript.text}\n"
-
-
-def _json(transcript: "Transcript", path: Path, several: bool) -> str:
-    return json.dumps({"file": str(path), **asdict(transcript)}, ensure_ascii=False) + "\n"
-
-
-def _srt(transcript: "Transcript", path: Path, several: bool) -> str:
+def _formatted(transcript: "Transcript", path: Path, arguments: argparse.Namespace) -> str:
     from sparsewav.inference.transcription import as_srt
 
-    return as_srt(transcript)
-
-
-_FORMATS: dict[str, Callable[["Transcript", Path, bool], str]] = {"text": _text, "json": _json, "srt": _srt}
+    if arguments.format == "srt":
+        return as_srt(transcript)
+    if arguments.format == "json":
+        return json.dumps({"file": str(path), **asdict(transcript)}, ensure_ascii=False) + "\n"
+    return f"{path}: {transcript.text}\n" if len(arguments.files) > 1 else f"{transcript.text}\n"
 
 
 def _write(content: str, path: Path, arguments: argparse.Namespace) -> None:
@@ -110,8 +104,6 @@ def _write(content: str, path: Path, arguments: argparse.Namespace) -> None:
         sys.stdout.write(content)
         sys.stdout.flush()
         return
-    from sparsewav.files import write_file
-
     with write_file(arguments.output / f"{path.stem}{SUFFIXES[arguments.format]}") as temporary:
         temporary.write_text(content, encoding="utf-8")
 

@@ -1,1 +1,4 @@
-"""Speech: utterances, where they come from, and the batches that a model takes."""
+"""Speech: utterances, their sources, and the batches that a model takes.
+
+:mod:`sets` gives the sets that a configuration names, from :mod:`librispeech` or the generated corpus of :mod:`demo`.
+"""

@@ -1,4 +1,4 @@
-"""Batches of speech: bucketed by length, padded only where the model may see padding."""
+"""Batches of speech, bucketed by length, and padded only for models that take padding."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -15,25 +15,19 @@ Batch = dict[str, torch.Tensor]
 
 
 class SpeechBatches(Sequence[Batch]):
-    """Batches of utterances, read from disk one at a time whenever they are asked for."""
+    """Batches of utterances, which are read from disk on access.
+
+    Args:
+        utterances: The utterances to read.
+        processor: Normalizes audio and turns transcripts into labels.
+        seconds_per_batch: Limit of the audio in a batch, padding included; a longer utterance is a batch by itself.
+        padding: Pad utterances of similar lengths with zeros. Otherwise only utterances of equal length share a batch,
+            for models whose group norm would include the zeros in its statistics.
+    """
 
     def __init__(
-        self,
-        utterances: Sequence[Utterance],
-        processor: Wav2Vec2Processor,
-        seconds_per_batch: float,
-        *,
-        padding: bool,
+        self, utterances: Sequence[Utterance], processor: Wav2Vec2Processor, seconds_per_batch: float, *, padding: bool
     ) -> None:
-        """Plan the batches from the lengths in the files' headers.
-
-        Args:
-            utterances: what to read.
-            processor: normalises audio and turns transcripts into labels.
-            seconds_per_batch: most audio in one batch, padding included; a longer utterance is a batch by itself.
-            padding: batch utterances of nearly equal lengths, padded with zeros. Without it only utterances of the
-                same length share a batch: for models whose group norm would take the zeros into its statistics.
-        """
         self.processor = processor
         self.groups = plan_batches(utterances, seconds_per_batch, padding=padding)
 
@@ -45,7 +39,7 @@ class SpeechBatches(Sequence[Batch]):
 
 
 def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, padding: bool) -> list[list[Utterance]]:
-    """Group utterances into batches, longest first; see :class:`SpeechBatches`."""
+    """Group utterances into batches, longest first, by the lengths in their headers; see :class:`SpeechBatches`."""
     lengths = {utterance.id: audio_seconds(utterance) for utterance in utterances}
     ordered = sorted(utterances, key=lambda utterance: (-lengths[utterance.id], utterance.id))
     buckets: Iterator[list[Utterance]] = (
@@ -61,7 +55,7 @@ def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, p
 
 
 def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Batch:
-    """Read, normalise and pad utterances, with their transcripts as labels (-100 where there is none)."""
+    """Read, normalize and pad utterances, with their transcripts as labels padded with -100."""
     sample_rate = processor.feature_extractor.sampling_rate
     audio: list[np.ndarray] = [read_audio(utterance, sample_rate) for utterance in utterances]
     inputs = processor.feature_extractor(
@@ -77,15 +71,15 @@ def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Ba
 
 
 def spell(text: str, processor: Wav2Vec2Processor) -> str:
-    """Put a transcript into the letter case of the model's vocabulary."""
+    """Convert a transcript to the letter case of the model's vocabulary."""
     return text.lower() if "e" in processor.tokenizer.get_vocab() else text
 
 
 def check_transcripts(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> None:
-    """Refuse transcripts that the model cannot write.
+    """Check that the model can write the transcripts.
 
     Raises:
-        UserError: a transcript is empty or has characters outside the vocabulary.
+        UserError: A transcript is empty or has characters outside the vocabulary.
     """
     vocabulary = set(processor.tokenizer.get_vocab())
     for utterance in utterances:

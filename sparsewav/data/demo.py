@@ -1,8 +1,8 @@
-"""The demo corpus: eSpeak NG speech in LibriSpeech's layout, made on first use and kept in the user's cache.
+"""The demo corpus: speech of eSpeak NG in LibriSpeech's layout, made on first use and kept in the user's cache.
 
-Each subset is cut into shards of fixed size and every shard is spoken by a fresh process (this module, run as a
-script), because eSpeak NG carries state from one utterance to the next: a subset then has the same bytes for the same
-seed, whatever the number of processes.
+eSpeak NG carries state from one utterance to the next. Each subset is therefore cut into shards of fixed size, and a
+fresh process (this module, run as a script) speaks each shard, so that a subset has the same bytes for the same seed
+with any number of processes.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ from sparsewav.files import cache_folder, locked, write_folder
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
 VERSION = 1
-"""Raised when a change here gives other audio for the same seed: it names the cached folder."""
+"""Part of the name of the cached folder, to be increased when a change here changes the audio of a seed."""
 
 TEST_VOICES = ("m3", "m7", "f2", "f5", "linda", "paul", "Michael", "benjamin")
 DEVELOPMENT_VOICES = ("m6", "f4", "robert", "steph2")
@@ -41,7 +41,7 @@ TRAINING_VOICES = (
 
 @dataclass(frozen=True)
 class DemoSubset:
-    """One subset of the demo corpus: how many utterances, by whom, and from which side of the sentence split."""
+    """A subset of the demo corpus: the number of utterances, their voices, and the side of the sentence split."""
 
     name: str
     utterances: int
@@ -61,18 +61,18 @@ SUBSETS = {
 
 
 def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Path:
-    """Give the folder of the demo corpus, speaking the subsets that are not there yet.
+    """Make the subsets of the demo corpus that do not exist yet, and give its folder.
 
     Args:
-        subsets: names of :data:`SUBSETS` that the caller is going to read.
-        seed: seed of sentences, voices and noise.
-        processes: how many shards are spoken at once; no influence on the bytes.
+        subsets: Names of :data:`SUBSETS`.
+        seed: Seed of sentences, voices and noise.
+        processes: Number of shards that are made at once, without influence on the bytes.
 
     Returns:
         A folder in LibriSpeech's layout: ``<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<nnnn>.flac``.
     """
     root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
-    with locked(root / "lock"):  # parallel jobs wait for the first one to speak
+    with locked(root / "lock"):  # parallel jobs wait for the first one
         for name in subsets:
             if not (root / name).is_dir():
                 with write_folder(root / name) as folder:
@@ -115,7 +115,7 @@ def _speak_shard(subset: DemoSubset, folder: Path, seed: int, shard: int) -> Non
 
 
 def _speak_utterance(sentence: str, variant: str, generator: np.random.Generator) -> np.ndarray:
-    """Speak one sentence with a drawn speed, pitch, length of the vocal tract, loudness and background noise."""
+    """Speak a sentence with random speed, pitch, vocal tract length, loudness and background noise."""
     samples = espeak.speak(
         sentence.lower(),
         f"en-us+{variant}",
@@ -123,14 +123,14 @@ def _speak_utterance(sentence: str, variant: str, generator: np.random.Generator
         pitch=int(generator.integers(25, 76)),
         pitch_range=int(generator.integers(30, 71)),
     )
-    # Playing the samples faster or slower moves the formants with the speed: one variant becomes many speakers.
+    # Playing the samples faster or slower also moves the formants, which turns one voice into many speakers.
     stretch = generator.uniform(0.9, 1.12)
     samples = soxr.resample(samples, espeak.SAMPLE_RATE * stretch, SAMPLE_RATE)
     before, after = (np.zeros(int(generator.uniform(0.02, 0.15) * SAMPLE_RATE), np.float32) for _ in range(2))
     samples = np.concatenate([before, samples, after])
     samples *= 10 ** (generator.uniform(-26, -16) / 20) / np.sqrt(np.mean(samples**2))
     noise = generator.standard_normal(len(samples)).astype(np.float32)
-    if generator.random() < 0.5:  # half of the utterances get brown instead of white noise: traffic, not hiss
+    if generator.random() < 0.5:  # half of the utterances get brown noise instead of white noise
         noise = np.cumsum(noise - noise.mean(), dtype=np.float64).astype(np.float32)
         noise -= np.convolve(noise, np.full(801, 1 / 801, np.float32), mode="same")
     noise_level = 10 ** (-generator.uniform(20, 40) / 20) * np.sqrt(np.mean(samples**2))

@@ -1,4 +1,4 @@
-"""Utterances in LibriSpeech's layout, from a folder or from the hub."""
+"""Utterances of LibriSpeech from the hub, or from a folder in its layout."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +10,10 @@ AUDIO_SUFFIXES = (".flac", ".wav")
 
 
 def read_librispeech_folder(root: Path, subset: str) -> list[Utterance]:
-    """List the utterances of ``root/subset/<speaker>/<chapter>/``, ordered by id.
-
-    Args:
-        root: folder that holds the subsets.
-        subset: name of one subset, e.g. ``test-clean``.
+    """List the utterances of ``root/subset/<speaker>/<chapter>/``, ordered by id; a subset is e.g. ``test-clean``.
 
     Raises:
-        UserError: a folder, a transcript or an audio file is missing, or a transcript is empty.
+        UserError: A folder, a transcript or an audio file is missing, or a transcript is empty.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder; point it at the folder that holds {subset}/")
@@ -54,19 +50,19 @@ def _read_transcript(transcript: Path) -> Iterator[Utterance]:
 
 
 def stream_librispeech(configuration: str, split: str, count: int | None, seed: int) -> list[Utterance]:
-    """Fetch utterances of ``openslr/librispeech_asr`` from the hub, without fetching the whole split for a sample.
+    """Fetch a split of ``openslr/librispeech_asr`` from the hub, or a sample without fetching the whole split.
 
-    A sample is the head of the stream shuffled in its order of shards and through a buffer, so that 2048 utterances of
-    train-clean-100 cost a part of its 100 hours. The audio is left undecoded: soundfile reads it later.
+    A sample is the head of the stream after the order of shards and a buffer are shuffled, so that 2048 utterances of
+    train-clean-100 need a part of its 100 hours only. The audio is left undecoded.
 
     Args:
         configuration: ``clean`` or ``other``.
-        split: e.g. ``train.100`` or ``test``.
-        count: how many utterances; ``None`` for the whole split, in its own order.
-        seed: seed of the shuffle.
+        split: A split of it, e.g. ``train.100`` or ``test``.
+        count: Size of the sample; ``None`` for the whole split in its own order.
+        seed: Seed of the shuffle.
 
     Raises:
-        UserError: the hub cannot be reached, or lacks the split.
+        UserError: The hub cannot be reached, or lacks the split.
     """
     import datasets
 

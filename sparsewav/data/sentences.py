@@ -1,8 +1,7 @@
 """Sentences of the demo corpus: a small grammar over about 700 common English words.
 
-The grammar is varied enough (well over a billion sentences) that a model has to listen instead of reciting, and
-small enough that a few hours of speech cover every word. A sentence belongs to training or to evaluation by its own
-checksum, so the two can never share one, whatever their seeds and sizes.
+The grammar gives well over a billion sentences, so that a model cannot memorize them, and a few hours of speech cover
+every word. The checksum of a sentence assigns it to training or to evaluation, so that the two never share one.
 """
 
 import zlib
@@ -119,7 +118,7 @@ _WORD_LISTS = {
 _CHOICES = {slot: [phrase for phrase in words.split("|") if phrase] for slot, words in _WORD_LISTS.items()}
 
 EVALUATION_SHARE = 16
-"""One sentence in this many belongs to evaluation."""
+"""One of so many sentences belongs to evaluation."""
 
 
 def is_for_evaluation(sentence: str) -> bool:
@@ -128,12 +127,7 @@ def is_for_evaluation(sentence: str) -> bool:
 
 
 def draw_sentence(generator: np.random.Generator, *, for_evaluation: bool) -> str:
-    """Draw one sentence of the demo grammar, in LibriSpeech's upper case.
-
-    Args:
-        generator: source of randomness; the same state gives the same sentence.
-        for_evaluation: draw from the evaluation side of the split instead of the training side.
-    """
+    """Draw a sentence in upper case from the side of the split for evaluation or for training."""
     while True:
         words = []
         for token in PATTERNS[generator.integers(len(PATTERNS))].split():
@@ -147,7 +141,7 @@ def draw_sentence(generator: np.random.Generator, *, for_evaluation: bool) -> st
 
 
 def vocabulary() -> set[str]:
-    """Every word that the demo grammar can say."""
+    """Give every word of the grammar."""
     text = " ".join(phrase for choices in _CHOICES.values() for phrase in choices)
     fixed = " ".join(token for pattern in PATTERNS for token in pattern.split() if not token.startswith("{"))
     return set(f"{text} {fixed}".upper().split())

@@ -1,4 +1,7 @@
-"""The sets of utterances that a configuration names."""
+"""The sets of utterances that a configuration names.
+
+Every function raises :class:`UserError` where the subset is missing, broken or too small.
+"""
 
 from pathlib import Path
 
@@ -10,31 +13,19 @@ from sparsewav.settings.run import DataConfig, DemoData, LibriSpeechFolder
 
 
 def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:
-    """A seeded random sample of the calibration subset.
-
-    Raises:
-        UserError: the subset is missing, broken or too small.
-    """
+    """Give a random sample of the calibration subset."""
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return sample_utterances(_read(data, data.calibration_subset), count, seed)
     return _stream(data.calibration_subset, count, seed)
 
 
 def evaluation_set(data: DataConfig) -> list[Utterance]:
-    """The evaluation subset, or its first ``evaluation_utterances``.
-
-    Raises:
-        UserError: the subset is missing or broken.
-    """
+    """Give the evaluation subset, or its first ``evaluation_utterances``."""
     return whole_subset(data, data.evaluation_subset)[: data.evaluation_utterances]
 
 
 def training_set(data: DataConfig, seed: int) -> list[Utterance]:
-    """The training subset, or a seeded random sample of ``training_utterances`` of it.
-
-    Raises:
-        UserError: the subset is missing, broken or too small.
-    """
+    """Give the training subset, or a random sample of ``training_utterances`` of it."""
     utterances = whole_subset(data, data.training_subset)
     if data.training_utterances is None:
         return utterances
@@ -42,11 +33,7 @@ def training_set(data: DataConfig, seed: int) -> list[Utterance]:
 
 
 def whole_subset(data: DataConfig, subset: str) -> list[Utterance]:
-    """Every utterance of a subset.
-
-    Raises:
-        UserError: the subset is missing or broken.
-    """
+    """Give every utterance of a subset."""
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return _read(data, subset)
     return _stream(subset, None, 0)

@@ -13,12 +13,12 @@ from sparsewav.errors import UserError
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recorded sentence.
+    """A recorded sentence.
 
     Attributes:
-        id: identifier, unique within its set (LibriSpeech's ``speaker-chapter-number``).
-        text: transcript in LibriSpeech's upper case.
-        audio: an audio file, or the contents of one.
+        id: Identifier, unique within its set (``speaker-chapter-number`` in LibriSpeech).
+        text: Transcript in upper case.
+        audio: An audio file, or its contents.
     """
 
     id: str
@@ -27,7 +27,7 @@ class Utterance:
 
     @property
     def source(self) -> str:
-        """What to call the audio in a message."""
+        """Name of the audio in messages."""
         return str(self.audio) if isinstance(self.audio, Path) else self.id
 
 
@@ -43,29 +43,23 @@ def _open(utterance: Utterance) -> soundfile.SoundFile:
 
 
 def audio_seconds(utterance: Utterance) -> float:
-    """Length in seconds, from the file's header alone.
+    """Read the length in seconds from the header of the file.
 
     Raises:
-        UserError: the file is not audio.
+        UserError: The file is not audio.
     """
     with _open(utterance) as file:
         return file.frames / file.samplerate
 
 
 def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
-    """Decode, mix down and resample.
-
-    Several channels are averaged into one; another rate is resampled with soxr's high quality.
-
-    Args:
-        utterance: whose audio to read.
-        sample_rate: rate in Hz of the result.
+    """Decode the audio, average its channels, and resample it to a rate in Hz with soxr's high quality.
 
     Returns:
         Samples, shape (samples,), float32.
 
     Raises:
-        UserError: the file is truncated, empty, not audio, or holds NaN or infinite samples.
+        UserError: The file is truncated, empty, not audio, or holds NaN or infinite samples.
     """
     with _open(utterance) as file:
         try:
@@ -87,16 +81,10 @@ def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
 def sample_utterances(
     utterances: list[Utterance], count: int, seed: int, key: str = "calibration.utterances"
 ) -> list[Utterance]:
-    """Draw a seeded random sample without replacement, as the paper's calibration set (its section 3.1).
-
-    Args:
-        utterances: what to draw from.
-        count: size of the sample.
-        seed: of the draw.
-        key: the setting that asks for so many, to name it in a message.
+    """Draw a random sample without replacement, as for the paper's calibration set (its section 3.1).
 
     Raises:
-        UserError: there are fewer utterances than asked for.
+        UserError: There are fewer utterances than asked for by the setting ``key``.
     """
     if count > len(utterances):
         raise UserError(

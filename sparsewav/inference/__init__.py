@@ -1,4 +1,8 @@
-"""Time and memory that a pruned model really saves: sparse products where they are faster than dense ones."""
+"""Using a model: word error rates, transcripts of recordings, its cost, and sparse products where they are faster.
+
+:mod:`wer` evaluates, :mod:`transcription` transcribes recordings, :mod:`macs` counts multiply-accumulates, and
+:mod:`acceleration` replaces products by those of :mod:`sparse_linear` and :mod:`kernel` where :mod:`timing` favours it.
+"""
 
 from sparsewav.inference.acceleration import AcceleratedMatrix, AccelerationReport, accelerate, restore
 

@@ -1,9 +1,9 @@
-"""``sparsewav.accelerate``: put sparse products in the place of dense ones where they are faster."""
+"""``sparsewav.accelerate``: replace dense products of a pruned model by sparse ones where these are faster."""
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,51 +14,56 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
-from sparsewav.inference.timing import Timing, in_turns, remember, remembered, setting, sparsity, time_linear
+from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 
 log = logging.getLogger(__name__)
 
 FRAMES = (250, 1000)
-"""Frames in a batch for which the products are timed by default: 5 and 20 seconds of audio."""
+"""Numbers of frames that products are timed with by default, 5 and 20 seconds of audio."""
 
 BUCKET = 0.05
-"""Matrices of one shape whose sparsities lie in the same twentieth share a timing, that of the least sparse one."""
+"""Matrices of one shape with sparsities in the same interval share a timing, that of the least sparse one."""
+
+NOT_FASTER = "the sparse product is not clearly faster"
 
 
 @dataclass(frozen=True)
 class AcceleratedMatrix:
-    """What became of one matrix.
+    """The decision for one matrix.
 
     Attributes:
-        name: of its module.
-        rows, cols: its shape.
-        sparsity: share of its weights that are zero.
-        swapped: its product is a sparse one now.
-        reason: why it was left dense; empty if it was swapped.
-        dense, sparse: seconds of a product, one for each number of frames; empty where none was timed.
+        name: Name of its module.
+        rows, cols: Its shape.
+        sparsity: Share of zeros.
+        reason: Why it stays dense; empty if it was swapped.
+        dense, sparse: Seconds of a product for each number of frames; empty if none was timed.
     """
 
     name: str
     rows: int
     cols: int
     sparsity: float
-    swapped: bool
     reason: str = ""
     dense: tuple[float, ...] = ()
     sparse: tuple[float, ...] = ()
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the product is sparse now."""
+        return not self.reason
+
 
 @dataclass
 class AccelerationReport:
-    """What :func:`accelerate` did.
+    """The decisions of :func:`accelerate`.
 
     Attributes:
-        matrices: a row for every prunable matrix.
-        frames: numbers of frames that the products were timed with.
-        threads: that they were timed with; the choice holds for these.
-        product: ``kernel``, ``CSR`` or ``2:4``: what the sparse products are computed by.
-        without_kernel: why there is no kernel; empty if there is one.
+        matrices: The decision for every prunable matrix.
+        frames: Numbers of frames that products were timed with.
+        threads: Number of threads that products were timed with, for which the choice holds.
+        product: How sparse products are computed: ``kernel``, ``CSR`` or ``2:4``.
+        without_kernel: Why there is no kernel; empty if there is one.
     """
 
     matrices: list[AcceleratedMatrix]
@@ -66,10 +71,11 @@ class AccelerationReport:
     threads: int
     product: str
     without_kernel: str = ""
-    swapped: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.swapped = sum(matrix.swapped for matrix in self.matrices)
+    @property
+    def swapped(self) -> int:
+        """Number of matrices with sparse products."""
+        return sum(matrix.swapped for matrix in self.matrices)
 
     def __str__(self) -> str:
         lines = [f"{self.swapped} of {len(self.matrices)} matrices multiply sparse ({self.product})"]
@@ -87,23 +93,23 @@ def accelerate(
     folder: Path | str | None = None,
     pattern: Literal["any", "2:4"] = "any",
 ) -> AccelerationReport:
-    """Let a pruned model skip its zeros, in place; for inference.
+    """Make a pruned model skip its zeros, in place, for inference.
 
-    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight freed; the
-    rest stays as it is. Outputs are equal up to rounding. The choice is made by timing, with the number of threads that
-    PyTorch has now, and remembered in the model's folder.
+    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight is freed. The
+    outputs are equal up to rounding. Products are timed with the current number of threads of PyTorch, and the timings
+    are stored in the folder of the model.
 
     Args:
         model: CTC model, in float32 on the CPU (``pattern="2:4"``: in float16 or bfloat16 on a GPU).
-        frames: frames of a batch (50 for a second of audio, times the utterances in it), or several such numbers; a
-            matrix is swapped where it is faster with all of them.
-        folder: where the timings are remembered; the folder that the model was loaded from, by default.
+        frames: Number of frames in a batch (50 for a second of audio, times the utterances), or several of them; a
+            matrix is swapped if its sparse product is faster with all of them.
+        folder: Where the timings are stored; by default the folder that the model was loaded from.
         pattern: ``any`` zeros on the CPU, or ``2:4`` on an NVIDIA GPU by
             :func:`torch.sparse.to_sparse_semi_structured`.
 
     Raises:
-        UserError: the model's family is unknown, it is accelerated already, or it is not on a device and in a precision
-            for which there are sparse products.
+        UserError: The model's family is unknown, the model is accelerated already, or there are no sparse products for
+            its device and precision.
     """
     counts = (frames,) if isinstance(frames, int) else tuple(frames)
     if not counts or min(counts) < 1:
@@ -130,17 +136,13 @@ def accelerate(
     key = setting(counts, kernel=not without_kernel)
     timings = remembered(place, key)
     known = set(timings)
-    reasons = {matrix.name: _reason(model, matrix) for matrix in matrices}
-    # The least sparse first: its timing is the one that the others of its bucket share.
+    # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
-        if not reasons[matrix.name] and _bucket(matrix.weight) not in timings:
+        if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
         remember(place, key, timings)
-    rows = []
-    for matrix in matrices:
-        timing = None if reasons[matrix.name] else timings[_bucket(matrix.weight)]
-        rows.append(_swap(model, matrix, timing, reasons[matrix.name]))
+    rows = [_swap(model, matrix, timings) for matrix in matrices]
     if any(row.swapped for row in rows):
         _leave_mapped_file(model)
     product = "CSR" if without_kernel else "kernel"
@@ -148,11 +150,7 @@ def accelerate(
 
 
 def restore(model: PreTrainedModel) -> int:
-    """Undo :func:`accelerate` on the CPU: give every swapped matrix its dense weight back, in place.
-
-    Returns:
-        How many matrices were swapped.
-    """
+    """Undo :func:`accelerate` on the CPU in place, and give the number of matrices that had been swapped."""
     swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     for name, module in swapped:
         linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -162,7 +160,7 @@ def restore(model: PreTrainedModel) -> int:
 
 
 def _folder(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from; None for one from the hub or from nowhere, or this package's own."""
+    """Give the folder that a model was loaded from; None for the hub, for a new model, and for this package's own."""
     folder = Path(model.name_or_path) if model.name_or_path else None
     package = Path(__file__).parents[1]
     return folder if folder and folder.is_dir() and package not in folder.resolve().parents else None
@@ -175,7 +173,7 @@ def _bucket(weight: Tensor) -> str:
 
 
 def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
-    """Why a matrix must stay dense; empty if timing shall decide."""
+    """Say why a matrix must stay dense; empty if its timing decides."""
     if sparsity(matrix.weight) < 0.2:
         return "hardly any of it is zero"
     parent = model.get_submodule(matrix.name.rpartition(".")[0])
@@ -186,22 +184,22 @@ def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
     return ""
 
 
-def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timing: Timing | None, reason: str) -> AcceleratedMatrix:
+def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Timing]) -> AcceleratedMatrix:
     rows, cols = matrix.weight.shape
-    share = sparsity(matrix.weight)
-    if timing is None:
-        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason)
+    facts = (matrix.name, rows, cols, sparsity(matrix.weight))
+    if reason := _reason(model, matrix):
+        return AcceleratedMatrix(*facts, reason)
+    timing = timings[_bucket(matrix.weight)]
     if not timing.worth_it:
-        reason = "the sparse product is not clearly faster"
-        return AcceleratedMatrix(matrix.name, rows, cols, share, False, reason, timing.dense, timing.sparse)
+        return AcceleratedMatrix(*facts, NOT_FASTER, timing.dense, timing.sparse)
     sparse = SparseLinear(matrix.module, timing.width)
-    matrix.module.weight = nn.Parameter(torch.empty(0))  # who still holds the module holds no memory
+    matrix.module.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
     model.set_submodule(matrix.name, sparse)
-    return AcceleratedMatrix(matrix.name, rows, cols, share, True, "", timing.dense, timing.sparse)
+    return AcceleratedMatrix(*facts, "", timing.dense, timing.sparse)
 
 
 def _leave_mapped_file(model: PreTrainedModel) -> None:
-    """Copy what is left: as long as one tensor lies in a mapped checkpoint, all of that stays in memory."""
+    """Copy the remaining tensors, because one tensor in a mapped checkpoint keeps all of it in memory."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
 
@@ -229,12 +227,12 @@ def _accelerate_on_gpu(
             weight = matrix.module.weight
             compressed = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
             dense, sparse = _time_on_gpu(weight, compressed, frames)
-            if all(before >= 1.1 * after for before, after in zip(dense, sparse, strict=True)):
+            if all(before >= MARGIN * after for before, after in zip(dense, sparse, strict=True)):
                 matrix.module.weight = compressed
             else:
-                reason = "the sparse product is not clearly faster"
+                reason = NOT_FASTER
         share = sparsity(matrix.weight) if reason else 0.5
-        rows.append(AcceleratedMatrix(matrix.name, height, cols, share, not reason, reason, dense, sparse))
+        rows.append(AcceleratedMatrix(matrix.name, height, cols, share, reason, dense, sparse))
     return AccelerationReport(rows, frames, torch.get_num_threads(), "2:4")
 
 

@@ -1,4 +1,4 @@
-"""The sparse product in C++: compiled for this processor on first use, kept in the cache, called through ctypes."""
+"""The sparse product in C++, compiled for this processor on first use, cached, and called through ctypes."""
 
 import ctypes
 import os
@@ -19,12 +19,12 @@ from sparsewav.cache import cached_folder
 
 SOURCE = Path(__file__).with_name("product.cpp")
 
-MOST_COLUMNS = 2**16
-"""Column numbers are stored in 16 bits."""
+MAX_COLUMNS = 2**16
+"""Column indices are stored in 16 bits."""
 
 
 class NoKernel(Exception):
-    """The kernel cannot be built or loaded on this machine; the message says why."""
+    """The kernel cannot be compiled or loaded on this machine, for the reason in the message."""
 
 
 Product = Callable[..., None]
@@ -32,16 +32,11 @@ Product = Callable[..., None]
 
 @cache
 def sparse_product() -> Product:
-    """Compile the kernel if need be, and load it.
-
-    Processes that ask at once wait for the first one to compile.
-
-    Returns:
-        The function ``sparsewav_product`` of ``product.cpp``.
+    """Give the function ``sparsewav_product`` of ``product.cpp``, compiled on first use by one process for all.
 
     Raises:
-        NoKernel: there is no compiler, or it failed.
-        UserError: the cache cannot be written.
+        NoKernel: There is no compiler, or it failed.
+        UserError: The cache cannot be written.
     """
     compiler = _compiler()
     source = SOURCE.read_text(encoding="utf-8")
@@ -59,9 +54,9 @@ def sparse_product() -> Product:
 
 
 TILE = 64
-"""Frames in a tile of the kernel; its buffer is rounded up to that."""
+"""Frames in a tile of the kernel, of which its buffer holds a multiple."""
 
-_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks it
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", *_OPENMP]
 
 
@@ -75,8 +70,8 @@ def _compiler() -> list[str]:
 
 
 def _compile(compiler: list[str], folder: Path) -> None:
-    # Linked without OpenMP's library: its functions are then those of the one that PyTorch has loaded, and the two
-    # share their threads. With a second library two pools would fight over the cores.
+    # Linked without an OpenMP library, so that the kernel uses the one that PyTorch has loaded, and its threads. A
+    # second library would start a second pool of threads on the same cores.
     object_file = folder / "product.o"
     for command in (
         [*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
@@ -91,7 +86,7 @@ def _compile(compiler: list[str], folder: Path) -> None:
 
 @cache
 def processor_name() -> str:
-    """The processor's model, as Linux gives it, and its instruction sets: what ``-march=native`` depends on."""
+    """Describe the processor and its instruction sets, on which the result of ``-march=native`` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -105,19 +100,16 @@ def processor_name() -> str:
 def multiply(
     inputs: Tensor, rows: int, width: int, offsets: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """``inputs @ weight.T + bias`` with a weight in blocks of columns.
+    """Compute ``inputs @ weight.T + bias``, (frames, rows) in float32, with a weight stored in blocks of columns.
 
     Args:
-        inputs: (frames, cols), float32, contiguous, on the CPU.
-        rows: of the weight.
-        width: columns in a block of the weight.
-        offsets: (blocks * rows + 1,), int32: where each row of each block begins in the other two.
-        columns: (nonzeros,), int16 that hold the bits of unsigned numbers.
-        values: (nonzeros,), float32.
-        bias: (rows,), float32.
-
-    Returns:
-        (frames, rows), float32.
+        inputs: Shape (frames, cols), float32, contiguous, on the CPU.
+        rows: Rows of the weight.
+        width: Columns in a block of the weight.
+        offsets: Shape (blocks * rows + 1,), int32: the start of each row of each block in ``columns`` and ``values``.
+        columns: Shape (nonzeros,), int16 with the bits of unsigned numbers.
+        values: Shape (nonzeros,), float32.
+        bias: Shape (rows,), float32.
     """
     frames, cols = inputs.shape
     tiles = inputs.new_empty((frames + TILE - 1) // TILE * TILE * cols)

@@ -1,4 +1,4 @@
-"""How much a model computes: multiply-accumulates for each second of audio."""
+"""Multiply-accumulates of a model for each second of audio."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,20 +7,16 @@ from transformers import PreTrainedModel
 from sparsewav.pruning.encoder import encoder_layers, projections_as_modules, prunable_matrices
 
 SECONDS_COUNTED = 10
-"""Length of the utterance that is counted: attention grows with the square of it."""
+"""Length of the utterance that is counted. The cost of attention grows with its square."""
 
 
 @torch.no_grad()  # the counter does not work in inference mode
 def multiply_accumulates(model: PreTrainedModel, sample_rate: int = 16_000) -> tuple[int, int]:
-    """Count what a model multiplies and adds up for a second of audio, in an utterance of ten.
-
-    Args:
-        model: CTC model.
-        sample_rate: of its audio, in Hz.
+    """Count the multiply-accumulates of a CTC model for a second of audio, in an utterance of ten seconds.
 
     Returns:
-        Multiply-accumulates of all matrix products and convolutions as they are executed, zeros and all; and without
-        those by weights that are zero, which hardware made for sparse matrices leaves out.
+        The count of all matrix products and convolutions as executed, and the count without products by weights that
+        are zero, which hardware for sparse matrices skips.
     """
     samples = torch.zeros(1, SECONDS_COUNTED * sample_rate, device=model.device, dtype=model.dtype)
     rows: list[int] = []
@@ -32,7 +28,7 @@ def multiply_accumulates(model: PreTrainedModel, sample_rate: int = 16_000) -> t
     model.eval()
     counter = FlopCounterMode(display=False)
     try:
-        # One backend of attention that the counter knows on every device.
+        # The counter supports this backend of attention on every device.
         with projections_as_modules(model), counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             model(samples)
     finally:

@@ -1,4 +1,4 @@
-"""Linear modules whose weight is stored and multiplied sparse."""
+"""Linear modules with a sparse weight."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from sparsewav.inference.kernel import multiply
 
 
 class SparseLinear(nn.Module):
-    """What :class:`torch.nn.Linear` computes, from the weights that are not zero; for inference on the CPU.
+    """A :class:`torch.nn.Linear` that stores and multiplies nonzero weights only, for inference on the CPU.
 
-    Its ``state_dict`` has the dense weight, so that a model saved with it is an ordinary checkpoint.
+    Its ``state_dict`` has the dense weight, so that a model with it is saved as an ordinary checkpoint.
 
     Args:
-        linear: the dense module; its weight is read once, its bias kept.
-        width: columns in a block of the kernel's layout, or None for PyTorch's own CSR product.
+        linear: The dense module, whose bias is shared.
+        width: Columns in a block of the kernel's layout, or None for PyTorch's CSR product.
     """
 
     offsets: Tensor
@@ -37,21 +37,21 @@ class SparseLinear(nn.Module):
             [(block != 0).nonzero()[:, 1] + index * (width or cols) for index, block in enumerate(blocks)]
         )
         self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
-        narrow = torch.int32 if width is None else torch.int16  # the kernel reads them as unsigned
+        narrow = torch.int32 if width is None else torch.int16  # the kernel takes them as unsigned
         self.register_buffer("columns", columns.to(narrow), persistent=False)
         self.register_buffer("values", torch.cat([block[block != 0] for block in blocks]), persistent=False)
         self.train(linear.training)
 
     @property
     def nonzeros(self) -> int:
-        """How many weights are stored."""
+        """Number of stored weights."""
         return len(self.values)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), float32.
+        """Map (..., in_features) to (..., out_features), float32.
 
         Raises:
-            UserError: the module was moved to another device or precision.
+            UserError: The module or the input has another device or precision.
         """
         for tensor, what in ((self.values, "model"), (inputs, "input")):
             if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -62,7 +62,7 @@ class SparseLinear(nn.Module):
         return _Product.apply(inputs, self)
 
     def product(self, inputs: Tensor) -> Tensor:
-        """(frames, in_features) to (frames, out_features)."""
+        """Map (frames, in_features) to (frames, out_features)."""
         if self.width is not None:
             arrays = (self.offsets, self.columns, self.values, self.bias)
             return multiply(inputs.contiguous(), self.out_features, self.width, *arrays)
@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
         return outputs if self.bias is None else outputs.add_(self.bias)
 
     def dense_weight(self) -> Tensor:
-        """The weight, (out_features, in_features), bit for bit as it was (but for the sign of zeros)."""
+        """Give the weight, (out_features, in_features), bit for bit except for the sign of zeros."""
         rows, cols = self.out_features, self.in_features
         width = self.width or cols
         blocks = -(-cols // width)
@@ -97,7 +97,7 @@ class SparseLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The product, which refuses a gradient instead of losing it without a word."""
+    """The product, which raises an error in the backward pass instead of dropping the gradient silently."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, linear: SparseLinear) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which product is faster for a matrix, measured here, and remembered beside the model."""
+"""Timing dense and sparse products on this machine, and storing the timings beside the model."""
 
 import json
 import logging
@@ -15,33 +15,33 @@ from torch import Tensor, nn
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
-from sparsewav.inference.kernel import MOST_COLUMNS, SOURCE, processor_name
+from sparsewav.inference.kernel import MAX_COLUMNS, SOURCE, processor_name
 from sparsewav.inference.sparse_linear import SparseLinear
 
 log = logging.getLogger(__name__)
 
 WIDTHS = (96, 192)
-"""Columns in a block of the kernel's layout: narrow ones keep its inputs in the first-level cache, wide ones have more
-to do in each row."""
+"""Columns in a block of the kernel's layout. Inputs of narrow blocks fit the first-level cache; wide blocks have more
+nonzeros in a row."""
 
 MARGIN = 1.1
-"""A sparse product must be that many times faster than the dense one, or it is not worth a swap."""
+"""A dense product is replaced if the sparse one is at least so many times as fast."""
 
 ROUNDS = 5
 
 REMEMBERED = "acceleration.json"
-"""File in a model's folder with what was measured, for each machine and setting."""
+"""File in the folder of a model with the timings of each machine and setting."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one shape and sparsity: dense, and the best sparse product.
+    """Timings of the dense and the best sparse product for matrices of one shape and similar sparsity.
 
     Attributes:
-        rows, cols: of the matrix.
-        sparsity: of the matrix that was timed, the least sparse of those that the timing stands for.
-        dense, sparse: median seconds of a product, one for each number of frames.
-        width: columns in a block of the best layout; None for PyTorch's CSR product.
+        rows, cols: Shape of the matrix.
+        sparsity: Sparsity of the timed matrix, the least sparse of those that share the timing.
+        dense, sparse: Median seconds of a product for each number of frames.
+        width: Columns in a block of the best layout, or None for PyTorch's CSR product.
     """
 
     rows: int
@@ -53,12 +53,12 @@ class Timing:
 
     @property
     def worth_it(self) -> bool:
-        """Tell whether the sparse product is faster, with a margin, at every number of frames."""
+        """Whether the sparse product is faster by :data:`MARGIN` at every number of frames."""
         return all(dense >= MARGIN * sparse for dense, sparse in zip(self.dense, self.sparse, strict=True))
 
 
 def in_turns(rounds: int, contestants: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median seconds of each, taken in turns after a round that does not count."""
+    """Give the median seconds of each function, called in turns after a warm-up round."""
     seconds: list[list[float]] = [[] for _ in contestants]
     for number in range(rounds + 1):
         for times, contestant in zip(seconds, contestants, strict=True):
@@ -71,14 +71,14 @@ def in_turns(rounds: int, contestants: Sequence[Callable[[], Any]]) -> list[floa
 
 @torch.inference_mode()
 def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timing:
-    """Time a linear module dense and in every sparse layout.
+    """Time a float32 module on the CPU, dense and in every sparse layout.
 
     Args:
-        linear: float32, on the CPU.
-        frames: numbers of frames to multiply with at once.
-        kernel: there is a kernel; otherwise PyTorch's CSR product is timed.
+        linear: The module.
+        frames: Numbers of frames in a product.
+        kernel: Whether there is a kernel; otherwise PyTorch's CSR product is timed.
     """
-    widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MOST_COLUMNS else (None,)
+    widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MAX_COLUMNS else (None,)
     candidates = [SparseLinear(linear, width) for width in widths]
     seconds = []
     for count in frames:
@@ -97,12 +97,12 @@ def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timin
 
 
 def sparsity(weight: Tensor) -> float:
-    """Share of a matrix's weights that are zero."""
+    """Give the share of zeros in a matrix."""
     return 1 - int(weight.count_nonzero()) / weight.numel()
 
 
 def setting(frames: Sequence[int], kernel: bool) -> str:
-    """What timings depend on beside the matrix, as the key under which they are remembered."""
+    """Describe all that timings depend on besides the matrix, as the key under which they are stored."""
     source = blake2b(SOURCE.read_bytes(), digest_size=4).hexdigest() if kernel else "csr"
     threads = torch.get_num_threads()
     processor = blake2b(processor_name().encode(), digest_size=4).hexdigest()
@@ -110,7 +110,7 @@ def setting(frames: Sequence[int], kernel: bool) -> str:
 
 
 def remembered(folder: Path | None, key: str) -> dict[str, Timing]:
-    """Timings of a setting from a model's folder, by shape and sparsity; none where the file is not one of ours."""
+    """Read the timings of a setting from the folder of a model; an unreadable file gives none."""
     path = folder / REMEMBERED if folder else None
     if path is None or not path.is_file():
         return {}
@@ -126,7 +126,7 @@ def remembered(folder: Path | None, key: str) -> dict[str, Timing]:
 
 
 def remember(folder: Path | None, key: str, timings: dict[str, Timing]) -> None:
-    """Write timings of a setting to a model's folder, beside those of others; say so where it cannot be written."""
+    """Add the timings of a setting to the file in the folder of a model, or log that it cannot be written."""
     if folder is None:
         return
     path = folder / REMEMBERED

@@ -1,6 +1,6 @@
-"""Transcripts of whole recordings: in overlapping chunks, with the times of the words."""
+"""Transcripts of recordings of any length, in overlapping chunks, with the times of the words."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,15 @@ from torch import Tensor
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
+from sparsewav.pruning.hessian import Progress
 
 AGREEMENT = 3
-"""Frames, one after the other, on which two chunks have to agree where one hands over to the next."""
+"""Number of consecutive frames on which two chunks must agree where they are joined."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a transcript, in upper case, and the seconds from the start of the recording that it is heard at."""
+    """A word of a transcript in upper case, with its start and end in seconds from the start of the recording."""
 
     text: str
     start: float
@@ -26,13 +27,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was said in a recording.
-
-    Attributes:
-        text: in upper case.
-        words: the same, word by word.
-        seconds: length of the recording.
-    """
+    """A transcript in upper case, as a text and word by word, and the length of the recording in seconds."""
 
     text: str
     words: list[Word]
@@ -41,19 +36,16 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a recording: frames of the model from ``first`` up to ``stop``."""
+    """A section of a recording, the frames of the model from ``first`` up to and without ``stop``."""
 
     first: int
     stop: int
 
 
 def plan_chunks(frames: int, chunk: int, overlap: int) -> list[Chunk]:
-    """Cover so many frames with chunks of a length, each overlapping the one before it.
+    """Cover the frames of a recording with chunks, of which neighbours share ``overlap`` frames.
 
-    Args:
-        frames: of the recording, at least 1.
-        chunk: frames of a chunk.
-        overlap: frames that neighbours share; fewer than half a chunk.
+    There must be at least one frame, and the overlap must be below half a chunk.
     """
     step = chunk - overlap
     count = 1 if frames <= chunk else -(-(frames - overlap) // step)
@@ -67,22 +59,22 @@ def transcribe_recording(
     *,
     chunk_seconds: float = 30.0,
     overlap_seconds: float = 4.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Transcript:
     """Transcribe a recording of any length greedily, as the evaluation does.
 
-    Every chunk is heard by itself. In an overlap the one chunk hands over to the next where both read the same tokens,
-    if possible in a pause, so that no letter is written twice or lost.
+    Every chunk is transcribed alone. Two chunks are joined within their overlap where both give the same tokens, if
+    possible in a pause, so that no letter is repeated or lost.
 
     Args:
-        speech: a CTC model and its processor.
-        recording: whose audio to transcribe; its text is not looked at.
-        chunk_seconds: length of a chunk.
-        overlap_seconds: what neighbouring chunks share.
-        progress: called with (chunks done, chunks).
+        speech: A CTC model and its processor.
+        recording: The recording, whose text is ignored.
+        chunk_seconds: Length of a chunk.
+        overlap_seconds: Overlap of neighbouring chunks.
+        progress: Called with (chunks done, chunks) after every chunk.
 
     Raises:
-        UserError: the recording is not readable, is shorter than a frame, or the lengths do not fit each other.
+        UserError: The recording is not readable or shorter than a frame, or the two lengths do not fit each other.
     """
     if not 0 <= overlap_seconds < chunk_seconds / 2:
         raise UserError(
@@ -103,8 +95,8 @@ def transcribe_recording(
     chunks = plan_chunks(frames, max(int(chunk_seconds * rate / hop), 2), int(overlap_seconds * rate / hop))
     tokens: list[Tensor] = []
     for index, chunk in enumerate(chunks):
-        heard = samples[chunk.first * hop : (chunk.stop - 1) * hop + window]
-        logits = model(heard[None].to(model.device, model.dtype)).logits[0]
+        section = samples[chunk.first * hop : (chunk.stop - 1) * hop + window]
+        logits = model(section[None].to(model.device, model.dtype)).logits[0]
         tokens.append(logits.argmax(-1).cpu())  # (frames of the chunk,)
         if progress:
             progress(index + 1, len(chunks))
@@ -115,10 +107,10 @@ def transcribe_recording(
 
 
 def _frame(model: Any) -> tuple[int, int]:
-    """Samples from one frame of the logits to the next, and samples that a frame reads.
+    """Give the samples between two frames of the logits, and the samples that a frame depends on.
 
     Raises:
-        UserError: the model's frames are not a regular grid of its samples.
+        UserError: The model changes the number of frames after its convolutions.
     """
     hop, window = 1, 1
     for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
@@ -131,15 +123,9 @@ def _frame(model: Any) -> tuple[int, int]:
 
 
 def join_chunks(chunks: list[Chunk], tokens: list[Tensor], quiet: Tensor) -> Tensor:
-    """Put the tokens of overlapping chunks together.
+    """Join the tokens of overlapping chunks, each of shape (frames of the chunk,), into shape (frames,).
 
-    Args:
-        chunks: one after the other.
-        tokens: of each chunk, shape (frames of the chunk,).
-        quiet: tokens that are no letter.
-
-    Returns:
-        A token for every frame of the recording, shape (frames,).
+    ``quiet`` lists the tokens that are no letter.
     """
     kept: list[Tensor] = []
     begin = 0
@@ -155,7 +141,7 @@ def join_chunks(chunks: list[Chunk], tokens: list[Tensor], quiet: Tensor) -> Ten
 
 
 def _handover(before: Tensor, after: Tensor, quiet: Tensor) -> int:
-    """The frame of an overlap from which on the later chunk is taken: near the middle, where both read the same."""
+    """Give the frame of an overlap at which the later chunk takes over: near the middle, where both agree."""
     shared = len(before)
     if shared == 0:
         return 0
@@ -181,12 +167,12 @@ def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Ite
             yield Word(text, start, end)
 
 
-def captions(words: list[Word], *, most_words: int = 8, most_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:
-    """Gather words into captions: a new one after so many words or seconds, or a pause of so many seconds."""
+def captions(words: list[Word], *, max_words: int = 8, max_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:
+    """Group words into captions, limited by words, seconds, and pauses in seconds between words."""
     lines: list[list[Word]] = []
     for word in words:
         line = lines[-1] if lines else []
-        fits = line and len(line) < most_words and word.end - line[0].start <= most_seconds
+        fits = line and len(line) < max_words and word.end - line[0].start <= max_seconds
         if fits and word.start - line[-1].end < pause:
             line.append(word)
         else:
@@ -195,7 +181,7 @@ def captions(words: list[Word], *, most_words: int = 8, most_seconds: float = 5.
 
 
 def as_srt(transcript: Transcript) -> str:
-    """Write a transcript as SubRip subtitles."""
+    """Format a transcript as SubRip subtitles."""
     return "\n".join(
         f"{number}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.text}\n"
         for number, line in enumerate(captions(transcript.words), 1)

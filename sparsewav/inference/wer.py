@@ -1,6 +1,6 @@
 """Word error rate: greedy CTC, no language model, corpus level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jiwer
@@ -12,6 +12,7 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import takes_padding
+from sparsewav.pruning.hessian import Progress
 
 
 @torch.inference_mode()
@@ -20,19 +21,19 @@ def transcribe(
     processor: Wav2Vec2Processor,
     utterances: Sequence[Utterance],
     seconds_per_batch: float = 60.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Transcribe utterances greedily.
 
     Args:
-        model: CTC model; used as it is, on the device where it is.
-        processor: its feature extractor and tokenizer.
-        utterances: what to transcribe.
-        seconds_per_batch: most audio in one batch, padding included.
-        progress: called with (batches done, batches) after every batch.
+        model: CTC model, which stays on its device.
+        processor: Feature extractor and tokenizer of the model.
+        utterances: The utterances to transcribe.
+        seconds_per_batch: Limit of the audio in a batch, padding included.
+        progress: Called with (batches done, batches) after every batch.
 
     Returns:
-        Hypotheses in upper case, by utterance id, in the order of ``utterances``.
+        Hypotheses in upper case by utterance id, in the order of ``utterances``.
     """
     was_training = model.training
     model.eval()
@@ -49,21 +50,21 @@ def transcribe(
 
 
 def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
-    """Greedy hypotheses of one batch, padded frames left out."""
+    """Decode one batch greedily, without padded frames."""
     input_values = batch["input_values"].to(model.device)
     attention_mask = batch["attention_mask"].to(model.device)
     logits = model(input_values, attention_mask=attention_mask if takes_padding(model) else None).logits
-    lengths: Any = model._get_feat_extract_output_lengths  # an adapter's stride after the encoder included
+    lengths: Any = model._get_feat_extract_output_lengths  # it includes the stride of an adapter after the encoder
     counts = lengths(attention_mask.sum(-1))
     tokens = [row[:count] for row, count in zip(logits.argmax(-1).cpu(), counts.tolist(), strict=True)]
     return [" ".join(text.upper().split()) for text in processor.tokenizer.batch_decode(tokens)]
 
 
 def word_error_rate(utterances: Sequence[Utterance], hypotheses: dict[str, str]) -> float:
-    """Corpus WER as a fraction: all edits over all reference words.
+    """Give the corpus WER as a fraction, the edits of all utterances over all their reference words.
 
     Raises:
-        UserError: there is nothing to evaluate on.
+        UserError: There are no utterances.
     """
     if not utterances:
         raise UserError("the evaluation set is empty: a word error rate over no words is not a number")

@@ -1,6 +1,6 @@
-"""Pruned models on disk: of a pruned matrix the kept values and a bit for every weight, in a safetensors file.
+"""The bitmask format: a pruned matrix is stored as a bit for every weight and the values that are kept.
 
-``BITMASK_FORMAT.md`` beside this module describes the file. Nothing here unpickles or executes what it reads.
+``BITMASK_FORMAT.md`` beside this module describes the file. Nothing in a file is unpickled or executed.
 """
 
 import json
@@ -27,7 +27,7 @@ FORMATS = ("dense", "bitmask")
 FORMAT = "sparsewav-bitmask"
 VERSION = "1"
 BITMASK_WEIGHTS = "model.bitmask.safetensors"
-"""Not ``model.safetensors``: transformers would take the file and fill what it misses there with random numbers."""
+"""Not ``model.safetensors``, because transformers would load that file and fill missing tensors with random numbers."""
 
 BITMASK_NOTE = """
 **This folder has the weights in bitmask format**, which transformers does not read: `sparsewav.load` gives back the
@@ -40,18 +40,15 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-"""Integers as wide as the numbers: zero is told by its bits, so that −0 comes back as −0."""
+"""Integers of the same width. A weight is zero if all its bits are, so that −0 is preserved."""
 
 
 def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a matrix apart.
-
-    Args:
-        weight: shape (rows, cols), floating point, on the CPU.
+    """Encode a floating-point matrix (rows, cols) on the CPU.
 
     Returns:
-        Bits, shape (⌈rows·cols / 8⌉,), uint8: weight i in row-major order is kept where bit i mod 8, counted from the
-        lowest, of byte ⌊i / 8⌋ is set. Kept values, shape (kept,), in the same order.
+        The bits, shape (⌈rows·cols / 8⌉,), uint8: weight i in row-major order is kept if bit i mod 8, counted from the
+        lowest, of byte ⌊i / 8⌋ is set. The kept values, shape (kept,), in the same order.
     """
     flat = weight.detach().contiguous().flatten()
     kept = flat.view(_BITS[flat.dtype]) != 0
@@ -59,63 +56,60 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """Put a matrix together again, bit for bit.
-
-    Args:
-        bitmask: as :func:`encode` gives it.
-        values: as :func:`encode` gives them.
-        shape: (rows, cols).
-        name: of the matrix and its file, for messages.
+    """Decode what :func:`encode` gave, bit for bit, into a matrix of a shape (rows, cols).
 
     Raises:
-        UserError: the three do not fit each other.
+        UserError: Bits, values and shape do not fit each other; ``name`` says of which matrix and file.
     """
     size = math.prod(shape)
-    if bitmask.dtype != torch.uint8 or bitmask.dim() != 1 or len(bitmask) != -(-size // 8):
-        raise UserError(f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight; {_AGAIN}")
-    if values.dtype not in _BITS or values.dim() != 1:
-        raise UserError(f"the values of {name} are not one row of floating-point numbers; {_AGAIN}")
+    is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
+    _check(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
+    is_row = values.dtype in _BITS and values.dim() == 1
+    _check(is_row, f"the values of {name} are not one row of floating-point numbers")
     bits = bitmask.numpy()
-    if size % 8 and bits[-1] >> (size % 8):
-        raise UserError(f"the bitmask of {name} has bits set behind its last weight; {_AGAIN}")
+    _check(not size % 8 or not bits[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight")
     kept = np.unpackbits(bits, count=size, bitorder="little").view(bool)
     count = int(np.count_nonzero(kept))
-    if count != len(values):
-        raise UserError(f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}; {_AGAIN}")
+    _check(count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}")
     integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
     flat = torch.zeros(size, dtype=integers.dtype)
-    flat.numpy()[np.flatnonzero(kept)] = integers.numpy()  # three times as fast as by the mask itself
+    flat.numpy()[np.flatnonzero(kept)] = integers.numpy()  # three times as fast as indexing by the mask
     return flat.view(values.dtype).view(shape)
 
 
 _AGAIN = "the file is broken: write it again with sparsewav-export"
 
 
+def _check(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise UserError(f"{complaint}; {_AGAIN}")
+
+
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a CTC model from a folder in dense or bitmask format.
 
     Args:
-        path: folder with ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
-        dtype: of the weights in memory; None leaves them as they are stored, bit for bit.
+        path: Folder with ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
+        dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
 
     Returns:
         The model in evaluation mode, on the CPU.
 
     Raises:
-        UserError: the folder holds no such model, or a broken one.
+        UserError: The folder holds no such model, or a broken one.
     """
     folder = Path(path).expanduser()
     skeleton, tensors = _read(folder)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
-    from_pretrained: Any = type(skeleton).from_pretrained  # its type leaves out what output_loading_info adds
+    from_pretrained: Any = type(skeleton).from_pretrained  # its annotation knows one result
     model, info = from_pretrained(
         None,
         config=skeleton.config,
         state_dict=tensors,
         dtype=dtype or kinds.pop(),
-        ignore_mismatched_sizes=True,  # to be told of them below, in a sentence
+        ignore_mismatched_sizes=True,  # they are reported below
         output_loading_info=True,
     )
     for what, names in (
@@ -133,7 +127,7 @@ def format_of(folder: Path) -> str:
     """Tell whether a model's folder is ``dense`` or ``bitmask``.
 
     Raises:
-        UserError: it is neither, or both.
+        UserError: It is neither, or both.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model's folder: it has no config.json; check the path")
@@ -151,19 +145,19 @@ def format_of(folder: Path) -> str:
 
 
 def export(source: str | Path, destination: str | Path, format: str = "bitmask", dtype: str = "model") -> Path:
-    """Write a model's folder in another format.
+    """Write the folder of a model in another format.
 
     Args:
-        source: folder in either format.
-        destination: folder to write; it appears whole or not at all, and must not be there yet.
+        source: Folder in either format.
+        destination: Folder to write. It must not exist, and appears whole or not at all.
         format: ``dense`` or ``bitmask``.
-        dtype: ``model`` keeps the numbers as they are; ``float16`` rounds all of them.
+        dtype: ``model`` keeps every number, and ``float16`` rounds them.
 
     Returns:
         The destination.
 
     Raises:
-        UserError: the source is broken, the destination is there, or a weight is too large for float16.
+        UserError: The source is broken, the destination exists, or a weight is too large for float16.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if format not in FORMATS or dtype not in ("model", "float16"):
@@ -179,7 +173,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
                 shutil.copyfile(path, temporary / path.name)
         if dtype == "float16":
             config = json.loads((source / "config.json").read_text())
-            config.pop("torch_dtype", None)  # the name that older versions of transformers gave it
+            config.pop("torch_dtype", None)  # the key of older versions of transformers
             (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float16"}, indent=2) + "\n")
         _amend_card(temporary / "README.md", format)
         if format == "dense":
@@ -192,7 +186,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
 
 
 def _amend_card(card: Path, format: str) -> None:
-    """Say in the model card how the weights beside it are read."""
+    """State in the model card how the weights beside it are loaded."""
     if not card.is_file():
         return
     text = card.read_text(encoding="utf-8").replace(BITMASK_NOTE, "").rstrip()
@@ -200,7 +194,7 @@ def _amend_card(card: Path, format: str) -> None:
 
 
 def stored_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes of a model's tensors on disk in dense and in bitmask format, headers left out."""
+    """Give the bytes of a model's tensors on disk, without headers, in dense and in bitmask format."""
     prunable = _prunable_shapes(model)
     dense = bitmask = 0
     for name, tensor in model.state_dict().items():
@@ -226,7 +220,7 @@ def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedM
     for name, tensor in tensors.items():
         if name in prunable and tensor.dtype in _BITS:
             bitmask, values = encode(tensor)
-            if bitmask.nbytes + values.nbytes < tensor.nbytes:  # too few zeros do not pay for the bits
+            if bitmask.nbytes + values.nbytes < tensor.nbytes:  # otherwise the bits cost more than the zeros save
                 stored |= {f"{name}.bitmask": bitmask, f"{name}.values": values}
                 shapes[name] = list(tensor.shape)
                 continue
@@ -235,14 +229,14 @@ def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedM
 
 
 def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The model that a folder describes, without its weights, and its tensors, from either format."""
+    """Give the model that a folder in either format describes, without weights, and its tensors."""
     found = format_of(folder)
     skeleton = _skeleton(folder)
     return skeleton, _read_dense(folder) if found == "dense" else _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model that ``config.json`` describes, without its weights."""
+    """Give the model that ``config.json`` describes, without weights."""
     try:
         config = AutoConfig.from_pretrained(str(folder))
         check_family(config.model_type, str(folder))
@@ -250,7 +244,7 @@ def _skeleton(folder: Path) -> PreTrainedModel:
             return AutoModelForCTC.from_config(config)
     except UserError:
         raise
-    except Exception as error:  # a config that somebody made up fails in as many ways as there are keys
+    except Exception as error:  # a broken configuration raises almost any error
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder / 'config.json'} does not describe a model ({reason}); fetch it again") from error
 
@@ -260,7 +254,7 @@ def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def _read_dense(folder: Path) -> dict[str, Tensor]:
-    """All tensors, in mapped memory."""
+    """Give all tensors, in memory that maps the file."""
     checkpoint = Checkpoint(folder)
     for name, path in checkpoint.files.items():
         if path.parent.resolve() != folder.resolve():
@@ -269,10 +263,10 @@ def _read_dense(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
-    """All tensors under their names in a dense checkpoint; those stored as they are lie in mapped memory.
+    """Give all tensors by their names in a dense checkpoint.
 
     Raises:
-        UserError: the file is not what ``BITMASK_FORMAT.md`` describes, or not of this model.
+        UserError: The file violates ``BITMASK_FORMAT.md``, or belongs to another model.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -282,14 +276,12 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
             for name in shapes:
                 parts = (f"{name}.bitmask", f"{name}.values")
                 for part in parts:
-                    if part not in names:
-                        raise UserError(f"{path} lacks {part}; {_AGAIN}")
-                if name in names:
-                    raise UserError(f"{path} has {name} both dense and as a bitmask; {_AGAIN}")
+                    _check(part in names, f"{path} lacks {part}")
+                _check(name not in names, f"{path} has {name} both dense and as a bitmask")
                 names -= set(parts)
                 encoded[name] = (file.get_tensor(parts[0]), file.get_tensor(parts[1]))
             rest = {name: file.get_tensor(name) for name in sorted(names)}
-            # NumPy lets other threads run meanwhile.
+            # NumPy releases the interpreter lock.
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
                 matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
                 return dict(zip(shapes, matrices, strict=True)) | rest
@@ -300,9 +292,9 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
 def _shapes(
     path: Path, metadata: Mapping[str, str], expected: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[int, int]]:
-    """The shapes that the file's metadata says, checked against the model's."""
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is of the format {metadata.get('format')!r}, not {FORMAT}; {_AGAIN}")
+    """Give the shapes in the metadata of the file, after comparing them with those of the model."""
+    found = metadata.get("format")
+    _check(found == FORMAT, f"{path} is of the format {found!r}, not {FORMAT}")
     if metadata.get("version") != VERSION:
         raise UserError(
             f"{path} is of version {metadata.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
@@ -312,15 +304,10 @@ def _shapes(
         shapes: Any = json.loads(metadata.get("shapes", ""))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}") from error
-    if not isinstance(shapes, dict):
-        raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}")
+    _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
     for name, shape in shapes.items():
-        if name not in expected:
-            raise UserError(
-                f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json; {_AGAIN}"
-            )
-        if shape != list(expected[name]) or not all(type(size) is int for size in shape):
-            raise UserError(
-                f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}; {_AGAIN}"
-            )
+        known = name in expected
+        _check(known, f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json")
+        fits = shape == list(expected[name]) and all(type(size) is int for size in shape)
+        _check(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}")
     return {name: expected[name] for name in shapes}

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: which file holds which tensor, and reading them one by one."""
+"""Checkpoints in safetensors: which file holds which tensor, and reading tensors one by one."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,19 +15,17 @@ INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors, read when they are asked for.
+    """The tensors in the safetensors of a folder, read on request.
 
     Attributes:
-        folder: of the checkpoint.
-        files: which file holds each tensor, by the tensor's name.
+        folder: Folder of the checkpoint.
+        files: The file that holds each tensor, by the name of the tensor.
+
+    Raises:
+        UserError: There are no safetensors, or they are broken.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find out where each tensor is.
-
-        Raises:
-            UserError: there are no safetensors, or they are broken.
-        """
         self.folder = folder
         if (folder / INDEX).is_file():
             try:
@@ -45,10 +43,10 @@ class Checkpoint:
             )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name. They lie in mapped memory: what is to stay must be copied.
+        """Give tensors by name. They lie in memory that maps the file; copy a tensor to keep it in memory.
 
         Raises:
-            UserError: a file or a tensor in it is missing or broken.
+            UserError: A file or a tensor in it is missing or broken.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -56,7 +54,7 @@ class Checkpoint:
                 raise UserError(f"{self.folder} has no tensor {name}; give the checkpoint of a CTC model")
             by_file.setdefault(self.files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        # Opened anew for each layer: pages once read stay in memory as long as the file is mapped.
+        # Opened anew for every call, because pages that were read stay in memory for as long as the file is mapped.
         for path, wanted in by_file.items():
             with _opened(path) as file:
                 tensors |= {name: file.get_tensor(name) for name in wanted}

@@ -1,6 +1,6 @@
-"""Published fairseq checkpoints of CTC models, read without fairseq and turned into folders of transformers.
+"""Fairseq checkpoints of CTC models, read without fairseq and converted to checkpoints of transformers.
 
-What fairseq writes is taken from its sources, https://github.com/facebookresearch/fairseq: ``fairseq/trainer.py`` (the
+The format follows from the sources of fairseq, https://github.com/facebookresearch/fairseq: ``fairseq/trainer.py`` (the
 file), ``fairseq/models/wav2vec/wav2vec2.py``, ``wav2vec2_asr.py`` and ``fairseq/models/hubert`` (configuration and
 parameters), ``fairseq/data/dictionary.py`` (vocabulary).
 """
@@ -37,14 +37,14 @@ from sparsewav.errors import UserError
 KEY = "model.fairseq_checkpoint"
 
 DICTIONARY = "dict.ltr.txt"
-"""Name of the file with fairseq's letters; it lies beside a checkpoint."""
+"""Name of the file with fairseq's vocabulary, which lies beside a checkpoint."""
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-"""The first four tokens of every dictionary of fairseq; the first one is its blank."""
+"""The first four tokens of every dictionary of fairseq; the first one is the CTC blank."""
 
 LIBRISPEECH_LETTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"
-"""The letters of https://dl.fbaipublicfiles.com/fairseq/wav2vec/dict.ltr.txt, the dictionary of the models that fairseq
-publishes as fine-tuned on LibriSpeech or Libri-light; ``vocab.json`` of facebook/wav2vec2-base-100h has them, too."""
+"""The tokens of https://dl.fbaipublicfiles.com/fairseq/wav2vec/dict.ltr.txt, the dictionary of the published models
+fine-tuned on LibriSpeech or Libri-light. ``vocab.json`` of facebook/wav2vec2-base-100h has the same."""
 
 ENCODER = "w2v_encoder.w2v_model."
 """Prefix of the pretrained encoder's parameters in a fine-tuned model."""
@@ -62,15 +62,14 @@ LAYER_MODULES = {
     "fc2": "feed_forward.output_dense",
     "final_layer_norm": "final_layer_norm",
 }
-"""Modules of a transformer layer: fairseq's names and those of transformers."""
+"""Modules of a transformer layer: the names of fairseq, and those of transformers."""
 
 PRETRAINING_ONLY = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "label_embs_concat")
-"""Parameters of the encoder that no logit of a CTC model depends on, and so the only ones that are left out: they make
-and meet the targets of the self-supervised loss. fairseq drops them itself when it fine-tunes
-(``remove_pretraining_modules``), but files that were put together from two may still have them."""
+"""Parameters of the self-supervised loss, on which no logit depends; only these are left out. fairseq removes
+them when it fine-tunes (``remove_pretraining_modules``), but files that were combined from two may still have them."""
 
-MOST_CONVOLUTIONS = 100
-"""A file that asks for more is broken, or wants the memory filled; the published ones have 7."""
+MAX_CONVOLUTIONS = 100
+"""Limit of what a broken or malicious file can ask for; the published models have 7."""
 
 ONLY = {
     "layer_type": "transformer",
@@ -81,7 +80,7 @@ ONLY = {
     "crop_seq_to_multiple": 1,
     "blank_weight": 0,
 }
-"""Settings of fairseq for which a file must have this value, or none."""
+"""Settings of fairseq that must have this value if a file has them."""
 
 TUNING_SETTINGS = {
     "dropout": "hidden_dropout",
@@ -95,22 +94,21 @@ TUNING_SETTINGS = {
     "mask_channel_prob": "mask_feature_prob",
     "mask_channel_length": "mask_feature_length",
 }
-"""Settings that act in training alone: fairseq's names and those of transformers."""
+"""Settings that only training uses: the names of fairseq, and those of transformers."""
 
 STAND_INS = re.compile(
     r"argparse\.Namespace|(fairseq|omegaconf|typing)\..+|_?operator\.getitem|collections\.defaultdict"
     r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
     r"|builtins\.(bool|bytes|dict|float|int|list|object|str|tuple|type)"
 )
-"""Names in a checkpoint's pickle that get a stand-in: what fairseq puts around the weights. That is the arguments or
-the configuration with its types, the dictionary, and NumPy's numbers among the records of the training."""
+"""Names in the pickle of a checkpoint that get a stand-in. fairseq stores beside the weights its arguments or its
+configuration with the types, the dictionary, and the records of the training with numbers of NumPy."""
 
 
 class StandIn:
-    """Takes the place of a class or function that a pickle names, and does nothing but keep what it is given.
+    """Replaces a class or function that a pickle names, and only stores what it is given.
 
-    The real ones are neither imported nor called, so it does not matter what they would do, nor which version of them
-    wrote the file.
+    The named object is neither imported nor called, so that neither its effect nor its version matters.
     """
 
     arguments: tuple[Any, ...] = ()
@@ -124,20 +122,20 @@ class StandIn:
 
 
 def converted_folder(path_or_name: str) -> Path:
-    """Give the folder of transformers' checkpoint for a fairseq file; it is made in the cache on first use.
+    """Convert a file of fairseq to a checkpoint of transformers in the cache, on first use, and give its folder.
 
-    The vocabulary is that of ``dict.ltr.txt`` beside the file; else the one inside the file, if there is one; else, for
-    32 tokens, :data:`LIBRISPEECH_LETTERS`.
+    The vocabulary is that of ``dict.ltr.txt`` beside the file, or else the one inside the file, or else, for 32 tokens,
+    :data:`LIBRISPEECH_LETTERS`.
 
     Args:
-        path_or_name: of a fine-tuned wav2vec 2.0 or HuBERT with a CTC head, e.g. ``wav2vec_small_100h.pt``.
+        path_or_name: File of a fine-tuned wav2vec 2.0 or HuBERT with a CTC head, e.g. ``wav2vec_small_100h.pt``.
 
     Returns:
         A folder with ``config.json``, ``model.safetensors`` (float32), ``vocab.json``, ``preprocessor_config.json``.
 
     Raises:
-        UserError: the file is not there, is broken, wants more than tensors and plain data to be made when it is read,
-            is not such a model, or does not fit its own configuration by name and shape.
+        UserError: The file does not exist, is broken, holds more than tensors and plain data, is another kind of model,
+            or does not fit its own configuration by name and shape.
     """
     called = f"{KEY}={path_or_name}"
     path = Path(path_or_name).expanduser()
@@ -170,20 +168,20 @@ def _convert(path: Path, called: str, folder: Path) -> None:
 
 
 def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
-    """Read what a fairseq file holds, running nothing that the file brings or names.
+    """Read a file of fairseq without running anything that it contains or names.
 
-    PyTorch's ``weights_only`` unpickler makes tensors and plain data; the names in :data:`STAND_INS` get a
+    The ``weights_only`` unpickler of PyTorch makes tensors and plain data. The names in :data:`STAND_INS` get a
     :class:`StandIn`, and every other name is refused.
 
     Args:
-        path: of the file, in PyTorch's zip format or the one before.
-        called: how messages speak of it.
+        path: The file, in PyTorch's zip format or the older one.
+        called: Name of the file in messages.
 
     Returns:
         The file's dictionary: ``model`` (tensors by name), ``args``, ``cfg`` and ``task_state`` (plain data), and more.
 
     Raises:
-        UserError: the file is broken, is no dictionary, or names something else.
+        UserError: The file is broken, is no dictionary, or names something else.
     """
     try:
         with torch.serialization.safe_globals(list(_stand_ins(path))):
@@ -198,7 +196,7 @@ def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
             f"{called} needs {name[1]} to be read, which might run anything and is refused; load the file with fairseq "
             "where you trust it, and save its 'model' and its 'cfg' or 'args' alone"
         ) from error
-    except Exception as error:  # a file may be broken in every way that zip files, pickles and tensors can
+    except Exception as error:  # a broken file raises almost any error
         raise UserError(f"{called} is broken, or no checkpoint of PyTorch; fetch it again") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise UserError(f"{called} is no checkpoint of fairseq: it has no 'model'; name a file that fairseq saved")
@@ -206,7 +204,7 @@ def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
 
 
 def _stand_ins(path: Path) -> Iterator[type]:
-    """A class for every name in a file's pickle that may have one; the pickle's instructions are read, not followed."""
+    """Make a class for every permitted name in the pickle of a file, whose instructions are read and not executed."""
     for module, name in sorted(_names_in_pickle(path)):
         if STAND_INS.fullmatch(f"{module}.{name}"):
             yield type(name, (StandIn,), {"__module__": module, "__qualname__": name})
@@ -219,7 +217,7 @@ def _names_in_pickle(path: Path) -> set[tuple[str, str]]:
         for instruction, argument, _ in pickletools.genops(source):
             if instruction.name == "GLOBAL":
                 module, _, name = str(argument).partition(" ")
-                # PyTorch writes protocol 2, in which names are those of Python 2.
+                # PyTorch writes protocol 2, which uses the names of Python 2.
                 names.add(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
 
     if zipfile.is_zipfile(path):
@@ -229,20 +227,20 @@ def _names_in_pickle(path: Path) -> set[tuple[str, str]]:
                     gather(archive.read(entry))
     else:
         with path.open("rb") as file:
-            for _ in range(4):  # magic number, version, description of the machine, and then the object
+            for _ in range(4):  # magic number, version, description of the machine, object
                 gather(file)
     return names
 
 
 def _plain(value: Any) -> Any:
-    """Turn stand-ins into plain data: namespaces and omegaconf's containers into dictionaries and lists."""
+    """Turn stand-ins, which are namespaces and containers of OmegaConf, into dictionaries and lists."""
     if isinstance(value, StandIn):
         if isinstance(value.state, dict):
-            for key in ("_content", "_val"):  # of a container and of a value of omegaconf; the rest is about types
+            for key in ("_content", "_val"):  # of a container and of a value of OmegaConf
                 if key in value.state:
                     return _plain(value.state[key])
             return _plain(value.state)
-        return _plain(value.arguments[0]) if len(value.arguments) == 1 else None  # a choice among fairseq's, by value
+        return _plain(value.arguments[0]) if len(value.arguments) == 1 else None  # an enumeration of fairseq, by value
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -251,7 +249,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
-    """The parameters of a CTC model, less those of the pretraining."""
+    """Give the parameters of a CTC model without those of the pretraining."""
     tensors = checkpoint["model"]
     dropped = tuple(ENCODER + name for name in PRETRAINING_ONLY)
     tensors = {name: tensor for name, tensor in tensors.items() if not str(name).startswith(dropped)}
@@ -267,7 +265,7 @@ def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
 
 
 def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, called: str) -> tuple[int, ...]:
-    """The shape of a tensor that must be there and have so many dimensions."""
+    """Give the shape of a tensor, which must exist and have so many dimensions."""
     if name not in tensors:
         raise UserError(f"{called} lacks {name}; fetch it again")
     shape = tuple(tensors[name].shape)
@@ -277,10 +275,10 @@ def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, called: str) 
 
 
 def _settings(checkpoint: dict[str, Any], called: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """Settings of the fine-tuning, those of the pretrained encoder, and whether audio is normalised.
+    """Give the settings of the fine-tuning, those of the pretrained encoder, and whether audio is normalized.
 
-    Newer files have ``cfg``, with a section for the model and one for the task; older ones ``args``, without sections.
-    In both, the encoder's own settings lie in ``w2v_args``, in either style.
+    Newer files have ``cfg`` with sections for the model and the task, and older ones ``args`` without sections.
+    Both hold the settings of the encoder in ``w2v_args``, in either style.
     """
     settings = checkpoint.get("cfg") or checkpoint.get("args")
     if not isinstance(settings, dict):
@@ -299,13 +297,13 @@ def _settings(checkpoint: dict[str, Any], called: str) -> tuple[dict[str, Any], 
 
 
 def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of ``cfg``; all of ``args``, which has none."""
+    """Give a section of ``cfg``, or all of ``args``, which has no sections."""
     section = settings.get(name)
     return section if isinstance(section, dict) else settings
 
 
 def _vocabulary(checkpoint: dict[str, Any], dictionary: Path, size: int, called: str) -> list[str]:
-    """The tokens in the order of the head's rows, with the blank called ``<pad>`` as transformers has it."""
+    """Give the tokens in the order of the rows of the head, with the blank named ``<pad>`` as in transformers."""
     task_state = checkpoint.get("task_state")
     saved = task_state.get("target_dictionary") if isinstance(task_state, dict) else None
     if dictionary.is_file():
@@ -336,7 +334,7 @@ def _vocabulary(checkpoint: dict[str, Any], dictionary: Path, size: int, called:
 def _model_config(
     tuning: dict[str, Any], encoder: dict[str, Any], tensors: dict[str, Tensor], called: str
 ) -> Wav2Vec2Config | HubertConfig:
-    """The configuration of the model of transformers; what the tensors tell, too, must agree with the settings."""
+    """Make the configuration of transformers, and compare the settings with the shapes of the tensors."""
     for key, only in ONLY.items():
         for settings in (tuning, encoder):
             if settings.get(key, only) not in (only, None):
@@ -357,7 +355,7 @@ def _model_config(
         ours: tuning[theirs] for theirs, ours in TUNING_SETTINGS.items() if tuning.get(theirs) is not None
     }
     masked = tuning.get("apply_mask", True) and (tuning.get("mask_prob") or tuning.get("mask_channel_prob"))
-    if not masked:  # transformers leaves the mask's embedding out of a model that can never use it
+    if not masked:  # transformers leaves out an unused embedding of the mask
         options = {key: value for key, value in options.items() if not key.startswith("mask_")}
     options |= {
         "apply_spec_augment": bool(masked),
@@ -389,7 +387,7 @@ def _model_config(
 
 
 def _sizes(tensors: dict[str, Tensor], called: str) -> dict[str, Any]:
-    """What the tensors tell of the encoder, by fairseq's names."""
+    """Read the sizes of the encoder off the tensors, by the names of fairseq."""
     layers = [re.match(re.escape(ENCODER) + r"encoder\.layers\.(\d+)\.", name) for name in tensors]
     ffn, width = _shape(tensors, f"{ENCODER}encoder.layers.0.fc1.weight", 2, called)
     _, group_width, positions = _shape(tensors, f"{ENCODER}encoder.pos_conv.0.weight_v", 3, called)
@@ -408,19 +406,19 @@ def _sizes(tensors: dict[str, Tensor], called: str) -> dict[str, Any]:
 
 
 def _convolutions(text: Any, called: str) -> list[tuple[int, int, int]]:
-    """Width, kernel and stride of every convolution, from e.g. ``[(512, 10, 5)] + [(512, 3, 2)] * 4``.
+    """Parse width, kernel and stride of every convolution, e.g. from ``[(512, 10, 5)] + [(512, 3, 2)] * 4``.
 
-    fairseq evaluates this text as Python; here only lists of tuples of numbers, ``+`` and ``*`` mean anything.
+    fairseq evaluates this text as Python. Here only lists of tuples of numbers, ``+`` and ``*`` are accepted.
     """
 
     def evaluate(node: ast.expr) -> list[Any]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             layers = evaluate(node.left) + evaluate(node.right)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            layers = evaluate(node.left) * min(ast.literal_eval(node.right), MOST_CONVOLUTIONS + 1)
+            layers = evaluate(node.left) * min(ast.literal_eval(node.right), MAX_CONVOLUTIONS + 1)
         else:
             layers = list(ast.literal_eval(node))
-        if len(layers) > MOST_CONVOLUTIONS:
+        if len(layers) > MAX_CONVOLUTIONS:
             raise ValueError("too many")
         return layers
 
@@ -429,16 +427,12 @@ def _convolutions(text: Any, called: str) -> list[tuple[int, int, int]]:
         if layers and all(min(layer) > 0 for layer in layers):
             return [(int(width), int(kernel), int(stride)) for width, kernel, stride in layers]
     except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
-        pass  # said below
+        pass  # reported below
     raise UserError(f"{called} has conv_feature_layers={text}, which is no list of (width, kernel, stride)")
 
 
 def parameter_names(config: PretrainedConfig) -> dict[str, str]:
-    """Name of every parameter of a CTC model: fairseq's and that of transformers.
-
-    Args:
-        config: of a wav2vec 2.0 or a HuBERT of transformers.
-    """
+    """Map the names of all parameters of a wav2vec 2.0 or HuBERT with a CTC head from fairseq to transformers."""
     ours = f"{config.model_type}."
     modules = {
         HEAD: "lm_head",
@@ -461,7 +455,7 @@ def parameter_names(config: PretrainedConfig) -> dict[str, str]:
     positions = f"{ours}encoder.pos_conv_embed.conv."
     return names | {
         f"{ENCODER}encoder.pos_conv.0.bias": f"{positions}bias",
-        # Length and direction of a weight-normalised kernel.
+        # Length and direction of a weight-normalized kernel.
         f"{ENCODER}encoder.pos_conv.0.weight_g": f"{positions}parametrizations.weight.original0",
         f"{ENCODER}encoder.pos_conv.0.weight_v": f"{positions}parametrizations.weight.original1",
         f"{ENCODER}mask_emb": f"{ours}masked_spec_embed",
@@ -469,14 +463,14 @@ def parameter_names(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], called: str) -> PreTrainedModel:
-    """Make the model that a configuration describes, of these tensors and no others."""
+    """Make the model that a configuration describes out of exactly these tensors."""
     names = parameter_names(config)
     if missing := sorted(names.keys() - tensors.keys()):
         raise UserError(f"{called} lacks {_some(missing)}; fetch it again")
     if extra := sorted(tensors.keys() - names.keys()):
         raise UserError(f"{called} has {_some(extra)}, which this kind of model does not have; it is not supported")
     model: PreTrainedModel
-    # Shapes alone take no memory; a run that converts must draw the same numbers as one that finds the folder.
+    # Shapes take no memory, and a run that converts must draw the same random numbers as one that finds the folder.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = HubertForCTC(config) if isinstance(config, HubertConfig) else Wav2Vec2ForCTC(config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
@@ -491,5 +485,5 @@ def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], cal
 
 
 def _some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """List the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

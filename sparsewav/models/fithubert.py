@@ -1,4 +1,4 @@
-"""The class of a FitHuBERT with a CTC head: registered with transformers by ``import sparsewav.models.load``."""
+"""FitHuBERT with a CTC head. Importing this module registers the class with transformers."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ MODEL_TYPE = "sparsewav-fithubert"
 
 @strict
 class FitHubertConfig(Wav2Vec2Config):
-    """That of wav2vec 2.0, whose last convolution makes one frame of ``time_reduction``.
+    """Configuration of a wav2vec 2.0 whose last convolution turns ``time_reduction`` frames into one.
 
     Attributes:
-        time_reduction: frames that the transformer has as one, and that are restored after it.
-        restored_size: width of the restored frames, which the CTC head reads.
+        time_reduction: Number of frames that the transformer treats as one, and that are restored after it.
+        restored_size: Width of the restored frames, which are the input of the CTC head.
     """
 
     model_type = MODEL_TYPE
@@ -27,7 +27,7 @@ class FitHubertConfig(Wav2Vec2Config):
 
 
 class Restoration(nn.Module):
-    """From (batch, frames, width) to (batch, ``time_reduction`` x frames, ``restored_size``)."""
+    """Turns (batch, frames, width) into (batch, ``time_reduction`` x frames, ``restored_size``)."""
 
     def __init__(self, width: int, time_reduction: int, restored_size: int) -> None:
         super().__init__()
@@ -39,19 +39,19 @@ class Restoration(nn.Module):
 
 
 class FitHubertForCTC(Wav2Vec2ForCTC):
-    """wav2vec 2.0 on fewer frames, which are restored before the CTC head."""
+    """wav2vec 2.0 with a transformer on fewer frames, which are restored before the CTC head."""
 
     config_class = FitHubertConfig
 
     def __init__(self, config: FitHubertConfig) -> None:
         super().__init__(config)
-        assert config.vocab_size is not None  # wav2vec 2.0's class has refused it
+        assert config.vocab_size is not None  # the class of wav2vec 2.0 refuses it
         self.restoration = Restoration(config.hidden_size, config.time_reduction, config.restored_size)
         self.lm_head = nn.Linear(config.restored_size, config.vocab_size)
         self.post_init()
 
     def _get_feat_extract_output_lengths(self, input_lengths: Any, add_adapter: bool | None = None) -> Any:
-        """Frames that the CTC head reads."""
+        """Give the number of frames at the CTC head."""
         return super()._get_feat_extract_output_lengths(input_lengths, add_adapter) * self.config.time_reduction
 
     def forward(
@@ -62,7 +62,7 @@ class FitHubertForCTC(Wav2Vec2ForCTC):
         output_hidden_states: bool | None = None,
         **kwargs: object,
     ) -> CausalLMOutput:
-        """As of any CTC model: logits (batch, frames, vocabulary), and the loss if there are labels."""
+        """Give logits (batch, frames, vocabulary), and the CTC loss if there are labels."""
         outputs = self.wav2vec2(input_values, attention_mask=attention_mask, output_hidden_states=output_hidden_states)
         logits = self.lm_head(self.dropout(self.restoration(outputs.last_hidden_state)))
         loss = None

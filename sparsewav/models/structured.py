@@ -1,7 +1,7 @@
-"""CTC models that transformers cannot express: heads, head dimensions and feed-forward units that differ by layer.
+"""Structured CTC models: layers of different widths in heads, head dimensions and feed-forward units.
 
-What the gated methods cut out of a model is such a one. Importing this module registers the classes, so that
-``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint; no code lies in the checkpoint's folder.
+The gated methods make such models, and transformers has no class for them. Importing this module registers the classes,
+so that ``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint without code in its folder.
 """
 
 import warnings
@@ -24,18 +24,18 @@ from transformers import (
 )
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from sparsewav.pruning.encoder import OWN_PREFIX
+from sparsewav.pruning.encoder import OWN_PREFIX, base_of
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What is left of one transformer layer.
+    """The size of one transformer layer.
 
     Attributes:
-        heads: indices of the heads that stay, among those of the dense model.
-        query_dims: dimensions of query and key, for every head that stays; they may be 0.
-        value_dims: dimensions of value, for every head that stays, at least 1.
-        units: of the feed-forward network.
+        heads: Indices of the remaining heads among those of the dense model.
+        query_dims: Dimensions of query and key for every remaining head; they may be 0.
+        value_dims: Dimensions of value for every remaining head, at least 1.
+        units: Units of the feed-forward network.
     """
 
     heads: list[int] = field(default_factory=list)
@@ -45,9 +45,11 @@ class LayerShape:
 
 
 class StructuredWav2Vec2Config(Wav2Vec2Config):
-    """Attributes:
-    layers: a dictionary of :class:`LayerShape` for every transformer layer.
-    feature_scale: the features of the convolutions are multiplied by a vector before they are projected.
+    """Configuration of a structured wav2vec 2.0.
+
+    Attributes:
+        layers: A :class:`LayerShape` as a dictionary for every transformer layer.
+        feature_scale: Whether a vector scales the features of the convolutions before the projection.
     """
 
     model_type = OWN_PREFIX + "wav2vec2"
@@ -56,7 +58,7 @@ class StructuredWav2Vec2Config(Wav2Vec2Config):
 
 
 class StructuredHubertConfig(HubertConfig):
-    """As :class:`StructuredWav2Vec2Config`."""
+    """Configuration of a structured HuBERT; see :class:`StructuredWav2Vec2Config`."""
 
     model_type = OWN_PREFIX + "hubert"
     layers: list | None = None
@@ -64,7 +66,7 @@ class StructuredHubertConfig(HubertConfig):
 
 
 class StructuredWavLMConfig(WavLMConfig):
-    """As :class:`StructuredWav2Vec2Config`."""
+    """Configuration of a structured WavLM; see :class:`StructuredWav2Vec2Config`."""
 
     model_type = OWN_PREFIX + "wavlm"
     layers: list | None = None
@@ -72,33 +74,33 @@ class StructuredWavLMConfig(WavLMConfig):
 
 
 class Constant(nn.Module):
-    """What a sublayer comes to when nothing but the bias of its last matrix is left."""
+    """A sublayer of which only the bias of the last matrix is left."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Give (batch, frames, width), the same everywhere."""
-        return torch.zeros_like(hidden_states) + self.bias  # not a view: hooks cannot count a parameter's
+        """Give the bias at every frame, (batch, frames, width)."""
+        return torch.zeros_like(hidden_states) + self.bias  # hooks must not get a view of the parameter
 
 
 class _Projections(nn.Module):
-    """The four matrices of an attention whose heads have dimensions of their own."""
+    """The four matrices of an attention whose heads have different dimensions."""
 
     dropout: float
 
     def make_projections(self, width: int, shape: LayerShape, head_dim: int) -> None:
         self.head_dim, self.shape = head_dim, shape
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # no query dimension left
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # no query dimensions
             self.q_proj = nn.Linear(width, sum(shape.query_dims))
             self.k_proj = nn.Linear(width, sum(shape.query_dims))
         self.v_proj = nn.Linear(width, sum(shape.value_dims))
         self.out_proj = nn.Linear(sum(shape.value_dims), width)
 
     def attend(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        """Self-attention: (batch, frames, width) in and out; scores are scaled as in the dense model."""
+        """Attend from (batch, frames, width) to the same shape; scores are scaled as in the dense model."""
         query, key = (
             split_heads(projection(hidden_states), self.shape.query_dims) for projection in (self.q_proj, self.k_proj)
         )
@@ -115,9 +117,9 @@ class _Projections(nn.Module):
 
 
 def split_heads(projected: Tensor, dims: list[int]) -> Tensor:
-    """Turn (batch, frames, sum of dims) into (batch, heads, frames, largest of dims), filled up with zeros.
+    """Turn (batch, frames, sum of dims) into (batch, heads, frames, largest of dims), padded with zeros.
 
-    A zero adds nothing to a product of query and key, and makes no difference to the other values.
+    The zeros change neither a product of query and key nor the other values.
     """
     batch, frames, _ = projected.shape
     if len(set(dims)) == 1:
@@ -134,7 +136,7 @@ def join_heads(mixed: Tensor, dims: list[int]) -> Tensor:
 
 
 class StructuredAttention(_Projections):
-    """Self-attention of wav2vec 2.0 and HuBERT over the heads that are left."""
+    """Self-attention of wav2vec 2.0 and HuBERT over the remaining heads."""
 
     def __init__(self, width: int, dropout: float, shape: LayerShape, head_dim: int) -> None:
         super().__init__()
@@ -148,20 +150,21 @@ class StructuredAttention(_Projections):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, frames, width) in and out; the mask is as transformers makes it for its SDPA attention."""
+        """Attend from (batch, frames, width) to the same shape; the mask is that of transformers' SDPA attention."""
         if not self.has_heads:
             return self.constant(hidden_states), None
         return self.attend(hidden_states, attention_mask), None
 
 
 class StructuredWavLMAttention(_Projections, WavLMAttention):
-    """WavLM's self-attention over the heads that are left.
+    """WavLM's self-attention over the remaining heads.
 
-    The position bias passes through the layers with all heads of the dense model, because each layer keeps others.
+    The position bias passes through the layers with all heads of the dense model, because each layer keeps different
+    ones.
     """
 
     def __init__(self, dense: WavLMAttention, shape: LayerShape, bucket_bias: bool) -> None:
-        super().__init__(  # the WavLM attention's own, then made smaller
+        super().__init__(  # the dense attention, whose matrices are replaced below
             dense.embed_dim, dense.num_heads, dense.dropout, dense.num_buckets, dense.max_distance, bucket_bias
         )
         del self.q_proj, self.k_proj, self.v_proj, self.out_proj
@@ -181,7 +184,7 @@ class StructuredWavLMAttention(_Projections, WavLMAttention):
         index: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Any]:
-        """(batch, frames, width) in and out; the mask is (batch, frames), True where there is audio."""
+        """Attend from (batch, frames, width) to the same shape; the mask (batch, frames) is True at audio."""
         batch, frames, _ = hidden_states.shape
         if position_bias is None:
             bias = self.compute_bias(frames, frames)
@@ -199,15 +202,12 @@ class StructuredWavLMAttention(_Projections, WavLMAttention):
 
 
 def make_structured(model: PreTrainedModel) -> None:
-    """Replace what differs from the dense architecture by modules of the sizes in the model's configuration.
-
-    Args:
-        model: a dense one, just made, whose configuration is one of this module's.
-    """
+    """Replace modules of a new dense model by modules of the sizes in its configuration, which is a structured one."""
     config: Any = model.config
-    base: Any = model.base_model
+    base = base_of(model)
     if config.feature_scale:
-        add_feature_scale(base.feature_projection, config.conv_dim[-1])
+        base.feature_projection.scale = nn.Parameter(torch.ones(config.conv_dim[-1]))
+        base.feature_projection.register_forward_pre_hook(_scale_features)
     for index, (layer, kept) in enumerate(
         zip(base.encoder.layers, config.layers or [], strict=config.layers is not None)
     ):
@@ -225,18 +225,12 @@ def make_structured(model: PreTrainedModel) -> None:
             layer.feed_forward = Constant(config.hidden_size)
 
 
-def add_feature_scale(feature_projection: nn.Module, channels: int) -> None:
-    """Let a vector scale the features (batch, frames, channels) before the projection takes them."""
-    feature_projection.register_parameter("scale", nn.Parameter(torch.ones(channels)))
-    feature_projection.register_forward_pre_hook(_scale_features)
-
-
 def _scale_features(feature_projection: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0] * feature_projection.scale,)
 
 
 class StructuredWav2Vec2ForCTC(Wav2Vec2ForCTC):
-    """wav2vec 2.0 with layers of different sizes and a CTC head."""
+    """wav2vec 2.0 with layers of different widths and a CTC head."""
 
     config_class = StructuredWav2Vec2Config
 
@@ -246,7 +240,7 @@ class StructuredWav2Vec2ForCTC(Wav2Vec2ForCTC):
 
 
 class StructuredHubertForCTC(HubertForCTC):
-    """HuBERT with layers of different sizes and a CTC head."""
+    """HuBERT with layers of different widths and a CTC head."""
 
     config_class = StructuredHubertConfig
 
@@ -256,7 +250,7 @@ class StructuredHubertForCTC(HubertForCTC):
 
 
 class StructuredWavLMForCTC(WavLMForCTC):
-    """WavLM with layers of different sizes and a CTC head."""
+    """WavLM with layers of different widths and a CTC head."""
 
     config_class = StructuredWavLMConfig
 
@@ -265,13 +259,13 @@ class StructuredWavLMForCTC(WavLMForCTC):
         make_structured(self)
 
 
-UNEVEN: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+STRUCTURED: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "wav2vec2": (StructuredWav2Vec2Config, StructuredWav2Vec2ForCTC),
     "hubert": (StructuredHubertConfig, StructuredHubertForCTC),
     "wavlm": (StructuredWavLMConfig, StructuredWavLMForCTC),
 }
-"""Configuration and model of every family that can be cut, by the dense model's ``model_type``."""
+"""Classes of the families that can be cut, by the ``model_type`` of the dense model."""
 
-for _config, _model in UNEVEN.values():
+for _config, _model in STRUCTURED.values():
     AutoConfig.register(_config.model_type, _config)
     AutoModelForCTC.register(_config, _model)

@@ -21,7 +21,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import locked
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.fairseq import converted_folder
-from sparsewav.models.load import SpeechModel, choose_device, load_chosen_model, load_speech_model, locate_model
+from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
 from sparsewav.pipeline import compress, run_folder
 from sparsewav.pipeline.prune_folder import prune_folder
 from sparsewav.pipeline.resume import State, evaluate_step, finish_folder, is_done, newest_step, write_step
@@ -52,6 +52,7 @@ from sparsewav.settings.run import (
 )
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
+from sparsewav.training.recipes import load_or_train, train_if_recipe
 from sparsewav.training.schedule import Stage, plan_stages
 from sparsewav.training.trainer import choose_precision, train_ctc, write_training_log
 
@@ -91,7 +92,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     if not ours:
         compress.check(config)
     with stage(console, f"Loading {config.model.source}"):
-        speech = load_chosen_model(config.model, device)
+        speech = load_or_train(config.model, device)
     evaluation, calibration, training = _utterances(config, speech)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
@@ -363,7 +364,7 @@ def _check_stream(config: Config) -> None:
 def _source_folder(config: Config) -> str:
     if config.model.fairseq_checkpoint:
         return str(converted_folder(config.model.fairseq_checkpoint))
-    return locate_model(config.model.name_or_path)
+    return locate_model(train_if_recipe(config.model.name_or_path))
 
 
 def _finetune(

@@ -1,4 +1,4 @@
-"""Training a dense CTC model, from nothing or from a checkpoint: the demo's models, or a model of any corpus."""
+"""Training a dense CTC model with random or given initial weights, for the demo or on any corpus."""
 
 import json
 import os
@@ -27,19 +27,20 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable
 from sparsewav.inference.wer import transcribe, word_error_rate
-from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model
+from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
+from sparsewav.training.recipes import train_if_recipe
 from sparsewav.training.trainer import choose_precision, train_ctc, updates_of, write_training_log
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
-"""The letters of English in wav2vec 2.0's order; its vocabulary has 32 tokens."""
+"""The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
 
 
 def english_processor(folder: Path) -> Wav2Vec2Processor:
-    """Make the processor of wav2vec 2.0's English models: 16 kHz, upper-case letters."""
+    """Make the processor of wav2vec 2.0's English models: 16 kHz and upper-case letters."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS]
     vocabulary = folder / "vocab.json"
@@ -50,14 +51,14 @@ def english_processor(folder: Path) -> Wav2Vec2Processor:
 
 
 def train(config: TrainConfig, folder: Path, console: Console) -> None:
-    """Train, save in float16, and measure the word error rate of what was saved.
+    """Train a model, save it in float16, and measure the word error rate of the saved one.
 
     The folder gets the model and processor, ``training_log.csv`` (update, loss, learning rate, gradient norm, WER of
-    the development subset) and ``training.json`` (settings, seconds, WER of the evaluation subset). Started by
-    ``torchrun``, every process trains and the first one writes.
+    the development subset) and ``training.json`` (settings, seconds, WER of both subsets). Under ``torchrun`` every
+    process trains, and the first one writes.
 
     Raises:
-        UserError: the data, the architecture or the initial model is wrong.
+        UserError: The data, the architecture or the initial model is wrong.
     """
     done = folder / "training.json"
     if done.is_file():
@@ -80,23 +81,15 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
     started = time.perf_counter()
     with stage(console, f"Training for {updates:,} updates") as progress:
-        log = train_ctc(
-            model,
-            processor,
-            learning,
-            config.training,
-            updates,
-            checkpoints,
-            development_set=development,
-            progress=progress,
-        )
+        arguments = (model, processor, learning, config.training, updates, checkpoints)
+        log = train_ctc(*arguments, development_set=development, progress=progress)
     if int(os.environ.get("RANK", "0")):
         return
     seconds = time.perf_counter() - started
     model.to("cpu", torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
     make_readable(folder)
-    saved = load_speech_model(str(folder), device=device)  # the one in memory is still wrapped by Accelerate
+    saved = load_speech_model(str(folder), device=device)  # Accelerate still wraps the one in memory
     with stage(console, "Evaluating the trained model"):
         wer = {
             name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
@@ -121,9 +114,9 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
 
 
 def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
-    """Make a model with random weights, and take over those of the initial model that fit."""
+    """Make a model with random weights, and copy the weights of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = None if config.initial_model is None else locate_model(config.initial_model, "initial_model")
+    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
     try:
         if config.architecture:
             architecture = dict(config.architecture)
@@ -135,28 +128,14 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             assert config.initial_model is not None
             settings = AutoConfig.from_pretrained(source, **letters, ctc_zero_infinity=True, ctc_loss_reduction="mean")
             check_family(settings.model_type, config.initial_model)
-        # A checkpoint of half precision would hand its precision on.
+        # Otherwise a checkpoint of half precision would set the precision.
         model = AutoModelForCTC.from_config(settings, dtype=torch.float32)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if source is not None:
-        taken = _take_over(model, load_pretrained(source, torch.float32, "initial_model"))
+        taken = take_over(model, load_pretrained(source, torch.float32, "initial_model"))
         if not taken:
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
     return model
-
-
-def _take_over(model: PreTrainedModel, initial: PreTrainedModel) -> int:
-    """Copy every parameter and buffer that has the same name and shape in both; returns how many parameters fit."""
-    state = model.state_dict()
-    prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
-    taken = 0
-    with torch.no_grad():
-        for name, tensor in initial.state_dict().items():
-            own = state.get(prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name)
-            if own is not None and own.shape == tensor.shape:
-                own.copy_(tensor)
-                taken += tensor.numel()
-    return taken

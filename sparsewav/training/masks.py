@@ -1,4 +1,4 @@
-"""Masks that hold: what was pruned stays zero while the rest is trained."""
+"""Masks that hold: pruned weights stay zero while the others are trained."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,24 +12,20 @@ from sparsewav.pruning.encoder import prunable_matrices
 
 
 def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Read the masks off a pruned model.
-
-    Returns:
-        For every prunable matrix a boolean mask (rows, cols), True where a weight is not zero.
-    """
+    """Give for every prunable matrix a boolean mask (rows, cols), True where a weight is not zero."""
     return {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model)}
 
 
 @contextmanager
 def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give masked weights no gradient within the block, and so no moment of Adam's either.
+    """Within the block, give masked weights no gradient, and thus no moments of Adam.
 
-    The gradient is masked before it is accumulated or shared between processes. It is filled with zeros, not
-    multiplied: an overflow of float16 must not become NaN.
+    The gradient is masked before it is accumulated or shared between processes. It is filled with zeros and not
+    multiplied, so that an overflow of float16 does not become NaN.
 
     Args:
-        model: whose weights are masked.
-        masks: for every matrix a boolean mask (rows, cols), True where a weight stays.
+        model: The model with the masked weights.
+        masks: Boolean masks (rows, cols) by matrix, True where a weight is kept.
     """
     handles = [
         matrix.weight.register_hook(_zero_where(~masks[matrix.name]))
@@ -48,7 +44,7 @@ def _zero_where(pruned: Tensor) -> Any:
 
 
 class HoldMasks(TrainerCallback):
-    """Sets masked weights to zero after every update, whatever the optimizer made of them."""
+    """Sets masked weights to zero after every update."""
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
         self.pruned = [

@@ -1,4 +1,4 @@
-"""Training in processes of its own on this machine, e.g. one for each GPU, that share it."""
+"""Training in one or several new processes on this machine, e.g. one for each GPU."""
 
 import json
 import os
@@ -29,21 +29,16 @@ def train_masked_in_processes(
     updates: int,
     folder: Path,
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Train a pruned model in ``settings.processes`` processes, its zeros held; they share every batch.
+    """Train a pruned model in ``settings.processes`` processes that share every batch, while its zeros are kept.
 
-    Args:
-        model: pruned; on a GPU, the processes take the first so many GPUs.
-        processor: its feature extractor and tokenizer.
-        training_set: utterances to learn from.
-        settings: schedule, precision, processes and seed.
-        updates: number of optimizer steps.
-        folder: where checkpoints go; the newest whole one found there is resumed.
+    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`. For a model on a GPU, the processes take
+    the first so many GPUs.
 
     Returns:
-        The trained model, on the CPU, and the log of :func:`~sparsewav.training.trainer.train_ctc`.
+        The trained model, on the CPU, and the log.
 
     Raises:
-        UserError: there are fewer GPUs than processes, or a process failed.
+        UserError: There are fewer GPUs than processes, or a process failed.
     """
     on_gpu = model.device.type == "cuda"
     if on_gpu and settings.processes > torch.cuda.device_count():
@@ -75,7 +70,7 @@ def _train(
     on_gpu: bool,
     port: int,
 ) -> None:
-    """One of the processes; the first shows the progress and writes the result."""
+    """Train in one of the processes, of which the first shows the progress and writes the result."""
     if settings.processes > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -88,16 +83,8 @@ def _train(
     model: Any = speech.model
     place = "a process of its own" if settings.processes == 1 else f"{settings.processes} processes"
     with stage(Console(quiet=rank > 0), f"Training in {place}") as progress:
-        log = train_ctc(
-            model,
-            speech.processor,
-            training_set,
-            settings,
-            updates,
-            folder,
-            masks=masks_of(model),
-            progress=progress,
-        )
+        arguments = (model, speech.processor, training_set, settings, updates, folder)
+        log = train_ctc(*arguments, masks=masks_of(model), progress=progress)
     if rank == 0:
         model.to("cpu").save_pretrained(folder / "trained")
         speech.processor.save_pretrained(folder / "trained")

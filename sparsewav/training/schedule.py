@@ -1,4 +1,4 @@
-"""Fine-tuning strategies: at which sparsities a model is tuned, and for how long (section 2.4 of the paper)."""
+"""Fine-tuning strategies: at which sparsities a model is fine-tuned, and for how long (section 2.4 of the paper)."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,18 @@ from sparsewav.training.trainer import updates_of
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run.
-
-    Attributes:
-        sparsity: what the model is pruned to.
-        updates: optimizer steps that follow.
-    """
+    """One stage of a run: the sparsity to prune to, and the number of optimizer steps that follow."""
 
     sparsity: float
     updates: int
 
 
 def plan_stages(config: Config, training_utterances: int) -> list[Stage]:
-    """Give the stages of a run, in order.
+    """Plan the stages of a run for a training set of a given size.
 
-    The paper gives 40 epochs at 50 % sparsity and "more" above; here they grow as 1 / (1 − sparsity), so that each
-    weight that stays costs the same. ``progressive`` shares the updates of ``one_pass`` evenly among its stages, for a
-    fair comparison, unless it is told otherwise.
-
-    Args:
-        config: whose strategy and training decide.
-        training_utterances: size of the training set.
+    The paper states 40 epochs at 50 % sparsity and "more" above. Here the epochs grow as 1 / (1 − sparsity), so that
+    each remaining weight costs the same. ``progressive`` divides the updates of ``one_pass`` evenly among its stages
+    for a fair comparison, unless ``same_updates`` is false.
     """
     strategy, training = config.finetune_strategy, config.training
     if not isinstance(strategy, OnePassStrategy):

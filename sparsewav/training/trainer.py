@@ -1,4 +1,4 @@
-"""Training on Hugging Face's Trainer: anything that has a loss, and CTC models, dense or with masks that hold."""
+"""Training on Hugging Face's Trainer: any module with a loss, and CTC models, dense or with masks."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,28 @@ from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.run import OptimizationConfig, TrainingConfig
 from sparsewav.training.masks import HoldMasks, masked_gradients
 
 BATCHES_SORTED_TOGETHER = 50
+"""Within so many batches, utterances of similar lengths share a batch."""
 
 LOG_COLUMNS = ["update", "loss", "learning_rate", "grad_norm", "eval_wer"]
 
 
 def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
-    """Number of updates that so many epochs take, at least one."""
+    """Give the number of updates in so many epochs, at least one."""
     return max(1, math.ceil(epochs * utterances / batch_size - 1e-9))
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn ``auto`` into bfloat16 where the device multiplies it itself, and into float32 elsewhere.
+    """Turn ``auto`` into bfloat16 where the device has instructions for it, and into float32 elsewhere.
 
-    A processor without such instructions emulates them: there bfloat16 is ten to twenty times slower than float32.
-
-    Args:
-        name: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: that trains.
+    A processor without such instructions emulates them, ten to twenty times slower than float32.
 
     Raises:
-        UserError: float16 on a CPU, whose autocast has none.
+        UserError: float16 is asked for on a CPU, whose autocast does not support it.
     """
     if name == "float16" and device.type == "cpu":
         raise UserError("training.precision=float16 wants a GPU; choose training.precision=auto")
@@ -69,16 +68,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int, seed: int) -> list[Utterance]:
-    """Draw what each update learns from, for the whole training at once: a resumed one then sees the same.
+    """Draw the utterances of all updates at once, so that a resumed training sees the same ones.
 
-    Epoch after epoch every utterance comes once, in random order; within 50 batches utterances of nearly equal lengths
-    go together.
-
-    Args:
-        utterances: the training set.
-        batch_size: utterances of an update.
-        updates: number of updates.
-        seed: of the order.
+    Every epoch takes each utterance once, in random order. Within :data:`BATCHES_SORTED_TOGETHER` batches, utterances
+    of similar lengths share a batch.
 
     Returns:
         ``updates * batch_size`` utterances, update after update.
@@ -99,12 +92,12 @@ def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int,
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with a learning rate of their own, which follows the schedule as everybody's does.
+    """Parameters with a learning rate of their own.
 
     Attributes:
-        parameters: some of the trained model's.
-        learning_rate: peak of the schedule for them.
-        ascend: climb the loss instead of going down, as a Lagrange multiplier does.
+        parameters: Some of the parameters of the trained model.
+        learning_rate: Peak of the schedule for them.
+        ascend: Maximize the loss instead of minimizing it, as for a Lagrange multiplier.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -112,30 +105,17 @@ class ParameterGroup:
     ascend: bool = False
 
 
-class _Progress(TrainerCallback):
-    """Tells how many updates are done."""
+class _AfterUpdate(TrainerCallback):
+    """Calls two functions after every update, one with the trainer's state and one with (updates done, updates)."""
 
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.progress(state.global_step, state.max_steps)
-
-
-class _LogErrorRate(TrainerCallback):
-    """Logs the development set's WER from time to time."""
-
-    def __init__(self, processor: Wav2Vec2Processor, development_set: Sequence[Utterance], evaluate_every: int) -> None:
-        self.processor = processor
-        self.development_set = development_set
-        self.evaluate_every = evaluate_every
+    def __init__(self, act: Callable[[TrainerState], None] | None, progress: Progress | None) -> None:
+        self.act, self.progress = act, progress
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = state.global_step == state.max_steps
-        if last or state.global_step % self.evaluate_every == 0:
-            hypotheses = transcribe(kwargs["model"], self.processor, self.development_set)
-            wer = word_error_rate(self.development_set, hypotheses)
-            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+        if self.act:
+            self.act(state)
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
 
 
 def train(
@@ -148,33 +128,35 @@ def train(
     *,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Train anything that has a loss in place, on the device where it is.
+    """Train any module with a loss in place, on its device.
 
-    Accelerate leaves its autocast around ``model.forward``: what is measured afterwards should be a saved and loaded
-    copy. Started by ``torchrun``, the processes share every batch.
+    Accelerate leaves its autocast around ``model.forward``, so that measurements should use a saved and loaded copy.
+    Under ``torchrun`` the processes share every batch.
 
     Args:
-        model: called with the batch as keywords; what it returns has a ``loss``. A checkpoint holds its state
-            dictionary: what is frozen, like a distillation's teacher, is best kept out of it.
-        read: turns the utterances of an update into a batch.
-        training_set: utterances to learn from.
-        settings: schedule, precision and clipping.
-        updates: number of optimizer steps.
-        folder: where checkpoints go; the newest whole one found there is resumed.
-        seed: of order and dropout.
-        callbacks: of the Trainer, e.g. to set weights to zero after every update.
-        parameter_groups: parameters with learning rates of their own, without weight decay; all other parameters that
+        model: Module that takes a batch as keywords and returns an object with a ``loss``. Checkpoints hold its state
+            dictionary, which should not include frozen parts such as a teacher.
+        read: Turns the utterances of an update into a batch.
+        training_set: Utterances to learn from.
+        settings: Schedule, precision and clipping.
+        updates: Number of optimizer steps.
+        folder: Where checkpoints are written. The newest complete one in it is resumed.
+        seed: Seed of the order and of dropout.
+        callbacks: Further callbacks of the Trainer.
+        after_update: Called with the state of the Trainer after every update.
+        parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
             take a gradient follow ``settings``.
-        progress: called with (updates done, updates) after every update.
+        progress: Called with (updates done, updates) after every update.
 
     Returns:
-        The log: one dictionary an entry, with update and loss.
+        The log, a dictionary with update and loss for every entry.
 
     Raises:
-        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
+        UserError: The precision does not fit the device, or the processes cannot share the batch evenly.
     """
     device = next(model.parameters()).device
     precision = choose_precision(settings.precision, device)
@@ -205,7 +187,7 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:
-        # One process is one GPU: the Trainer would otherwise split every batch over all it sees, and multiply it.
+        # A process uses one GPU; otherwise the Trainer would use all it sees, with a batch for each.
         arguments._n_gpu = 1
     arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
 
@@ -214,12 +196,12 @@ def train(
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
         data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
-        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
+        callbacks=[_AfterUpdate(after_update, progress), *callbacks],
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    # Otherwise the Trainer leaves it to the model to divide the loss by the accumulation steps; the CTC models do not.
+    # Otherwise the Trainer expects the model to divide the loss by the accumulation steps, which CTC models do not.
     trainer.model_accepts_loss_kwargs = False
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
@@ -229,7 +211,7 @@ def train(
 def _optimizer(
     model: nn.Module, settings: OptimizationConfig, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:
-    """Adam as the settings want it, with the groups' own learning rates and directions."""
+    """Make AdamW with the settings, and with the learning rates and directions of the groups."""
     apart = {id(parameter) for group in groups for parameter in group.parameters}
     rest = [item for item in model.parameters() if item.requires_grad and id(item) not in apart]
     options: list[dict[str, Any]] = [
@@ -257,50 +239,42 @@ def train_ctc(
     *,
     masks: Mapping[str, Tensor] | None = None,
     development_set: Sequence[Utterance] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Train a CTC model in place, as :func:`train` does.
+    """Train a CTC model in place; see :func:`train` for arguments, errors and the log, which also has ``eval_wer``.
 
     Args:
-        model: what to train.
-        processor: its feature extractor and tokenizer.
-        training_set: utterances to learn from.
-        settings: schedule, precision and seed; its epochs are not looked at.
-        updates: number of optimizer steps.
-        folder: where checkpoints go; the newest whole one found there is resumed.
-        masks: for every pruned matrix a boolean mask (rows, cols), True where a weight stays; the others stay zero.
-        development_set: utterances whose WER is logged after every epoch; no choice is made on it.
-        progress: called with (updates done, updates) after every update.
-
-    Returns:
-        The log: one dictionary an entry, with update and loss or eval_wer.
-
-    Raises:
-        UserError: the precision does not fit the device, or the batch cannot be shared by the processes.
+        settings: Schedule, precision and seed; its number of epochs is not used.
+        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
+        development_set: Utterances whose WER is logged after every epoch, and used for nothing else.
     """
-    callbacks: list[TrainerCallback] = [HoldMasks(model, masks)] if masks else []
-    if development_set:
-        epoch = updates_of(1, len(training_set), settings.batch_size)
-        callbacks.append(_LogErrorRate(processor, development_set, epoch))
+    epoch = updates_of(1, len(training_set), settings.batch_size)
+
+    def log_error_rate(state: TrainerState) -> None:
+        if state.global_step == state.max_steps or state.global_step % epoch == 0:
+            wer = word_error_rate(development_set, transcribe(model, processor, development_set))
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+
     if settings.freeze_feature_encoder:
         freeze: Any = model.freeze_feature_encoder
         freeze()
     with masked_gradients(model, masks) if masks else nullcontext():
         return train(
             model,
-            lambda utterances: collate(utterances, processor),
+            partial(collate, processor=processor),
             training_set,
             settings,
             updates,
             folder,
             seed=settings.seed,
-            callbacks=callbacks,
+            callbacks=[HoldMasks(model, masks)] if masks else [],
+            after_update=log_error_rate if development_set else None,
             progress=progress,
         )
 
 
 def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
-    """Utterances that one process takes at once."""
+    """Give the number of utterances that one process takes in a forward pass."""
     share, rest = divmod(settings.batch_size, settings.gradient_accumulation_steps * processes)
     if rest:
         raise UserError(
@@ -312,7 +286,7 @@ def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
 
 
 def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """Write a row for every entry of the log: stage, update, loss, learning rate, gradient norm, development WER."""
+    """Write a row for every entry of the log with the stage and :data:`LOG_COLUMNS`."""
     table = pandas.DataFrame(log)
     columns = [column for column in ("stage", *LOG_COLUMNS) if column in table or column in LOG_COLUMNS]
     with write_file(path) as temporary:
@@ -320,12 +294,12 @@ def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; one that a killed training left half written is deleted."""
+    """Give the newest complete checkpoint, and delete those that an interrupted training left incomplete."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while checkpoints:
         newest = checkpoints.pop()
         try:
-            json.loads((newest / "trainer_state.json").read_text())  # the Trainer writes it last
+            json.loads((newest / "trainer_state.json").read_text())  # the file that the Trainer writes last
         except (OSError, ValueError):
             shutil.rmtree(newest)
         else:

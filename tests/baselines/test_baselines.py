@@ -136,7 +136,7 @@ def test_distilhubert_learns_from_every_predicted_layer_and_little_in_the_front_
     losses = []
     for predicted in ([1], [2], [1, 2]):
         torch.manual_seed(0)
-        distiller = distilhubert.Distiller(student, Frozen(teacher), predicted, 1.0)
+        distiller = distilhubert.DistilHubert(student, Frozen(teacher), predicted, 1.0)
         losses.append(distiller(**batch)["loss"].item())
         distiller(**batch)["loss"].backward()
         assert all(parameter.grad is not None for parameter in distiller.heads.parameters())
@@ -160,7 +160,7 @@ def test_every_layer_of_the_half_learns_from_the_teachers(
     student = deep_vs_wide.make_student(teacher, settings_of("deep_vs_wide"))
     assert student.config.num_hidden_layers == teacher.config.num_hidden_layers
     assert 2 * student.config.hidden_size == teacher.config.hidden_size
-    distiller = deep_vs_wide.Distiller(student, Frozen(teacher), 1.0)
+    distiller = deep_vs_wide.DeepVersusWide(student, Frozen(teacher), 1.0)
     distiller(**batch)["loss"].backward()
     assert len(distiller.projections) == 2
     for projection in distiller.projections:
@@ -176,7 +176,7 @@ def test_fithubert_hints_reach_the_lower_layers_with_their_weight(
     gradients = {}
     for weight in (0.0, 0.1, 0.2):
         torch.manual_seed(0)
-        distiller = fithubert.Distiller(student, Frozen(teacher), weight)
+        distiller = fithubert.FitHubert(student, Frozen(teacher), weight)
         for hint in distiller.hints:
             torch.nn.init.normal_(hint.projection.weight, std=0.1)
         distiller(**batch)["loss"].backward()

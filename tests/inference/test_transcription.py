@@ -123,7 +123,7 @@ def test_words_are_where_they_are_said(demo: SpeechModel, utterances: list[Utter
 
 def test_captions_end_at_pauses_and_lengths() -> None:
     words = [Word(f"W{i}", i * 0.5, i * 0.5 + 0.4) for i in range(10)] + [Word("LATE", 3661.0, 3661.5)]
-    lines = captions(words, most_words=8)
+    lines = captions(words, max_words=8)
     assert [line.text for line in lines] == ["W0 W1 W2 W3 W4 W5 W6 W7", "W8 W9", "LATE"]
     srt = as_srt(Transcript("", words, 3662.0))
     assert "3\n01:01:01,000 --> 01:01:01,500\nLATE\n" in srt

@@ -22,8 +22,9 @@ from transformers import AutoModelForCTC, PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.models.fairseq import converted_folder
-from sparsewav.models.load import load_chosen_model, load_fairseq_model
+from sparsewav.models.load import load_fairseq_model
 from sparsewav.settings.run import ModelConfig
+from sparsewav.training.recipes import load_or_train
 
 Make = Callable[..., PreTrainedModel]
 
@@ -175,7 +176,7 @@ def _save(checkpoint: dict[str, Any], path: Path, **options: Any) -> str:
 
 
 def _assert_same(path: str, model: PreTrainedModel) -> None:
-    speech = load_chosen_model(ModelConfig(name_or_path="counts for nothing", fairseq_checkpoint=path))
+    speech = load_or_train(ModelConfig(name_or_path="counts for nothing", fairseq_checkpoint=path))
     assert speech.name == Path(path).stem
     assert type(speech.model) is type(model)
     expected, got = model.state_dict(), speech.model.state_dict()

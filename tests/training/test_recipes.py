@@ -1,0 +1,42 @@
+"""Models of recipes: trained on first use, found afterwards, and never trained by loading alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsewav.errors import UserError
+from sparsewav.models.load import locate_model
+from sparsewav.training import recipes
+
+
+def test_a_recipe_is_trained_once_and_other_names_are_given_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path))
+    commands: list[list[str]] = []
+    code = 1
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if not code:
+            folder = Path(command[-1].removeprefix("output="))
+            folder.mkdir(parents=True)
+            (folder / "training.json").write_text("{}")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("demo", "facebook/wav2vec2-base-100h", str(tmp_path)):
+        assert recipes.train_if_recipe(name) == name
+    assert locate_model("demo-hubert") == "demo-hubert"  # locating a model trains none
+    assert commands == []
+    with pytest.raises(UserError, match=r"^the training of demo-hubert failed"):
+        recipes.train_if_recipe("demo-hubert")
+    code = 0
+    folder = recipes.trained_model_folder("demo-hubert")
+    assert [recipes.train_if_recipe("demo-hubert") for _ in range(2)] == [str(folder)] * 2
+    train = [sys.executable, "-m", "sparsewav.training", "recipe=demo-hubert", f"output={folder}"]
+    assert commands == [train, train]  # the one that failed, and the first of the two that followed
+    assert recipes.lineage("demo-large-100h")[0] == "demo-large-100h"
