@@ -163,7 +163,7 @@ def test_other_families_are_refused_in_a_sentence(tiny_model: Any) -> None:
         Gates(tiny_model("wav2vec2-conformer"), ("units",), DROP_RATES)
 
 
-def test_uneven_classes_are_registered(tiny_model: Any, tmp_path: Path) -> None:
+def test_structured_classes_are_registered(tiny_model: Any, tmp_path: Path) -> None:
     model, gates = gated_pair(tiny_model, "wavlm", "group", HOW["dphubert"])
     cut(model, gates).save_pretrained(tmp_path)
     assert type(AutoModelForCTC.from_pretrained(tmp_path)).__name__ == "StructuredWavLMForCTC"
