@@ -134,7 +134,7 @@ SHORT = ["method.batch_size=4", "method.checkpoint_updates=4", "method.target=0.
 
 @pytest.mark.parametrize("name", ["dphubert", "wang2023", "l0_finetune"])
 def test_method_trains_cuts_and_trains_on(name: str, model_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    """Each method on a tiny model: what it gates is structured or smaller, the rest is whole, and it resumes to the bit."""
+    """Each method on a tiny model: what it gates gets smaller, the rest is whole, and it resumes to the bit."""
     training = read_librispeech_folder(corpus, "train")
     settings = settings_of(name, *SHORT).shortened(8000)
 
