@@ -1,14 +1,14 @@
 """A rough estimate of how long a sweep takes, for ``--dry-run``."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from sparsewav.settings.baselines import TrainedMethod
-from sparsewav.settings.run import Config, key_names
+from sparsewav.settings.run import Config
 from sparsewav.training.recipes import lineage, trained_model_folder
 from sparsewav.training.schedule import plan_stages
 
@@ -59,7 +59,7 @@ def estimate(sweep: Sweep, scale: Scale) -> Estimate:
         config = typed(job.config)
         utterances = config.data.training_utterances or TRAINING_UTTERANCES[scale.name]
         updates.append(sum(stage.updates for stage in plan_stages(config, utterances)))
-        method = config.method.shortened(config.update_divisor)
+        method = config.method.scaled(config.update_divisor, 1)
         compressing = method.updates * method.batch_size / 16 if isinstance(method, TrainedMethod) else 0.0
         if not job.done:
             seconds += run + update * (updates[-1] + compressing)
@@ -78,7 +78,7 @@ def training_seconds(sweeps: Iterable[Sweep], scale: Scale) -> float:
 def typed(settings: DictConfig) -> Config:
     """The configuration of a job as the run gets it."""
     values: dict[str, Any] = {}
-    for key in key_names():
+    for key in (item.name for item in fields(Config)):
         value = settings[key]
         values[key] = OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
     return Config(**values)

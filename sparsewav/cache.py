@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import cache_folder, locked, write_folder
-from sparsewav.pruning.hessian import Calibration
+from sparsewav.pruning.hessian import Hessians
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -79,18 +79,18 @@ def cached_folder(
     return folder, False
 
 
-def save_calibration(calibration: Calibration, folder: Path) -> None:
+def save_hessians(hessians: Hessians, folder: Path) -> None:
     """Write Hessians as safetensors, and the names of the matrices that use each."""
     save_file(
-        {name: hessian.contiguous() for name, hessian in calibration.hessians.items()}, folder / "hessians.safetensors"
+        {name: hessian.contiguous() for name, hessian in hessians.by_input.items()}, folder / "hessians.safetensors"
     )
-    record = {"reads": calibration.reads, "frames": calibration.frames, "sampled": calibration.sampled}
-    (folder / "calibration.json").write_text(json.dumps(record))
+    record = {"reads": hessians.reads, "frames": hessians.frames, "sampled": hessians.sampled}
+    (folder / "hessians.json").write_text(json.dumps(record))
 
 
-def load_calibration(folder: Path, device: torch.device) -> Calibration:
-    """Read what :func:`save_calibration` wrote."""
-    record = json.loads((folder / "calibration.json").read_text())
-    hessians = load_file(folder / "hessians.safetensors", device=str(device))
+def load_hessians(folder: Path, device: torch.device) -> Hessians:
+    """Read what :func:`save_hessians` wrote."""
+    record = json.loads((folder / "hessians.json").read_text())
+    by_input = load_file(folder / "hessians.safetensors", device=str(device))
     order = dict.fromkeys(record["reads"].values())
-    return Calibration({name: hessians[name] for name in order}, record["reads"], record["frames"], record["sampled"])
+    return Hessians({name: by_input[name] for name in order}, record["reads"], record["frames"], record["sampled"])

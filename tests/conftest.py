@@ -1,5 +1,12 @@
 """Tiny random CTC models of every family, noise for them to hear, and the command line in an empty folder."""
 
+# ruff: noqa: E402
+from jaxtyping import install_import_hook
+
+# Check the types and tensor shapes of the engine at every call, in all of its modules, which are imported after this.
+# As for mypy, an int is accepted as a float (PEP 484).
+install_import_hook("sparsewav.pruning", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
 import os
 import subprocess
 import sys

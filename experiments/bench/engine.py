@@ -26,10 +26,12 @@ import sparsewav
 from experiments.bench.command import Part, benchmark_parser, run_parts
 from experiments.bench.plain import Batch, forward, plain_hessians, plain_prune, plain_prune_matrix, plain_solve
 from experiments.plots import COLORS, MARKERS, STYLE, save
+from sparsewav import Calibration, Pruning
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import calibration_set
 from sparsewav.models.load import load_speech_model
-from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrices
+from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrices, prune_model
+from sparsewav.pruning.prune import traces_of
 from sparsewav.settings.run import DemoData
 
 SPARSITY = 0.75
@@ -149,7 +151,7 @@ def random_problem(count: int, rows: int, cols: int, seed: int = 0) -> tuple[lis
 
 
 def _ours(weights: list[Tensor], hessian: Tensor) -> list[Tensor]:
-    return [pruned.weight for pruned in prune_matrices(weights, hessian, [SPARSITY] * len(weights))]
+    return [pruned.weight for pruned in prune_matrices(weights, hessian, [SPARSITY] * len(weights), saliency="obs")]
 
 
 def _plain(weights: list[Tensor], hessian: Tensor) -> list[Tensor]:
@@ -181,10 +183,10 @@ def bench_calibration(arguments: argparse.Namespace) -> pandas.DataFrame:
     """Hessians of full-size wav2vec2-base (random weights) for 1000 frames, and the forward pass alone."""
     model = random_base()
     batches = speech(arguments.utterances)
-    frames = calibrate(model, batches).frames
+    frames = collect_hessians(model, batches).frames
     contestants: dict[str, Callable[[], Any]] = {
-        OURS: lambda: calibrate(model, batches, frames_per_column=_scaled_sample(frames)),
-        "SparseWAV, all frames": lambda: calibrate(model, batches),
+        OURS: lambda: collect_hessians(model, batches, frames_per_column=_scaled_sample(frames)),
+        "SparseWAV, all frames": lambda: collect_hessians(model, batches),
         "plain, XXᵀ for each matrix": lambda: plain_hessians(model, batches),
         FLOOR: lambda: forward(model, batches),
     }
@@ -197,15 +199,15 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
     """Calibrate, allocate and solve full-size wav2vec2-base: the paper's set-up, all its counts scaled down alike."""
     dense = random_base()
     batches = speech(arguments.utterances)
-    frames = calibrate(dense, batches).frames
+    frames = collect_hessians(dense, batches).frames
     probed = batches[: max(round(len(batches) * 128 / PAPER_UTTERANCES), 1)]
 
     solve_seconds: list[float] = []
 
     def ours() -> None:
         model = copy.deepcopy(dense)
-        traces = estimate_traces(model, probed, rank_tolerance=0.05)
-        report = sparsewav.prune(model, batches, SPARSITY, traces=traces, frames_per_column=_scaled_sample(frames))
+        settings = Pruning(calibration=Calibration(frames_per_column=_scaled_sample(frames)))
+        report = prune_model(model, batches, settings, traces=traces_of(model, probed, settings))
         solve_seconds.append(report.seconds["solve"])
 
     contestants: dict[str, Callable[[], Any]] = {
@@ -234,9 +236,9 @@ def bench_scaling(arguments: argparse.Namespace) -> pandas.DataFrame:
     model = random_base(layers=2)
     for count in (2, 4, 8, 16):
         batches = speech(count)
-        frames = calibrate(model, batches).frames
+        frames = collect_hessians(model, batches).frames
         pair = {
-            OURS: partial(calibrate, model, batches),
+            OURS: partial(collect_hessians, model, batches),
             PLAIN: partial(plain_hessians, model, batches),
             FLOOR: partial(forward, model, batches),
         }

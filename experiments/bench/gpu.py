@@ -6,8 +6,7 @@ turns in one process.
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -22,8 +21,10 @@ from experiments.bench.command import Part, benchmark_parser, run_parts
 from experiments.bench.engine import FLOOR, OURS, PLAIN, SPARSITY, alternate, finished, show_summary, speech
 from experiments.bench.inference import DENSE, MODELS, alternate_models, markdown, random_model, speedups
 from experiments.bench.plain import Batch, forward, plain_prune, plain_solve
-from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices
-from sparsewav.pruning import layerwise as pruner
+from sparsewav import Pruning, Uniform
+from sparsewav.pruning import collect_hessians, prunable_matrices, prune_model
+from sparsewav.pruning.layerwise import BATCHED_DEVICES
+from sparsewav.pruning.prune import traces_of
 from sparsewav.pruning.solvers.selection import n_of_m
 
 ONE_BY_ONE = "one input at a time"
@@ -33,9 +34,6 @@ CLIP_SECONDS = 12.7
 
 PROBED = 128 / 2048
 """Share of the calibration set that the sensitivities are estimated on."""
-
-FRAMES_PER_COLUMN = 64
-RANK_TOLERANCE = 0.05
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -74,20 +72,24 @@ def bench_solver(arguments: argparse.Namespace) -> pandas.DataFrame:
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense = random_model(name, arguments.layers).to(arguments.device)
-        calibration = calibrate(dense, clips(min(arguments.clips, 32)))
+        collected = collect_hessians(dense, clips(min(arguments.clips, 32)))
         targets = {matrix.name: SPARSITY for matrix in prunable_matrices(dense)}
-        hessians = {key: calibration.hessian(key) for key in targets}
+        hessians = {key: collected.of(key) for key in targets}
         results: dict[str, PreTrainedModel] = {}
 
         def batched(
-            dense: PreTrainedModel = dense, calibration: Any = calibration, results: dict = results, key: str = OURS
+            dense: PreTrainedModel = dense,
+            collected: Any = collected,
+            results: dict = results,
+            key: str = OURS,
+            devices: tuple[str, ...] = BATCHED_DEVICES,
         ) -> None:
             results[key] = copy.deepcopy(dense)
-            sparsewav.prune(results[key], [], SPARSITY, allocation="uniform", calibration=calibration)
+            settings = Pruning(allocation=Uniform())
+            prune_model(results[key], [], settings, hessians=collected, batched_devices=devices)
 
         def one_by_one(batched: Callable = batched) -> None:
-            with one_input_at_a_time():
-                batched(key=ONE_BY_ONE)
+            batched(key=ONE_BY_ONE, devices=())
 
         def plain(
             dense: PreTrainedModel = dense, hessians: dict = hessians, targets: dict = targets, results: dict = results
@@ -132,11 +134,9 @@ def bench_pipeline(arguments: argparse.Namespace) -> pandas.DataFrame:
         def ours(dense: PreTrainedModel = dense, stages: list = stages) -> None:
             model = copy.deepcopy(dense)
             started = finished()
-            traces = estimate_traces(model, probed, rank_tolerance=RANK_TOLERANCE)
+            traces = traces_of(model, probed, Pruning())
             allocate = finished() - started
-            report = sparsewav.prune(
-                model, batches, SPARSITY, traces=traces, frames_per_column=FRAMES_PER_COLUMN, keep_masks=False
-            )
+            report = prune_model(model, batches, Pruning(), traces=traces, keep_masks=False)
             stages.append(report.seconds | {"allocate": allocate})
 
         runs: dict[str, Callable[[], Any]] = {OURS: ours, FLOOR: partial(forward, dense, batches)}
@@ -197,17 +197,6 @@ def clips(count: int) -> list[Batch]:
     return [
         {"input_values": parts[chosen], "labels": written[chosen]} for chosen in order.split(int(60 / CLIP_SECONDS))
     ]
-
-
-@contextmanager
-def one_input_at_a_time() -> Iterator[None]:
-    """Context manager within which matrices of one width are not pruned together."""
-    before = pruner.IN_STEP_ON
-    pruner.IN_STEP_ON = ()
-    try:
-        yield
-    finally:
-        pruner.IN_STEP_ON = before
 
 
 def _plainly_pruned(dense: PreTrainedModel, batches: list[Batch], probed: list[Batch]) -> None:

@@ -40,7 +40,7 @@ def make(item: Item, scale: Scale) -> Result:
         row["Sparsity reached at 75 %"] = (
             f"{runs.loc[runs['target_sparsity'] == ERRORS_AT, 'achieved_sparsity'].mean():.4f}"
         )
-        row["Evaluations"] = max(stages[-1].get("judge_evaluations", 0) for stages in runs["stages"])
+        row["Evaluations"] = max(stages[-1].get("divergence_evaluations", 0) for stages in runs["stages"])
         row["Seconds to prune"] = f"{seconds.mean():.1f} ({seconds.mean() / baseline_seconds:.1f} x)"
         rows.append(row)
     runs = pandas.concat(gathered)

@@ -18,14 +18,14 @@ from sparsewav.inference.timing import in_turns
 from sparsewav.models.bitmask import export
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
-from sparsewav.settings.run import ModelConfig
+from sparsewav.settings.run import Model
 from sparsewav.training.recipes import load_or_train
 
 AUDIO = 10  # seconds
 ROUNDS = 15
 
 
-def measure_models(dense_model: ModelConfig, runs: list[Path]) -> pandas.DataFrame:
+def measure_models(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
     """Measure the models of runs, and the dense model that they come from.
 
     Each model and the dense one take turns on the CPU with ten seconds of noise. Models from which weights were removed

@@ -59,7 +59,7 @@ RECONSTRUCTION = ("calibration.propagation=sequential", "recovery=reconstruction
 VARIANTS = (
     Variant("the paper's method, exact budget", EXACT, curve="the paper's method"),
     Variant("the paper's method as it is"),
-    Variant("+ saliency compared within matrices", (*EXACT, "saliency.comparison_group=matrix"), ablation=True),
+    Variant("+ saliency compared within matrices", (*EXACT, "solver.comparison_group=matrix"), ablation=True),
     Variant("+ true_sequential, asymmetric", (*EXACT, *ASYMMETRIC), ablation=True, seconds=15.0),
     Variant(
         "+ true_sequential, asymmetric, saliency obs",

@@ -15,7 +15,7 @@ from sparsewav.baselines.distillation import (
     valid_frames,
 )
 from sparsewav.models.load import take_over
-from sparsewav.settings.baselines import DeepVersusWideConfig, ThinStudent
+from sparsewav.settings.baselines import DeepVersusWide, ThinStudent
 
 
 def make_student(teacher: PreTrainedModel, settings: ThinStudent) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def make_student(teacher: PreTrainedModel, settings: ThinStudent) -> PreTrainedM
     return student.to(teacher.device)
 
 
-class DeepVersusWide(Distiller):
+class LayerwiseDistiller(Distiller):
     """The student with a linear projection to the teacher's width for each layer, compared with the same layer.
 
     The loss is the mean absolute difference minus λ log σ(cosine), averaged over the layers.
@@ -43,7 +43,7 @@ class DeepVersusWide(Distiller):
         return l1_and_log_cosine(predictions, targets[1:], valid, self.cosine_weight)
 
 
-def build(teacher: PreTrainedModel, settings: DeepVersusWideConfig) -> tuple[DeepVersusWide, dict[str, Any]]:
+def build(teacher: PreTrainedModel, settings: DeepVersusWide) -> tuple[LayerwiseDistiller, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
-    distiller = DeepVersusWide(make_student(teacher, settings), Frozen(teacher), settings.cosine_weight)
+    distiller = LayerwiseDistiller(make_student(teacher, settings), Frozen(teacher), settings.cosine_weight)
     return distiller, thin_sizes(teacher, settings)

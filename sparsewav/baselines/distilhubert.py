@@ -16,7 +16,7 @@ from sparsewav.baselines.distillation import (
     valid_frames,
 )
 from sparsewav.models.load import take_over
-from sparsewav.settings.baselines import DistilHubertConfig
+from sparsewav.settings.baselines import DistilHuBERT
 
 
 def make_student(teacher: PreTrainedModel, layers: int) -> PreTrainedModel:
@@ -49,7 +49,7 @@ class DistilHubert(Distiller):
         return l1_and_log_cosine(predictions, (targets[layer] for layer in self.predicted), valid, self.cosine_weight)
 
 
-def build(teacher: PreTrainedModel, settings: DistilHubertConfig) -> tuple[DistilHubert, dict[str, Any]]:
+def build(teacher: PreTrainedModel, settings: DistilHuBERT) -> tuple[DistilHubert, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
     depth = teacher.config.num_hidden_layers
     predicted = sorted({in_proportion(layer, BASE_LAYERS, depth) for layer in settings.predicted})

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.baselines.distillation import Distiller, Frozen, mean_over_frames, thin_sizes, valid_frames
 from sparsewav.models.fithubert import FitHubertConfig, FitHubertForCTC, Restoration
-from sparsewav.settings.baselines import FitHubertMethod
+from sparsewav.settings.baselines import FitHuBERT
 
 TIME_REDUCTION = 2
 
@@ -49,7 +49,7 @@ def thin_front_end(widths: Sequence[int], kernels: Sequence[int], strides: Seque
     return {"conv_dim": dims, "conv_kernel": kernel_sizes, "conv_stride": steps}
 
 
-def make_student(teacher: PreTrainedModel, settings: FitHubertMethod) -> FitHubertForCTC:
+def make_student(teacher: PreTrainedModel, settings: FitHuBERT) -> FitHubertForCTC:
     """Make a new thin model. It has the teacher's CTC head, whose input it learns to reproduce."""
     config = teacher.config
     options: dict[str, Any] = {
@@ -94,7 +94,7 @@ class FitHubert(Distiller):
         return losses[-1] + self.hint_weight * torch.stack(losses[:-1]).sum() if self.hints else losses[-1]
 
 
-def build(teacher: PreTrainedModel, settings: FitHubertMethod) -> tuple[FitHubert, dict[str, Any]]:
+def build(teacher: PreTrainedModel, settings: FitHuBERT) -> tuple[FitHubert, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
     student = make_student(teacher, settings)
     facts = thin_sizes(teacher, settings) | {"front_end": list(student.config.conv_dim)}

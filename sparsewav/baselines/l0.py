@@ -34,7 +34,7 @@ from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import write_folder
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.baselines import GatedMethod
+from sparsewav.settings.baselines import Gated
 from sparsewav.training.trainer import ParameterGroup, train
 
 Log = list[dict[str, float]]
@@ -47,7 +47,7 @@ def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    settings: GatedMethod,
+    settings: Gated,
     folder: Path,
     *,
     seed: int,
@@ -60,9 +60,7 @@ def compress(
     set_seed(seed)
     total = settings.updates + settings.final_updates
 
-    def learn(
-        module: nn.Module, student: PreTrainedModel, phase: GatedMethod, name: str, done: int, **options: Any
-    ) -> Log:
+    def learn(module: nn.Module, student: PreTrainedModel, phase: Gated, name: str, done: int, **options: Any) -> Log:
         shown: Progress | None = (lambda update, _: progress(done + update, total)) if progress else None
         read = partial(collate, processor=processor)
         with no_masking(student) if settings.teacher else nullcontext():
@@ -93,7 +91,7 @@ def compress(
 
 
 def _train_and_cut(
-    dense: PreTrainedModel, settings: GatedMethod, objective: Objective, learn: Callable[..., Log], folder: Path
+    dense: PreTrainedModel, settings: Gated, objective: Objective, learn: Callable[..., Log], folder: Path
 ) -> None:
     """Train with gates, and write the cut model and its record to a folder."""
     student = copy.deepcopy(dense)

@@ -11,7 +11,7 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.solvers.selection import lowest
-from sparsewav.settings.baselines import MagnitudeConfig
+from sparsewav.settings.baselines import MagnitudePruning
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    settings: MagnitudeConfig,
+    settings: MagnitudePruning,
     folder: Path,
     *,
     seed: int,

@@ -13,12 +13,12 @@ from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.pruning.encoder import base_of
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.baselines import ParpConfig
+from sparsewav.settings.baselines import PARP
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import train
 
 
-def ramp(settings: ParpConfig, update: int) -> float | None:
+def ramp(settings: PARP, update: int) -> float | None:
     """Give the sparsity to prune to after an update (0 is the start), or None if that update is not followed by one."""
     prunes = settings.updates if settings.reprunes > settings.updates else settings.reprunes
     number, due = divmod(update * prunes, settings.updates)
@@ -31,7 +31,7 @@ def compress(
     dense: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    settings: ParpConfig,
+    settings: PARP,
     folder: Path,
     *,
     seed: int,

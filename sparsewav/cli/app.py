@@ -1,47 +1,35 @@
 """The entry points ``sparsewav`` and ``sparsewav-train``: the one place that knows Hydra."""
 
-import difflib
-import hashlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from sparsewav.cli.explain import explain, refuse_added_keys
+from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+from sparsewav.pipeline.naming import run_name, short_hash
 from sparsewav.progress import quieten_libraries
-from sparsewav.settings.baselines import OURS
-from sparsewav.settings.run import (
-    NOT_IDENTIFYING,
-    PLAIN,
-    SCHEMAS,
-    Config,
-    TrainConfig,
-    key_names,
-)
-from sparsewav.settings.validation import validate, validate_training
+from sparsewav.settings.options import MISSING
+from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 T = TypeVar("T")
-
-_config_name = "config"
-"""Of the command that this process runs: ``config`` or ``train``."""
 
 
 class RememberSweep(Callback):
@@ -53,61 +41,21 @@ class RememberSweep(Callback):
         RememberSweep.folder = Path(str(config.hydra.sweep.dir))
 
 
-def _identifying(root: DictConfig) -> dict[str, Any]:
-    keys = [key for key in key_names() if key not in NOT_IDENTIFYING]
-    if root.finetune_strategy.name == "none":
-        keys.remove("training")
-    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
-    # One of the two names the model; the other one changes nothing, and so neither the run's folder.
-    del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
-    if not settings["model"]["offload"]:
-        del settings["model"]["offload"]  # runs from before there was this key keep their folders
-    for group, plain in PLAIN.items():  # and so do those from before there were these groups
-        if settings[group]["name"] == plain:
-            del settings[group]
-    if settings["saliency"].get("comparison_group") == "block":
-        del settings["saliency"]["comparison_group"]  # as there
-    if settings["method"]["name"] == OURS:
-        del settings["method"], settings["update_divisor"], settings["lr_multiplier"]
-    else:
-        for key in ("saliency", "allocation", "calibration", *PLAIN):
-            settings.pop(key, None)
-    if settings.get("training", {}).get("max_grad_norm") == 1:
-        del settings["training"]["max_grad_norm"]
-    return settings
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _run_name(*, _root_: DictConfig) -> str:
-    """Readable part and hash of everything that the run's results depend on."""
-    settings = _identifying(_root_)
-    model, sparsity = settings["model"], settings["sparsity"]
-    ours = "saliency" in settings
-    parts = (
-        Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
-        *([settings["saliency"]["name"], settings["allocation"]["name"]] if ours else [settings["method"]["name"]]),
-        f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
-        *(settings[group]["name"] for group in PLAIN if group in settings),
-        *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
-        _hash(settings),
-    )
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
-
-
 def _sweep_name() -> str:
-    """The same for the same command line, so that a second launch of a sweep finds its runs."""
-    return f"sweep-{_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
+    """Give the same name for the same command line, so that a second launch of a sweep finds its runs."""
+    return f"sweep-{short_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
 
 
 def _register() -> None:
     store = ConfigStore.instance()
-    for path, schema in SCHEMAS.items():
-        group, _, name = path.rpartition("/")
-        store.store(name=name, node=schema, group=group or None)
-    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    for group, schemas in SCHEMAS.items():
+        for schema in schemas:
+            store.store(name=f"base_{schema.__name__}", node=schema, group=group)
+    # The groups have no value yet: the defaults list chooses one of each, and a class without a base would merge.
+    for name, config_type in (("schema", Config), ("train_schema", TrainConfig)):
+        chosen = {item.name: MISSING for item in fields(config_type) if item.name in SCHEMAS}
+        store.store(name=name, node=config_type(**chosen))
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     # Cached in the configuration, which workers get from the launching process: their own command line is another.
     OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True, use_cache=True)
 
@@ -115,14 +63,24 @@ def _register() -> None:
 _register()  # at import: the joblib launcher's workers import this module and nothing else
 
 
-def run_job(settings: DictConfig) -> float | None:
-    """One job of a run or a sweep: Hydra's task function. The tasks of one Slurm job do it together.
-
-    Returns:
-        The word error rate, for sweepers; None from a failed job of a sweep, which does not stop the others.
+def typed(settings: DictConfig) -> Any:
+    """Give the dataclass that Hydra's settings were made from, filled.
 
     Raises:
-        SystemExit: with code 1 when the one job of a run failed.
+        UserError: ``+key=value`` added a key that the schema does not have; Hydra lets it through.
+    """
+    refuse_added_keys(settings, str(HydraConfig.get().job.config_name))
+    return OmegaConf.to_object(settings)
+
+
+def run_job(settings: DictConfig) -> float | None:
+    """Do one job of a run or a sweep, as Hydra's task function; the tasks of one Slurm job do it together.
+
+    Returns:
+        The word error rate, which sweepers take; None from a failed job of a sweep, which does not stop the others.
+
+    Raises:
+        SystemExit: The one job of a run failed; the code is 1.
     """
     if "SUBMITIT_EXECUTOR" not in os.environ or (tasks := _submitit_environment()).world_size == 1:
         return _run_job(settings)
@@ -149,8 +107,8 @@ def _run_job(settings: DictConfig) -> float | None:
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console()
     try:
-        config: Config = _typed(settings)
-        validate(config)
+        config: Config = typed(settings)
+        config.check()
         quieten_libraries()
         from sparsewav.pipeline.run import run  # imported late: --help and configuration errors need no PyTorch
         from sparsewav.pipeline.tracking import RunDescription, make_tracker
@@ -166,7 +124,7 @@ def _run_job(settings: DictConfig) -> float | None:
         )
         make_tracker(config.tracker, description)(metrics, folder)
         if not is_sweep:
-            _show(metrics, folder, console)
+            show_result(metrics, folder, console)
         return metrics["wer"]
     except Exception as error:
         _record_failure(error, folder, console)
@@ -177,7 +135,7 @@ def _run_job(settings: DictConfig) -> float | None:
 
 def _record_failure(error: Exception, folder: Path, console: Console) -> None:
     if isinstance(error, OmegaConfBaseException):
-        error = UserError(explain(error))
+        error = UserError(explain(error, str(HydraConfig.get().job.config_name)))
     expected = isinstance(error, UserError)
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
@@ -202,13 +160,13 @@ def _record_failure(error: Exception, folder: Path, console: Console) -> None:
 
 
 def _choices() -> dict[str, str]:
-    """The option chosen in every group; ``None`` where there is none."""
+    """Give the option chosen in every group; ``None`` where there is none."""
     choices = HydraConfig.get().runtime.choices.items()
     return {str(group): str(option) for group, option in choices if not str(group).startswith("hydra/")}
 
 
 def _group(folder: Path, is_sweep: bool) -> str | None:
-    """The experiment that a run belongs to, or the folder of its sweep."""
+    """Give the experiment that a run belongs to, or the folder of its sweep."""
     # A list of options (experiment=[best,ours/accuracy_one_shot]) is no choice of Hydra's; the overrides have it.
     for override in HydraConfig.get().overrides.task:
         if override.startswith("experiment="):
@@ -216,72 +174,14 @@ def _group(folder: Path, is_sweep: bool) -> str | None:
     return folder.parent.name if is_sweep else None
 
 
-def _show(metrics: dict[str, Any], folder: Path, console: Console) -> None:
-    """The table at the end of a run."""
-    seconds = metrics["seconds"]
-    removed = metrics["params_total"] - metrics["params_nonzero"]
-    tuned = {}
-    if metrics["updates"]:
-        path = ", ".join(
-            f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
-            for stage in metrics["stages"]
-        )
-        tuned["word error rate, tuned"] = f"{100 * metrics['wer']:.2f} %   after {metrics['updates']:,} updates"
-        tuned["stages"] = path
-    compression = metrics["compression"]
-    if compression:
-        made = {
-            "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            "parameters, before": f"{compression['params_dense']:,}",
-            "parameters, after": f"{metrics['params_nonzero']:,}   ({100 * compression['share_left']:.1f} %)",
-            "seconds": f"compress {seconds['compress']:.1f}",
-        }
-    else:
-        made = {
-            "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
-            + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            "parameters, before": f"{metrics['params_total']:,}",
-            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
-            "seconds": ", ".join(
-                f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
-                for stage in ("calibrate", "allocate", "solve", "recover")
-                if stage in seconds
-            )
-            + f"; prune {seconds['prune']:.1f}",
-        }
-    made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
-    made["seconds"] += f"; evaluate {seconds['evaluate']:.1f}"
-    smaller = "compressed" if compression else "pruned"
-    rows = {
-        "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
-        **tuned,
-        **made,
-        "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
-        "outputs": str(folder),
-    }
-    if (folder / "model").is_dir():
-        rows[f"{smaller} model"] = str(folder / "model")
-    others = "".join(f", {metrics[group]}" for group, plain in PLAIN.items() if metrics[group] not in (plain, None))
-    how = metrics["method"] if compression else f"{metrics['saliency']}, {metrics['allocation']}{others}"
-    table = Table(title=f"{metrics['model']}: {how}", show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
-
-
 def train_job(settings: DictConfig) -> None:
-    """One training: Hydra's task function of ``sparsewav-train``."""
+    """Do one training, as Hydra's task function of ``sparsewav-train``."""
     console = Console()
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        config: TrainConfig = _typed(settings)
+        config: TrainConfig = typed(settings)
         quieten_libraries()
-        validate_training(config)
+        config.check()
         from sparsewav.training.dense import train
 
         train(config, folder, console)
@@ -312,8 +212,6 @@ def train_main() -> None:
 
 
 def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
-    global _config_name
-    _config_name = config_name
     # With this Hydra raises its errors, instead of printing them its own way and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -323,79 +221,4 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        raise SystemExit(f"error: {explain(error)}") from None
-
-
-def explain(error: Exception) -> str:
-    """Turn an error of Hydra or the file system into one sentence that names the key and the nearest valid choice."""
-    text = "\n".join(str(item) for item in (error, error.__cause__) if item)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        options = [name for name in error.options or [] if not name.startswith("base_")]
-        return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
-    if isinstance(error, OSError):
-        return f"cannot write {error.filename!s}: {error.strerror}; choose another output_root"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value; give it: {error.full_key}=..."
-    if match := re.search(r"Could not override '([\w./@-]+)'", text):
-        return _no_such_key(match[1])
-    if match := re.search(r"Error merging override (\S+)", text):
-        reason = next(
-            (line for line in text.splitlines() if line.startswith(("Value", "Key", "Cannot", "Invalid"))), ""
-        )
-        if reason.startswith("Key "):
-            return _no_such_key(match[1].lstrip("+~").partition("=")[0])
-        return (
-            f"{match[1]} has the wrong type: {reason[:1].lower()}{reason[1:]}" if reason else f"{match[1]} is not valid"
-        )
-    return " ".join(str(error).split())
-
-
-def _typed(settings: DictConfig) -> Any:
-    """The dataclass that Hydra's settings were made from, filled."""
-    _refuse_added_keys(settings)
-    return OmegaConf.to_object(settings)
-
-
-def _refuse_added_keys(settings: DictConfig, prefix: str = "") -> None:
-    """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them through."""
-    schema = OmegaConf.get_type(settings)
-    known = {item.name for item in fields(schema)} if is_dataclass(schema) else set(settings)
-    for key in map(str, settings):
-        if key not in known:
-            raise UserError(_no_such_key(f"{prefix}{key}"))
-        if not OmegaConf.is_missing(settings, key) and isinstance(settings[key], DictConfig):
-            _refuse_added_keys(settings[key], f"{prefix}{key}.")
-
-
-def _no_such_key(key: str) -> str:
-    keys = _all_keys()
-    if key in keys and "." in key:
-        group, _, name = key.rpartition(".")
-        return f"the option chosen for {group} has no key {name}; drop it or choose another option"
-    return f"there is no key {key}{_nearest(key, keys)}; sparsewav --help lists them all"
-
-
-def _nearest(word: str, choices: list[str]) -> str:
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
-def _all_keys() -> list[str]:
-    """Every key and group of the command's default configuration, dotted."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        settings = compose(_config_name)
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        keys = []
-        for key in node:
-            keys.append(f"{prefix}{key}")
-            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-                keys += walk(node[key], f"{prefix}{key}.")
-        return keys
-
-    return [*walk(settings, ""), "experiment", "scale", "recipe"]
+        raise SystemExit(f"error: {explain(error, config_name)}") from None

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.run import PLAIN
 
 SUMMARY = "summary.csv"
 
@@ -57,7 +57,7 @@ def summarize(folder: Path, console: Console) -> int:
     if table.empty:
         console.print(f"{folder} has no runs")
         return 0
-    keys = ("method", "saliency", *PLAIN, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
+    keys = ("method", "saliency", *LATER_CHOICES, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
     order = [column for column in keys if column in table]
     table = table.sort_values(order)
     with write_file(folder / SUMMARY) as temporary:
@@ -69,7 +69,11 @@ def summarize(folder: Path, console: Console) -> int:
         columns.remove("method")
     if "updates" in table and not table["updates"].any():  # without fine-tuning the two WERs are equal
         columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
-    columns = [column for column in columns if column not in PLAIN or set(table[column].dropna()) != {PLAIN[column]}]
+    columns = [
+        column
+        for column in columns
+        if column not in LATER_CHOICES or set(table[column].dropna()) != {papers_choice(column)}
+    ]
     for column in columns:
         shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
     for row in table[columns].itertuples(index=False):

@@ -41,11 +41,11 @@ def main() -> None:
     from sparsewav.inference import accelerate
     from sparsewav.inference.transcription import transcribe_recording
     from sparsewav.models.load import choose_device
-    from sparsewav.settings.run import ModelConfig
+    from sparsewav.settings.run import Model
     from sparsewav.training.recipes import load_or_train
 
     try:
-        speech = load_or_train(ModelConfig(arguments.model), choose_device(arguments.device))
+        speech = load_or_train(Model(arguments.model), choose_device(arguments.device))
         if arguments.accelerate:
             errors.print(accelerate(speech.model), markup=False, highlight=False)
     except UserError as error:

@@ -29,7 +29,13 @@ class SpeechBatches(Sequence[Batch]):
         self, utterances: Sequence[Utterance], processor: Wav2Vec2Processor, seconds_per_batch: float, *, padding: bool
     ) -> None:
         self.processor = processor
+        self.utterances = utterances
+        self.seconds_per_batch, self.padding = seconds_per_batch, padding
         self.groups = plan_batches(utterances, seconds_per_batch, padding=padding)
+
+    def first(self, count: int) -> "SpeechBatches":
+        """Give batches of the first utterances alone, planned anew."""
+        return SpeechBatches(self.utterances[:count], self.processor, self.seconds_per_batch, padding=self.padding)
 
     def __len__(self) -> int:
         return len(self.groups)

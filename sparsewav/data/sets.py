@@ -9,22 +9,22 @@ from sparsewav.data.demo import SUBSETS, demo_root
 from sparsewav.data.librispeech import read_librispeech_folder, stream_librispeech
 from sparsewav.data.utterances import Utterance, sample_utterances
 from sparsewav.errors import UserError
-from sparsewav.settings.run import DataConfig, DemoData, LibriSpeechFolder
+from sparsewav.settings.run import Data, DemoData, LibriSpeechFolder
 
 
-def calibration_set(data: DataConfig, count: int, seed: int) -> list[Utterance]:
+def calibration_set(data: Data, count: int, seed: int) -> list[Utterance]:
     """Give a random sample of the calibration subset."""
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return sample_utterances(_read(data, data.calibration_subset), count, seed)
     return _stream(data.calibration_subset, count, seed)
 
 
-def evaluation_set(data: DataConfig) -> list[Utterance]:
+def evaluation_set(data: Data) -> list[Utterance]:
     """Give the evaluation subset, or its first ``evaluation_utterances``."""
     return whole_subset(data, data.evaluation_subset)[: data.evaluation_utterances]
 
 
-def training_set(data: DataConfig, seed: int) -> list[Utterance]:
+def training_set(data: Data, seed: int) -> list[Utterance]:
     """Give the training subset, or a random sample of ``training_utterances`` of it."""
     utterances = whole_subset(data, data.training_subset)
     if data.training_utterances is None:
@@ -32,7 +32,7 @@ def training_set(data: DataConfig, seed: int) -> list[Utterance]:
     return sample_utterances(utterances, data.training_utterances, seed, key="data.training_utterances")
 
 
-def whole_subset(data: DataConfig, subset: str) -> list[Utterance]:
+def whole_subset(data: Data, subset: str) -> list[Utterance]:
     """Give every utterance of a subset."""
     if isinstance(data, (DemoData, LibriSpeechFolder)):
         return _read(data, subset)

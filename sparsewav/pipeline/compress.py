@@ -22,7 +22,7 @@ def check(config: Config) -> None:
     """Refuse at once what a baseline cannot do.
 
     Raises:
-        UserError: the method is not known, or several processes were started.
+        UserError: The method is not known, or several processes were started.
     """
     if config.method.name not in METHODS:
         raise UserError(f"method.name={config.method.name} does not exist; choose one of {', '.join(METHODS)}")
@@ -39,7 +39,7 @@ def compress(
     console: Console,
 ) -> None:
     """Put the smaller model in the place of the dense one, and note what was done."""
-    settings = config.method.shortened(config.update_divisor).quickened(config.lr_multiplier)
+    settings = config.method.scaled(config.update_divisor, config.lr_multiplier)
     prunable = sum(matrix.size for matrix in prunable_matrices(speech.model))
     total, _ = run_folder.count_parameters(speech.model)
     with stage(console, f"Compressing with {config.method.name}") as progress:
@@ -56,11 +56,11 @@ def compress(
     state.seconds["compress"] = seconds
     state.warnings += report.warnings
     state.compression = asdict(report) | {"params_dense": total, "share_left": nonzero / total}
-    state.stages.append({"sparsity": config.target_sparsity, "achieved_sparsity": 1 - left / prunable, "updates": 0})
+    state.stages.append({"sparsity": config.sparsity.fraction, "achieved_sparsity": 1 - left / prunable, "updates": 0})
 
 
 def card(config: Config, speech: SpeechModel, state: State) -> str:
-    """The model card: what was done."""
+    """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
     done, tuned = state.compression, state.stages[-1]["updates"]
     own = speech.model.config.model_type.startswith("sparsewav")

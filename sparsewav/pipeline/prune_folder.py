@@ -2,7 +2,7 @@
 
 The front end stays in memory. Each transformer layer is read from the checkpoint's safetensors, calibrated on what the
 pruned layers before it give, pruned, run on, written to a file of its own and let go. The loop is that of propagation
-``sequential`` (:func:`~sparsewav.pruning.hessian.calibrate_sequentially`), so that the weights are the very bytes
+``sequential`` (:func:`~sparsewav.pruning.layerwise.prune_layer_by_layer`), so that the weights are the very bytes
 which :func:`sparsewav.prune` leaves in memory. Killed and called again, it runs the layers that are done and prunes on
 from there.
 """
@@ -29,35 +29,29 @@ from sparsewav.errors import UserError
 from sparsewav.files import make_readable, write_file, writing
 from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint
 from sparsewav.models.load import load_pretrained
-from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune
-from sparsewav.pruning.encoder import encoder_layers
-from sparsewav.pruning.prune import StageProgress
+from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
+from sparsewav.pruning.encoder import as_sequence, encoder_layers
+from sparsewav.pruning.layerwise import Outcome, StageProgress
+from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Saliency, Solver, Sparsity, Uniform, resolve
 
 SHARED = ("attention.rel_attn_embed.weight",)
 """Parameters of the first layer that all layers read (WavLM's position embedding); they stay in memory."""
 
 _FINGERPRINT = "fingerprint"
 _RESUMES = ".resume.safetensors"
-"""How files end that a killed pruning goes on from, one for every layer that is done."""
+"""The suffix of the files that a killed pruning goes on from, one for every layer that is done."""
 
 
 def prune_folder(
     source: str | Path,
     destination: str | Path,
     calibration_batches: Iterable[Mapping[str, Tensor]],
-    sparsity: float = 0.75,
+    sparsity: float | Sparsity = 0.75,
     *,
-    saliency: str = "obs_first_order",
-    allocation: str = "uniform",
-    alpha: float = 0.1,
-    exact_budget: bool = False,
-    n_m: tuple[int, int] | None = None,
-    frames_per_column: float | None = None,
-    block_size: int = 128,
-    percdamp: float = 0.01,
-    solver: str = "obs",
-    solver_tolerance: float = 1e-4,
-    solver_steps: int = 300,
+    saliency: str | Saliency = "obs_first_order",
+    solver: str | Solver = "obs",
+    allocation: str | Allocation = "uniform",
+    calibration: Calibration | None = None,
     seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
     traces: Mapping[str, Trace] | None = None,
@@ -66,101 +60,115 @@ def prune_folder(
 ) -> PruneReport:
     """Prune a CTC checkpoint into a new folder, with one transformer layer in memory at a time.
 
-    The same as :func:`sparsewav.prune` with propagation ``sequential``, computed in float32 and written in the
+    It does the same as :func:`sparsewav.prune` with propagation ``sequential``, computes in float32 and writes the
     checkpoint's own dtype; tensors that are not pruned keep their bytes. Memory holds the front end, one layer, its
-    Hessians and the activations of one batch; the hidden states of the calibration set wait in the folder for
-    temporary files.
+    Hessians and the activations of one batch; the hidden states of the calibration set wait in the folder for temporary
+    files.
 
     Args:
-        source: folder with ``config.json`` and ``model.safetensors``, or its shards with their index.
-        destination: folder to make; it appears whole when all is done, and ``AutoModelForCTC.from_pretrained`` loads
-            it. The settings of tokenizer and feature extractor come along. What is done lies beside it until then, in
-            float32 besides the checkpoint's own dtype.
-        calibration_batches: as :func:`sparsewav.prune` takes them.
-        sparsity: share of the prunable weights to remove.
-        saliency: as in :func:`sparsewav.prune`, and so are the options that are not named here.
+        source: A folder with ``config.json`` and ``model.safetensors``, or its shards with their index.
+        destination: The folder to make; it appears whole when all is done, and ``AutoModelForCTC.from_pretrained``
+            loads it. The settings of tokenizer and feature extractor come along. What is done lies beside it until
+            then, in float32 besides the checkpoint's own dtype.
+        calibration_batches: As in :func:`sparsewav.prune`, and so are the options that are not named here.
+        sparsity: As there.
+        saliency: As there.
+        solver: As there.
         allocation: ``uniform``; or ``hutchinson``, where ``traces`` are given.
+        calibration: As there; its propagation must be ``sequential``.
+        seed: As there.
+        masks: As there.
         traces: Hessian traces computed earlier: they take gradients of the whole model.
-        device: where to compute.
+        device: Where to compute.
+        progress: As there.
 
     Returns:
         The report, without masks: they would take a byte for every weight, and the zeros on disk are the same. What
         reading and writing took counts as ``calibrate``.
 
     Raises:
-        UserError: a file of the source is missing or broken, the destination is there already or cannot be written, or
+        UserError: A file of the source is missing or broken, the destination is there already or cannot be written, or
             what :func:`sparsewav.prune` refuses.
     """
+    settings = Pruning(
+        sparsity=resolve("sparsity", sparsity),
+        saliency=resolve("saliency", saliency),
+        solver=resolve("solver", solver),
+        allocation=resolve("allocation", allocation),
+        calibration=calibration or Calibration(propagation="sequential"),
+        seed=seed,
+    )
+    return prune_checkpoint(
+        source, destination, calibration_batches, settings, masks=masks, traces=traces, device=device, progress=progress
+    )
+
+
+def prune_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    calibration_batches: Iterable[Mapping[str, Tensor]],
+    settings: Pruning,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    traces: Mapping[str, Trace] | None = None,
+    device: torch.device | str = "cpu",
+    progress: StageProgress | None = None,
+) -> PruneReport:
+    """Do :func:`prune_folder` with all options in one object."""
     source, destination = Path(source), Path(destination)
-    if allocation != "uniform" and traces is None:
+    settings.check()
+    if settings.calibration.propagation != "sequential":
+        raise UserError("a checkpoint is pruned layer by layer; choose calibration.propagation=sequential")
+    if not isinstance(settings.allocation, Uniform) and traces is None:
         raise UserError(
-            f"allocation {allocation!r} takes gradients of the whole model, which is not in memory here; choose "
-            "allocation='uniform', or give traces that estimate_traces found on the whole model"
+            f"allocation {settings.allocation.name!r} takes gradients of the whole model, which is not in memory here; "
+            "choose allocation='uniform', or give traces that estimate_traces found on the whole model"
         )
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give the folder of a checkpoint with config.json and {WEIGHTS}")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
     checkpoint = Checkpoint(source)
-    model = _hollow_model(checkpoint, torch.device(device))
-    batches: Any = calibration_batches if hasattr(calibration_batches, "__len__") else list(calibration_batches)
-    options: dict[str, Any] = {
-        "sparsity": sparsity,
-        "saliency": saliency,
-        "allocation": allocation,
-        "alpha": alpha,
-        "exact_budget": exact_budget,
-        "n_m": n_m,
-        "frames_per_column": frames_per_column,
-        "block_size": block_size,
-        "percdamp": percdamp,
-        "solver": solver,
-        "solver_tolerance": solver_tolerance,
-        "solver_steps": solver_steps,
-        "seed": seed,
-        "masks": masks,
-        "traces": traces,
-    }
-    with _kept_folder(destination, _fingerprint(checkpoint, batches, options, device)) as unfinished:
+    model = _model_without_layers(checkpoint, torch.device(device))
+    batches: Any = as_sequence(calibration_batches)
+    identity = [settings, traces, str(device), code_fingerprint()]
+    with _kept_folder(destination, _fingerprint(checkpoint, batches, masks or {}, identity)) as unfinished:
         layers = _Layers(checkpoint, model, unfinished)
-        report = prune(
+        report = prune_model(
             model,
             batches,
-            propagation="sequential",
-            bring_layer=layers.bring,
+            settings,
+            masks=masks,
+            traces=traces,
+            load_layer=layers.load,
             keep_masks=False,
             progress=progress,
-            **options,
         )
         layers.write_rest()
     return report
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, batches: Iterable[Mapping[str, Tensor]], options: dict[str, Any], device: torch.device | str
+    checkpoint: Checkpoint,
+    batches: Iterable[Any],
+    masks: Mapping[str, Any],
+    identity: list[Any],
 ) -> str:
     """Hash of all that the pruned weights depend on."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=16)
     for path in sorted({*checkpoint.files.values(), checkpoint.folder / "config.json"}):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    masks = options["masks"] or {}
     for batch in chain(batches, [dict(sorted(masks.items()))]):
         for name, tensor in batch.items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = options | {
-        "masks": None,
-        "device": str(device),
-        "code": code_fingerprint(),
-    }
-    digest.update(repr(settings).encode())
     return digest.hexdigest()
 
 
 @contextmanager
 def _kept_folder(path: Path, fingerprint: str) -> Iterator[Path]:
-    """Give a folder to fill that takes the name ``path`` in the end, and is found again after a kill.
+    """Give a folder to fill, which is named ``path`` in the end and is found again after a kill.
 
     One with another fingerprint, of other settings or data, is emptied. An error that says what is wrong with the input
     leaves no folder behind.
@@ -185,8 +193,8 @@ def _kept_folder(path: Path, fingerprint: str) -> Iterator[Path]:
         unfinished.replace(path)
 
 
-def _hollow_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, float32, all of it in memory but its transformer layers, which are on meta."""
+def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """Load a model in float32 and evaluation mode, whose transformer layers are on the meta device."""
     source = str(checkpoint.folder)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # or every tensor of the layers is listed as one too many
@@ -206,7 +214,7 @@ def _hollow_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedMod
 
 
 def _prefix(model: PreTrainedModel, index: int) -> str:
-    """What the names of a layer's tensors start with."""
+    """Give what the names of a layer's tensors start with."""
     return f"{model.base_model_prefix}.encoder.layers.{index}."
 
 
@@ -214,7 +222,7 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str, device: 
     """Put tensors of the checkpoint into a layer, in float32 where they are floating-point numbers.
 
     Raises:
-        UserError: a tensor has a shape that the layer has not.
+        UserError: A tensor has another shape than in the layer.
     """
     copies = {
         name.removeprefix(prefix): tensor.to(device, torch.float32 if tensor.is_floating_point() else None, copy=True)
@@ -228,7 +236,7 @@ def _fill(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str, device: 
 
 
 class _Layers:
-    """Brings layers from a checkpoint into a hollow model one at a time, and writes each to a shard when it is done."""
+    """Loads layers of a checkpoint into a model one at a time, and writes each to a shard when it is done."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, destination: Path) -> None:
         self.checkpoint = checkpoint
@@ -241,7 +249,7 @@ class _Layers:
         self.bytes = 0
 
     @contextmanager
-    def bring(self, index: int, reports: dict[str, MatrixReport]) -> Iterator[bool]:
+    def load(self, index: int, outcome: Outcome) -> Iterator[bool]:
         """Within the block the layer has its weights; after it, what has become of them is on disk, with reports."""
         layer, prefix = self.layers[index], _prefix(self.model, index)
         hollow = layer.state_dict()  # on meta, but for what all layers share
@@ -253,13 +261,13 @@ class _Layers:
                 for name, matrix in own.items():
                     matrix.weight.data.copy_(file.get_tensor(name))
                 rows = json.loads(file.metadata()["reports"])
-            reports |= {row["name"]: MatrixReport(**row) for row in rows}
+            outcome.reports |= {row["name"]: MatrixReport(**row) for row in rows}
             yield True
         else:
             yield False
             # In float32, with which the layers behind were calibrated.
             weights = {name: matrix.weight.detach().cpu().contiguous() for name, matrix in own.items()}
-            rows = [asdict(reports[matrix.name]) for matrix in own.values()]
+            rows = [asdict(outcome.reports[matrix.name]) for matrix in own.values()]
             with write_file(done) as temporary:
                 save_file(weights, temporary, {"reports": json.dumps(rows)})
         tensors = self.checkpoint.read(name for name in self.checkpoint.files if name.startswith(prefix))

@@ -18,23 +18,23 @@ from sparsewav.progress import stage
 from sparsewav.settings.run import Config
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
-"""Kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
+"""The kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
 
 
 @dataclass
 class State:
-    """What is known after each step of a run; written beside the model that the step made.
+    """What is known after a step of a run; it is written beside the model that the step made.
 
     Attributes:
-        identity: hash of all that the step's model came from.
-        steps: how many are done.
-        stages: a record for every stage: sparsity, word error rates, updates.
-        hypotheses: of the newest model, by utterance id; None until it is evaluated.
-        seconds: of the pieces, over all stages.
-        cached: pieces of the first stage that came out of the cache.
-        warnings: sentences for the user.
-        log: of the fine-tuning's trainer, over all stages.
-        compression: what a baseline says of its compression; empty for ours.
+        identity: A hash of all that the step's model came from.
+        steps: The number of steps done.
+        stages: A record of every stage with its sparsity, word error rates and updates.
+        hypotheses: The newest model's hypotheses by utterance id; None until it is evaluated.
+        seconds: Seconds by kind of work, over all stages.
+        cached: The kinds of work of the first stage whose results came out of the cache.
+        warnings: Sentences for the user.
+        log: The entries of the fine-tuning's trainer, over all stages.
+        compression: What a baseline reports of its compression; empty for ours.
     """
 
     identity: str
@@ -51,7 +51,7 @@ class State:
 
 
 def newest_step(folder: Path, identity: str) -> tuple[State, Path] | None:
-    """What a killed launch got to, if it came from this very model, data and code."""
+    """Give what a killed launch got to, if it came from this very model, data and code."""
     found = []
     for path in [folder / run_folder.MODEL, *(folder / run_folder.STAGES).glob("[0-9]*")]:
         if (path / run_folder.STEP).is_file():

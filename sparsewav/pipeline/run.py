@@ -23,7 +23,7 @@ from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
 from sparsewav.pipeline import compress, run_folder
-from sparsewav.pipeline.prune_folder import prune_folder
+from sparsewav.pipeline.prune_folder import prune_checkpoint
 from sparsewav.pipeline.resume import State, evaluate_step, finish_folder, is_done, newest_step, write_step
 from sparsewav.pipeline.shared_statistics import (
     calibration_batches,
@@ -34,22 +34,11 @@ from sparsewav.pipeline.shared_statistics import (
 )
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
-from sparsewav.pruning import PruneReport, distributed, prune
-from sparsewav.pruning.allocation.search import LevelSettings
-from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
+from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.run import (
-    AlpsSolver,
-    AsymmetricObjective,
-    Config,
-    ErrorCurvesAllocation,
-    HawqAllocation,
-    HutchinsonAllocation,
-    ObsSaliency,
-    ReconstructionRecovery,
-    RefitSolver,
-    SearchAllocation,
-)
+from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning
+from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.recipes import load_or_train, train_if_recipe
@@ -61,15 +50,15 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     """Run a configuration, or find it done.
 
     Args:
-        config: validated.
-        folder: the run's own folder; what it holds is described in :mod:`sparsewav.pipeline.run_folder`.
-        console: where the progress is shown.
+        config: A configuration that was checked.
+        folder: The run's own folder; :mod:`sparsewav.pipeline.run_folder` describes what it holds.
+        console: The progress is shown there.
 
     Returns:
         The run's metrics, as in ``metrics.json``.
 
     Raises:
-        UserError: something is wrong with the configuration, the model or the data.
+        UserError: Something is wrong with the configuration, the model or the data.
     """
     # A launch that was killed may have left a process behind that is still on this run.
     with locked(folder.with_name(f".{folder.name}.lock")):
@@ -88,7 +77,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     device = choose_device(config.device)
     ours = config.method.name == OURS
     if config.model.offload:
-        _check_stream(config)
+        _check_offload(config)
     if not ours:
         compress.check(config)
     with stage(console, f"Loading {config.model.source}"):
@@ -158,15 +147,14 @@ def _finish(
     metrics = {
         "model": speech.name,
         "method": config.method.name,
-        "saliency": config.saliency.name if ours else None,
-        "solver": config.solver.name if ours else None,
-        "objective": config.objective.name if ours else None,
-        "recovery": config.recovery.name if ours else None,
-        "allocation": config.allocation.name if ours else None,
+        **{
+            group: getattr(config, group).name if ours else None
+            for group in ("saliency", "solver", "objective", "recovery", "allocation")
+        },
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
-        "pattern": config.sparsity_name if config.n_m else None,
-        "target_sparsity": config.target_sparsity,
+        "pattern": str(config.sparsity) if config.sparsity.pattern else None,
+        "target_sparsity": config.sparsity.fraction,
         "achieved_sparsity": final["achieved_sparsity"],
         "params_total": total,
         "params_nonzero": nonzero,
@@ -196,13 +184,13 @@ def _finish(
 
 
 def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
-    """Hash of what a run's models come from, besides the configuration that its folder's name has in it."""
+    """Hash what a run's models come from, besides the configuration, which the folder's name has in it."""
     parts = [dense["model"], dense["code"], *map(cache.utterances_fingerprint, (calibration, training))]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
-    """Evaluation, calibration and training set; the last two are empty where nothing is calibrated or learnt."""
+    """Give the evaluation, calibration and training set; the last two are empty where they are not used."""
     evaluation = evaluation_set(config.data)
     ours = config.method.name == OURS
     calibration = calibration_set(config.data, config.calibration.utterances, config.seed) if ours else []
@@ -227,56 +215,36 @@ def _prune(
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
     traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
-    calibration, calibrate_seconds, hessians_cached = None, 0.0, False
+    hessians, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = calibration_batches(config, speech, utterances)
-    levels = _level_settings(config)
-    if config.calibration.propagation == "parallel" or levels:
-        calibration, calibrate_seconds, hessians_cached = gather_hessians(
+    if config.calibration.propagation == "parallel" or isinstance(config.allocation, HAWQ | ErrorCurves):
+        hessians, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
-    options: dict[str, Any] = {"n_m": config.n_m, "frames_per_column": config.calibration.frames_per_column}
-    if isinstance(config.saliency, ObsSaliency):
-        options |= {"percdamp": config.saliency.percdamp, "block_size": config.saliency.block_size}
-        if not config.model.offload:
-            options["comparison_group"] = config.saliency.comparison_group
-    if isinstance(config.allocation, HutchinsonAllocation):
-        options |= {"alpha": config.allocation.alpha, "exact_budget": config.allocation.exact_budget}
-    options |= _accuracy_options(config)
-    if levels:
-        options["levels"] = levels
-    if isinstance(config.allocation, ErrorCurvesAllocation):
-        options["judge_batches"] = calibration_batches(config, speech, utterances[: config.allocation.utterances])
-    name = config.sparsity_name if config.n_m else f"{sparsity:g}"
+    settings = config.pruning(sparsity)
     recovers = config.recovery.name != "none"
 
     def advance(piece: str, done: int, total: int) -> None:
         if not recovers or piece == "recover":  # the bar shows what takes the longest
             progress(done, total)
 
-    with stage(console, f"Pruning to {name} with {config.saliency.name}") as progress:
-        options |= {
-            "saliency": config.saliency.name,
-            "allocation": "levels" if levels else config.allocation.name,
-            "seed": config.seed,
-            "progress": advance,
-        }
+    with stage(console, f"Pruning to {settings.sparsity} with {config.saliency.name}") as progress:
         if config.model.offload:
-            report = _prune_from_disk(config, speech, batches, sparsity, folder, options)
+            report = _prune_from_disk(config, speech, batches, settings, folder, advance)
         else:
             report = in_all_processes(
-                prune,
+                prune_model,
                 speech.model,
                 batches,
-                sparsity=sparsity,
-                propagation=config.calibration.propagation,
+                settings=settings,
                 masks=None if first else masks_of(speech.model),
-                calibration=calibration,
+                hessians=hessians,
                 traces=traces,
-                **options,
+                progress=advance,
             )
     for warning in report.warnings:
         console.print(f"[yellow]! {warning}[/yellow]")
-    if sparsity != config.target_sparsity:
+    if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
         run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
@@ -296,7 +264,7 @@ def _prune(
             "updates": 0,
         }
         | (
-            {"judge_evaluations": report.allocated.evaluations, "judge_divergence": report.allocated.divergence}
+            {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
             if report.allocated
             else {}
         )
@@ -305,52 +273,25 @@ def _prune(
         state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
 
 
-def _level_settings(config: Config) -> LevelSettings | None:
-    """Settings of the allocation over levels, if that is what the configuration chose."""
-    allocation = config.allocation
-    if not isinstance(allocation, HawqAllocation | ErrorCurvesAllocation):
-        return None
-    own = allocation if isinstance(allocation, ErrorCurvesAllocation) else None
-    return LevelSettings(
-        effect=own.effect if own else "trace",
-        others=own.others if own else "dense",
-        step=allocation.step,
-        spread=allocation.spread,
-        evaluations=allocation.evaluations if isinstance(allocation, SearchAllocation) else 0,
-        memory=allocation.level_cache_gib * 2**30,
-    )
-
-
-def _accuracy_options(config: Config) -> dict[str, Any]:
-    """What solver, objective and recovery ask of the engine, where they are not the paper's."""
-    options: dict[str, Any] = {}
-    if isinstance(config.solver, RefitSolver):
-        options |= {"solver": config.solver.name, "solver_tolerance": config.solver.tolerance}
-    if isinstance(config.solver, AlpsSolver):
-        options["solver_steps"] = config.solver.max_steps
-    if isinstance(config.objective, AsymmetricObjective):
-        options |= {"objective": config.objective.name, "drift_strength": config.objective.strength}
-    if config.recovery.name != "none":
-        options["recovery"] = config.recovery.name
-    if isinstance(config.recovery, ReconstructionRecovery):
-        options |= {"recovery_steps": config.recovery.steps, "recovery_rate": config.recovery.learning_rate}
-    return options
-
-
 def _prune_from_disk(
-    config: Config, speech: SpeechModel, batches: SpeechBatches, sparsity: float, folder: Path, options: dict[str, Any]
+    config: Config,
+    speech: SpeechModel,
+    batches: SpeechBatches,
+    settings: Pruning,
+    folder: Path,
+    progress: StageProgress,
 ) -> PruneReport:
     """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
     device = speech.model.device
     speech.model.eval().to("meta")  # what is left is its shape and configuration
-    pruned = folder / run_folder.STAGES / "streamed"
+    pruned = folder / run_folder.STAGES / "offloaded"
     shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
-    report = prune_folder(_source_folder(config), pruned, batches, sparsity, device=device, **options)
+    report = prune_checkpoint(_source_folder(config), pruned, batches, settings, device=device, progress=progress)
     speech.model = load_speech_model(str(pruned), device=device).model
     return report
 
 
-def _check_stream(config: Config) -> None:
+def _check_offload(config: Config) -> None:
     """Refuse at once what pruning from disk cannot do."""
     if distributed.world() > 1:
         raise UserError("model.offload=true prunes in one process; start it without torchrun")
@@ -396,14 +337,14 @@ def _finetune(
 
 
 def _card(config: Config, speech: SpeechModel, state: State) -> str:
-    """The model card: what was done."""
+    """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
     now = state.stages[-1]
     path = ", then ".join(
         f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
         for record in state.stages
     )
-    sparsity = config.sparsity_name if config.n_m else f"{now['sparsity']:g}"
+    sparsity = str(config.sparsity) if config.sparsity.pattern else f"{now['sparsity']:g}"
     tuned = "in one shot, without fine-tuning" if not now["updates"] else f"with {config.finetune_strategy.name} tuning"
     return f"""---
 library_name: transformers

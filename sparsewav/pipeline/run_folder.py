@@ -35,7 +35,7 @@ STEP = "step.json"
 
 
 def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
-    """Where a run's model lies in another format than ``model/`` has it; None for that one."""
+    """Give the folder of a run's model in another format than that of ``model/``; None for that format."""
     parts = [part for part, plain in ((format, "dense"), (dtype, "model")) if part != plain]
     return folder / "-".join([MODEL, *parts]) if parts else None
 
@@ -73,7 +73,8 @@ def write_predictions(
 def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> Iterator[Path]:
     """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card.
 
-    Yields the temporary folder: what the block puts there appears together with the model.
+    Yields:
+        A temporary folder; what the block puts there appears together with the model.
     """
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
@@ -83,7 +84,7 @@ def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions that a run's figures were measured with."""
+    """Give hardware and versions that a run's figures were measured with."""
     packages = ("sparsewav", "torch", "transformers", "datasets", "jiwer", "numpy")
     return {
         "device": device_name(device),
@@ -94,14 +95,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, e.g. ``cuda (NVIDIA GeForce RTX 4090)``."""
+    """Give the device in words, e.g. ``cuda (NVIDIA GeForce RTX 4090)``."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.machine()}, {platform.system()})"
 
 
 def git_commit() -> str | None:
-    """Commit of this package's checkout, with ``-dirty`` if it was changed since; None outside of a checkout."""
+    """Give the commit of this checkout, with ``-dirty`` if it was changed since; None outside of a checkout."""
     folder = Path(__file__).parents[1]
     try:
         top = subprocess.run(
@@ -122,7 +123,7 @@ def git_commit() -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory in bytes that this process has held: the GPU's on a GPU, the resident set elsewhere."""
+    """Give the most memory in bytes that this process has held: the GPU's on a GPU, the resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -130,6 +131,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Number of parameters, and of those that are not zero."""
+    """Give the number of parameters, and of those that are not zero."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)

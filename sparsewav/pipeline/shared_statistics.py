@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
-from sparsewav.pruning import Calibration, Trace, calibrate, estimate_traces
+from sparsewav.pruning import Hessians, Trace, collect_hessians
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.run import Config, TracedAllocation
+from sparsewav.pruning.prune import traces_of
+from sparsewav.settings.pruning import Traced
+from sparsewav.settings.run import Config
 
 
 def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
-    """What the dense model's shared results depend on, besides the utterances."""
+    """Give what the dense model's shared results depend on, besides the utterances."""
     return {
         "model": cache.model_fingerprint(speech.model),
         "processor": speech.processor.to_json_string(),
@@ -36,7 +38,7 @@ def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
 def evaluate_dense(
     config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
 ) -> tuple[dict[str, str], float, float]:
-    """Hypotheses of the dense model, its WER, and the seconds that transcribing took when it was really done."""
+    """Give the dense model's hypotheses, its WER, and the seconds that transcribing took when it was really done."""
 
     def make(folder: Path) -> None:
         with stage(console, "Evaluating the dense model") as progress:
@@ -52,7 +54,7 @@ def evaluate_dense(
 
 
 def calibration_batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
-    """Batches of utterances, padded only where the model may see padding."""
+    """Give batches of utterances, padded only where the model may see padding."""
     return SpeechBatches(utterances, speech.processor, config.seconds_per_batch, padding=takes_padding(speech.model))
 
 
@@ -63,25 +65,25 @@ def gather_hessians(
     batches: SpeechBatches,
     identity: dict[str, Any] | None,
     console: Console,
-) -> tuple[Calibration, float, bool]:
-    """Hessians, the seconds that gathering them took when it was really done, and whether they were cached.
+) -> tuple[Hessians, float, bool]:
+    """Give Hessians, the seconds that summing them took when it was really done, and whether they were cached.
 
     Without an identity they are not kept.
     """
 
     sample = config.calibration.frames_per_column
 
-    def gather() -> tuple[Calibration, float]:
+    def gather() -> tuple[Hessians, float]:
         with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
-            calibration = in_all_processes(
-                calibrate, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
+            hessians = in_all_processes(
+                collect_hessians, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
             )
-            return calibration, time.perf_counter() - started
+            return hessians, time.perf_counter() - started
 
     def make(folder: Path) -> None:
-        calibration, seconds = gather()
-        cache.save_calibration(calibration, folder)
+        hessians, seconds = gather()
+        cache.save_hessians(hessians, folder)
         (folder / "seconds.json").write_text(json.dumps(seconds))
 
     if identity is None:
@@ -91,7 +93,7 @@ def gather_hessians(
         identity |= {"frames_per_column": sample, "seed": config.seed}
     folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
     return (
-        cache.load_calibration(folder, speech.model.device),
+        cache.load_hessians(folder, speech.model.device),
         json.loads((folder / "seconds.json").read_text()),
         cached,
     )
@@ -104,25 +106,18 @@ def gather_traces(
     identity: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Trace] | None, float, bool]:
-    """Hessian traces, if the allocation wants them; seconds and cached as in :func:`_calibration`."""
+    """Give Hessian traces, if the allocation asks for them; seconds and cached as in :func:`gather_hessians`."""
     allocation = config.allocation
-    if not isinstance(allocation, TracedAllocation):
+    if not isinstance(allocation, Traced):
         return None, 0.0, False
     utterances = utterances[: allocation.utterances]
 
     def estimate() -> tuple[dict[str, Trace], float]:
         with stage(console, f"Estimating sensitivities on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
-            traces = in_all_processes(
-                estimate_traces,
-                speech.model,
-                calibration_batches(config, speech, utterances),
-                probes=allocation.probes,
-                distribution=allocation.distribution,
-                rank_tolerance=allocation.rank_tolerance,
-                seed=config.seed,
-                progress=progress,
-            )
+            batches = calibration_batches(config, speech, utterances)
+            settings = config.pruning(config.sparsity.fraction)
+            traces = in_all_processes(traces_of, speech.model, batches, settings=settings, progress=progress)
             return traces, time.perf_counter() - started
 
     def make(folder: Path) -> None:
@@ -134,9 +129,7 @@ def gather_traces(
         return *estimate(), False
     identity = identity | {
         "utterances": cache.utterances_fingerprint(utterances),
-        "probes": allocation.probes,
-        "distribution": allocation.distribution,
-        "rank_tolerance": allocation.rank_tolerance,
+        "settings": {item.name: getattr(allocation, item.name) for item in fields(Traced) if item.init},
         "seed": config.seed,
     }
     folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)

@@ -9,26 +9,26 @@ from typing import Any
 
 from sparsewav.errors import UserError
 from sparsewav.pipeline import run_folder
-from sparsewav.settings.run import TrackerConfig, WandbTracker
+from sparsewav.settings.run import Tracker, Wandb
 
 logger = logging.getLogger(__name__)
 
 TRANSCRIPTS_SHOWN = 50
 
-Tracker = Callable[[dict[str, Any], Path], None]
+Track = Callable[[dict[str, Any], Path], None]
 """Called with a finished run's metrics and its folder."""
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a tracker has to know of a run besides its results.
+    """What a tracker needs to know of a run besides its results.
 
     Attributes:
-        name: unique by the configuration; its last part is a hash.
-        settings: the whole configuration, nested: every axis of an ablation has to be in it.
-        choices: the option chosen in every group.
-        overrides: what this run was given on the command line or by its sweep, e.g. ``sparsity.target=0.8``.
-        group: the experiment or sweep that it belongs to.
+        name: The name of the run's folder, unique by the configuration; its last part is a hash.
+        settings: The whole configuration, nested, because every axis of an ablation has to be in it.
+        choices: The option chosen in every group.
+        overrides: What the command line or the sweep gave to this run, e.g. ``sparsity.target=0.8``.
+        group: The experiment or sweep that the run belongs to.
     """
 
     name: str
@@ -38,9 +38,9 @@ class RunDescription:
     group: str | None
 
 
-def make_tracker(config: TrackerConfig, description: RunDescription) -> Tracker:
+def make_tracker(config: Tracker, description: RunDescription) -> Track:
     """Give the sink that the configuration chose."""
-    if not isinstance(config, WandbTracker):
+    if not isinstance(config, Wandb):
         return lambda metrics, folder: None
 
     def track(metrics: dict[str, Any], folder: Path) -> None:
@@ -49,7 +49,7 @@ def make_tracker(config: TrackerConfig, description: RunDescription) -> Tracker:
     return track
 
 
-def _track_in_wandb(config: WandbTracker, description: RunDescription, metrics: dict[str, Any], folder: Path) -> None:
+def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[str, Any], folder: Path) -> None:
     import pandas
     import wandb
 
@@ -117,7 +117,7 @@ def _track_in_wandb(config: WandbTracker, description: RunDescription, metrics: 
 
 
 def _training_log(folder: Path, sparsity: float) -> list[dict[str, float]]:
-    """Entries of the trainer's log at one stage, without what is missing in them."""
+    """Give the entries of the trainer's log at one stage, without what is missing in them."""
     import pandas
 
     path = folder / run_folder.TRAINING_LOG

@@ -20,10 +20,10 @@ from sparsewav.pruning import distributed
 T = TypeVar("T")
 
 _END = "end"
-"""In place of an order."""
+"""Sent in place of an order when the run has ended."""
 
 _with_gpu = 0
-"""How many of the processes have a GPU."""
+"""The number of processes that have a GPU."""
 
 _LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -31,7 +31,7 @@ _LAUNCHER_VARIABLES = (
 )
 
 TIMEOUT = timedelta(days=24)
-"""That the others wait while the first tunes; in milliseconds, more would not fit into 32 bits."""
+"""The others wait so long while the first tunes; more milliseconds would not fit into 32 bits."""
 
 
 def lead_or_work(main: Callable[[], T]) -> T | None:
@@ -60,13 +60,13 @@ def in_all_processes(function: Callable[..., T], model: PreTrainedModel, batches
     """Call a function of the engine in all processes, with the same model, batches and options.
 
     Args:
-        function: takes a model, batches, options and ``progress``, which the first process alone is given.
-        model: on the first process; the others get its weights.
-        batches: read by each process from files that it must find in the same place.
-        options: of the function.
+        function: It takes a model, batches, options and ``progress``, which the first process alone is given.
+        model: The first process's model; the others get its weights.
+        batches: Each process reads them from files that it must find in the same place.
+        options: The function's options.
 
     Raises:
-        UserError: what the function raised in any process, or there are fewer GPUs than processes.
+        UserError: The function raised one in any process, or there are fewer GPUs than processes.
     """
     if distributed.world() > 1:
         if model.device.type == "cuda" and _with_gpu < distributed.world():

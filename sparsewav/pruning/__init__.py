@@ -1,20 +1,21 @@
-"""The pruning engine: tensors and modules in, tensors and modules out.
+"""The pruning engine, which works on tensors and modules alone.
 
-In the order of the method: :mod:`encoder` finds the matrices, :mod:`calibration` gathers their Hessians,
-:mod:`sensitivity` and :mod:`allocation` decide how much each loses, :mod:`saliency` and :mod:`solver` which weights go
-and how the others make up for them, and :mod:`engine` runs it all.
+In the order of the method: :mod:`encoder` finds the matrices, :mod:`hessian` sums their Hessians, :mod:`allocation`
+chooses the sparsity of each, :mod:`solvers` decides which weights are removed and updates the others, :mod:`recovery`
+brings a layer's output closer to the dense model's, :mod:`layerwise` is the loop over the layers, and :mod:`prune` runs
+it all.
 """
 
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
-from sparsewav.pruning.hessian import Calibration, calibrate
+from sparsewav.pruning.hessian import Hessians, collect_hessians
 from sparsewav.pruning.layerwise import MatrixReport
-from sparsewav.pruning.prune import PruneReport, prune
+from sparsewav.pruning.prune import PruneReport, prune, prune_model
 from sparsewav.pruning.solvers.solve import PrunedMatrix, prune_matrices, prune_matrix
 
 __all__ = [
-    "Calibration",
+    "Hessians",
     "MatrixReport",
     "PrunableMatrix",
     "PruneReport",
@@ -22,10 +23,11 @@ __all__ = [
     "Trace",
     "allocate_by_rank",
     "allocate_uniformly",
-    "calibrate",
+    "collect_hessians",
     "estimate_traces",
     "prunable_matrices",
     "prune",
     "prune_matrices",
     "prune_matrix",
+    "prune_model",
 ]

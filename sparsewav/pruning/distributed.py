@@ -1,8 +1,8 @@
-"""Several processes that prune one model together: what the engine needs of :mod:`torch.distributed`.
+"""Data parallelism: what the engine needs of :mod:`torch.distributed` to prune one model in several processes.
 
 Every process holds the same model and calls the same functions with the same arguments; inside, each works on its share
-and what it found is exchanged, so that all end with the same result. Without a process group there is one process, and
-nothing here does anything.
+and the results are exchanged, so that all end with the same result. Without a process group there is one process, and
+the functions of this module have no effect.
 """
 
 import io
@@ -20,21 +20,21 @@ T = TypeVar("T")
 
 
 class ProcessFailure(RuntimeError):
-    """One of the processes failed, and not by a fault of the user's; raised in all of them."""
+    """One of the processes failed with another error than a :class:`UserError`; raised in all of them."""
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Give the number of processes."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Give the rank of this process, from 0."""
     return distributed.get_rank() if world() > 1 else 0
 
 
 def share(items: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """Every ``world()``-th item, for this process, with its place among all; the others are not read if need not be."""
+    """Yield every ``world()``-th item, this process's share, with its index; the others of a sequence are not read."""
     if world() > 1 and isinstance(items, Sequence):
         yield from ((index, items[index]) for index in range(rank(), len(items), world()))
     else:
@@ -42,13 +42,13 @@ def share(items: Iterable[T]) -> Iterator[tuple[int, T]]:
 
 
 def deal(costs: Sequence[float]) -> list[int]:
-    """Give each piece of work to a process, the dearest first, always to the one that has the least to do.
+    """Assign pieces of work to processes, the most expensive first, always to the least loaded process.
 
     Args:
-        costs: of the pieces, in any unit.
+        costs: The cost of every piece, in any unit.
 
     Returns:
-        For every piece the number of its process; the same in all processes.
+        The rank of every piece's process, the same in all processes.
     """
     loads = [0.0] * world()
     owners = [0] * len(costs)
@@ -60,11 +60,11 @@ def deal(costs: Sequence[float]) -> list[int]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Wait at the end of a block for the other processes; an error that one of them met there is raised in all.
+    """Synchronise the processes at the end of a block; an error in one of them is raised in all.
 
     Raises:
-        UserError: what the first process that failed raised.
-        ProcessFailure: the same, when it was another error.
+        UserError: A process failed with a ``UserError``; the message is that of the first process that failed.
+        ProcessFailure: It failed with another error.
     """
     if world() == 1:
         yield
@@ -84,7 +84,7 @@ def together() -> Iterator[None]:
 
 
 def gather(value: T) -> list[T]:
-    """What every process gives, by its number; plain objects without large tensors."""
+    """Give the values of all processes, by rank; meant for plain objects without large tensors."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -93,18 +93,18 @@ def gather(value: T) -> list[T]:
 
 
 def add_up(tensor: Tensor) -> None:
-    """Put in place of a tensor, whose shape is the same in all processes, the sum over them."""
+    """Replace a tensor, which has the same shape in all processes, by its sum over them."""
     if world() > 1:
         distributed.all_reduce(tensor)
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """Give every process what one of them has; the value that the others pass does not matter.
+    """Give every process the value of one of them.
 
     Args:
-        value: any object that can be pickled; its tensors travel apart from it, from GPU to GPU where they lie there,
-            and arrive on the receiving process's own device of the same type.
-        source: number of the process that has it.
+        value: Any object that can be pickled; only the source's matters. Its tensors are sent separately, from GPU to
+            GPU if they lie there, and arrive on the receiving process's own device of the same type.
+        source: The rank of the process whose value is sent.
     """
     if world() == 1:
         return value
@@ -117,16 +117,16 @@ def broadcast(value: T, source: int = 0) -> T:
     distributed.broadcast_object_list(message, src=source)
     content, descriptions = message[0]
     if rank() != source:
-        # A bare "cuda" is the process's current GPU.
+        # "cuda" without an index is the process's current GPU.
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in descriptions]
     for tensor in tensors:
-        if tensor.numel():  # as bytes, because not every backend knows every type
+        if tensor.numel():  # as bytes, because not every backend supports every dtype
             distributed.broadcast(tensor.flatten().view(torch.uint8), src=source)
     return value if rank() == source else _Unpickler(io.BytesIO(content), tensors).load()
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves a number in place of every tensor."""
+    """Replaces every tensor by a number."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)
@@ -140,7 +140,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the tensors back."""
+    """Puts the tensors back in place of their numbers."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)

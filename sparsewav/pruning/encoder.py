@@ -1,28 +1,29 @@
-"""What the engine has to know of a speech encoder: its prunable matrices, its layers and its padding."""
+"""What the engine has to know about a speech encoder: its prunable matrices, its layers and its padding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer")
-"""``model_type`` of every supported model family."""
+"""The ``model_type`` of every supported model family."""
 
 OWN_PREFIX = "sparsewav-"
-"""Starts the ``model_type`` of what this package's own methods make and transformers has no class for."""
+"""Prefix of the ``model_type`` of models that this package's methods produce and transformers has no class for."""
 
 ROLES = (
     *("q_proj", "k_proj", "v_proj", "out_proj"),
     *("linear_q", "linear_k", "linear_v", "linear_out"),  # the conformer's names of the same four
     *("intermediate_dense", "output_dense"),
 )
-"""Names of the prunable linear modules of a transformer layer; everything else of the model stays dense."""
+"""Names of the prunable linear modules in a transformer layer; the rest of the model stays dense."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class PrunableMatrix:
     """One weight matrix that may be pruned.
 
     Attributes:
-        name: of its module, e.g. ``wav2vec2.encoder.layers.0.attention.q_proj``.
-        layer: index of its transformer layer.
-        module: the linear module; its weight has shape (rows, cols).
+        name: The name of its module, e.g. ``wav2vec2.encoder.layers.0.attention.q_proj``.
+        layer: The index of its transformer layer.
+        module: The linear module.
     """
 
     name: str
@@ -40,20 +41,20 @@ class PrunableMatrix:
     module: nn.Linear
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, "rows cols"]:
         return self.module.weight
 
     @property
     def size(self) -> int:
-        """Number of weights."""
+        """The number of weights."""
         return self.module.weight.numel()
 
 
 def check_family(model_type: str, name: str) -> None:
-    """Refuse a model whose encoder is not known here.
+    """Refuse a model whose family is not supported.
 
     Raises:
-        UserError: ``model_type`` is not in :data:`FAMILIES`.
+        UserError: ``model_type`` is neither in :data:`FAMILIES` nor one of this package's own.
     """
     if model_type not in FAMILIES and not model_type.startswith(OWN_PREFIX):
         raise UserError(
@@ -62,25 +63,25 @@ def check_family(model_type: str, name: str) -> None:
 
 
 def base_of(model: PreTrainedModel) -> Any:
-    """The model below the CTC head."""
+    """Give the model below the CTC head."""
     return getattr(model, model.base_model_prefix)
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers of a CTC model.
+    """Give the transformer layers of a CTC model.
 
     Raises:
-        UserError: the model's family is not supported.
+        UserError: The model's family is not supported.
     """
     check_family(model.config.model_type, type(model).__name__)
     return base_of(model).encoder.layers
 
 
 def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
-    """Every prunable matrix of a CTC model, in the order of its layers.
+    """Give every prunable matrix of a CTC model, in the order of its layers.
 
     Raises:
-        UserError: the model's family is not supported.
+        UserError: The model's family is not supported.
     """
     prefix = f"{model.base_model_prefix}.encoder.layers"
     return [
@@ -92,26 +93,21 @@ def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
 
 
 def takes_padding(model: PreTrainedModel) -> bool:
-    """Tell whether padded batches with an attention mask are right for a model.
+    """Tell whether a model may be given padded batches with an attention mask.
 
-    They are not where zeros leak into valid frames: a group norm in the front end (wav2vec2-base, hubert-base,
+    It may not where padding leaks into valid frames: a group norm in the front end (wav2vec2-base, hubert-base,
     wavlm-base) takes its statistics over the whole padded signal, and the stacked positional convolutions of
-    data2vec-audio and the convolutions inside the layers of wav2vec2-conformer reach across the mask.
+    data2vec-audio and the convolutions in the layers of wav2vec2-conformer reach across the mask.
     """
     if model.config.model_type in ("data2vec-audio", "wav2vec2-conformer"):
         return False
     return model.config.feat_extract_norm != "group"
 
 
-def frame_counts(model: PreTrainedModel, attention_mask: Tensor) -> Tensor:
-    """How many frames of the encoder each padded utterance fills.
+def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch samples"]) -> Int[Tensor, " batch"]:
+    """Count the encoder frames of each padded utterance; an utterance shorter than a frame gets 0 or less.
 
-    Args:
-        model: CTC model.
-        attention_mask: shape (batch, samples), 1 where there is audio.
-
-    Returns:
-        Counts, shape (batch,), int64; not above 0 where the audio is shorter than a frame.
+    The attention mask is 1 where there is audio.
     """
     counts = attention_mask.sum(-1).to(torch.int64)
     for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
@@ -120,19 +116,20 @@ def frame_counts(model: PreTrainedModel, attention_mask: Tensor) -> Tensor:
 
 
 def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Put a batch on the model's device, in the form that the model was made for.
+    """Put a batch on the model's device, in the form that the model takes.
 
-    A padded batch for a model that must not see padding is taken apart into single utterances.
+    If the model must not see padding, a padded batch is split into single utterances.
 
     Args:
-        model: CTC model.
-        batch: ``input_values`` (batch, samples), optionally ``attention_mask`` (batch, samples) and ``labels``.
+        model: A CTC model.
+        batch: ``input_values`` (batch, samples), optionally ``attention_mask`` (batch, samples) and ``labels`` (batch,
+            characters).
 
     Yields:
-        Batches with an ``attention_mask`` always.
+        Batches that always have an ``attention_mask``.
 
     Raises:
-        UserError: samples are NaN or infinite, an utterance is shorter than a frame, or a label is not in the
+        UserError: A sample is NaN or infinite, an utterance is shorter than a frame, or a label is not in the
             vocabulary.
     """
     values = batch["input_values"].to(model.device, model.dtype)
@@ -157,12 +154,35 @@ def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[
         yield row | {name: value[index : index + 1] for name, value in labels.items()}
 
 
+def as_sequence(batches: Iterable[Any]) -> Sequence[Any]:
+    """Give batches that have a length and can be read more than once: the argument itself, or a list of its items."""
+    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
+    return sized
+
+
+def first_utterances(batches: Sequence[Any], count: int) -> Sequence[Any]:
+    """Give the first utterances of a calibration set, in batches.
+
+    Args:
+        batches: The batches; their method ``first`` is called if they have one.
+        count: The number of utterances at most.
+    """
+    if hasattr(batches, "first"):
+        return batches.first(count)
+    taken: list[dict[str, Tensor]] = []
+    for batch in batches:
+        if count > 0:
+            taken.append({name: value[:count] for name, value in batch.items()})
+        count -= len(batch["input_values"])
+    return taken
+
+
 @contextmanager
 def projections_as_modules(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, let every attention call its projection modules, so that their inputs can be observed.
+    """Within the block, let every attention call its projection modules, so that hooks observe their inputs.
 
-    WavLM hands the weights of its projections to one fused function of PyTorch and never calls the modules. Here its
-    attention is spelled out, equal up to rounding; the other families are left alone.
+    WavLM passes the weights of its projections to a fused function of PyTorch and never calls the modules. It is
+    replaced by an explicit attention, which is equal up to rounding; the other families are not changed.
     """
     attentions = [module for module in model.modules() if hasattr(module, "torch_multi_head_self_attention")]
     for attention in attentions:
@@ -175,13 +195,16 @@ def projections_as_modules(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attend_through_modules(
-    attention: Any, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
-) -> tuple[Tensor, None]:
-    """WavLM's self-attention: (batch, frames, width) in and out; the bias is (batch * heads, frames, frames)."""
+    attention: Any,
+    hidden_states: Float[Tensor, "batch frames width"],
+    attention_mask: Shaped[Tensor, "batch frames"] | None,
+    gated_position_bias: Float[Tensor, "batch_heads frames frames"],
+) -> tuple[Float[Tensor, "batch frames width"], None]:
+    """Compute WavLM's self-attention."""
     batch, frames, width = hidden_states.shape
     heads = attention.num_heads
 
-    def split(projected: Tensor) -> Tensor:
+    def split(projected: Float[Tensor, "batch frames width"]) -> Float[Tensor, "batch heads frames head_width"]:
         return projected.view(batch, frames, heads, width // heads).transpose(1, 2)
 
     query, key, value = (

@@ -1,101 +1,85 @@
 """Calibration: the layer-wise Hessian H = XXᵀ of every prunable matrix (eq. 2 of the paper).
 
-X is the matrix's input over the calibration set, one column a frame; padded frames never count. Matrices that read the
-very same tensor (query, key and value) share one Hessian. H is symmetric, so that the blocks above its diagonal are
-summed alone; and it is known well enough from some frames for each of its columns, so that of a large set a random
-sample of frames will do, while every utterance has its part in it.
+X is the matrix's input over the calibration set, one column a frame, without padded frames. Matrices that read the very
+same tensor (query, key and value) share one Hessian. H is symmetric, so that only the blocks on and above its diagonal
+are summed. Some frames for each of its columns estimate it well enough, so that a random sample of the frames of all
+utterances may stand for a large set.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import (
-    PrunableMatrix,
-    base_of,
-    encoder_layers,
-    model_batches,
-    projections_as_modules,
-    prunable_matrices,
-)
-from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, frame_mask_of, run_layer, shares_of
+from sparsewav.pruning.encoder import PrunableMatrix, as_sequence, base_of, projections_as_modules, prunable_matrices
+from sparsewav.pruning.hidden_states import calibration_parts, frame_mask_of
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
-AroundLayer = Callable[[int], AbstractContextManager[bool]]
-"""Called with a layer's index; the layer has its weights within the block that it gives, and need not outside."""
-
-AfterLayer = Callable[[nn.Module, Callable[[LayerInputs], Tensor], list[LayerInputs]], None]
-"""Called with a pruned layer, what runs it on a batch, and the batches, with the dense model's outputs of the layer."""
-
 BLOCK = 384
 """Columns of a Hessian that are summed in one product."""
 WAITING_FRAMES = 512
-"""Frames that are gathered before they are multiplied: fewer would be slower than the memory that holds H."""
+"""Frames that are gathered before they are multiplied: with fewer, access to the memory of H would limit the speed."""
 
 
 @dataclass
-class Calibration:
-    """Hessians of the prunable matrices.
+class Hessians:
+    """Hessians of the prunable matrices, one for each distinct input.
 
     Attributes:
-        hessians: one for each distinct input, shape (cols, cols), float32, keyed by the first matrix that reads it.
-        reads: for every matrix the key of its Hessian.
-        frames: how many frames the calibration set has.
-        sampled: how many of them each Hessian was summed over, by its key; the sum is scaled to all.
-        drifts: (X − X̂)X̂ᵀ of the inputs that the matrices have in the dense model, X, and those that the Hessians are
-            of, X̂; shape (cols, cols), by the Hessian's key; empty where there is no other model.
+        by_input: The Hessians in float32, by their keys: the name of the first matrix that reads the input.
+        reads: The key of every matrix's Hessian.
+        frames: The number of frames of the calibration set.
+        sampled: The number of frames that each Hessian was summed over, by key; the sum is scaled to all frames.
+        drifts: (X − X̂)X̂ᵀ by key, where X is the input in the dense model and X̂ the input in the pruned model, which
+            the Hessian is computed on; empty where the dense model is not run beside.
         drift_sums: (X − X̂)(X − X̂)ᵀ, likewise.
     """
 
-    hessians: dict[str, Tensor] = field(default_factory=dict)
+    by_input: dict[str, Float[Tensor, "_cols _cols"]] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     frames: int = 0
     sampled: dict[str, int] = field(default_factory=dict)
-    drifts: dict[str, Tensor] = field(default_factory=dict)
-    drift_sums: dict[str, Tensor] = field(default_factory=dict)
+    drifts: dict[str, Float[Tensor, "_cols _cols"]] = field(default_factory=dict)
+    drift_sums: dict[str, Float[Tensor, "_cols _cols"]] = field(default_factory=dict)
 
-    def hessian(self, name: str) -> Tensor:
-        """The Hessian of a matrix, by the matrix's name; shape (cols, cols)."""
-        return self.hessians[self.reads[name]]
+    def of(self, name: str) -> Float[Tensor, "cols cols"]:
+        """Give the Hessian of a matrix by the matrix's name."""
+        return self.by_input[self.reads[name]]
 
     def groups(self) -> dict[str, list[str]]:
-        """Names of the matrices that share each Hessian, by its key."""
-        groups: dict[str, list[str]] = {key: [] for key in self.hessians}
+        """Give the names of the matrices that share each Hessian, by its key."""
+        groups: dict[str, list[str]] = {key: [] for key in self.by_input}
         for name, key in self.reads.items():
             groups[key].append(name)
         return groups
 
 
 class _Sum:
-    """XXᵀ, summed block by block above the diagonal as frames come in."""
+    """A running sum of XXᵀ, of which only the blocks on and above the diagonal are kept up to date."""
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self.hessian = torch.zeros(cols, cols, dtype=torch.float32, device=device)
         self.frames = 0
         self._waiting: list[Tensor] = []
 
-    def add(self, frames: Tensor) -> None:
-        """Add frames, shape (frames, cols)."""
+    def add(self, frames: Float[Tensor, "frames cols"]) -> None:
+        """Add frames to the sum."""
         self.frames += len(frames)
         self._waiting.append(frames)
         if sum(map(len, self._waiting)) >= WAITING_FRAMES:
             self._multiply()
 
-    def finish(self) -> Tensor:
-        """The sum, both halves; shape (cols, cols)."""
+    def finish(self) -> Float[Tensor, "cols cols"]:
+        """Give the whole sum, both triangles."""
         self._multiply()
         for start in range(0, len(self.hessian), BLOCK):
             stop = min(start + BLOCK, len(self.hessian))
@@ -115,20 +99,20 @@ class _Sum:
 
 
 class _DriftSum:
-    """(X − X̂)X̂ᵀ, summed as pairs of frames come in; zero to the last bit where they are the same."""
+    """A running sum of (X − X̂)X̂ᵀ; it is exactly zero where X and X̂ are the same."""
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self._drift = torch.zeros(cols, cols, dtype=torch.float32, device=device)
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, difference: Tensor, frames: Tensor) -> None:
-        """Add X − X̂ and X̂ of some frames, each of shape (frames, cols)."""
+    def add(self, difference: Float[Tensor, "frames cols"], frames: Float[Tensor, "frames cols"]) -> None:
+        """Add X − X̂ and X̂ of some frames."""
         self._waiting.append((difference, frames))
         if sum(len(waiting) for waiting, _ in self._waiting) >= WAITING_FRAMES:
             self.finish()
 
-    def finish(self) -> Tensor:
-        """The sum; shape (cols, cols)."""
+    def finish(self) -> Float[Tensor, "cols cols"]:
+        """Give the sum."""
         if self._waiting:
             difference, frames = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting.clear()
@@ -136,15 +120,15 @@ class _DriftSum:
         return self._drift
 
 
-class _Observer:
-    """Adds the frames that reach some matrices to their Hessians.
+class InputObserver:
+    """Sums the Hessians of some matrices from the inputs that their modules are called with.
 
     Args:
-        matrices: whose inputs are observed.
-        frames_per_column: as in :func:`calibrate`.
-        seed: as in :func:`calibrate`.
-        dense: for every matrix its module in the dense model, which is run before the pruned one on every batch; None
-            where there is no other model.
+        matrices: The matrices whose inputs are observed.
+        frames_per_column: As in :func:`collect_hessians`.
+        seed: As in :func:`collect_hessians`.
+        dense: The module of every matrix in the dense model, which must be run before the pruned one on every batch;
+            None where the dense model is not run beside.
     """
 
     def __init__(
@@ -166,11 +150,12 @@ class _Observer:
         self._dense_inputs: dict[str, Tensor] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
         self._layer: int | None = None
-        self._order = torch.empty(0, dtype=torch.long)  # places of the batch's frames, shuffled where they are sampled
+        self._order = torch.empty(0, dtype=torch.long)  # indices of the batch's frames, shuffled if they are sampled
         self._share = 0.0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        """Observe the modules within the block."""
         hooks = [matrix.module.register_forward_pre_hook(self._hook_of(matrix)) for matrix in self.matrices]
         for name, module in (self.dense or {}).items():
             hooks.append(module.register_forward_pre_hook(self._dense_hook_of(name)))
@@ -180,13 +165,13 @@ class _Observer:
             for hook in hooks:
                 hook.remove()
 
-    def start_batch(self, frame_mask: Tensor, number: int, share: float) -> None:
-        """Get ready for a batch.
+    def start_batch(self, frame_mask: Bool[Tensor, "batch frames"], number: int, share: float) -> None:
+        """Prepare for a batch; to be called before the model is run on it.
 
         Args:
-            frame_mask: shape (batch, frames), True where an utterance has a frame.
-            number: of the batch; with the seed it settles which frames are taken.
-            share: of the batch in the whole set's sample.
+            frame_mask: True where an utterance has a frame.
+            number: The number of the batch, which together with the seed determines the sampled frames.
+            share: The batch's share in the sample of the whole calibration set.
         """
         self._order = frame_mask.flatten().nonzero().flatten()
         if self.frames_per_column is not None:
@@ -197,14 +182,15 @@ class _Observer:
         self._share = share
 
     def end_batch(self) -> None:
+        """Release the tensors of a batch; to be called after the model was run on it."""
         self._seen.clear()
         self._dense_inputs.clear()
 
-    def finish(self) -> Calibration:
+    def finish(self) -> Hessians:
         """Give the Hessians, summed over the processes.
 
         Raises:
-            UserError: there was no frame, or an activation that is not finite.
+            UserError: There was no frame, or an activation is not finite.
         """
         found = distributed.gather(
             (self.frames, self.reads, {name: total.frames for name, total in self._sums.items()})
@@ -212,16 +198,16 @@ class _Observer:
         frames = sum(count for count, _, _ in found)
         if frames == 0:
             raise UserError("the calibration set is empty; give at least one utterance")
-        # A process that had no batch saw nothing read, the others saw the same.
-        calibration = Calibration(reads=next(reads for _, reads, _ in found if reads), frames=frames)
+        # A process without a batch observed nothing; all others observed the same.
+        hessians = Hessians(reads=next(reads for _, reads, _ in found if reads), frames=frames)
         modules = {matrix.name: matrix.module for matrix in self.matrices}
-        for name in dict.fromkeys(calibration.reads.values()):
+        for name in dict.fromkeys(hessians.reads.values()):
             weight = modules[name].weight
             total = self._sums.get(name) or _Sum(weight.shape[1], weight.device)
-            calibration.hessians[name] = total.finish()
-            distributed.add_up(calibration.hessians[name])
-            calibration.sampled[name] = sum(sampled.get(name, 0) for _, _, sampled in found)
-            if not calibration.hessians[name].isfinite().all():
+            hessians.by_input[name] = total.finish()
+            distributed.add_up(hessians.by_input[name])
+            hessians.sampled[name] = sum(sampled.get(name, 0) for _, _, sampled in found)
+            if not hessians.by_input[name].isfinite().all():
                 raise UserError(
                     f"the inputs of {name} on the calibration set are NaN or infinite; "
                     "check the model's weights, or load it in float32"
@@ -229,10 +215,10 @@ class _Observer:
             if self.dense is not None:
                 drift = self._drifts.get(name) or _DriftSum(weight.shape[1], weight.device)
                 total = self._drift_sums.get(name) or _Sum(weight.shape[1], weight.device)
-                calibration.drifts[name], calibration.drift_sums[name] = drift.finish(), total.finish()
-                distributed.add_up(calibration.drifts[name])
-                distributed.add_up(calibration.drift_sums[name])
-        return calibration
+                hessians.drifts[name], hessians.drift_sums[name] = drift.finish(), total.finish()
+                distributed.add_up(hessians.drifts[name])
+                distributed.add_up(hessians.drift_sums[name])
+        return hessians
 
     def _hook_of(self, matrix: PrunableMatrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -246,11 +232,11 @@ class _Observer:
 
         return hook
 
-    def _observe(self, name: str, layer: int, inputs: Tensor) -> None:
+    def _observe(self, name: str, layer: int, inputs: Float[Tensor, "batch frames cols"]) -> None:
         if layer != self._layer:  # no input is shared between layers, and those of a large model fill gigabytes
             self._layer = layer
             self._seen.clear()
-        # The tensor is kept until the layer is through: its id could otherwise be given to another one.
+        # The tensor is kept until the layer is done, because its id could otherwise be given to another one.
         key, _ = self._seen.setdefault(id(inputs), (name, inputs))
         self.reads[name] = key
         if key != name:
@@ -259,8 +245,8 @@ class _Observer:
         if self.frames_per_column is not None:
             order = order[: math.ceil(self.frames_per_column * cols * self._share)]
 
-        def sample(states: Tensor) -> Tensor:
-            frames = states.reshape(-1, cols)[order].to(torch.float32)  # (frames, cols)
+        def sample(states: Float[Tensor, "batch frames cols"]) -> Float[Tensor, "sampled cols"]:
+            frames = states.reshape(-1, cols)[order].to(torch.float32)
             if len(order) < len(self._order):
                 frames *= (len(self._order) / len(order)) ** 0.5
             return frames
@@ -279,143 +265,36 @@ class _Observer:
 
 
 @torch.no_grad()
-def calibrate(
+def collect_hessians(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
-    progress: Progress | None = None,
     *,
     frames_per_column: float | None = None,
     seed: int = 0,
-) -> Calibration:
-    """Accumulate all Hessians in one pass of the model as it is (propagation ``parallel``).
+    progress: Progress | None = None,
+) -> Hessians:
+    """Sum the Hessians of all matrices in one pass of the model as it is (propagation ``parallel``).
 
-    Of several processes each takes its share of the batches, and all get the Hessians of the whole set.
+    In a process group each process takes its share of the batches, and all get the Hessians of the whole set.
 
     Args:
-        model: CTC model in evaluation mode.
-        batches: calibration batches with ``input_values`` (batch, samples) and ``attention_mask`` (batch, samples).
-        progress: called after every batch.
-        frames_per_column: of each Hessian's inputs take a random sample of about so many frames for every column, each
-            batch with an equal part in it; None takes all frames.
-        seed: of that sample.
+        model: A CTC model in evaluation mode.
+        batches: Calibration batches with ``input_values`` (batch, samples) and ``attention_mask`` (batch, samples).
+        frames_per_column: Each Hessian is estimated from a random sample of so many frames for each of its columns, to
+            which every batch contributes equally. None takes all frames.
+        seed: The seed of that sample.
+        progress: Called after every batch.
 
     Raises:
-        UserError: the set is empty, or an activation is not finite.
+        UserError: The set is empty, or an activation is not finite.
     """
-    observer = _Observer(prunable_matrices(model), frames_per_column, seed)
-    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
+    observer = InputObserver(prunable_matrices(model), frames_per_column, seed)
+    sized = as_sequence(batches)
     with distributed.together(), projections_as_modules(model), observer.attached():
-        for index, batch in distributed.share(sized):
-            parts = list(model_batches(model, batch))
-            for number, (part, share) in enumerate(zip(parts, shares_of(model, parts, len(sized)), strict=True)):
-                observer.start_batch(frame_mask_of(model, part), 1000 * index + number, share)
-                base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
-                observer.end_batch()
+        for number, part, share in calibration_parts(model, sized):
+            observer.start_batch(frame_mask_of(model, part), number, share)
+            base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
+            observer.end_batch()
             if progress:
-                progress(min(index + distributed.world(), len(sized)), len(sized))
+                progress(min(number // 1000 + distributed.world(), len(sized)), len(sized))
     return observer.finish()
-
-
-@torch.no_grad()
-def calibrate_sequentially(
-    model: PreTrainedModel,
-    batches: Iterable[dict[str, Tensor]],
-    prune_layer: Callable[[list[PrunableMatrix], Calibration], None],
-    progress: Progress | None = None,
-    *,
-    frames_per_column: float | None = None,
-    seed: int = 0,
-    around_layer: AroundLayer = lambda _: nullcontext(False),
-    true_sequential: bool = False,
-    against_dense: bool = False,
-    after_layer: AfterLayer | None = None,
-) -> None:
-    """Calibrate and prune layer by layer, each on the outputs of the pruned layers before it (``sequential``).
-
-    The hidden states of the calibration set wait on disk, in the folder for temporary files; of them, one batch of one
-    layer is in memory at a time. Of several processes each takes its share of the batches; ``prune_layer`` is called in
-    all of them with the Hessians of the whole set.
-
-    Args:
-        model: CTC model in evaluation mode.
-        batches: as in :func:`calibrate`.
-        prune_layer: called with a layer's matrices and their Hessians; prunes them in place.
-        progress: called after every layer.
-        frames_per_column: as in :func:`calibrate`.
-        seed: as in :func:`calibrate`.
-        around_layer: all that is done with a layer is done within its block, which is given True for a layer that is
-            pruned already and has but to be run. Outside of the block the layer's parameters may be anywhere (on the
-            meta device), but for the first layer's position embedding, if it has one.
-        true_sequential: within a layer, too, prune the matrices one input after the other, each on what those before
-            it give once they are pruned.
-        against_dense: run the dense layers on the dense hidden states beside, and gather how the inputs have drifted.
-        after_layer: called when all of a layer is pruned, before the next one gets its outputs; may change the layer.
-            The batches then hold the dense model's outputs of the layer as ``dense_states``.
-
-    Raises:
-        UserError: the set is empty, or an activation is not finite.
-    """
-    layers = encoder_layers(model)
-    matrices = prunable_matrices(model)
-    two_models = against_dense or after_layer is not None
-    with projections_as_modules(model), TemporaryDirectory(prefix="sparsewav-") as folder:
-        with distributed.together():
-            inputs = first_layer_inputs(model, layers, batches, Path(folder))
-            for item in inputs if two_models else []:
-                item.save("dense_states", item.load("hidden_states", model.device))
-        for index, layer in enumerate(layers):
-
-            def run(item: LayerInputs, layer: nn.Module = layer, piece: str = "hidden_states") -> Tensor:
-                arguments, _ = item.load("others", model.device)
-                return run_layer(layer, layers[0], item.load(piece, model.device), arguments)
-
-            with around_layer(index) as pruned_already:
-                dense_layer = copy.deepcopy(layer) if two_models else layer
-                groups = [] if pruned_already else [[matrix for matrix in matrices if matrix.layer == index]]
-                if true_sequential and groups:
-                    groups = _in_order_of_reading(groups[0], inputs, run)
-                for group in groups:
-                    dense = _same_modules(group, layer, dense_layer) if against_dense else None
-                    observer = _Observer(group, frames_per_column, seed, dense)
-                    with distributed.together(), observer.attached():
-                        for item in inputs:
-                            observer.start_batch(item.load("others", model.device)[1], item.number, item.share)
-                            if against_dense:
-                                run(item, dense_layer, "dense_states")
-                            run(item)
-                            observer.end_batch()
-                    prune_layer(group, observer.finish())
-                for item in inputs if two_models else []:
-                    item.save("dense_states", run(item, dense_layer, "dense_states"))
-                if after_layer:
-                    after_layer(layer, run, inputs)
-                for item in inputs if index + 1 < len(layers) else []:
-                    item.save("hidden_states", run(item))
-            if progress:
-                progress(index + 1, len(layers))
-
-
-def _in_order_of_reading(
-    matrices: list[PrunableMatrix], inputs: list[LayerInputs], run: Callable[[LayerInputs], Tensor]
-) -> list[list[PrunableMatrix]]:
-    """A layer's matrices, those that read the very same tensor together, in the order in which they read."""
-    seen: dict[int, tuple[Tensor, list[str]]] = {}
-
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, read: seen.setdefault(id(read[0]), (read[0], []))[1].append(name)
-
-    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix.name)) for matrix in matrices]
-    for item in inputs[:1]:
-        run(item)
-    for hook in hooks:
-        hook.remove()
-    by_name = {matrix.name: matrix for matrix in matrices}
-    found = distributed.gather([names for _, names in seen.values()])
-    order = next((groups for groups in found if groups), [list(by_name)])  # a process without a batch saw none
-    return [[by_name[name] for name in by_name if name in names] for names in order]
-
-
-def _same_modules(matrices: list[PrunableMatrix], layer: nn.Module, other: nn.Module) -> dict[str, nn.Module]:
-    """The modules of another copy of a layer that stand where some matrices do in the layer, by the matrices' names."""
-    places = {module: place for place, module in layer.named_modules()}
-    return {matrix.name: other.get_submodule(places[matrix.module]) for matrix in matrices}

@@ -1,43 +1,61 @@
-"""Pruning matrices in place as their Hessians come in, and what is reported of each."""
+"""The loop over the layers: collect the Hessians of a layer, solve its matrices, recover its output, and propagate.
 
+With propagation ``parallel`` there is no loop: all Hessians come from one pass of the dense model.
+"""
+
+import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
-from sparsewav.pruning.encoder import PrunableMatrix
-from sparsewav.pruning.hessian import Calibration
-from sparsewav.pruning.recovery import LayerRecovery
+from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
+from sparsewav.pruning.hessian import Hessians, InputObserver, Progress
+from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, run_layer
+from sparsewav.pruning.recovery import LayerRecovery, recover
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, prune_groups
+from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
 
-IN_STEP_ON: tuple[str, ...] = ("cuda",)
-"""Types of device on which matrices of equally wide inputs are pruned together."""
+StageProgress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
 
-IN_STEP_BYTES = 2 * 2**30
-"""What they may take, all in all."""
+LoadLayer = Callable[[int, "Outcome"], AbstractContextManager[bool]]
+"""Called with a layer's index and the outcome so far. Within the context that it returns, the layer has its weights;
+the context's value is True for a layer that is pruned already, whose reports are then in the outcome."""
+
+BATCHED_DEVICES = ("cuda",)
+"""Types of device on which matrices of equally wide inputs are solved together."""
+
+BATCHED_BYTES = 2 * 2**30
+"""Memory in bytes that matrices which are solved together may take."""
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of one matrix.
+    """The result of pruning one matrix, in figures.
 
     Attributes:
-        name: of its module.
-        rows: output features.
-        cols: input features.
-        sensitivity: mean Hessian trace (eq. 5); None when the allocation does not ask for it.
-        sensitivity_error: its standard error.
-        rank: in the order of sensitivity, 0 for the highest.
-        target_sparsity: allocated.
-        sparsity: reached, zeros over weights.
+        name: The name of its module.
+        rows: Output features.
+        cols: Input features.
+        sensitivity: The mean Hessian trace (eq. 5); None for an allocation that does not use it.
+        sensitivity_error: The standard error of the sensitivity.
+        rank: The rank by sensitivity, 0 for the highest.
+        target_sparsity: The allocated sparsity.
+        sparsity: The achieved sparsity, pruned weights over weights.
         relative_error: ||WX − ŴX||² / ||WX||² on the calibration set; with the asymmetric objective
-            ||WX − ŴX̂||² / ||WX||², X the dense model's inputs, X̂ those that the matrix was pruned on.
+            ||WX − ŴX̂||² / ||WX||², where X are the dense model's inputs and X̂ those that the matrix was pruned on.
     """
 
     name: str
@@ -51,169 +69,267 @@ class MatrixReport:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What is known of the inputs of a matrix.
+@dataclass
+class Plan:
+    """What is to be done to the matrices.
 
     Attributes:
-        hessian: X̂X̂ᵀ, shape (cols, cols).
-        drift: (X − X̂)X̂ᵀ; None where the objective is symmetric.
-        drift_sum: (X − X̂)(X − X̂)ᵀ.
+        settings: The settings of the pruning.
+        targets: The sparsity of every matrix, by name.
+        traces: The Hessian traces that the allocation used.
+        masks: The masks already in force, by name.
+        keep_masks: Whether the outcome is to hold the masks, a byte for every weight.
+        batched_devices: Types of device on which matrices whose inputs are equally wide are solved in one batch.
     """
 
-    hessian: Tensor
-    drift: Tensor | None
-    drift_sum: Tensor | None
+    settings: Pruning
+    targets: dict[str, float]
+    traces: Mapping[str, Trace] | None = None
+    masks: Mapping[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
+    keep_masks: bool = True
+    batched_devices: tuple[str, ...] = BATCHED_DEVICES
 
-    def error(self, dense: Tensor, pruned: Tensor) -> float:
-        """||WX − ŴX̂||²; with nothing in place of Ŵ it is ||WX||²."""
-        change = dense - pruned
-        error = _energy(change, self.hessian)
-        if self.drift is not None and self.drift_sum is not None:
-            mixed = ((dense @ self.drift) * change).sum(dtype=torch.float64)
-            error += 2 * float(mixed) + _energy(dense, self.drift_sum)
-        return error
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every matrix by sensitivity; empty without traces."""
+        return rank_by_sensitivity({name: trace.sensitivity for name, trace in (self.traces or {}).items()})
 
-
-class Pruner:
-    """Prunes matrices as their Hessians come in, and keeps the books."""
-
-    def __init__(
+    def group(
         self,
-        targets: dict[str, float],
-        traces: Mapping[str, Trace] | None,
-        solving: dict[str, Any],
-        drift_strength: float | None,
-        masks_in_force: dict[str, Tensor],
-        keep_masks: bool,
-        recovers: bool,
-    ) -> None:
-        self.targets = targets
-        self.traces = traces
-        self.ranks = rank_by_sensitivity({name: t.sensitivity for name, t in traces.items()}) if traces else {}
-        self.solving = solving
-        self.drift_strength = drift_strength
-        self.masks_in_force = masks_in_force
-        self.keep_masks = keep_masks
-        self.recovers = recovers
-        self.masks: dict[str, Tensor] = {}
-        self.reports: dict[str, MatrixReport] = {}
-        self.recoveries: list[LayerRecovery] = []
-        self.seconds = 0.0
-        self.recovery_seconds = 0.0
-        self._to_recover: list[tuple[PrunableMatrix, Tensor, _Inputs]] = []  # with the dense weights
-
-    def prune_group(
-        self, matrices: list[PrunableMatrix], hessian: Tensor, sparsities: list[float]
-    ) -> list[PrunedMatrix]:
-        """Prune matrices that read the same input, each to its own sparsity; the model is left as it is."""
-        return prune_groups([self._group(matrices, hessian, sparsities, None)], **self.solving)[0]
-
-    def _group(
-        self, matrices: list[PrunableMatrix], hessian: Tensor, sparsities: list[float], drift: Tensor | None
+        matrices: list[PrunableMatrix],
+        sparsities: list[float],
+        hessian: Float[Tensor, "cols cols"],
+        drift: Float[Tensor, "cols cols"] | None = None,
     ) -> MatrixGroup:
+        """Put together matrices that read the same input, each with its sparsity."""
+        objective = self.settings.objective
         return MatrixGroup(
             weights=[matrix.weight for matrix in matrices],
             hessian=hessian,
             sparsities=sparsities,
-            keeps=[self.masks_in_force.get(matrix.name) for matrix in matrices],
-            drift=None if drift is None or self.drift_strength is None else self.drift_strength * drift,
+            keeps=[self.masks.get(matrix.name) for matrix in matrices],
+            drift=objective.strength * drift if isinstance(objective, Asymmetric) and drift is not None else None,
             names=[matrix.name for matrix in matrices],
         )
 
-    @torch.no_grad()
-    def solve(
-        self,
-        matrices: list[PrunableMatrix],
-        calibration: Calibration,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Prune matrices in place, those with the same input together; the processes share the Hessians."""
+    def solve_levels(
+        self, matrices: list[PrunableMatrix], hessian: Float[Tensor, "cols cols"], sparsities: list[float]
+    ) -> list[PrunedMatrix]:
+        """Prune matrices that read the same input, each to its own sparsity; the model is not changed."""
+        return prune_groups([self.group(matrices, sparsities, hessian)], self.settings)[0]
+
+
+@dataclass
+class Outcome:
+    """The results for the matrices pruned so far.
+
+    Attributes:
+        reports: A report of every matrix, by name.
+        masks: The masks, True where a weight is kept; empty without ``keep_masks``.
+        recoveries: What the recovery of every layer achieved.
+        seconds: The seconds spent in the stages ``solve`` and ``recover``.
+    """
+
+    reports: dict[str, MatrixReport] = field(default_factory=dict)
+    masks: dict[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
+    recoveries: list[LayerRecovery] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"solve": 0.0, "recover": 0.0})
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Add the seconds that a block takes to a stage."""
         started = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - started
+
+
+@torch.no_grad()
+def prune_layer_by_layer(
+    model: PreTrainedModel,
+    batches: Any,
+    plan: Plan,
+    outcome: Outcome,
+    *,
+    load_layer: LoadLayer | None = None,
+    progress: StageProgress | None = None,
+) -> None:
+    """Prune every layer in place, on the outputs of the pruned layers before it (``sequential``, ``true_sequential``).
+
+    The hidden states of the calibration set lie on disk, in the folder for temporary files; one batch of one layer is
+    in memory at a time. In a process group each process takes its share of the batches, and all solve with the Hessians
+    of the whole set.
+
+    Args:
+        model: A CTC model in evaluation mode.
+        batches: Calibration batches, a sequence.
+        plan: What is to be done to the matrices.
+        outcome: The results are added to it.
+        load_layer: Loads a layer's weights for a context and unloads them afterwards, for models that do not fit into
+            memory. Outside of the context the layer's parameters may be on the meta device, except for the position
+            embedding that WavLM's first layer has.
+        progress: Called as the stages advance.
+
+    Raises:
+        UserError: The set is empty, or an activation is not finite.
+    """
+    settings, device = plan.settings, model.device
+    recovers = not isinstance(settings.recovery, NoRecovery)
+    layers, matrices = encoder_layers(model), prunable_matrices(model)
+    with projections_as_modules(model), TemporaryDirectory(prefix="sparsewav-") as folder:
+        with distributed.together():
+            inputs = first_layer_inputs(model, batches, Path(folder))
+            for item in inputs if settings.two_models else []:
+                item.save("dense_states", item.load("hidden_states", device))
+        for index, layer in enumerate(layers):
+
+            def run(
+                item: LayerInputs, layer: nn.Module = layer, piece: str = "hidden_states"
+            ) -> Float[Tensor, "batch frames width"]:
+                return run_layer(layer, layers[0], item.load(piece, device), item.load("others", device)[0])
+
+            with load_layer(index, outcome) if load_layer else nullcontext(False) as pruned_already:
+                dense_layer = copy.deepcopy(layer) if settings.two_models else layer
+                groups = [] if pruned_already else [[matrix for matrix in matrices if matrix.layer == index]]
+                if settings.calibration.propagation == "true_sequential" and groups:
+                    groups = in_reading_order(groups[0], inputs, run)
+                solved = []  # the dense weights and Hessians, for the errors after the recovery
+                for group in groups:
+                    hessians = collect_layer_hessians(group, inputs, run, settings, layer, dense_layer, device)
+                    if recovers:
+                        solved += [(matrix, matrix.weight.detach().clone(), hessians) for matrix in group]
+                    solve(group, hessians, plan, outcome)
+                for item in inputs if settings.two_models else []:
+                    item.save("dense_states", run(item, dense_layer, "dense_states"))
+                if recovers:
+                    with outcome.timing("recover"):
+                        shown = _of_layer(progress, index, len(layers))
+                        recovery = recover(layer, run, inputs, settings.recovery, settings.seed, shown)
+                        outcome.recoveries.append(recovery)
+                        _measure_again(solved, outcome)
+                for item in inputs if index + 1 < len(layers) else []:
+                    item.save("hidden_states", run(item))
+            if progress:
+                progress("calibrate", index + 1, len(layers))
+
+
+def collect_layer_hessians(
+    matrices: list[PrunableMatrix],
+    inputs: list[LayerInputs],
+    run: Callable[..., Tensor],
+    settings: Pruning,
+    layer: nn.Module,
+    dense_layer: nn.Module,
+    device: torch.device,
+) -> Hessians:
+    """Run a layer on all batches, and sum the Hessians of some of its matrices.
+
+    With the asymmetric objective the dense layer is run beside it on the dense model's hidden states, and the drift of
+    the inputs is summed as well.
+    """
+    dense = None
+    if isinstance(settings.objective, Asymmetric):
+        places = {module: place for place, module in layer.named_modules()}
+        dense = {matrix.name: dense_layer.get_submodule(places[matrix.module]) for matrix in matrices}
+    observer = InputObserver(matrices, settings.calibration.frames_per_column, settings.seed, dense)
+    with distributed.together(), observer.attached():
+        for item in inputs:
+            observer.start_batch(item.load("others", device)[1], item.number, item.share)
+            if dense is not None:
+                run(item, dense_layer, "dense_states")
+            run(item)
+            observer.end_batch()
+    return observer.finish()
+
+
+def in_reading_order(
+    matrices: list[PrunableMatrix], inputs: list[LayerInputs], run: Callable[[LayerInputs], Tensor]
+) -> list[list[PrunableMatrix]]:
+    """Group a layer's matrices by the tensor that they read, in the order of the forward pass."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, read: seen.setdefault(id(read[0]), (read[0], []))[1].append(name)
+
+    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix.name)) for matrix in matrices]
+    for item in inputs[:1]:
+        run(item)
+    for hook in hooks:
+        hook.remove()
+    by_name = {matrix.name: matrix for matrix in matrices}
+    found = distributed.gather([names for _, names in seen.values()])
+    order = next((groups for groups in found if groups), [list(by_name)])  # a process without a batch found none
+    return [[by_name[name] for name in by_name if name in names] for names in order]
+
+
+@torch.no_grad()
+def solve(
+    matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome, progress: Progress | None = None
+) -> None:
+    """Prune matrices in place, those with the same input together; the processes of a group share the work.
+
+    Args:
+        matrices: The matrices to prune.
+        hessians: Their Hessians.
+        plan: What is to be done to them.
+        outcome: Reports, masks and seconds are added to it.
+        progress: Called with the number of matrices done.
+    """
+    with outcome.timing("solve"):
         by_name = {matrix.name: matrix for matrix in matrices}
-        reports: dict[str, MatrixReport] = {}
-        groups = calibration.groups()
-        # To factor a Hessian, and to sweep the matrices that it is for.
+        groups = hessians.groups()
+        # The cost in operations is that of factoring a Hessian and of sweeping the matrices that share it.
         sizes = [sum(by_name[name].size for name in names) for names in groups.values()]
-        widths = [len(calibration.hessians[key]) for key in groups]
+        widths = [len(hessians.by_input[key]) for key in groups]
         costs = [cols**3 / 3 + size * cols for size, cols in zip(sizes, widths, strict=True)]
         owners = dict(zip(groups, distributed.deal(costs), strict=True))
-        if self.recovers:  # the errors are measured again after it, in all processes
-            for matrix in matrices:
-                found = _inputs_of(calibration, calibration.reads[matrix.name])
-                self._to_recover.append((matrix, matrix.weight.detach().clone(), found))
+        done: dict[str, tuple[MatrixReport, Tensor]] = {}
         with distributed.together():
             own = {
                 key: [by_name[name] for name in names]
                 for key, names in groups.items()
                 if owners[key] == distributed.rank()
             }
-            for batch in _in_step(own):
-                inputs = [_inputs_of(calibration, key) for key in batch]
+            for keys in _batches_of(own, plan.batched_devices):
                 asked = [
-                    self._group(own[key], given.hessian, [self.targets[item.name] for item in own[key]], given.drift)
-                    for key, given in zip(batch, inputs, strict=True)
+                    plan.group(
+                        own[key],
+                        [plan.targets[matrix.name] for matrix in own[key]],
+                        hessians.by_input[key],
+                        hessians.drifts.get(key),
+                    )
+                    for key in keys
                 ]
-                pruned_groups = prune_groups(asked, **self.solving)
-                for key, given, results in zip(batch, inputs, pruned_groups, strict=True):
+                for key, results in zip(keys, prune_groups(asked, plan.settings), strict=True):
                     for matrix, result in zip(own[key], results, strict=True):
-                        reports[matrix.name] = self._report(matrix, result, given)
+                        done[matrix.name] = (_report(matrix, result, hessians, plan), result.keep)
                         matrix.weight.data.copy_(result.weight)
-                        self.masks[matrix.name] = result.keep
                 if progress:
-                    progress(len(reports), len(matrices))
+                    progress(len(done), len(matrices))
         if distributed.world() > 1:
             for key, names in groups.items():
                 for name in names:
                     weight = by_name[name].weight.data
-                    pruned: Any = (weight, self.masks.get(name), reports.get(name))
-                    received, self.masks[name], reports[name] = distributed.broadcast(pruned, owners[key])
-                    weight.copy_(received)
-        if not self.keep_masks:
-            self.masks.clear()
-        self.reports |= reports
-        self.seconds += time.perf_counter() - started
-
-    @torch.no_grad()
-    def recover(self, how: Callable[[], LayerRecovery]) -> None:
-        """Recover a pruned layer, and put the errors of what it has become into the reports."""
-        started = time.perf_counter()
-        self.recoveries.append(how())
-        for matrix, dense, found in self._to_recover:
-            error = found.error(dense, matrix.weight) / max(found.error(dense, torch.zeros_like(dense)), 1e-30)
-            self.reports[matrix.name] = replace(self.reports[matrix.name], relative_error=error)
-        self._to_recover.clear()
-        self.recovery_seconds += time.perf_counter() - started
-
-    def _report(self, matrix: PrunableMatrix, pruned: PrunedMatrix, inputs: _Inputs) -> MatrixReport:
-        dense = matrix.weight.detach()
-        trace = self.traces[matrix.name] if self.traces else None
-        return MatrixReport(
-            name=matrix.name,
-            rows=dense.shape[0],
-            cols=dense.shape[1],
-            sensitivity=trace.sensitivity if trace else None,
-            sensitivity_error=trace.standard_error / trace.size if trace else None,
-            rank=self.ranks.get(matrix.name),
-            target_sparsity=self.targets[matrix.name],
-            sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
-            relative_error=_error(dense, pruned, inputs) / max(inputs.error(dense, torch.zeros_like(dense)), 1e-30),
-        )
+                    received: Any = distributed.broadcast((weight, done.get(name)), owners[key])
+                    weight.copy_(received[0])
+                    done[name] = received[1]
+        outcome.reports |= {name: report for name, (report, _) in done.items()}
+        if plan.keep_masks:
+            outcome.masks |= {name: mask for name, (_, mask) in done.items()}
 
 
-def _in_step(groups: Mapping[str, list[PrunableMatrix]]) -> list[list[str]]:
-    """Which groups of matrices with the same input are solved together: those of one width, as memory allows.
+def _batches_of(groups: Mapping[str, list[PrunableMatrix]], batched_devices: tuple[str, ...]) -> list[list[str]]:
+    """Batch the groups of matrices (those that share an input) of the same width, as memory allows.
 
-    The sweep of one group has hundreds of small steps that follow on one another, which is how a GPU is kept waiting.
+    The sweep of one group consists of hundreds of small steps that depend on one another, which leaves a GPU idle.
     """
     batches: list[list[str]] = []
     open_batches: dict[int, tuple[list[str], float]] = {}  # by width, with the bytes taken
     for key, matrices in groups.items():
         weight = matrices[0].weight
         cols, size = weight.shape[1], sum(matrix.size for matrix in matrices)
-        needed = 4 * (2 * cols**2 + 6 * size)  # the factor and its blocks; weights, scores, what is left, and masks
+        needed = 4 * (2 * cols**2 + 6 * size)  # the factor and its blocks; weights, scores, results and masks
         batch, taken = open_batches.get(cols, ([], float("inf")))
-        if weight.device.type not in IN_STEP_ON or taken + needed > IN_STEP_BYTES:
+        if weight.device.type not in batched_devices or taken + needed > BATCHED_BYTES:
             batch, taken = [], 0.0
             batches.append(batch)
         batch.append(key)
@@ -221,25 +337,65 @@ def _in_step(groups: Mapping[str, list[PrunableMatrix]]) -> list[list[str]]:
     return batches
 
 
-def _inputs_of(calibration: Calibration, key: str) -> _Inputs:
-    return _Inputs(calibration.hessians[key], calibration.drifts.get(key), calibration.drift_sums.get(key))
+def _report(matrix: PrunableMatrix, pruned: PrunedMatrix, hessians: Hessians, plan: Plan) -> MatrixReport:
+    dense = matrix.weight.detach()
+    trace = plan.traces[matrix.name] if plan.traces else None
+    return MatrixReport(
+        name=matrix.name,
+        rows=dense.shape[0],
+        cols=dense.shape[1],
+        sensitivity=trace.sensitivity if trace else None,
+        sensitivity_error=trace.standard_error / trace.size if trace else None,
+        rank=plan.ranks.get(matrix.name),
+        target_sparsity=plan.targets[matrix.name],
+        sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
+        relative_error=_error_of(dense, pruned, hessians, matrix.name) / _output_energy(dense, hessians, matrix.name),
+    )
 
 
-def _error(dense: Tensor, pruned: PrunedMatrix, inputs: _Inputs) -> float:
-    """||WX − ŴX̂||² on the calibration set."""
-    if pruned.increments is not None and inputs.drift is None:
-        # The sweep has it summed up already, with λ||W − Ŵ||² on top (dead inputs aside).
+def _measure_again(
+    solved: list[tuple[PrunableMatrix, Float[Tensor, "_rows _cols"], Hessians]], outcome: Outcome
+) -> None:
+    """Update the errors in the matrices' reports after the recovery."""
+    for matrix, dense, hessians in solved:
+        error = output_error(dense, matrix.weight, hessians, matrix.name)
+        relative = error / _output_energy(dense, hessians, matrix.name)
+        outcome.reports[matrix.name] = replace(outcome.reports[matrix.name], relative_error=relative)
+
+
+def _error_of(dense: Float[Tensor, "rows cols"], pruned: PrunedMatrix, hessians: Hessians, name: str) -> float:
+    """Give ||WX − ŴX̂||² on the calibration set."""
+    if pruned.increments is not None and not hessians.drifts:
+        # The sweep has summed it already, together with λ||W − Ŵ||² over the live inputs.
         change = dense - pruned.weight
         damped = float(pruned.increments.sum(dtype=torch.float64))
-        live = inputs.hessian.diagonal() > 0
+        live = hessians.of(name).diagonal() > 0
         from_damping = pruned.damping * float((change.square().sum(0, dtype=torch.float64) * live).sum())
-        if from_damping < 0.9 * damped:  # or the difference would be left with the rounding of its terms
+        if from_damping < 0.9 * damped:  # otherwise the difference would be dominated by rounding
             return damped - from_damping
-    return inputs.error(dense, pruned.weight)
+    return output_error(dense, pruned.weight, hessians, name)
 
 
-def _energy(weight: Tensor, hessian: Tensor, block_size: int = 512) -> float:
-    """||WX||² from W (rows, cols) and H = XXᵀ (cols, cols), of which the upper blocks alone are multiplied."""
+def _output_energy(dense: Float[Tensor, "rows cols"], hessians: Hessians, name: str) -> float:
+    """Give ||WX||² on the calibration set, bounded away from zero."""
+    return max(output_error(dense, torch.zeros_like(dense), hessians, name), 1e-30)
+
+
+def output_error(
+    dense: Float[Tensor, "rows cols"], pruned: Float[Tensor, "rows cols"], hessians: Hessians, name: str
+) -> float:
+    """Give ||WX − ŴX̂||² on the calibration set for the matrix ``name``; with Ŵ zero it is ||WX||²."""
+    key = hessians.reads[name]
+    change = dense - pruned
+    error = _energy(change, hessians.by_input[key])
+    if key in hessians.drifts:
+        mixed = ((dense @ hessians.drifts[key]) * change).sum(dtype=torch.float64)
+        error += 2 * float(mixed) + _energy(dense, hessians.drift_sums[key])
+    return error
+
+
+def _energy(weight: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"], block_size: int = 512) -> float:
+    """Give ||WX||² from W and H = XXᵀ, of which only the blocks on and above the diagonal are multiplied."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     total = 0.0
     for start in range(0, len(hessian), block_size):
@@ -250,3 +406,10 @@ def _energy(weight: Tensor, hessian: Tensor, block_size: int = 512) -> float:
         )
         total += float((product * weight[:, start:stop]).sum(dtype=torch.float64))
     return total
+
+
+def _of_layer(progress: StageProgress | None, index: int, layers: int) -> Progress | None:
+    """Turn the steps of one layer's recovery into those of all layers."""
+    if progress is None:
+        return None
+    return lambda step, steps: progress("recover", index * steps + step, layers * steps)

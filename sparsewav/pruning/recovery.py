@@ -1,8 +1,9 @@
-"""Recovery: after a transformer layer is pruned, bring its output back to what the dense model's layer gives.
+"""Recovery: after a transformer layer is pruned, fit its output to that of the dense model's layer.
 
-No labels are needed: the target of the regression is the dense layer's output on the dense model's hidden states, its
-input are the hidden states of the model as pruned so far. Either the kept weights, the biases and the layer norms of
-the layer learn, or its last bias, or layer norm, is solved for; what was removed stays removed.
+No labels are needed: the target of the regression is the dense layer's output on the dense model's hidden states, and
+its inputs are the hidden states of the model as pruned so far. Either the kept weights, biases and layer norms of the
+layer are trained (``reconstruction``), or its last bias or layer norm is solved for (``affine``); pruned weights stay
+zero.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,51 +12,72 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import ROLES
+from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs
+from sparsewav.settings.pruning import Reconstruction, Recovery
 
-RECOVERIES = ("none", "affine", "reconstruction")
+RunLayer = Callable[[LayerInputs], Float[Tensor, "batch frames width"]]
+"""Gives a layer's output for a batch."""
 
 
 @dataclass(frozen=True)
 class LayerRecovery:
-    """What the recovery of one layer reached.
+    """What the recovery of one layer achieved.
 
     Attributes:
-        error_before: ||Y − Ŷ||² / ||Y||², Y the dense model's outputs of the layer, over the calibration set.
-        error: the same afterwards.
+        error_before: ||Y − Ŷ||² / ||Y||² over the calibration set, where Y are the dense model's outputs of the layer.
+        error: The same after the recovery.
     """
 
     error_before: float
     error: float
 
 
-def recover_layer(
+def recover(
     layer: nn.Module,
-    run: Callable[[LayerInputs], Tensor],
+    run: RunLayer,
+    inputs: list[LayerInputs],
+    settings: Recovery,
+    seed: int,
+    progress: Progress | None = None,
+) -> LayerRecovery:
+    """Fit a pruned layer's output to the dense model's, in place; a weight that is zero stays zero.
+
+    Args:
+        layer: The pruned layer.
+        run: Gives the layer's output for a batch.
+        inputs: This process's batches, with the dense model's outputs of the layer as ``dense_states``.
+        settings: ``Reconstruction`` or ``Affine``.
+        seed: The seed of the order of the batches.
+        progress: Called after every step.
+    """
+    if isinstance(settings, Reconstruction):
+        return reconstruct_layer(
+            layer, run, inputs, steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, progress=progress
+        )
+    return correct_layer(layer, run, inputs)
+
+
+@torch.no_grad()
+def reconstruct_layer(
+    layer: nn.Module,
+    run: RunLayer,
     inputs: list[LayerInputs],
     *,
     steps: int,
     learning_rate: float,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LayerRecovery:
-    """Let a pruned layer learn the dense model's outputs, with Adam and a rate that falls to zero.
+    """Train a pruned layer on the dense model's outputs, with Adam and a learning rate that falls linearly to zero.
 
-    A step is one calibration batch, in a process group one in every process. A layer that would end worse than it
-    began stays as it was.
-
-    Args:
-        layer: changed in place; a weight that is zero stays zero.
-        run: gives the layer's output for a batch, shape (batch, frames, width).
-        inputs: this process's batches, with the targets as ``dense_states``.
-        steps: how many.
-        learning_rate: at the first step.
-        seed: of the order of the batches.
-        progress: called after every step.
+    A step takes one calibration batch, in a process group one in every process. The layer is restored if its error has
+    not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``.
     """
     device = next(layer.parameters()).device
     learning = list(_learning(layer))
@@ -88,17 +110,12 @@ def recover_layer(
 
 
 @torch.no_grad()
-def correct_layer(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs]) -> LayerRecovery:
-    """Bring a pruned layer's outputs, channel by channel, as close to the dense model's as an affine map can.
+def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) -> LayerRecovery:
+    """Fit a pruned layer's outputs to the dense model's by an affine map of every channel, in place.
 
     With y a channel's outputs and t the dense model's, the map is the least squares solution of t ≈ g·y + c. Where the
-    layer ends with its layer norm, g and c go into the gain and the bias of that; elsewhere g is 1, and c, the mean of
-    t − y, goes into the bias of the last matrix.
-
-    Args:
-        layer: changed in place.
-        run: gives the layer's output for a batch, shape (batch, frames, width).
-        inputs: this process's batches, with the targets as ``dense_states``.
+    layer ends with a layer norm, g and c are merged into its gain and bias; elsewhere g is 1, and c, the mean of t − y,
+    is added to the bias of the last matrix. The arguments are those of :func:`recover`.
     """
     device = next(layer.parameters()).device
     error_before = _error(run, inputs, device)
@@ -129,8 +146,8 @@ def correct_layer(layer: nn.Module, run: Callable[[LayerInputs], Tensor], inputs
     return LayerRecovery(error_before, _error(run, inputs, device))
 
 
-def _last_norm(layer: nn.Module, run: Callable[[LayerInputs], Tensor], item: LayerInputs) -> str:
-    """Name of the layer norm whose output is the layer's; empty if there is none."""
+def _last_norm(layer: nn.Module, run: RunLayer, item: LayerInputs) -> str:
+    """Give the name of the layer norm whose output is the layer's output; empty if there is none."""
     outputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.update({name: output}))
@@ -151,7 +168,7 @@ def _last_matrix(layer: nn.Module) -> str:
 
 
 def _learning(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights and biases of the prunable matrices, and the layer norms."""
+    """Yield the weights and biases of the prunable matrices and the layer norms."""
     for name, module in layer.named_modules():
         if isinstance(module, nn.LayerNorm) or (isinstance(module, nn.Linear) and name.rpartition(".")[2] in ROLES):
             yield from module.parameters()
@@ -170,7 +187,7 @@ def _requiring_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _in_random_order(inputs: list[LayerInputs], seed: int) -> Iterator[LayerInputs]:
-    """The batches, again and again, each time in another order."""
+    """Repeat the batches without end, each time in another order."""
     generator = torch.Generator().manual_seed(seed)
     while inputs:
         for index in torch.randperm(len(inputs), generator=generator).tolist():
@@ -178,25 +195,27 @@ def _in_random_order(inputs: list[LayerInputs], seed: int) -> Iterator[LayerInpu
 
 
 def _gradients(
-    run: Callable[[LayerInputs], Tensor], item: LayerInputs | None, learning: list[nn.Parameter], device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the squared error summed over a batch's frames, and how many numbers those frames have."""
-    if item is None:  # a process without a share of the set
+    run: RunLayer, item: LayerInputs | None, learning: list[nn.Parameter], device: torch.device
+) -> tuple[list[Tensor], Float[Tensor, ""]]:
+    """Give the gradients of the squared error summed over a batch, and the number of elements summed over."""
+    if item is None:  # a process without any batch
         return [torch.zeros_like(parameter) for parameter in learning], torch.zeros((), device=device)
     difference, target = _difference(run, item, device)
     gradients = torch.autograd.grad(difference.square().sum(), learning)
     return [gradient.contiguous() for gradient in gradients], torch.tensor(float(target.numel()), device=device)
 
 
-def _difference(run: Callable[[LayerInputs], Tensor], item: LayerInputs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Output less target, and target, of a batch's frames; both (frames, width)."""
+def _difference(
+    run: RunLayer, item: LayerInputs, device: torch.device
+) -> tuple[Float[Tensor, "frames width"], Float[Tensor, "frames width"]]:
+    """Give the output minus the target, and the target, of a batch's frames."""
     _, frame_mask = item.load("others", device)
     target = item.load("dense_states", device)[frame_mask]
     return run(item)[frame_mask] - target, target
 
 
 @torch.no_grad()
-def _error(run: Callable[[LayerInputs], Tensor], inputs: list[LayerInputs], device: torch.device) -> float:
+def _error(run: RunLayer, inputs: list[LayerInputs], device: torch.device) -> float:
     sums = torch.zeros(2, dtype=torch.float64)
     with distributed.together():
         for item in inputs:

@@ -1,32 +1,24 @@
-"""The configuration, typed: what ``conf/`` may hold, and the ranges of its values.
+"""The configuration of a run and of a training: what ``conf/`` may hold."""
 
-Hydra fills these dataclasses; nothing else of the package sees Hydra's own objects.
-"""
-
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sparsewav.settings.baselines import (
-    METHOD_SCHEMAS,
-    MISSING,
-    MethodConfig,
-    OptimizationConfig,
-)
+from sparsewav.errors import UserError
+from sparsewav.settings.baselines import METHODS, OURS, Method
+from sparsewav.settings.options import MISSING, Option, Settings, group_faults, option
+from sparsewav.settings.pruning import OPTIONS, Calibration, Hutchinson, Pruning, Uniform, Unstructured, alpha_faults
+from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
 
 
 @dataclass
-class ModelConfig:
-    """Which model is pruned.
+class Model(Settings):
+    """Which model is pruned."""
 
-    Attributes:
-        name_or_path: ``demo``, a model of the demo's cast, a folder, or a name on the hub.
-        fairseq_checkpoint: a file that fairseq saved, taken in place of ``name_or_path``; None if there is none.
-        offload: prune from disk with one transformer layer in memory at a time, for models that memory hardly holds.
-    """
-
-    name_or_path: str = MISSING
-    fairseq_checkpoint: str | None = None
-    offload: bool = False
+    name_or_path: str = option("demo", "demo, another model of the demo's, a folder, or a name on the hub")
+    fairseq_checkpoint: str | None = option(None, "a file that fairseq saved, taken in place of name_or_path")
+    offload: bool = option(False, "prune from disk with one transformer layer in memory at a time")
 
     @property
     def source(self) -> str:
@@ -35,428 +27,202 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """Which utterances are read.
+class Data(Settings):
+    """Which utterances are read."""
 
-    Attributes:
-        calibration_subset: where the calibration sample is drawn from.
-        evaluation_subset: what the word error rate is measured on.
-        training_subset: what fine-tuning and ``sparsewav-train`` learn from.
-        development_subset: what ``sparsewav-train`` logs its word error rate on.
-        evaluation_utterances: read only so many of the evaluation subset, the first ones; None for all.
-        training_utterances: learn from a random sample of so many of the training subset; None for all.
-    """
-
-    calibration_subset: str = MISSING
-    evaluation_subset: str = MISSING
-    training_subset: str = MISSING
-    development_subset: str = MISSING
-    evaluation_utterances: int | None = None
-    training_utterances: int | None = None
+    calibration_subset: str = option(MISSING, "where the calibration sample is drawn from")
+    evaluation_subset: str = option(MISSING, "what the word error rate is measured on")
+    training_subset: str = option(MISSING, "what fine-tuning and sparsewav-train learn from")
+    development_subset: str = option(MISSING, "what sparsewav-train logs its word error rate on")
+    evaluation_utterances: int | None = option(None, "the first so many of the evaluation subset; null: all", least=1)
+    training_utterances: int | None = option(None, "a random sample of the training subset; null: all", least=1)
 
 
 @dataclass
-class DemoData(DataConfig):
-    """Attributes: seed: of sentences, voices and noise."""
+class DemoData(Data):
+    """Speech of eSpeak NG, made on first use."""
 
-    seed: int = 0
-
-
-@dataclass
-class LibriSpeechFolder(DataConfig):
-    """Attributes: root: folder that holds the subsets."""
-
-    root: str = MISSING
+    calibration_subset: str = option("calibration")
+    evaluation_subset: str = option("test")
+    training_subset: str = option("train")
+    development_subset: str = option("dev")
+    seed: int = option(0, "of sentences, voices and noise")
 
 
 @dataclass
-class LibriSpeechHub(DataConfig):
-    """``openslr/librispeech_asr``; subsets are ``configuration/split``."""
+class LibriSpeechFolder(Data):
+    """A folder in LibriSpeech's layout."""
+
+    root: str = option(MISSING, "folder that holds the subsets")
+    calibration_subset: str = option("train-clean-100")
+    evaluation_subset: str = option("test-clean")
+    training_subset: str = option("train-clean-100")
+    development_subset: str = option("dev-clean")
 
 
 @dataclass
-class CalibrationConfig:
-    """Attributes:
-    utterances: size of the random sample.
-    propagation: ``parallel``, ``sequential`` or ``true_sequential``.
-    frames_per_column: of a matrix's inputs a random sample of so many frames for each of its columns; None for all.
-    """
+class LibriSpeechHub(Data):
+    """LibriSpeech from the Hugging Face hub; subsets are ``configuration/split``."""
 
-    utterances: int = MISSING
-    propagation: str = MISSING
-    frames_per_column: float | None = MISSING
+    calibration_subset: str = option("clean/train.100")
+    evaluation_subset: str = option("clean/test")
+    training_subset: str = option("clean/train.100")
+    development_subset: str = option("clean/validation")
 
 
 @dataclass
-class SparsityConfig:
-    """How many weights go; see the two kinds below."""
+class Tracker(Option):
+    """Results go to the run's folder alone."""
+
+    name: str = field(default="none", init=False)
 
 
 @dataclass
-class UnstructuredSparsity(SparsityConfig):
-    """Attributes: target: share of the prunable weights, 0 to 1."""
+class Wandb(Tracker):
+    """Weights & Biases: configuration, metrics, the per-matrix table and transcripts of every run."""
 
-    target: float = MISSING
-
-
-@dataclass
-class PatternSparsity(SparsityConfig):
-    """Attributes: n, m: n of every m consecutive weights stay."""
-
-    n: int = MISSING
-    m: int = MISSING
+    name: str = field(default="wandb", init=False)
+    project: str = option("sparsewav", "as wandb.init takes it")
+    entity: str | None = option(None, "as wandb.init takes it")
+    group: str | None = option(None, "as wandb.init takes it; null: the experiment's or the sweep's name")
+    mode: str | None = option(None, "online, offline or disabled; null: $WANDB_MODE, or online")
 
 
 @dataclass
-class SaliencyConfig:
-    """Attributes: name: a key of :data:`sparsewav.pruning.solvers.saliency.SALIENCIES`."""
+class Export(Settings):
+    """In which format the pruned model is written beside the plain checkpoint ``model/``."""
 
-    name: str = MISSING
-
-
-@dataclass
-class ObsSaliency(SaliencyConfig):
-    """Attributes:
-    percdamp: damping as a share of the Hessian's mean diagonal.
-    block_size: columns masked together.
-    comparison_group: which weights compete: ``block``, ``block_quotas`` or ``matrix``.
-    """
-
-    percdamp: float = MISSING
-    block_size: int = MISSING
-    comparison_group: str = "block"
+    format: str = option(
+        "dense",
+        "bitmask: model-bitmask/, a bit for every weight and the values that are kept",
+        choices=("dense", "bitmask"),
+    )
+    dtype: str = option(
+        "model", "model (the numbers as they are) or float16 (half the bytes)", choices=("model", "float16")
+    )
 
 
 @dataclass
-class SolverConfig:
-    """Attributes: name: a key of :data:`sparsewav.pruning.solvers.solve.SOLVERS`."""
-
-    name: str = MISSING
-
-
-@dataclass
-class RefitSolver(SolverConfig):
-    """Attributes: tolerance: of the conjugate gradients, relative."""
-
-    tolerance: float = MISSING
-
-
-@dataclass
-class AlpsSolver(RefitSolver):
-    """Attributes: max_steps: of ADMM."""
-
-    max_steps: int = MISSING
-
-
-@dataclass
-class ObjectiveConfig:
-    """Attributes: name: ``symmetric`` or ``asymmetric``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class AsymmetricObjective(ObjectiveConfig):
-    """Attributes: strength: how much of the inputs' drift is made up for, 0 to 1."""
-
-    strength: float = MISSING
-
-
-@dataclass
-class RecoveryConfig:
-    """Attributes: name: ``none``, ``affine`` or ``block``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class ReconstructionRecovery(RecoveryConfig):
-    """Attributes:
-    steps: of every layer.
-    learning_rate: at the first step.
-    """
-
-    steps: int = MISSING
-    learning_rate: float = MISSING
-
-
-@dataclass
-class AllocationConfig:
-    """Attributes: name: ``uniform``, ``hutchinson``, ``hawq``, ``error_curves`` or ``search``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class TracedAllocation(AllocationConfig):
-    """Attributes:
-    probes: random vectors for every calibration batch.
-    distribution: ``gaussian`` or ``rademacher``.
-    utterances: how many of the calibration set at most.
-    rank_tolerance: stop once a matrix is expected to be out of place by no more than this share of all ranks.
-    """
-
-    probes: int = MISSING
-    distribution: str = MISSING
-    utterances: int = MISSING
-    rank_tolerance: float = MISSING
-
-
-@dataclass
-class HutchinsonAllocation(TracedAllocation):
-    """Attributes:
-    alpha: half the range of sparsities.
-    exact_budget: meet the target to one weight.
-    """
-
-    alpha: float = MISSING
-    exact_budget: bool = MISSING
-
-
-@dataclass
-class HawqAllocation(TracedAllocation):
-    """Attributes:
-    step: between two levels of sparsity.
-    spread: how far from the target a matrix's sparsity may be.
-    level_cache_gib: memory that the pruned matrices of all levels may take; more goes to disk.
-    """
-
-    step: float = MISSING
-    spread: float = MISSING
-    level_cache_gib: float = MISSING
-
-
-@dataclass
-class ErrorCurvesAllocation(AllocationConfig):
-    """Attributes:
-    effect: ``output`` (measured on the model's output) or ``fisher`` (to second order, from one backward pass).
-    others: ``dense`` or ``pruned``: the other matrices, while the effect of one is measured.
-    utterances: how many of the calibration set the judge listens to at most.
-    step: between two levels of sparsity.
-    spread: how far from the target a matrix's sparsity may be.
-    level_cache_gib: memory that the pruned matrices of all levels may take; more goes to disk.
-    """
-
-    effect: str = MISSING
-    others: str = MISSING
-    utterances: int = MISSING
-    step: float = MISSING
-    spread: float = MISSING
-    level_cache_gib: float = MISSING
-
-
-@dataclass
-class SearchAllocation(ErrorCurvesAllocation):
-    """Attributes: evaluations: swaps of levels that the model's output judges."""
-
-    evaluations: int = MISSING
-
-
-@dataclass
-class FinetuneStrategyConfig:
-    """Attributes: name: ``none``, ``one_pass`` or ``progressive``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class OnePassStrategy(FinetuneStrategyConfig):
-    """Attributes: more_when_sparser: ``training.epochs`` holds up to 50 %; above, it grows as 1 / (1 - sparsity)."""
-
-    more_when_sparser: bool = MISSING
-
-
-@dataclass
-class ProgressiveStrategy(OnePassStrategy):
-    """Attributes:
-    stages: sparsities below the target at which to stop and tune, rising.
-    same_updates: the stages share the updates that ``one_pass`` would make; otherwise each stage gets its own.
-    """
-
-    stages: list[float] = MISSING
-    same_updates: bool = MISSING
-
-
-@dataclass
-class TrainingConfig(OptimizationConfig):
-    """How long and how fast to train for recognition; the rest of the keys is :class:`OptimizationConfig`'s.
-
-    Attributes:
-        epochs: passes over the training set.
-        processes: of a run's fine-tuning, on this machine; one for each GPU. (``sparsewav-train`` takes torchrun's.)
-        freeze_feature_encoder: leave the convolutions as they are.
-        seed: of initialisation, order and dropout.
-    """
-
-    epochs: float = MISSING
-    processes: int = MISSING
-    freeze_feature_encoder: bool = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class TrackerConfig:
-    """Attributes: name: ``none`` or ``wandb``."""
-
-    name: str = MISSING
-
-
-@dataclass
-class WandbTracker(TrackerConfig):
-    """Attributes: project, entity, group, mode: as ``wandb.init`` takes them; None leaves its own default."""
-
-    project: str = MISSING
-    entity: str | None = None
-    group: str | None = None
-    mode: str | None = None
-
-
-@dataclass
-class ExportConfig:
-    """In which format the pruned model is written beside the plain checkpoint ``model/``.
-
-    Attributes:
-        format: ``bitmask`` writes a bit for every weight and the values that are kept; ``dense`` all of them.
-        dtype: ``model`` keeps the numbers as they are, ``float16`` rounds them.
-    """
-
-    format: str = "dense"
-    dtype: str = "model"
-
-
-@dataclass
-class Config:
-    """One run.
-
-    Attributes:
-        training: of the fine-tuning, if the strategy wants it.
-        method: ours, or a baseline; for a baseline sparsity, saliency and allocation decide no more than how long the
-            fine-tuning is, so that it is as long as ours.
-        update_divisor: the baselines' published numbers of updates are divided by it.
-        lr_multiplier: their published learning rates are multiplied by it.
-        seed: of the calibration sample and the Hutchinson probes; of a baseline's new weights and order.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        seconds_per_batch: most audio in one batch.
-        output_root: folder of the runs' folders.
-        cache: keep Hessians, sensitivities and the dense word error rate between runs.
-        force: redo a run that is done.
-        save_model: keep the pruned model; a sweep of hundreds of runs may do without.
-        export: what is written beside it.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
-    allocation: AllocationConfig = field(default_factory=AllocationConfig)
-    finetune_strategy: FinetuneStrategyConfig = field(default_factory=FinetuneStrategyConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    update_divisor: float = 1.0
-    lr_multiplier: float = 1.0
-    seed: int = 0
-    device: str = "auto"
-    seconds_per_batch: float = 60.0
-    output_root: str = "outputs"
-    cache: bool = True
-    force: bool = False
-    save_model: bool = True
-    export: ExportConfig = field(default_factory=ExportConfig)
-
-    @property
-    def target_sparsity(self) -> float:
-        """Share of the prunable weights to remove."""
-        if isinstance(self.sparsity, PatternSparsity):
-            return 1 - self.sparsity.n / self.sparsity.m
-        assert isinstance(self.sparsity, UnstructuredSparsity)
-        return self.sparsity.target
-
-    @property
-    def n_m(self) -> tuple[int, int] | None:
-        """The pattern n:m, if there is one."""
-        return (self.sparsity.n, self.sparsity.m) if isinstance(self.sparsity, PatternSparsity) else None
-
-    @property
-    def sparsity_name(self) -> str:
-        """``0.75`` or ``2:4``."""
-        return f"{self.n_m[0]}:{self.n_m[1]}" if self.n_m else f"{self.target_sparsity:g}"
+class Config(Pruning):
+    """One run."""
+
+    model: Model = option(Model, "which model is pruned")
+    data: Data = option(DemoData, "which speech is read")
+    finetune_strategy: FinetuneStrategy = option(NoFinetuning, "whether and when the pruned model is tuned")
+    training: Training = option(Training, "how the fine-tuning trains")
+    method: Method = option(Method, "ours, or a baseline, whose fine-tuning is as long as ours")
+    tracker: Tracker = option(Tracker, "where results go besides the run's folder", identifies=False)
+    update_divisor: float = option(1000.0, "a baseline's published numbers of updates are divided by it", least=1)
+    lr_multiplier: float = option(4.0, "a baseline's published learning rates are multiplied by it", above=0)
+    device: str = option("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1", identifies=False)
+    seconds_per_batch: float = option(60.0, "most audio in one batch in seconds, padding included", above=0)
+    output_root: str = option("outputs", "folder of the runs' folders", identifies=False)
+    cache: bool = option(True, "keep Hessians, sensitivities and the dense WER between runs", identifies=False)
+    force: bool = option(False, "redo a run that is done", identifies=False)
+    save_model: bool = option(True, "keep the pruned model, and not its figures alone", identifies=False)
+    export: Export = option(Export, "format of the weights beside model/", identifies=False)
 
     @property
     def stages(self) -> list[float]:
-        """Sparsities at which the model is pruned, one after the other; the last is the target."""
+        """The sparsities at which the model is pruned, one after the other; the last is the target."""
+        target = self.sparsity.fraction
         strategy = self.finetune_strategy
-        early = strategy.stages if isinstance(strategy, ProgressiveStrategy) else []
-        return [*(stage for stage in early if stage < self.target_sparsity), self.target_sparsity]
+        early = strategy.stages if isinstance(strategy, Progressive) else []
+        return [*(stage for stage in early if stage < target), target]
+
+    def pruning(self, sparsity: float) -> Pruning:
+        """Give the settings of pruning alone, for a stage at some sparsity."""
+        values = {item.name: getattr(self, item.name) for item in fields(Pruning)}
+        return Pruning(**values if self.sparsity.pattern else values | {"sparsity": Unstructured(sparsity)})
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from device_faults(self.device)
+        if self.model.offload:
+            yield from self._offload_faults()
+        if isinstance(self.finetune_strategy, OnePass):
+            yield from self._finetune_faults(self.finetune_strategy)
+        if self.method.name != OURS:
+            yield from self._baseline_faults()
+
+    def _offload_faults(self) -> Iterator[str]:
+        if self.calibration.propagation != "sequential" or not isinstance(self.allocation, Uniform):
+            yield (
+                "model.offload=true goes from layer to layer and never has the whole model's gradients; choose "
+                "calibration.propagation=sequential and allocation=uniform with it"
+            )
+        if self.finetune_strategy.name != "none":
+            yield "model.offload=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
+        if self.two_models:
+            yield (
+                f"model.offload=true has one layer in memory, and objective={self.objective.name} with "
+                f"recovery={self.recovery.name} takes two; choose symmetric and none"
+            )
+
+    def _finetune_faults(self, strategy: OnePass) -> Iterator[str]:
+        if self.sparsity.pattern:
+            yield f"finetune_strategy={strategy.name} wants a share of weights; choose sparsity=unstructured with it"
+        elif strategy.more_when_sparser and self.sparsity.fraction == 1:
+            yield "sparsity.target=1 leaves nothing to tune; choose finetune_strategy=none"
+        if isinstance(strategy, Progressive) and isinstance(self.allocation, Hutchinson):
+            for stage in strategy.stages:
+                for fault in alpha_faults(self.allocation.alpha, stage):
+                    yield f"{fault} (one of finetune_strategy.stages)"
+
+    def _baseline_faults(self) -> Iterator[str]:
+        if self.finetune_strategy.name == "progressive":
+            yield (
+                f"finetune_strategy=progressive goes with method={OURS} alone; choose one_pass, which makes as many "
+                "updates"
+            )
+        if self.model.offload:
+            yield f"model.offload=true goes with method={OURS} alone"
+        if self.training.processes != 1 and self.finetune_strategy.name != "none":
+            yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
+        if self.sparsity.pattern:
+            yield f"sparsity=n_m goes with method={OURS} alone; choose sparsity=unstructured"
 
 
 @dataclass
 class TrainConfig:
-    """One training of a dense model.
+    """One training of a dense model."""
 
-    Attributes:
-        architecture: ``model_type`` and whatever that configuration of transformers takes; empty for that of
-            ``initial_model``.
-        initial_model: model whose parameters are taken over wherever name and shape agree; None to start from nothing.
-        output: folder of the trained model.
-        device: ``auto``, ``cpu`` or ``cuda``.
-    """
+    data: Data = option(DemoData, "which speech is learned")
+    architecture: dict[str, Any] = option(dict, "model_type and settings of transformers; empty: that of initial_model")
+    initial_model: str | None = option(None, "model whose parameters are taken wherever name and shape agree")
+    training: Training = option(Training, "how it trains")
+    output: str = option("outputs/demo-model", "folder of the trained model; a killed training goes on from there")
+    device: str = option("auto", "auto (the GPU if there is one), cpu or cuda")
 
-    data: DataConfig = field(default_factory=DataConfig)
-    architecture: dict[str, Any] = field(default_factory=dict)
-    initial_model: str | None = None
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    output: str = "outputs/demo-model"
-    device: str = "auto"
+    def check(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            UserError: There are faults; it has a line for each.
+        """
+        lines = [*group_faults(self), *device_faults(self.device)]
+        if not self.architecture and self.initial_model is None:
+            lines.append(
+                "architecture is empty; choose one (architecture=demo), or name the initial_model whose it is to be"
+            )
+        if lines:
+            raise UserError("\n".join(lines))
 
 
-SCHEMAS: dict[str, type] = {
-    "schema": Config,
-    "train_schema": TrainConfig,
-    "model/base_model": ModelConfig,
-    "data/base_demo": DemoData,
-    "data/base_librispeech_dir": LibriSpeechFolder,
-    "data/base_librispeech": LibriSpeechHub,
-    "calibration/base_calibration": CalibrationConfig,
-    "sparsity/base_unstructured": UnstructuredSparsity,
-    "sparsity/base_n_m": PatternSparsity,
-    "saliency/base_score": SaliencyConfig,
-    "saliency/base_obs": ObsSaliency,
-    "solver/base_sweep": SolverConfig,
-    "solver/base_refit": RefitSolver,
-    "solver/base_alps": AlpsSolver,
-    "objective/base_symmetric": ObjectiveConfig,
-    "objective/base_asymmetric": AsymmetricObjective,
-    "recovery/base_no_recovery": RecoveryConfig,
-    "recovery/base_reconstruction": ReconstructionRecovery,
-    "allocation/base_uniform": AllocationConfig,
-    "allocation/base_hutchinson": HutchinsonAllocation,
-    "allocation/base_hawq": HawqAllocation,
-    "allocation/base_error_curves": ErrorCurvesAllocation,
-    "allocation/base_search": SearchAllocation,
-    "finetune_strategy/base_none": FinetuneStrategyConfig,
-    "finetune_strategy/base_one_pass": OnePassStrategy,
-    "finetune_strategy/base_progressive": ProgressiveStrategy,
-    "training/base_training": TrainingConfig,
-    "tracker/base_no_tracker": TrackerConfig,
-    "tracker/base_wandb": WandbTracker,
-    **METHOD_SCHEMAS,
+def device_faults(device: str) -> Iterator[str]:
+    """Give a sentence if there is no device of that name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield f"device={device} is not known; choose auto, cpu, cuda or cuda:1"
+
+
+SCHEMAS: dict[str, tuple[type, ...]] = {
+    "model": (Model,),
+    "data": (DemoData, LibriSpeechFolder, LibriSpeechHub),
+    "calibration": (Calibration,),
+    **OPTIONS,
+    "finetune_strategy": STRATEGIES,
+    "training": (Training,),
+    "method": METHODS,
+    "tracker": (Tracker, Wandb),
 }
-"""Where Hydra's configuration store gets each schema; the YAML files in ``conf/`` start from them."""
-
-PLAIN = {"solver": "obs", "objective": "symmetric", "recovery": "none"}
-"""The paper's choice in the groups that came later."""
-
-COMPARISON_GROUPS = ("block", "block_quotas", "matrix")
-
-NOT_IDENTIFYING = ("device", "tracker", "output_root", "cache", "force", "save_model", "export")
-"""Keys that do not change a run's results, and so neither its folder."""
-
-
-def key_names(config_type: type = Config) -> list[str]:
-    """Names of the top-level keys of a schema."""
-    return [item.name for item in fields(config_type)]
+"""The dataclasses of every group, the default first. Hydra knows each as ``base_<class>``."""

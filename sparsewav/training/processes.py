@@ -16,7 +16,7 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.progress import stage
-from sparsewav.settings.run import TrainingConfig
+from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import train_ctc
 
@@ -25,7 +25,7 @@ def train_masked_in_processes(
     model: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    settings: TrainingConfig,
+    settings: Training,
     updates: int,
     folder: Path,
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
@@ -64,7 +64,7 @@ def train_masked_in_processes(
 def _train(
     rank: int,
     training_set: list[Utterance],
-    settings: TrainingConfig,
+    settings: Training,
     updates: int,
     folder: Path,
     on_gpu: bool,

@@ -13,10 +13,10 @@ import yaml
 from sparsewav.errors import UserError
 from sparsewav.files import cache_folder, conf_folder, locked
 from sparsewav.models.load import SpeechModel, load_fairseq_model, load_speech_model
-from sparsewav.settings.run import ModelConfig
+from sparsewav.settings.run import Model
 
 
-def load_or_train(settings: ModelConfig, device: torch.device | str = "cpu") -> SpeechModel:
+def load_or_train(settings: Model, device: torch.device | str = "cpu") -> SpeechModel:
     """Load the model that the settings name; the model of a recipe is trained first if it is not in the cache.
 
     Raises:

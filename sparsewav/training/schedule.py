@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from sparsewav.settings.run import Config, OnePassStrategy, ProgressiveStrategy
+from sparsewav.settings.run import Config
+from sparsewav.settings.training import OnePass, Progressive
 from sparsewav.training.trainer import updates_of
 
 
@@ -22,14 +23,14 @@ def plan_stages(config: Config, training_utterances: int) -> list[Stage]:
     for a fair comparison, unless ``same_updates`` is false.
     """
     strategy, training = config.finetune_strategy, config.training
-    if not isinstance(strategy, OnePassStrategy):
-        return [Stage(config.target_sparsity, 0)]
+    if not isinstance(strategy, OnePass):
+        return [Stage(config.sparsity.fraction, 0)]
 
     def updates(sparsity: float) -> int:
         growth = max(1.0, 0.5 / (1 - sparsity)) if strategy.more_when_sparser else 1.0
         return updates_of(training.epochs * growth, training_utterances, training.batch_size)
 
-    if isinstance(strategy, ProgressiveStrategy) and not strategy.same_updates:
+    if isinstance(strategy, Progressive) and not strategy.same_updates:
         return [Stage(sparsity, updates(sparsity)) for sparsity in config.stages]
-    share, rest = divmod(updates(config.target_sparsity), len(config.stages))
+    share, rest = divmod(updates(config.sparsity.fraction), len(config.stages))
     return [Stage(sparsity, share + (index < rest)) for index, sparsity in enumerate(config.stages)]

@@ -33,7 +33,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.run import OptimizationConfig, TrainingConfig
+from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.masks import HoldMasks, masked_gradients
 
 BATCHES_SORTED_TOGETHER = 50
@@ -122,7 +122,7 @@ def train(
     model: nn.Module,
     read: Callable[[Sequence[Utterance]], Batch],
     training_set: Sequence[Utterance],
-    settings: OptimizationConfig,
+    settings: Optimization,
     updates: int,
     folder: Path,
     *,
@@ -208,9 +208,7 @@ def train(
     return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
 
 
-def _optimizer(
-    model: nn.Module, settings: OptimizationConfig, groups: Sequence[ParameterGroup]
-) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: Optimization, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
     """Make AdamW with the settings, and with the learning rates and directions of the groups."""
     apart = {id(parameter) for group in groups for parameter in group.parameters}
     rest = [item for item in model.parameters() if item.requires_grad and id(item) not in apart]
@@ -233,7 +231,7 @@ def train_ctc(
     model: PreTrainedModel,
     processor: Wav2Vec2Processor,
     training_set: Sequence[Utterance],
-    settings: TrainingConfig,
+    settings: Training,
     updates: int,
     folder: Path,
     *,
@@ -273,7 +271,7 @@ def train_ctc(
         )
 
 
-def _share_of_a_batch(settings: OptimizationConfig, processes: int) -> int:
+def _share_of_a_batch(settings: Optimization, processes: int) -> int:
     """Give the number of utterances that one process takes in a forward pass."""
     share, rest = divmod(settings.batch_size, settings.gradient_accumulation_steps * processes)
     if rest:

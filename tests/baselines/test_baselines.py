@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from sparsewav.settings.validation import validate
 from transformers import AutoModelForCTC, HubertConfig, PreTrainedModel
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
@@ -22,7 +23,6 @@ from sparsewav.files import conf_folder
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
-from sparsewav.settings.validation import validate
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import ParameterGroup, train
 
@@ -160,7 +160,7 @@ def test_every_layer_of_the_half_learns_from_the_teachers(
     student = deep_vs_wide.make_student(teacher, settings_of("deep_vs_wide"))
     assert student.config.num_hidden_layers == teacher.config.num_hidden_layers
     assert 2 * student.config.hidden_size == teacher.config.hidden_size
-    distiller = deep_vs_wide.DeepVersusWide(student, Frozen(teacher), 1.0)
+    distiller = deep_vs_wide.LayerwiseDistiller(student, Frozen(teacher), 1.0)
     distiller(**batch)["loss"].backward()
     assert len(distiller.projections) == 2
     for projection in distiller.projections:

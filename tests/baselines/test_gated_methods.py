@@ -19,11 +19,11 @@ from sparsewav.baselines.gated import Distillation, GatedStudent, ctc_loss, dist
 from sparsewav.baselines.gates import Gates, encoder_parameters, open_probability
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.models.load import load_speech_model
-from sparsewav.settings.baselines import GatedMethod
+from sparsewav.settings.baselines import Gated
 from sparsewav.settings.run import Config
 
 
-def settings_of(name: str, *overrides: str) -> GatedMethod:
+def settings_of(name: str, *overrides: str) -> Gated:
     """The published settings of a method, from its file."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -36,7 +36,7 @@ def settings_of(name: str, *overrides: str) -> GatedMethod:
         composed = compose("config", overrides=[f"method={name}", *overrides])
     config: Any = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    assert isinstance(config.method, GatedMethod)
+    assert isinstance(config.method, Gated)
     assert list(config.method.faults()) == []
     return config.method
 
@@ -55,11 +55,11 @@ def test_published_settings_compose_and_shorten(name: str, expected: dict[str, A
     common = {"updates": 50_000, "warmup_steps": 15_000, "ramp_updates": 5000, "learning_rate": 2e-4}
     for key, value in (common | {"gate_learning_rate": 0.02} | expected).items():
         assert getattr(settings, key) == value
-    short = settings.shortened(1000)
+    short = settings.scaled(1000, 1)
     assert (short.updates, short.warmup_steps, short.ramp_updates) == (50, 15, 5)
     assert (short.gate_learning_rate, short.multiplier_learning_rate) == pytest.approx((0.6, 0.6))
     assert short.final_updates == (25 if settings.teacher else 0)
-    assert settings.shortened(1) == settings
+    assert settings.scaled(1, 1) == settings
 
 
 def test_a_wrong_setting_is_refused_in_a_sentence() -> None:
@@ -136,7 +136,7 @@ SHORT = ["method.batch_size=4", "method.checkpoint_updates=4", "method.target=0.
 def test_method_trains_cuts_and_trains_on(name: str, model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     """Each method on a tiny model: what it gates gets smaller, the rest is whole, and it resumes to the bit."""
     training = read_librispeech_folder(corpus, "train")
-    settings = settings_of(name, *SHORT).shortened(8000)
+    settings = settings_of(name, *SHORT).scaled(8000, 1)
 
     def compress(folder: Path) -> tuple[Any, Any]:
         speech = load_speech_model(str(model_folder))

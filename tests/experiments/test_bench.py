@@ -13,14 +13,14 @@ from experiments.bench import engine, gpu, inference
 from experiments.bench.command import Part, run_parts
 from experiments.bench.engine import random_problem
 from experiments.bench.plain import plain_hessians, plain_prune_matrix
-from sparsewav.pruning import calibrate, prune_matrices
+from sparsewav.pruning import collect_hessians, prune_matrices
 
 
 @pytest.mark.parametrize("cols", [256, 300])
 def test_solver_equals_the_plain_loop(cols: int) -> None:
     """In float32 the masks agree on 99.9 % of weights and the layer error within 0.1 % with the plain loop's."""
     weights, hessian = random_problem(2, 200, cols)
-    ours = prune_matrices(weights, hessian, [0.75, 0.75])
+    ours = prune_matrices(weights, hessian, [0.75, 0.75], saliency="obs")
     for weight, pruned in zip(weights, ours, strict=True):
         plain = plain_prune_matrix(weight, hessian, 0.75)
         assert ((plain != 0) == pruned.keep).float().mean() >= 0.999
@@ -32,9 +32,9 @@ def test_calibration_equals_the_plain_sums(tiny_model, noise_batch) -> None:  # 
     """What the benchmark times as plain is what the engine computes."""
     model = tiny_model("wav2vec2", "group")
     batches = [noise_batch([400]), noise_batch([272], seed=1)]
-    calibration = calibrate(model, batches)
+    hessians = collect_hessians(model, batches)
     for name, plain in plain_hessians(model, batches).items():
-        torch.testing.assert_close(calibration.hessian(name), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hessians.of(name), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_command_writes_what_it_measured(

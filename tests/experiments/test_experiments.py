@@ -17,6 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from sparsewav.settings.validation import validate
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
 import sparsewav
@@ -34,7 +35,6 @@ from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.pipeline import run_folder
 from sparsewav.pruning.encoder import prunable_matrices
-from sparsewav.settings.validation import validate
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ("best", "best_oneshot")

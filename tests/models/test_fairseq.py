@@ -23,7 +23,7 @@ from transformers import AutoModelForCTC, PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import load_fairseq_model
-from sparsewav.settings.run import ModelConfig
+from sparsewav.settings.run import Model
 from sparsewav.training.recipes import load_or_train
 
 Make = Callable[..., PreTrainedModel]
@@ -176,7 +176,7 @@ def _save(checkpoint: dict[str, Any], path: Path, **options: Any) -> str:
 
 
 def _assert_same(path: str, model: PreTrainedModel) -> None:
-    speech = load_or_train(ModelConfig(name_or_path="counts for nothing", fairseq_checkpoint=path))
+    speech = load_or_train(Model(name_or_path="counts for nothing", fairseq_checkpoint=path))
     assert speech.name == Path(path).stem
     assert type(speech.model) is type(model)
     expected, got = model.state_dict(), speech.model.state_dict()

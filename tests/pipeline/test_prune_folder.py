@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCTC, PreTrainedModel
 
 import sparsewav
+from sparsewav import OBS, Calibration, Pruning, Unstructured
 from sparsewav.errors import UserError
 from sparsewav.pipeline import prune_folder as streaming
-from sparsewav.pruning import estimate_traces
-from sparsewav.pruning import layerwise as pruner
+from sparsewav.pruning import estimate_traces, layerwise, prune_model
 from sparsewav.pruning.encoder import encoder_layers
 from sparsewav.pruning.solvers.solve import MatrixGroup
 
@@ -66,9 +66,10 @@ def test_the_bytes_are_those_of_pruning_in_memory(
     model = tiny_model(family, norm, num_hidden_layers=LAYERS)
     model.to(dtype).save_pretrained(source, max_shard_size=shard_size)
     assert (source / "model.safetensors").exists() == (shard_size == "50GB")
-    options: dict[str, Any] = {"sparsity": 0.6, "frames_per_column": 1.0, "seed": 2, "percdamp": 0.02}
+    calibration = Calibration(propagation="sequential", frames_per_column=1.0)
+    options: dict[str, Any] = {"sparsity": 0.6, "solver": OBS(damping=0.02), "calibration": calibration, "seed": 2}
     model = AutoModelForCTC.from_pretrained(source, dtype=torch.float32).eval()
-    expected = sparsewav.prune(model, batches, allocation="uniform", propagation="sequential", **options)
+    expected = sparsewav.prune(model, batches, allocation="uniform", **options)
     report = sparsewav.prune_folder(source, destination, batches, **options)
     assert report.matrices == expected.matrices
     assert report.sparsity == expected.sparsity
@@ -100,23 +101,23 @@ def test_a_killed_pruning_goes_on_to_the_same_bytes(
     tiny_model("wavlm", num_hidden_layers=LAYERS).to(dtype).save_pretrained(source)
     whole = sparsewav.prune_folder(source, tmp_path / "whole", batches, 0.6)
     solved: list[str] = []
-    prune_groups = pruner.prune_groups
+    prune_groups = layerwise.prune_groups
 
-    def until_killed(groups: list[MatrixGroup], **options: Any) -> Any:
+    def until_killed(groups: list[MatrixGroup], settings: Pruning) -> Any:
         solved.extend(name for group in groups for name in group.names)
         if any(".layers.2." in name for name in solved):
             raise KeyboardInterrupt
-        return prune_groups(groups, **options)
+        return prune_groups(groups, settings)
 
-    def count(groups: list[MatrixGroup], **options: Any) -> Any:
+    def count(groups: list[MatrixGroup], settings: Pruning) -> Any:
         solved.extend(name for group in groups for name in group.names)
-        return prune_groups(groups, **options)
+        return prune_groups(groups, settings)
 
     def kill() -> None:
-        monkeypatch.setattr(pruner, "prune_groups", until_killed)
+        monkeypatch.setattr(layerwise, "prune_groups", until_killed)
         with pytest.raises(KeyboardInterrupt):
             sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
-        monkeypatch.setattr(pruner, "prune_groups", count)
+        monkeypatch.setattr(layerwise, "prune_groups", count)
         solved.clear()
 
     kill()
@@ -139,20 +140,20 @@ def test_one_layer_is_in_memory_at_a_time(
 ) -> None:
     """Whenever anything runs, one layer alone has storage, and the position embedding that all of them read."""
     found: list[set[str]] = []
-    hollow_model = streaming._hollow_model
+    loader = streaming._model_without_layers
 
     def real_parameters(model: PreTrainedModel) -> set[str]:
         named = encoder_layers(model).named_parameters()
         return {name for name, parameter in named if parameter.device.type != "meta"}
 
     def watched(*arguments: Any) -> PreTrainedModel:
-        model = hollow_model(*arguments)
+        model = loader(*arguments)
         found.append(real_parameters(model))
         for module in encoder_layers(model).modules():
             module.register_forward_pre_hook(lambda *_: found.append(real_parameters(model)))
         return model
 
-    monkeypatch.setattr(streaming, "_hollow_model", watched)
+    monkeypatch.setattr(streaming, "_model_without_layers", watched)
     sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
     embedding = "0.attention.rel_attn_embed.weight"
     assert found[0] == {embedding}
@@ -166,7 +167,8 @@ def test_traces_found_before_allocate(source: Path, batches: list[Batch], tmp_pa
     """Given traces of the whole model the sparsities follow them; without, the allocation is refused."""
     model = AutoModelForCTC.from_pretrained(source).eval()
     traces = estimate_traces(model, batches)
-    expected = sparsewav.prune(model, batches, 0.6, propagation="sequential", traces=traces)
+    settings = Pruning(sparsity=Unstructured(0.6), calibration=Calibration(propagation="sequential"))
+    expected = prune_model(model, batches, settings, traces=traces)
     report = sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6, allocation="hutchinson", traces=traces)
     assert report.matrices == expected.matrices
     with pytest.raises(UserError, match=r"gradients of the whole model.*uniform.*traces"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsewav
+from sparsewav import ALPS, NM, OBS, Affine, Asymmetric, Calibration, OBSRefit, Reconstruction
 from sparsewav.errors import UserError
 from sparsewav.pruning import prunable_matrices, prune_matrices, prune_matrix
 from sparsewav.pruning.encoder import encoder_layers
@@ -18,7 +19,13 @@ Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
 
-ASYMMETRIC = {"objective": "asymmetric", "propagation": "true_sequential"}
+
+def layer_by_layer(propagation: str = "sequential") -> Calibration:
+    """A calibration on the layers already pruned, without a sample of frames."""
+    return Calibration(propagation=propagation, frames_per_column=None)
+
+
+ASYMMETRIC: dict[str, Any] = {"objective": "asymmetric", "calibration": layer_by_layer("true_sequential")}
 
 
 def random_layer(seed: int, rows: int = 24, cols: int = 32) -> tuple[Tensor, Tensor]:
@@ -45,13 +52,15 @@ def damped_error(weight: Tensor, pruned: Tensor, inputs: Tensor, damping: float)
     return float((change @ inputs).square().sum() + damping * change.square().sum())
 
 
-@pytest.mark.parametrize("solver", ["obs_refit", "alps"])
+@pytest.mark.parametrize("solver", [OBSRefit, ALPS])
 @pytest.mark.parametrize("dead", [(), (3, 20)])
-def test_kept_weights_are_the_least_squares_solution(solver: str, dead: tuple[int, ...]) -> None:
+def test_kept_weights_are_the_least_squares_solution(
+    solver: type[OBSRefit] | type[ALPS], dead: tuple[int, ...]
+) -> None:
     """On the mask that came out, a direct least-squares solver finds the same weights."""
     weight, inputs = random_layer(1)
     inputs[list(dead)] = 0
-    pruned = prune_matrix(weight, inputs @ inputs.T, 0.6, solver=solver, tolerance=1e-13)
+    pruned = prune_matrix(weight, inputs @ inputs.T, 0.6, saliency="obs", solver=solver(tolerance=1e-13))
     expected = best_on_support(weight @ inputs, inputs, weight, pruned.keep, pruned.damping)
     torch.testing.assert_close(pruned.weight, expected, rtol=0, atol=1e-8)
     live = weight.shape[1] - len(dead)
@@ -62,7 +71,9 @@ def test_kept_weights_are_the_least_squares_solution(solver: str, dead: tuple[in
 
 def test_refit_keeps_the_mask_of_the_sweep() -> None:
     weight, inputs = random_layer(2)
-    sweep, refit = (prune_matrix(weight, inputs @ inputs.T, 0.7, solver=name) for name in ("obs", "obs_refit"))
+    sweep, refit = (
+        prune_matrix(weight, inputs @ inputs.T, 0.7, saliency="obs", solver=name) for name in ("obs", "obs_refit")
+    )
     assert torch.equal(sweep.keep, refit.keep)
 
 
@@ -72,7 +83,7 @@ def test_alps_never_loses_more_than_the_sweep(seed: int) -> None:
     weight, inputs = (item.float() for item in random_layer(seed, rows=40, cols=48))
     sparsity = (0.3, 0.5, 0.7, 0.8, 0.9)[seed % 5]
     results = {
-        solver: prune_matrix(weight, inputs @ inputs.T, sparsity, solver=solver)
+        solver: prune_matrix(weight, inputs @ inputs.T, sparsity, saliency="obs", solver=solver)
         for solver in ("obs", "obs_refit", "alps")
     }
     errors = [damped_error(weight, result.weight, inputs, result.damping) for result in results.values()]
@@ -87,28 +98,30 @@ def test_masks_in_force_and_patterns_hold(solver: str) -> None:
     weight, inputs = random_layer(3)
     hessian = inputs @ inputs.T
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) > 0.3
-    pruned = prune_matrix(weight, hessian, 0.6, solver=solver, keep=keep)
+    options: dict[str, Any] = {"saliency": "obs", "solver": solver}
+    pruned = prune_matrix(weight, hessian, 0.6, keep=keep, **options)
     assert not (pruned.keep & ~keep).any()
     assert int((~pruned.keep).sum()) == round(0.6 * weight.numel())
-    pattern = prune_matrix(weight, hessian, 0.5, solver=solver, n_m=(2, 4))
+    pattern = prune_matrix(weight, hessian, NM(2, 4), **options)
     assert (pattern.keep.reshape(-1, 4).sum(1) == 2).all()
-    pair = prune_matrices([weight, 2 * weight], hessian, [0.5, 0.8], solver=solver)
+    pair = prune_matrices([weight, 2 * weight], hessian, [0.5, 0.8], **options)
     assert [int((~item.keep).sum()) for item in pair] == [round(share * weight.numel()) for share in (0.5, 0.8)]
-    assert torch.equal(prune_matrix(weight, hessian, 0.0, solver=solver).weight, weight)
-    assert not prune_matrix(weight, hessian, 1.0, solver=solver).weight.any()
+    assert torch.equal(prune_matrix(weight, hessian, 0.0, **options).weight, weight)
+    assert not prune_matrix(weight, hessian, 1.0, **options).weight.any()
 
 
-@pytest.mark.parametrize("solver", ["obs_refit", "alps"])
-def test_asymmetric_solution_is_the_least_squares_from_other_inputs(solver: str) -> None:
+@pytest.mark.parametrize("solver", [OBSRefit, ALPS])
+def test_asymmetric_solution_is_the_least_squares_from_other_inputs(solver: type[OBSRefit] | type[ALPS]) -> None:
     """Ŵ minimises ||WX − ŴX̂||² + λ||W − Ŵ||² over the weights that are kept."""
     weight, inputs = random_layer(5)
     pruned_inputs = inputs + 0.3 * random_layer(6)[1]
     drift = (inputs - pruned_inputs) @ pruned_inputs.T
     hessian = pruned_inputs @ pruned_inputs.T
-    pruned = prune_matrix(weight, hessian, 0.5, solver=solver, drift=drift, tolerance=1e-13)
+    options: dict[str, Any] = {"saliency": "obs", "solver": solver(tolerance=1e-13)}
+    pruned = prune_matrix(weight, hessian, 0.5, drift=drift, **options)
     expected = best_on_support(weight @ inputs, pruned_inputs, weight, pruned.keep, pruned.damping)
     torch.testing.assert_close(pruned.weight, expected, rtol=0, atol=1e-8)
-    symmetric = prune_matrix(weight, hessian, 0.5, solver=solver, tolerance=1e-13)
+    symmetric = prune_matrix(weight, hessian, 0.5, **options)
     errors = [float((weight @ inputs - item.weight @ pruned_inputs).square().sum()) for item in (pruned, symmetric)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -120,7 +133,7 @@ def test_asymmetric_sweep_removes_what_the_formulas_say(saliency: str) -> None:
     pruned_inputs = inputs + 0.5 * random_layer(8, rows=12, cols=10)[1]
     hessian = pruned_inputs @ pruned_inputs.T
     drift = (inputs - pruned_inputs) @ pruned_inputs.T
-    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, drift=drift, percdamp=1.0)
+    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(damping=1.0), drift=drift)
     everything = torch.ones_like(weight, dtype=torch.bool)
     best = best_on_support(weight @ inputs, pruned_inputs, weight, everything, pruned.damping).requires_grad_()
     error = (weight @ inputs - best @ pruned_inputs).square().sum()
@@ -139,8 +152,8 @@ def test_asymmetric_is_symmetric_where_nothing_has_drifted(solver: str) -> None:
     """To the last bit: the first matrices of a model have the same inputs before and after."""
     weight, inputs = random_layer(9)
     hessian = inputs @ inputs.T
-    plain = prune_matrix(weight, hessian, 0.6, solver=solver)
-    drifted = prune_matrix(weight, hessian, 0.6, solver=solver, drift=torch.zeros_like(hessian))
+    plain = prune_matrix(weight, hessian, 0.6, saliency="obs", solver=solver)
+    drifted = prune_matrix(weight, hessian, 0.6, saliency="obs", solver=solver, drift=torch.zeros_like(hessian))
     assert torch.equal(plain.weight, drifted.weight)
 
 
@@ -173,7 +186,13 @@ def test_reports_hold_the_error_of_what_is_saved(objective: str, tiny_model: Fac
     model = tiny_model("wav2vec2")
     dense = copy.deepcopy(model)
     report = sparsewav.prune(
-        model, batches, 0.6, allocation="uniform", propagation="true_sequential", objective=objective, solver="alps"
+        model,
+        batches,
+        0.6,
+        solver="alps",
+        objective=objective,
+        allocation="uniform",
+        calibration=layer_by_layer("true_sequential"),
     )
     names = [row.name for row in report.matrices]
     of_dense, so_far = inputs_of(dense, batches, names), copy.deepcopy(dense)
@@ -199,7 +218,9 @@ def test_asymmetric_brings_the_outputs_closer(propagation: str, tiny_model: Fact
     errors = []
     for objective in ("symmetric", "asymmetric"):
         model = copy.deepcopy(dense)
-        sparsewav.prune(model, batches, 0.5, allocation="uniform", propagation=propagation, objective=objective)
+        sparsewav.prune(
+            model, batches, 0.5, objective=objective, allocation="uniform", calibration=layer_by_layer(propagation)
+        )
         with torch.no_grad():
             outputs = [
                 [item.base_model(batch["input_values"]).last_hidden_state for batch in batches]
@@ -211,8 +232,8 @@ def test_asymmetric_brings_the_outputs_closer(propagation: str, tiny_model: Fact
 
 def test_no_drift_strength_is_symmetric(tiny_model: Factory, batches: list[Batch]) -> None:
     models = [tiny_model("wav2vec2") for _ in range(2)]
-    sparsewav.prune(models[0], batches, 0.5, allocation="uniform", propagation="true_sequential")
-    sparsewav.prune(models[1], batches, 0.5, allocation="uniform", **ASYMMETRIC, drift_strength=0.0)
+    sparsewav.prune(models[0], batches, 0.5, allocation="uniform", calibration=ASYMMETRIC["calibration"])
+    sparsewav.prune(models[1], batches, 0.5, allocation="uniform", **ASYMMETRIC | {"objective": Asymmetric(0.0)})
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
 
@@ -233,13 +254,11 @@ def layer_outputs(model: nn.Module, batches: list[Batch], index: int) -> Tensor:
 def test_recovery_learns_the_dense_layers_outputs(tiny_model: Factory, batches: list[Batch]) -> None:
     """Masks hold, the layers' outputs come closer, the reports tell what is saved, and a seed gives the same bytes."""
     dense = tiny_model("wav2vec2")
-    options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential", "seed": 3}
+    options: dict[str, Any] = {"allocation": "uniform", "calibration": layer_by_layer(), "seed": 3}
     plain = copy.deepcopy(dense)
     sparsewav.prune(plain, batches, 0.6, **options)
     models = [copy.deepcopy(dense) for _ in range(2)]
-    reports = [
-        sparsewav.prune(m, batches, 0.6, **options, recovery="reconstruction", recovery_steps=60) for m in models
-    ]
+    reports = [sparsewav.prune(item, batches, 0.6, **options, recovery=Reconstruction(steps=60)) for item in models]
     model, report = models[0], reports[0]
     for one, other in zip(*(item.parameters() for item in models), strict=True):
         assert torch.equal(one, other)
@@ -274,9 +293,9 @@ def test_closed_form_recovery_is_the_least_squares_solution(
     """Gain and bias of a channel where the layer ends with its norm, the bias alone where it does not."""
     dense = tiny_model("wav2vec2", do_stable_layer_norm=norm_first)
     plain, model = copy.deepcopy(dense), copy.deepcopy(dense)
-    options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}
+    options: dict[str, Any] = {"allocation": "uniform", "calibration": layer_by_layer()}
     sparsewav.prune(plain, batches, 0.7, **options)
-    report = sparsewav.prune(model, batches, 0.7, **options, recovery="affine")
+    report = sparsewav.prune(model, batches, 0.7, **options, recovery=Affine())
     target, output = (layer_outputs(item, batches, 0).flatten(0, -2).double() for item in (dense, plain))
     fitted = []
     for channel in range(target.shape[1]):
@@ -297,11 +316,10 @@ def test_closed_form_recovery_is_the_least_squares_solution(
 
 def test_a_recovery_that_diverges_is_undone(tiny_model: Factory, batches: list[Batch]) -> None:
     plain, model = (tiny_model("wav2vec2") for _ in range(2))
-    options: dict[str, Any] = {"allocation": "uniform", "propagation": "sequential"}
+    options: dict[str, Any] = {"allocation": "uniform", "calibration": layer_by_layer()}
     sparsewav.prune(plain, batches, 0.6, **options)
-    report = sparsewav.prune(
-        model, batches, 0.6, **options, recovery="reconstruction", recovery_steps=3, recovery_rate=100.0
-    )
+    recovery = Reconstruction(steps=3, learning_rate=100.0)
+    report = sparsewav.prune(model, batches, 0.6, **options, recovery=recovery)
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(recovery.error == recovery.error_before for recovery in report.recoveries)
@@ -322,8 +340,7 @@ def test_other_families_are_matched_to_their_dense_layers(
         allocation="uniform",
         **ASYMMETRIC,
         solver="alps",
-        recovery="reconstruction",
-        recovery_steps=20,
+        recovery=Reconstruction(steps=20),
     )
     assert sum(int((matrix.weight == 0).sum()) for matrix in prunable_matrices(model)) / sizes == report.sparsity
     assert len(report.recoveries) == 2
@@ -335,11 +352,11 @@ def test_other_families_are_matched_to_their_dense_layers(
     ("options", "message"),
     [
         ({"solver": "admm"}, "choose one of obs, obs_refit, alps"),
-        ({"solver": "alps", "saliency": "wanda"}, "choose obs or obs_first_order"),
-        ({"objective": "asymmetric"}, "choose propagation sequential or true_sequential"),
-        ({"recovery": "reconstruction"}, "choose propagation sequential or true_sequential"),
-        ({**ASYMMETRIC, "saliency": "magnitude"}, "choose obs or obs_first_order"),
-        ({**ASYMMETRIC, "drift_strength": 1.5}, "not between 0 and 1"),
+        ({"solver": "alps", "saliency": "wanda"}, "choose saliency=obs or obs_first_order"),
+        ({"objective": "asymmetric"}, r"choose calibration\.propagation=true_sequential \(or sequential\)"),
+        ({"recovery": "reconstruction"}, r"choose calibration\.propagation=true_sequential \(or sequential\)"),
+        ({**ASYMMETRIC, "saliency": "magnitude"}, "choose saliency=obs or obs_first_order"),
+        ({**ASYMMETRIC, "objective": Asymmetric(strength=1.5)}, "not between 0 and 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -12,8 +12,9 @@ from torch import Tensor, multiprocessing
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.pruning import Calibration, PruneReport, Trace, calibrate, distributed, estimate_traces, prune
+from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces, prune
 from sparsewav.pruning.allocation.sensitivity import LEAST_BATCHES
+from sparsewav.settings import Calibration, Hutchinson, OBSRefit
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -48,7 +49,7 @@ def _enter(rank: int, count: int, port: int, folder: Path, function: Callable[..
 
 
 class Result(NamedTuple):
-    calibration: Calibration
+    hessians: Hessians
     report: PruneReport
     state: dict[str, Tensor]
 
@@ -56,8 +57,8 @@ class Result(NamedTuple):
 def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[dict[str, Any]]) -> list[Result]:
     results = []
     for model, settings in zip(models, options, strict=True):
-        calibration = calibrate(model, batches, frames_per_column=settings.get("frames_per_column"))
-        results.append(Result(calibration, prune(model, batches, 0.6, **settings), model.state_dict()))
+        hessians = collect_hessians(model, batches, frames_per_column=settings["calibration"].frames_per_column)
+        results.append(Result(hessians, prune(model, batches, 0.6, **settings), model.state_dict()))
     return results
 
 
@@ -67,28 +68,26 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
     families = ("wav2vec2", "wavlm", "hubert", "wav2vec2")
     options: list[dict[str, Any]] = [
-        {"allocation": "hutchinson"},
-        {"allocation": "uniform", "propagation": "sequential", "frames_per_column": 2.0},
-        {"allocation": "uniform", "frames_per_column": 2.0, "saliency": "wanda"},
+        {"allocation": Hutchinson(rank_tolerance=0.0), "calibration": Calibration(frames_per_column=None)},
+        {"allocation": "uniform", "calibration": Calibration(propagation="sequential", frames_per_column=2.0)},
+        {"allocation": "uniform", "calibration": Calibration(frames_per_column=2.0), "saliency": "wanda"},
         {
             "allocation": "uniform",
-            "propagation": "true_sequential",
+            "calibration": Calibration(propagation="true_sequential", frames_per_column=None),
             "objective": "asymmetric",
-            "solver": "obs_refit",
-            "solver_tolerance": 1e-6,
-            "percdamp": 0.1,
+            "solver": OBSRefit(damping=0.1, tolerance=1e-6),
         },
     ]
     models = [tiny_model(family) for family in families]
     of_processes = in_processes(count, tmp_path, pruned, models, batches, options)
     for index, alone in enumerate(pruned(models, batches, options)):
         for result in (results[index] for results in of_processes):
-            assert result.calibration.groups() == alone.calibration.groups()
-            assert result.calibration.frames == alone.calibration.frames
-            assert result.calibration.sampled == alone.calibration.sampled
-            for name, hessian in alone.calibration.hessians.items():
+            assert result.hessians.groups() == alone.hessians.groups()
+            assert result.hessians.frames == alone.hessians.frames
+            assert result.hessians.sampled == alone.hessians.sampled
+            for name, hessian in alone.hessians.by_input.items():
                 rounding = 1e-6 * float(hessian.abs().max())
-                torch.testing.assert_close(result.calibration.hessians[name], hessian, rtol=1e-6, atol=rounding)
+                torch.testing.assert_close(result.hessians.by_input[name], hessian, rtol=1e-6, atol=rounding)
             assert list(result.report.masks) == list(alone.report.masks)
             for name, mask in alone.report.masks.items():
                 assert torch.equal(result.report.masks[name], mask), name
@@ -132,7 +131,7 @@ def exchange(models: list[PreTrainedModel], batches: list[Batch]) -> tuple[list[
     messages = []
     for wrong in (batches, [], batches[:1]):
         with pytest.raises(UserError) as error:
-            calibrate(models[0], wrong)
+            collect_hessians(models[0], wrong)
         messages.append(str(error.value))
     with pytest.raises(distributed.ProcessFailure, match=r"in process 1 of 2: ValueError: only here"):
         fail_in_the_second()

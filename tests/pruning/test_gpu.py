@@ -17,6 +17,7 @@ from experiments.bench.inference import random_model
 from sparsewav.inference import acceleration
 from sparsewav.pruning import prunable_matrices, prune_matrices
 from sparsewav.pruning.solvers.solve import MatrixGroup, prune_groups
+from sparsewav.settings import Pruning, SecondOrder, Uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no NVIDIA GPU")
 
@@ -26,8 +27,8 @@ def _error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
     return float(((change @ hessian.double()) * change).sum())
 
 
-def test_matrices_in_step_equal_one_at_a_time_and_the_cpu() -> None:
-    """On a GPU, groups of one width swept in step lose the weights that they lose by themselves, and on the CPU."""
+def test_batched_matrices_equal_one_at_a_time_and_the_cpu() -> None:
+    """On a GPU, groups of one width swept together lose the weights that they lose by themselves, and on the CPU."""
     problems = [random_problem(count, 768, 768, seed=seed) for seed, count in enumerate((3, 1, 1))]
     groups = [
         MatrixGroup(
@@ -40,11 +41,12 @@ def test_matrices_in_step_equal_one_at_a_time_and_the_cpu() -> None:
         )
         for weights, hessian in problems
     ]
-    together = prune_groups(groups)
-    for (weights, hessian), group, in_step in zip(problems, groups, together, strict=True):
-        alone = prune_groups([group])[0]
-        on_cpu = prune_matrices(weights, hessian, [0.75] * len(weights))
-        for weight, mine, other, reference in zip(weights, in_step, alone, on_cpu, strict=True):
+    settings = Pruning(saliency=SecondOrder(), allocation=Uniform())
+    together = prune_groups(groups, settings)
+    for (weights, hessian), group, batched in zip(problems, groups, together, strict=True):
+        alone = prune_groups([group], settings)[0]
+        on_cpu = prune_matrices(weights, hessian, [0.75] * len(weights), saliency="obs")
+        for weight, mine, other, reference in zip(weights, batched, alone, on_cpu, strict=True):
             assert (mine.keep == other.keep).float().mean() >= 0.999
             assert (mine.keep.cpu() == reference.keep).float().mean() >= 0.999
             expected = _error(weight, reference.weight, hessian)

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning import layerwise
 from sparsewav.pruning.encoder import PrunableMatrix, projections_as_modules, prunable_matrices
-from sparsewav.pruning.hessian import (
-    BLOCK,
-    WAITING_FRAMES,
-    Calibration,
-    _Sum,
-    calibrate,
-    calibrate_sequentially,
-)
+from sparsewav.pruning.hessian import BLOCK, WAITING_FRAMES, Hessians, _Sum, collect_hessians
+from sparsewav.settings import Calibration, Pruning, Uniform
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
@@ -88,11 +83,24 @@ def brute_force_hessians(model: PreTrainedModel, utterances: list[Batch]) -> dic
     return hessians
 
 
-def assert_same_hessians(calibration: Calibration, expected: dict[str, Tensor]) -> None:
-    assert sorted(calibration.reads) == sorted(expected)
+def collect_layer_by_layer(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    visit: Callable[[list[PrunableMatrix], Hessians], None] = lambda matrices, hessians: None,
+) -> None:
+    """Go through the loop over the layers, on all frames, and visit what would be pruned in place of pruning it."""
+    calibration = Calibration(propagation="sequential", frames_per_column=None)
+    plan = layerwise.Plan(Pruning(allocation=Uniform(), calibration=calibration), targets={})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerwise, "solve", lambda matrices, hessians, plan, outcome: visit(matrices, hessians))
+        layerwise.prune_layer_by_layer(model, batches, plan, layerwise.Outcome())
+
+
+def assert_same_hessians(hessians: Hessians, expected: dict[str, Tensor]) -> None:
+    assert sorted(hessians.reads) == sorted(expected)
     for name, hessian in expected.items():
         scale = float(hessian.diagonal().max())
-        torch.testing.assert_close(calibration.hessian(name).double(), hessian, rtol=0, atol=2e-5 * scale, msg=name)
+        torch.testing.assert_close(hessians.of(name).double(), hessian, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize(("family", "norm"), MODELS)
@@ -106,9 +114,9 @@ def test_hessians_equal_brute_force(
     """H of every matrix is XXᵀ over the frames of all batches, of full-length utterances here."""
     model = tiny_model(family, norm)
     batches = [noise_batch([400, 400]), noise_batch([272], seed=1)]
-    calibration = calibrate(model, batches)
-    assert calibration.frames == 2 * 24 + 16
-    assert_same_hessians(calibration, brute_force_hessians(model, utterances(batches)))
+    hessians = collect_hessians(model, batches)
+    assert hessians.frames == 2 * 24 + 16
+    assert_same_hessians(hessians, brute_force_hessians(model, utterances(batches)))
 
 
 @pytest.mark.parametrize(("family", "norm"), MODELS)
@@ -122,9 +130,9 @@ def test_padding_never_counts(
     """A padded batch gives the Hessians of its utterances run one by one, whatever the padding holds."""
     model = tiny_model(family, norm)
     batch = noise_batch([400, 203, 320])
-    calibration = calibrate(model, [batch])
-    assert calibration.frames == 24 + 12 + 19
-    assert_same_hessians(calibration, brute_force_hessians(model, utterances([batch])))
+    hessians = collect_hessians(model, [batch])
+    assert hessians.frames == 24 + 12 + 19
+    assert_same_hessians(hessians, brute_force_hessians(model, utterances([batch])))
 
 
 def test_adapter_after_the_encoder_does_not_disturb(
@@ -133,7 +141,7 @@ def test_adapter_after_the_encoder_does_not_disturb(
     """A model whose adapter has fewer frames than its encoder is calibrated on the encoder's frames."""
     model = tiny_model("wav2vec2", add_adapter=True, output_hidden_size=16)
     batch = noise_batch([800, 608])
-    assert_same_hessians(calibrate(model, [batch]), brute_force_hessians(model, utterances([batch])))
+    assert_same_hessians(collect_hessians(model, [batch]), brute_force_hessians(model, utterances([batch])))
 
 
 @pytest.mark.parametrize(("family", "norm"), MODELS)
@@ -143,16 +151,16 @@ def test_sequential_without_pruning_equals_parallel(
     """Going layer by layer over a model that stays as it is finds the Hessians of one pass."""
     model = tiny_model(family, norm, num_hidden_layers=3)
     batches = [noise_batch([400, 203]), noise_batch([320], seed=1)]
-    together = calibrate(model, batches)
+    together = collect_hessians(model, batches)
     found: dict[str, Tensor] = {}
     layers: list[set[int]] = []
 
-    def collect(matrices: list[PrunableMatrix], calibration: Calibration) -> None:
+    def keep(matrices: list[PrunableMatrix], hessians: Hessians) -> None:
         layers.append({matrix.layer for matrix in matrices})
-        found.update({matrix.name: calibration.hessian(matrix.name) for matrix in matrices})
-        assert calibration.frames == together.frames
+        found.update({matrix.name: hessians.of(matrix.name) for matrix in matrices})
+        assert hessians.frames == together.frames
 
-    calibrate_sequentially(model, batches, collect)
+    collect_layer_by_layer(model, batches, keep)
     assert layers == [{0}, {1}, {2}]
     assert_same_hessians(together, {name: hessian.double() for name, hessian in found.items()})
 
@@ -212,11 +220,11 @@ def test_matrices_share_a_hessian_where_they_read_the_same(
     """Query, key and value share one H; with rotary positions the value reads something else and has its own."""
     model = tiny_model(family, **overrides)
     batches = [noise_batch([400, 400])]
-    calibration = calibrate(model, batches)
-    assert_same_hessians(calibration, brute_force_hessians(model, utterances(batches)))
+    hessians = collect_hessians(model, batches)
+    assert_same_hessians(hessians, brute_force_hessians(model, utterances(batches)))
     attention = [
         {name.rpartition(".")[2] for name in names}
-        for names in calibration.groups().values()
+        for names in hessians.groups().values()
         if ".layers.1." in names[0] and "dense" not in names[0]
     ]
     assert sorted(attention, key=sorted) == sorted(groups, key=sorted)
@@ -234,13 +242,13 @@ def test_inputs_are_let_go_layer_by_layer(tiny_model: Factory, noise_batch: Call
 
     for layer in model.wav2vec2.encoder.layers:
         layer.feed_forward.output_dense.register_forward_pre_hook(watch)
-    calibrate(model, [noise_batch([400]), noise_batch([320])])
+    collect_hessians(model, [noise_batch([400]), noise_batch([320])])
     assert alive == [0] * 6
 
 
-@pytest.mark.parametrize("propagation", [calibrate, lambda m, b: calibrate_sequentially(m, b, lambda *_: None)])
+@pytest.mark.parametrize("collect", [collect_hessians, collect_layer_by_layer])
 def test_broken_or_missing_audio_is_refused(
-    propagation: Callable[[PreTrainedModel, list[Batch]], object],
+    collect: Callable[[PreTrainedModel, list[Batch]], object],
     tiny_model: Factory,
     noise_batch: Callable[..., Batch],
 ) -> None:
@@ -249,13 +257,13 @@ def test_broken_or_missing_audio_is_refused(
     batch = noise_batch([400, 320])
     batch["input_values"][1, 7] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        propagation(model, [noise_batch([400]), batch])
+        collect(model, [noise_batch([400]), batch])
     with pytest.raises(UserError, match="empty"):
-        propagation(model, [])
+        collect(model, [])
     with torch.no_grad():
         model.wav2vec2.encoder.layers[1].layer_norm.weight[0] = float("inf")
     with pytest.raises(UserError, match=r"layers\.1\."):
-        propagation(model, [noise_batch([400])])
+        collect(model, [noise_batch([400])])
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
@@ -264,34 +272,34 @@ def test_a_batch_without_a_mask_is_all_speech(tiny_model: Factory, noise_batch: 
     model = tiny_model("wav2vec2", "group")
     batch = noise_batch([400, 400])
     unmasked = {"input_values": batch["input_values"]}
-    masked = calibrate(model, [batch])
-    expected = {name: masked.hessian(name).double() for name in masked.reads}
-    assert_same_hessians(calibrate(model, (item for item in [unmasked])), expected)
+    masked = collect_hessians(model, [batch])
+    expected = {name: masked.of(name).double() for name in masked.reads}
+    assert_same_hessians(collect_hessians(model, (item for item in [unmasked])), expected)
 
 
 def test_sampled_frames_stand_for_all(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
     """A sample has the size asked for, depends on the seed alone, and sums to H in the mean over seeds."""
     model = tiny_model("wav2vec2", "layer")
     batches = [noise_batch([400, 203]), noise_batch([320], seed=1)]
-    everything = calibrate(model, batches)
-    assert_same_hessians(calibrate(model, batches, frames_per_column=1e6), doubled(everything))
-    name = next(iter(everything.hessians))
-    cols = len(everything.hessians[name])
+    everything = collect_hessians(model, batches)
+    assert_same_hessians(collect_hessians(model, batches, frames_per_column=1e6), doubled(everything))
+    name = next(iter(everything.by_input))
+    cols = len(everything.by_input[name])
     share = 10 / cols
-    sampled = calibrate(model, batches, frames_per_column=share, seed=3)
+    sampled = collect_hessians(model, batches, frames_per_column=share, seed=3)
     assert sampled.frames == everything.frames == 24 + 12 + 19
     assert sampled.sampled[name] == 2 * 5  # ten frames, half of them from either batch
-    assert torch.equal(calibrate(model, batches, frames_per_column=share, seed=3).hessian(name), sampled.hessian(name))
-    assert not torch.equal(sampled.hessian(name), everything.hessian(name))
+    assert torch.equal(collect_hessians(model, batches, frames_per_column=share, seed=3).of(name), sampled.of(name))
+    assert not torch.equal(sampled.of(name), everything.of(name))
     seeds = 300
-    mean = sum(calibrate(model, batches, frames_per_column=share, seed=seed).hessian(name) for seed in range(seeds))
+    mean = sum(collect_hessians(model, batches, frames_per_column=share, seed=seed).of(name) for seed in range(seeds))
     assert isinstance(mean, Tensor)
-    scale = float(everything.hessian(name).diagonal().max())
-    torch.testing.assert_close(mean / seeds, everything.hessian(name), rtol=0, atol=0.1 * scale)
+    scale = float(everything.of(name).diagonal().max())
+    torch.testing.assert_close(mean / seeds, everything.of(name), rtol=0, atol=0.1 * scale)
 
 
-def doubled(calibration: Calibration) -> dict[str, Tensor]:
-    return {name: calibration.hessian(name).double() for name in calibration.reads}
+def doubled(hessians: Hessians) -> dict[str, Tensor]:
+    return {name: hessians.of(name).double() for name in hessians.reads}
 
 
 def test_wide_hessians_are_whole_and_symmetric() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, UniSpeechConfig, UniSpeechForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import sparsewav
+from sparsewav import NM, OBS, Calibration, Hutchinson, Pruning, Unstructured
 from sparsewav.errors import UserError
-from sparsewav.pruning import calibrate, estimate_traces, prunable_matrices, prune_matrix
-from sparsewav.pruning import layerwise as pruner
+from sparsewav.pruning import collect_hessians, estimate_traces, layerwise, prunable_matrices, prune_matrix, prune_model
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
@@ -38,6 +38,11 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
 def batches(noise_batch: MakeBatch) -> list[Batch]:
     """Two batches of padded noise with transcripts."""
     return [noise_batch([400, 304]), noise_batch([352], seed=1)]
+
+
+def every_frame(propagation: str = "parallel") -> Calibration:
+    """A calibration without a sample of frames."""
+    return Calibration(propagation=propagation, frames_per_column=None)
 
 
 def same_bytes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -81,7 +86,8 @@ def test_only_the_prunable_matrices_change(
     dense = copy.deepcopy(model)
     expected = {f"{prefix}.encoder.layers.{layer}.{role}" for layer in range(2) for role in roles}
     assert {matrix.name for matrix in prunable_matrices(model)} == expected
-    report = sparsewav.prune(model, batches, 0.7, exact_budget=True, propagation=propagation)
+    allocation = Hutchinson(exact_budget=True, rank_tolerance=0.0)
+    report = sparsewav.prune(model, batches, 0.7, allocation=allocation, calibration=every_frame(propagation))
     state = model.state_dict()
     for name, value in dense.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -127,7 +133,13 @@ def test_report_holds_what_was_done(
     model = tiny_model("wav2vec2")
     dense = copy.deepcopy(model)
     report = sparsewav.prune(
-        model, batches, 0.6, saliency=saliency, allocation="uniform", propagation=propagation, percdamp=0.05
+        model,
+        batches,
+        0.6,
+        saliency=saliency,
+        solver=OBS(damping=0.05),
+        allocation="uniform",
+        calibration=every_frame(propagation),
     )
     so_far = copy.deepcopy(dense)
     for layer in range(2):
@@ -153,15 +165,18 @@ def test_every_matrix_is_what_the_solver_makes_of_it(tiny_model: Factory, batche
     """Each matrix equals the solver's answer for its Hessian, sparsity, mask and options, called directly."""
     model = tiny_model("wav2vec2")
     dense = copy.deepcopy(model)
-    options: dict[str, Any] = {"saliency": "obs_first_order", "block_size": 5, "percdamp": 0.3}
+    options: dict[str, Any] = {"saliency": "obs_first_order", "solver": OBS(block_size=5, damping=0.3)}
     keep = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < 0.9
     masks = {prunable_matrices(model)[1].name: keep}
-    report = sparsewav.prune(model, batches, 0.7, allocation="hutchinson", alpha=0.2, masks=masks, **options)
-    calibration = calibrate(dense, batches)
+    allocation = Hutchinson(alpha=0.2, rank_tolerance=0.0)
+    report = sparsewav.prune(
+        model, batches, 0.7, allocation=allocation, calibration=every_frame(), masks=masks, **options
+    )
+    hessians = collect_hessians(dense, batches)
     for row in report.matrices:
         expected = prune_matrix(
             dense.get_submodule(row.name).weight.detach(),
-            calibration.hessian(row.name),
+            hessians.of(row.name),
             row.target_sparsity,
             keep=masks.get(row.name),
             **options,
@@ -173,7 +188,7 @@ def test_every_matrix_is_what_the_solver_makes_of_it(tiny_model: Factory, batche
 @pytest.mark.parametrize(
     ("propagation", "room", "calls"), [("parallel", 2**31, 2), ("sequential", 2**31, 4), ("parallel", 0, 8)]
 )
-def test_matrices_in_step_as_on_a_gpu(
+def test_matrices_solved_together_as_on_a_gpu(
     propagation: str,
     room: int,
     calls: int,
@@ -184,28 +199,28 @@ def test_matrices_in_step_as_on_a_gpu(
     """Inputs of one width are solved by one call, with as many as memory has room for; the model is the same."""
     model = tiny_model("wav2vec2")
     alone = copy.deepcopy(model)
-    one_by_one = sparsewav.prune(alone, batches, 0.6, propagation=propagation)
-    prune_groups, groups_of_calls = pruner.prune_groups, []
+    settings = Pruning(sparsity=Unstructured(0.6), calibration=every_frame(propagation))
+    one_by_one = prune_model(alone, batches, settings)
+    prune_groups, groups_of_calls = layerwise.prune_groups, []
 
-    def counted(groups: list, **options: Any) -> Any:
+    def counted(groups: list, settings: Pruning) -> Any:
         groups_of_calls.append(len(groups))
-        return prune_groups(groups, **options)
+        return prune_groups(groups, settings)
 
-    monkeypatch.setattr(pruner, "IN_STEP_ON", ("cpu",))
-    monkeypatch.setattr(pruner, "IN_STEP_BYTES", room)
-    monkeypatch.setattr(pruner, "prune_groups", counted)
-    in_step = sparsewav.prune(model, batches, 0.6, propagation=propagation)
+    monkeypatch.setattr(layerwise, "BATCHED_BYTES", room)
+    monkeypatch.setattr(layerwise, "prune_groups", counted)
+    together = prune_model(model, batches, settings, batched_devices=("cpu",))
     assert (len(groups_of_calls), sum(groups_of_calls)) == (calls, 8)
-    assert [report.sparsity for report in in_step.matrices] == [report.sparsity for report in one_by_one.matrices]
+    assert [report.sparsity for report in together.matrices] == [report.sparsity for report in one_by_one.matrices]
     for mine, other in zip(prunable_matrices(model), prunable_matrices(alone), strict=True):
-        assert torch.equal(in_step.masks[mine.name], one_by_one.masks[mine.name])
+        assert torch.equal(together.masks[mine.name], one_by_one.masks[mine.name])
         torch.testing.assert_close(mine.weight, other.weight, rtol=0, atol=1e-5)
 
 
 def test_hutchinson_spares_the_sensitive(tiny_model: Factory, batches: list[Batch]) -> None:
     """Rank 0 has the highest sensitivity and s − α, the last rank s + α; weak rankings are said to be weak."""
     model = tiny_model("wav2vec2", "group")
-    report = sparsewav.prune(model, batches, 0.7, alpha=0.15)
+    report = sparsewav.prune(model, batches, 0.7, allocation=Hutchinson(alpha=0.15))
     rows = sorted(report.matrices, key=lambda row: row.rank if row.rank is not None else -1)
     assert [row.rank for row in rows] == list(range(12))
     sensitivities = [row.sensitivity for row in rows]
@@ -235,7 +250,7 @@ def test_same_seed_gives_the_same_bytes(propagation: str, tiny_model: Factory, b
     models[2].train()  # dropout and masking are on then; the engine has to switch them off, and on again
     sources: list[Any] = [batches, generated(), batches, batches]
     reports = [
-        sparsewav.prune(model, source, 0.7, propagation=propagation, seed=seed)
+        sparsewav.prune(model, source, 0.7, calibration=Calibration(propagation=propagation), seed=seed)
         for model, source, seed in zip(models, sources, [3, 3, 3, 4], strict=True)
     ]
     assert same_bytes(models[0], models[1])
@@ -266,15 +281,16 @@ def test_stages_are_nested(saliency: str, allocation: str, tiny_model: Factory, 
 
 
 def test_pattern_through_the_engine(tiny_model: Factory, batches: list[Batch]) -> None:
-    """2:4 holds in every matrix; another sparsity or an uneven allocation does not go with it."""
+    """2:4 holds in every matrix; n of m must be a pattern, and another allocation than uniform does not fit one."""
     model = tiny_model("wavlm")
-    sparsewav.prune(model, batches, 0.5, n_m=(2, 4), allocation="uniform")
+    report = sparsewav.prune(model, batches, NM(2, 4), allocation="uniform")
+    assert report.sparsity == report.target_sparsity == 0.5
     for matrix in prunable_matrices(model):
         assert ((matrix.weight != 0).reshape(-1, 4).sum(1) == 2).all()
+    with pytest.raises(UserError, match=r"sparsity\.n=4 and sparsity\.m=4"):
+        sparsewav.prune(model, batches, NM(4, 4), allocation="uniform")
     with pytest.raises(UserError, match="2:4"):
-        sparsewav.prune(model, batches, 0.6, n_m=(2, 4), allocation="uniform")
-    with pytest.raises(UserError, match="2:4"):
-        sparsewav.prune(model, batches, 0.5, n_m=(2, 4))
+        sparsewav.prune(model, batches, NM(2, 4))
 
 
 def test_obs_leaves_less_error_than_masks_alone(tiny_model: Factory, batches: list[Batch]) -> None:
@@ -291,10 +307,11 @@ def test_ready_made_results_equal_fresh_ones(tiny_model: Factory, batches: list[
     """Hessians and traces computed earlier give the bytes that computing them here gives, and no batch is read."""
     dense = tiny_model("wavlm")
     fresh, cached = copy.deepcopy(dense), copy.deepcopy(dense)
-    sparsewav.prune(fresh, batches, 0.7, probes=2, seed=5)
-    calibration = calibrate(dense, batches)
+    allocation = Hutchinson(probes=2, rank_tolerance=0.0)
+    sparsewav.prune(fresh, batches, 0.7, allocation=allocation, calibration=every_frame(), seed=5)
+    hessians = collect_hessians(dense, batches)
     traces = estimate_traces(dense, batches, probes=2, seed=5)
-    report = sparsewav.prune(cached, [], 0.7, calibration=calibration, traces=traces)
+    report = prune_model(cached, [], Pruning(sparsity=Unstructured(0.7)), hessians=hessians, traces=traces)
     assert same_bytes(fresh, cached)
     assert report.seconds["calibrate"] == report.seconds["allocate"] == 0
 
@@ -322,7 +339,7 @@ def outside_the_vocabulary(batch: Batch) -> Batch:
     [
         ({"saliency": "obd"}, None),
         ({"allocation": "fisher"}, None),
-        ({"propagation": "sideways"}, None),
+        ({"calibration": Calibration(propagation="sideways")}, None),
         ({"sparsity": 1.2}, None),
         ({"sparsity": 0.95}, None),  # + α = 0.1 is above 1
         ({"masks": {"encoder.layers.0.attention.q_proj": torch.ones(16, 16).bool()}}, None),  # prefix forgotten

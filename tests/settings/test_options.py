@@ -1,29 +1,31 @@
-"""Every option of every configuration group: explained, composing and valid."""
+"""Every option of every configuration group: explained, composing and valid; and the names of runs' folders."""
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from sparsewav.cli.app import _identifying
+from sparsewav.cli import app, reference
 from sparsewav.files import conf_folder
-from sparsewav.settings.run import Config
-from sparsewav.settings.validation import validate
+from sparsewav.pipeline.naming import identifying_settings, run_name
+from sparsewav.settings.options import MISSING
+from sparsewav.settings.run import SCHEMAS, Config
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+assert app, "its import registers the dataclasses with Hydra"
 
-def test_the_folders_of_the_papers_runs_keep_their_names() -> None:
-    """The hash of a configuration without the later groups is the one from before there were any."""
+
+def composed(*overrides: str) -> DictConfig:
+    """Compose a configuration as the command does."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        settings = compose("config")
-        chosen = _identifying(settings)
-        assert not {"solver", "objective", "recovery"} & set(chosen)
-        assert _identifying(compose("config", ["solver=alps"]))["solver"]["name"] == "alps"
+        return compose("config", list(overrides))
 
 
 def _groups() -> list[Path]:
@@ -34,19 +36,24 @@ def _groups() -> list[Path]:
     ]
 
 
+def _names(group: Path) -> list[str]:
+    return sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
+
+
 def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
     groups = _groups()
+    assert {group.name for group in groups} == {*SCHEMAS, "scale", "experiment"}
     assert len(groups) == 15
     for group in groups:
-        for option in group.glob("*.yaml"):
-            assert re.search(rf"\b{re.escape(option.stem)}\b", output), f"{group.name}={option.stem}"
+        for option in _names(group):
+            assert re.search(rf"(?<![\w/]){re.escape(option)}\b", output), f"{group.name}={option}"
     assert "Worth copying" in output
     assert "Worth copying" in run_sparsewav("--help", command="sparsewav-train").stdout
 
 
 def _options() -> list[str]:
-    return sorted(f"{group.name}={option.stem}" for group in _groups() for option in group.glob("*.yaml"))
+    return sorted(f"{group.name}={option}" for group in _groups() for option in _names(group))
 
 
 @pytest.mark.parametrize("option", _options())
@@ -58,7 +65,121 @@ def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
         "recovery=reconstruction": ["calibration.propagation=sequential"],
         "recovery=affine": ["calibration.propagation=sequential"],
     }.get(option, [])
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", [option, *extra]))
+    config = OmegaConf.to_object(composed(option, *extra))
     assert isinstance(config, Config)
-    validate(config)
+    config.check()
+
+
+def test_generated_files_are_current() -> None:
+    """``conf/README.md``, the groups of ``--help`` and the options' YAML files repeat what the dataclasses say."""
+    stale = [str(path) for path, text in reference.texts().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run `python -m sparsewav.cli.reference`, which rewrites {', '.join(stale)}"
+
+
+def test_no_override_gives_the_defaults_of_python() -> None:
+    assert OmegaConf.to_object(composed()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("group", "schema"), [(group, schema) for group, schemas in SCHEMAS.items() for schema in schemas]
+)
+def test_the_default_file_of_a_dataclass_has_its_defaults_and_explains_every_key(group: str, schema: type) -> None:
+    """Composed by Hydra; a value that is taken from another key is left out."""
+    path = reference.default_file(group, schema)
+    chosen = composed(f"{group}={path.stem}")[group]
+    assert OmegaConf.get_type(chosen) is schema
+    found: Any = OmegaConf.to_container(chosen, resolve=False)
+    expected: Any = OmegaConf.to_container(OmegaConf.structured(schema()))
+    taken = [key for key, value in found.items() if isinstance(value, str) and value.startswith("${")]
+    assert {key: found[key] for key in found if key not in taken} == {
+        key: expected[key] for key in expected if key not in taken
+    }
+    text = path.read_text(encoding="utf-8")
+    for item in fields(schema):
+        if item.init:
+            line = re.search(rf"^(#.*\n)?{item.name}:.*$", text, re.MULTILINE)
+            assert line, f"{path} has no key {item.name}"
+            assert "# " in line[0], f"{path} does not explain {item.name}"
+
+
+def _leaves(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The keys of all values, as they are typed on the command line."""
+    for key in settings:
+        node = settings._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            yield from _leaves(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _changed_names(*overrides: str) -> tuple[set[str], set[str]]:
+    """The keys whose value changes the name of the run's folder when it changes, and those whose does not."""
+    root = composed(*overrides)
+    before = run_name(_root_=root)
+    changing: set[str] = set()
+    staying: set[str] = set()
+    for key in _leaves(root):
+        other = root.copy()
+        OmegaConf.update(other, key, _another(OmegaConf.select(root, key)))
+        (changing if run_name(_root_=other) != before else staying).add(key)
+    return changing, staying
+
+
+def _another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if value is None:
+        return 7
+    return f"{value}x" if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unused"),
+    [
+        (["allocation=search"], ["training", "update_divisor", "lr_multiplier"]),
+        (["finetune_strategy=progressive"], ["update_divisor", "lr_multiplier"]),
+        (
+            ["method=distilhubert", "finetune_strategy=one_pass"],
+            ["saliency", "solver", "objective", "recovery", "allocation", "calibration"],
+        ),
+    ],
+    ids=["one-shot", "tuned", "baseline"],
+)
+def test_the_name_of_a_runs_folder_tells_apart_what_changes_its_results(
+    overrides: list[str], unused: list[str]
+) -> None:
+    """Every key by itself: it changes the name, unless its field says no or the run does not read it."""
+    changing, staying = _changed_names(*overrides)
+    indifferent = {item.name for item in fields(Config) if not item.metadata["identifies"]} | set(unused)
+    assert {key.partition(".")[0] for key in staying} == indifferent
+    assert not {key.partition(".")[0] for key in changing} & indifferent
+    assert {"device", "output_root", "tracker"} <= indifferent
+    assert {"seed", "sparsity.target", "data.evaluation_subset", "model.name_or_path"} <= changing
+    if "solver" not in unused:
+        assert {"solver.damping", "calibration.frames_per_column", "allocation.rank_tolerance"} & changing
+    assert not set(unused) & set(identifying_settings(composed(*overrides)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "demo-obs_first_order-hutchinson-0.75"),
+        (["solver=alps", "sparsity=n_m", "allocation=uniform"], "demo-obs_first_order-uniform-2of4-alps"),
+        (
+            ["model.fairseq_checkpoint=/models/my w2v.pt", "sparsity.target=0.5"],
+            "my_w2v-obs_first_order-hutchinson-0.5",
+        ),
+        (["method=parp", "finetune_strategy=one_pass"], "demo-parp-0.75-one_pass"),
+    ],
+    ids=["default", "pattern", "fairseq", "baseline"],
+)
+def test_the_name_of_a_runs_folder_can_be_read(overrides: list[str], expected: str) -> None:
+    name, _, digest = run_name(_root_=composed(*overrides)).rpartition("-")
+    assert name == expected
+    assert re.fullmatch(r"[0-9a-f]{8}", digest)
+
+
+def test_a_value_that_the_user_has_to_give_is_missing() -> None:
+    assert OmegaConf.to_container(composed("data=librispeech_dir"))["data"]["root"] == MISSING  # type: ignore[index,call-overload]

@@ -15,13 +15,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from sparsewav.settings.validation import validate_training
 from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.files import conf_folder
 from sparsewav.models.load import load_speech_model
 from sparsewav.settings.run import TrainConfig
-from sparsewav.settings.validation import validate_training
 
 ARCHITECTURE = (
     "architecture.hidden_size=16",

@@ -19,14 +19,15 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.files import conf_folder
 from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
-from sparsewav.settings.run import Config, TrainingConfig
+from sparsewav.settings.run import Config
+from sparsewav.settings.training import Training
 from sparsewav.training.masks import masked_gradients, masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage, plan_stages
 from sparsewav.training.trainer import choose_precision, plan_updates, train_ctc
 
 
-def _settings(**changes: object) -> TrainingConfig:
+def _settings(**changes: object) -> Training:
     settings: dict[str, object] = {
         "epochs": 1,
         "batch_size": 4,
@@ -43,7 +44,7 @@ def _settings(**changes: object) -> TrainingConfig:
         "checkpoint_updates": 2,
         "seed": 0,
     }
-    return TrainingConfig(**(settings | changes))  # type: ignore[arg-type]
+    return Training(**(settings | changes))  # type: ignore[arg-type]
 
 
 def _half_pruned(model_folder: Path) -> SpeechModel:

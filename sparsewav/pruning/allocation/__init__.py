@@ -1,1 +1,1 @@
-"""Allocation: how many weights each matrix loses."""
+"""Allocation: the sparsity of every matrix."""

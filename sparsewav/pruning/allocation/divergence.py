@@ -1,8 +1,8 @@
-"""The judge: how far a pruned model's output is from the dense model's, without any transcript.
+"""Output divergence: how far a pruned model's output is from the dense model's; it needs no transcripts.
 
-It is the divergence KL(dense || pruned) of the posteriors of characters, mean over the frames of some utterances. What
-does not change from one judgement to the next is not computed again: the features of the front end never do, and while
-layers alone from some layer on are changed, neither do the outputs of those before it.
+It is the divergence KL(dense || pruned) of the character posteriors, averaged over the frames of the evaluation
+batches. What is the same in all evaluations is computed once: the features of the front end and, while only layers from
+a certain one on are changed, the outputs of the layers before it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
@@ -26,20 +28,24 @@ from sparsewav.pruning.encoder import (
 from sparsewav.pruning.hidden_states import frame_mask_of
 
 
-class Judge:
-    """Compares a model, as its weights are now, with what it was when the judge was made.
+class OutputDivergence:
+    """Compares a model with the dense model that it was when this object was created.
 
     Attributes:
-        evaluations: how many judgements were made.
-        frames: of the utterances.
+        evaluations: How often the divergence was measured.
+        frames: The number of frames of the evaluation batches.
     """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Args: model: dense, in evaluation mode. batches: what to judge on; labels are not read.
+        """Compute the posteriors of the dense model.
+
+        Args:
+            model: A dense CTC model in evaluation mode.
+            batches: The evaluation batches; labels are not read.
 
         Raises:
-            UserError: there is no batch.
+            UserError: There is no batch.
         """
         self.model = model
         self.evaluations = 0
@@ -51,38 +57,38 @@ class Judge:
             for part in model_batches(model, batch)
         ]
         if not self._parts:
-            raise UserError("the judge has no utterance to listen to; give at least one")
+            raise UserError("the output divergence has no utterance to be measured on; give at least one")
         self._masks = [frame_mask_of(model, part) for part in self._parts]
-        self._heard = [_output_mask(model, part) for part in self._parts]
-        self.frames = sum(int(mask.sum()) for mask in self._heard)
+        self._output_masks = [_output_mask(model, part) for part in self._parts]
+        self.frames = sum(int(mask.sum()) for mask in self._output_masks)
         self._features: list[Any] = [self._front(part["input_values"]) for part in self._parts]
-        # (frames, characters) of every part, padded frames left out
+        # shape (frames, characters) for every part, without padded frames
         self._dense = [self._log_posteriors(index) for index in range(len(self._parts))]
         self._kept: list[Any] | None = None
         self._kept_layers = 0
 
-    def _log_posteriors(self, index: int) -> Tensor:
-        with _answering(self._front, self._features[index]):
+    def _log_posteriors(self, index: int) -> Float[Tensor, "frames characters"]:
+        with _returning(self._front, self._features[index]):
             logits = self.model(**self._parts[index]).logits
-        return logits.float().log_softmax(-1)[self._heard[index]]
+        return logits.float().log_softmax(-1)[self._output_masks[index]]
 
     @torch.no_grad()
-    def divergence(self) -> float:
-        """KL(dense || as it is now) in nats, mean over frames."""
+    def measure(self) -> float:
+        """Give KL(dense || current) in nats, averaged over the frames."""
         self.evaluations += 1
         total = 0.0
         for index, dense in enumerate(self._dense):
-            with ExitStack() as answers:
+            with ExitStack() as stack:
                 if self._kept is not None:
                     for layer in self._layers[: self._kept_layers]:
-                        answers.enter_context(_answering(layer, self._kept[index]))
+                        stack.enter_context(_returning(layer, self._kept[index]))
                 now = self._log_posteriors(index)
             total += float((dense.exp() * (dense - now)).sum(dtype=torch.float64))
         return total / self.frames
 
     @contextmanager
     def resuming_at(self, layer: int) -> Iterator[None]:
-        """Within the block, layers below ``layer`` keep their weights and are not computed again."""
+        """Within the block, the outputs of the layers below ``layer``, whose weights must not change, are reused."""
         if layer == 0:
             yield
             return
@@ -100,23 +106,23 @@ class Judge:
         finally:
             self._kept, self._kept_layers = None, 0
 
-    def output_fisher(self, seed: int = 0) -> dict[str, Tensor]:
-        """Diagonal Fisher information of every matrix's output, mean over frames; by matrix, shape (rows,).
+    def output_fisher(self, seed: int = 0) -> dict[str, Float[Tensor, " _rows"]]:
+        """Give the diagonal Fisher information of every matrix's output, averaged over the frames, by matrix name.
 
-        It is the mean square of the gradient of log p(c) at the matrix's output, where c is drawn from the posteriors
-        of each frame: half of it, times the mean squared error of that output, is the divergence that the error makes,
-        to second order and where errors of different rows are independent.
+        It is the mean square of the gradient of log p(c) with respect to the matrix's output, where c is drawn from the
+        posteriors of each frame. Half of it, times the mean squared error of that output, is the divergence that the
+        error causes, to second order and if the errors of different rows are independent.
         """
         matrices = prunable_matrices(self.model)
         device = self.model.device
         sums = {matrix.name: torch.zeros(matrix.weight.shape[0], dtype=torch.float64) for matrix in matrices}
         generator = torch.Generator().manual_seed(seed)
 
-        def watch(matrix: PrunableMatrix, mask: Tensor) -> Any:
+        def watch(matrix: PrunableMatrix, mask: Bool[Tensor, "batch frames"]) -> RemovableHandle:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 output.register_hook(add)
 
-            def add(gradient: Tensor) -> None:
+            def add(gradient: Float[Tensor, "batch frames rows"]) -> None:
                 own = gradient.reshape(-1, gradient.shape[-1])[mask.flatten()]
                 sums[matrix.name] += own.square().sum(0, dtype=torch.float64).cpu()
 
@@ -137,8 +143,8 @@ class Judge:
         return {name: total / self.frames for name, total in sums.items()}
 
 
-def _output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Tensor:
-    """Shape (batch, frames of the output), True where an utterance has one: an adapter makes them fewer."""
+def _output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
+    """Give a mask that is True where an utterance has a frame of the output, which an adapter may have subsampled."""
     lengths: Any = model._get_feat_extract_output_lengths
     counts = lengths(part["attention_mask"].sum(-1))
     frames = int(lengths(torch.tensor(part["attention_mask"].shape[-1])))
@@ -146,10 +152,10 @@ def _output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Within the block, a module gives this answer to whatever it is asked."""
+def _returning(module: nn.Module, value: Any) -> Iterator[None]:
+    """Within the block, a module returns this value instead of computing its output."""
     before = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: answer
+    module.forward = lambda *args, **kwargs: value
     try:
         yield
     finally:

@@ -1,28 +1,23 @@
-"""Allocation: how many weights each matrix loses."""
+"""Allocation by rank: the sparsity of every matrix from the order of the sensitivities (the paper's)."""
 
-import math
 from collections.abc import Mapping
 
 from sparsewav.errors import UserError
+from sparsewav.settings.pruning import alpha_faults
 
 
 def allocate_uniformly(sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
     """Give every matrix the same sparsity.
 
     Raises:
-        UserError: ``sparsity`` is not between 0 and 1.
+        UserError: The sparsity is not between 0 and 1.
     """
     _check_sparsity(sparsity)
     return dict.fromkeys(sizes, sparsity)
 
 
-def largest_alpha(sparsity: float) -> float:
-    """The largest α that keeps s − α and s + α between 0 and 1, to six digits."""
-    return math.floor(min(sparsity, 1 - sparsity) * 1e6 + 1e-3) / 1e6
-
-
 def rank_by_sensitivity(sensitivities: Mapping[str, float]) -> dict[str, int]:
-    """Rank matrices, 0 for the most sensitive; equal sensitivities go by name."""
+    """Rank matrices by sensitivity, 0 for the highest; ties are broken by name."""
     ordered = sorted(sensitivities, key=lambda name: (-sensitivities[name], name))
     return {name: rank for rank, name in enumerate(ordered)}
 
@@ -35,31 +30,27 @@ def allocate_by_rank(
     *,
     exact_budget: bool = False,
 ) -> dict[str, float]:
-    """Give the rank-th most sensitive matrix sparsity (s − α) + rank · 2α / (N − 1) (eq. 6 and 7 of the paper).
+    """Give each of the N matrices the sparsity (s − α) + rank · 2α / (N − 1) (eq. 6 and 7 of the paper).
 
-    The progression does not know the matrices' sizes, so the sparsity of the whole model misses ``sparsity`` as soon
-    as sizes and ranks go together.
+    The progression ignores the matrices' sizes, so that the sparsity of the whole model misses s where sizes and ranks
+    are correlated.
 
     Args:
-        sizes: weights of every matrix.
-        sensitivities: mean Hessian trace of every matrix (eq. 5).
+        sizes: The number of weights of every matrix.
+        sensitivities: The mean Hessian trace of every matrix (eq. 5).
         sparsity: s, over all matrices.
-        alpha: α, half the range.
-        exact_budget: shift both bounds by the same amount until the size-weighted sum is s to one weight.
+        alpha: α, half the range of sparsities.
+        exact_budget: Whether to shift the range until the whole model has sparsity s to one weight.
 
     Returns:
-        A sparsity for every matrix, by name, in the order of ``sizes``.
+        The sparsity of every matrix, by name, in the order of ``sizes``.
 
     Raises:
-        UserError: a matrix would get a sparsity below 0 or above 1.
+        UserError: A matrix would get a sparsity below 0 or above 1.
     """
     _check_sparsity(sparsity)
-    fitting = largest_alpha(sparsity)
-    if alpha < 0 or sparsity - alpha < -1e-9 or sparsity + alpha > 1 + 1e-9:
-        raise UserError(
-            f"allocation.alpha={alpha:g} does not fit sparsity {sparsity:g}: matrices would get "
-            f"{sparsity - alpha:g} to {sparsity + alpha:g}; choose allocation.alpha between 0 and {fitting:g}"
-        )
+    for fault in alpha_faults(alpha, sparsity):
+        raise UserError(fault)
     ranks = rank_by_sensitivity(sensitivities)
     step = 2 * alpha / (len(sizes) - 1) if len(sizes) > 1 else 0.0
     lowest = sparsity - alpha if len(sizes) > 1 else sparsity

@@ -1,42 +1,40 @@
 """Sensitivity: the mean Hessian trace of the CTC loss for every matrix (eq. 4 and 5 of the paper).
 
 PyTorch's CTC loss has no second derivative, so the Hessian-vector product is a central difference of gradients,
-Hz ≈ (∇L(w + εz) − ∇L(w − εz)) / 2ε. One z over all matrices at once gives every trace: the products between different
-matrices have expectation zero. Only the ranking of the matrices is used, so that the estimate may stop as soon as more
-batches would hardly change it.
+Hz ≈ (∇L(w + εz) − ∇L(w − εz)) / 2ε. One z over all matrices gives the traces of all of them, because the products
+between different matrices have expectation zero. Only the ranking of the matrices is used, so that the estimation may
+stop as soon as more batches would hardly change it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import PrunableMatrix, model_batches, prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, as_sequence, model_batches, prunable_matrices
 from sparsewav.pruning.hessian import Progress
 
-Probe = Literal["gaussian", "rademacher"]
-
 LEAST_BATCHES = 8
-"""Standard errors from fewer would say little."""
+"""Batches before the estimation may stop; standard errors from fewer are unreliable."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Hutchinson's estimate of the trace of one matrix's part of the Hessian.
+    """Hutchinson's estimate of the trace of one matrix's diagonal block of the Hessian.
 
     Attributes:
-        value: of the mean loss per utterance.
-        standard_error: over probes and batches; NaN from a single one.
-        size: number of diagonal elements.
-        samples: pairs of a probe and a batch that it was made of; each took two gradients.
+        value: The trace, for the mean loss per utterance.
+        standard_error: The standard error of the value over probes and batches; NaN from a single sample.
+        size: The number of diagonal elements.
+        samples: The number of pairs of a probe and a batch in the estimate; each took two gradients.
     """
 
     value: float
@@ -46,7 +44,7 @@ class Trace:
 
     @property
     def sensitivity(self) -> float:
-        """Mean diagonal element (eq. 5)."""
+        """The mean diagonal element (eq. 5)."""
         return self.value / self.size
 
 
@@ -55,7 +53,7 @@ def estimate_traces(
     batches: Iterable[dict[str, Tensor]],
     *,
     probes: int = 1,
-    distribution: Probe = "gaussian",
+    distribution: str = "gaussian",
     epsilon: float = 1e-3,
     rank_tolerance: float = 0.0,
     seed: int = 0,
@@ -63,34 +61,35 @@ def estimate_traces(
 ) -> dict[str, Trace]:
     """Estimate the Hessian trace of every prunable matrix.
 
-    Every pair of a probe and a batch draws a z of its own, so that more batches also mean more probes. The batches come
-    in random order. In a process group every process takes one of as many batches, and all give the same traces.
+    Every pair of a probe and a batch has its own z, so that more batches also mean more probes. The batches are taken
+    in random order. In a process group each process takes its share of them, and all get the same traces.
 
     Args:
-        model: CTC model in evaluation mode, float32 or float64; its weights are the same bytes afterwards.
-        batches: calibration batches with ``labels``.
-        probes: how many z for each batch.
-        distribution: of z's elements; the paper's is Gaussian, Rademacher has less variance.
-        epsilon: size of the step relative to the weights' norm.
-        rank_tolerance: stop once the ranks are settled so far: the expected displacement of a rank, as a share of all
-            ranks and averaged over the matrices (:func:`rank_displacement`); 0 takes all batches.
-        seed: of z and of the batches' order.
-        progress: called after every batch.
+        model: A CTC model in evaluation mode, float32 or float64; its weights are bit for bit the same afterwards.
+        batches: Calibration batches with ``labels``.
+        probes: The number of vectors z for each batch.
+        distribution: The distribution of z's elements: ``gaussian`` (the paper's) or ``rademacher``, which has less
+            variance.
+        epsilon: The norm of the step εz relative to that of the weights.
+        rank_tolerance: Stop once the expected displacement of a rank (:func:`rank_displacement`) is not above this; 0
+            takes all batches.
+        seed: The seed of z and of the batches' order.
+        progress: Called after every batch.
 
     Returns:
-        Traces by matrix name.
+        The traces, by matrix name.
 
     Raises:
-        UserError: no batch, no labels, a loss that is not finite, or a model in half precision.
+        UserError: There is no batch, a batch has no labels, a loss is not finite, or the model is in half precision.
     """
     if model.dtype not in (torch.float32, torch.float64):
         raise UserError(
             f"sensitivities need a model in float32, this one is in {model.dtype}; load it with dtype=float32"
         )
     matrices = prunable_matrices(model)
-    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
+    sized = as_sequence(batches)
     order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(_seed_of(seed))).tolist()
-    products: list[Tensor] = []  # one (matrices,) vector of zᵢᵀ(Hz)ᵢ for every probe and batch, per utterance
+    products: list[Tensor] = []  # zᵢᵀ(Hz)ᵢ per utterance, shape (matrices,), for every probe and batch
     weights: list[int] = []
     traces: dict[str, Trace] = {}
     done, settled = 0, False
@@ -113,7 +112,7 @@ def estimate_traces(
             with distributed.together():
                 own = sample(order[place]) if place < len(order) else None
             for result in distributed.gather(own):
-                if result is None or settled:  # past the batch at which one process alone would have stopped
+                if result is None or settled:  # a single process would have stopped before this batch
                     continue
                 utterances, found = result
                 products += torch.tensor(found, dtype=torch.float64).unbind()
@@ -139,10 +138,10 @@ def _traces(matrices: list[PrunableMatrix], products: list[Tensor], weights: lis
 
 
 def rank_displacement(traces: dict[str, Trace]) -> float:
-    """By how many ranks a matrix is expected to be out of place, as a share of all ranks; mean over the matrices.
+    """Give the expected displacement of a rank, as a share of all ranks and averaged over the matrices.
 
-    Each pair of matrices is in the wrong order with the probability that a normal variable with the pair's difference
-    and standard errors has the other sign. NaN from a single sample.
+    A pair of matrices is in the wrong order with the probability that a normal variable with the mean and standard
+    error of the pair's difference has the other sign. The result is NaN if the traces come from a single sample.
     """
     means = torch.tensor([trace.sensitivity for trace in traces.values()], dtype=torch.float64)
     errors = torch.tensor([trace.standard_error / trace.size for trace in traces.values()], dtype=torch.float64)
@@ -156,7 +155,7 @@ def rank_displacement(traces: dict[str, Trace]) -> float:
 
 
 def unseparated_neighbors(traces: dict[str, Trace]) -> int:
-    """Count neighbours in the ranking whose sensitivities differ by less than their standard error together."""
+    """Count neighbours in the ranking whose sensitivities differ by less than the difference's standard error."""
     ordered = sorted(traces.values(), key=lambda trace: trace.sensitivity)
     return sum(
         not (second.sensitivity - first.sensitivity)
@@ -169,7 +168,7 @@ def _seed_of(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) % 2**63
 
 
-def _draw(matrix: PrunableMatrix, distribution: Probe, generator: torch.Generator) -> Tensor:
+def _draw(matrix: PrunableMatrix, distribution: str, generator: torch.Generator) -> Float[Tensor, "rows cols"]:
     z = torch.randn(matrix.weight.shape, generator=generator)
     z = z.sign() if distribution == "rademacher" else z
     return z.to(matrix.weight.device, matrix.weight.dtype)
@@ -183,10 +182,10 @@ def _quadratic_forms(
     model: PreTrainedModel,
     matrices: list[PrunableMatrix],
     batches: list[dict[str, Tensor]],
-    z: list[Tensor],
+    z: list[Float[Tensor, "_rows _cols"]],
     epsilon: float,
-) -> Tensor:
-    """zᵢᵀ(Hz)ᵢ of every matrix, shape (matrices,), float64, of the loss summed over the batches."""
+) -> Float[Tensor, " matrices"]:
+    """Give zᵢᵀ(Hz)ᵢ of every matrix in float64, for the loss summed over the batches."""
     originals = [matrix.weight.detach().clone() for matrix in matrices]
     products: list[Tensor] = []
     try:
@@ -201,9 +200,12 @@ def _quadratic_forms(
 
 
 def _products_with_gradients(
-    model: PreTrainedModel, matrices: list[PrunableMatrix], batches: list[dict[str, Tensor]], z: list[Tensor]
-) -> Tensor:
-    """zᵢᵀ∇ᵢL of every matrix, shape (matrices,), float64; a gradient is gone as soon as it is multiplied."""
+    model: PreTrainedModel,
+    matrices: list[PrunableMatrix],
+    batches: list[dict[str, Tensor]],
+    z: list[Float[Tensor, "_rows _cols"]],
+) -> Float[Tensor, " matrices"]:
+    """Give zᵢᵀ∇ᵢL of every matrix in float64; every gradient is freed as soon as it is multiplied."""
     products = torch.zeros(len(matrices), dtype=torch.float64)
 
     def multiply(index: int) -> Callable[[Tensor], None]:
@@ -234,8 +236,10 @@ def _products_with_gradients(
     return products
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the first dimension and its standard error; values (samples, matrices), weights (samples,)."""
+def _weighted_mean(
+    values: Float[Tensor, "samples matrices"], weights: Float[Tensor, " samples"]
+) -> tuple[Float[Tensor, " matrices"], Float[Tensor, " matrices"]]:
+    """Give the weighted mean over the samples and its standard error."""
     shares = (weights / weights.sum())[:, None]
     mean = (shares * values).sum(0)
     count = len(values)
@@ -247,7 +251,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatrix]) -> Iterator[None]:
-    """Let gradients reach the prunable weights alone, so that the front end keeps no activations."""
+    """Within the block, only the prunable weights require gradients, so that the front end keeps no activations."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for matrix in matrices:
@@ -261,7 +265,7 @@ def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatri
 
 @contextmanager
 def _summed_loss(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model sum its CTC loss, and not hide an infinite one."""
+    """Within the block, the model sums its CTC loss over the utterances and does not replace an infinite one by 0."""
     before = model.config.ctc_loss_reduction, model.config.ctc_zero_infinity
     model.config.ctc_loss_reduction, model.config.ctc_zero_infinity = "sum", False
     try:

@@ -1,1 +1,1 @@
-"""Solvers: which weights of a matrix go, and what the others become, given its Hessian."""
+"""Solvers: which weights of a matrix are removed, and what the kept ones become, given the matrix's Hessian."""

@@ -1,39 +1,44 @@
-"""ALPS: mask and weights of a layer together, by ADMM (Meng, Behdin, Wang and Mazumder 2024).
+"""ALPS: the mask and the weights of a matrix together, by ADMM (Meng, Behdin, Wang and Mazumder 2024).
 
-One copy of the weights is free and fits the layer's outputs, the other one has the zeros; a penalty ρ that grows draws
-them together, so that weights may still come back for a while that a sweep would have removed for good. The free copy
-solves a ridge problem, (H + ρI)⁻¹ of which costs two products a step once H = QMQᵀ is known. All weights of a matrix
-compete. When the mask has come to rest, the weights on it are solved exactly (:mod:`~sparsewav.pruning.solvers.refit`).
+One copy of the weights is dense and minimises the error of the output, the other one is sparse; a growing penalty ρ
+draws them together. Until they agree, a weight may still return to the support, which the OBS sweep never allows. The
+dense copy is the solution of a ridge problem; with H = QMQᵀ known, (H + ρI)⁻¹ costs two products a step. All weights of
+a matrix compete. When the mask no longer changes, :mod:`~sparsewav.pruning.solvers.refit` solves for the weights on it.
 """
 
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 FIRST_PENALTY = 0.1
-"""ρ at the beginning, for a Hessian scaled to a unit diagonal."""
+"""The first ρ, for a Hessian that is scaled to a unit diagonal."""
 CHECK_EVERY = 3
-"""Steps between two looks at how much of the mask has moved."""
+"""The mask's change is measured, and ρ raised, every so many steps."""
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""ρ grows by the factor beside the first share that the moved weights are at least of those that stay."""
+"""Pairs of a share and a factor: ρ grows by the factor of the first share that the mask's change, relative to the
+number of kept weights, reaches."""
 
 
 def find_mask(
-    target: Tensor, hessian: Tensor, project: Callable[[Tensor], Tensor], max_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Find which weights go.
+    target: Float[Tensor, "cols rows"],
+    hessian: Float[Tensor, "cols cols"],
+    project: Callable[[Float[Tensor, "cols rows"]], Bool[Tensor, "cols rows"]],
+    max_steps: int,
+) -> tuple[Bool[Tensor, "cols rows"], Float[Tensor, "cols rows"]]:
+    """Find which weights are removed.
 
     Args:
-        target: what the weights would be if none went, shape (cols, rows).
-        hessian: damped, shape (cols, cols).
-        project: takes scores (cols, rows) and gives a mask of the same shape, True where a weight goes.
-        max_steps: of ADMM.
+        target: T, the weights that minimise the error without any sparsity.
+        hessian: The damped Hessian.
+        project: Gives the mask of the weights to remove, given scores of which the lowest are removed.
+        max_steps: The number of ADMM steps at most.
 
     Returns:
-        The mask, True where a weight goes, and the weights at the end, zero there; both (cols, rows).
+        The mask, True where a weight is removed, and the sparse weights at the end.
     """
-    # In units in which every input has the norm one, the weights that go are those with the smallest outputs.
+    # Scaled so that every input has norm one, the weights with the smallest magnitude contribute least to the output.
     scale = hessian.diagonal().rsqrt()[:, None]  # (cols, 1)
     values, vectors = torch.linalg.eigh(hessian * scale * scale.T)
     values = values.clamp(min=0)[:, None]
@@ -44,16 +49,16 @@ def find_mask(
     checked = removed
     penalty = FIRST_PENALTY
     for step in range(max_steps):
-        free = vectors @ ((vectors.T @ (product - dual + penalty * sparse)) / (values + penalty))
-        shifted = free + dual / penalty
+        dense = vectors @ ((vectors.T @ (product - dual + penalty * sparse)) / (values + penalty))
+        shifted = dense + dual / penalty
         removed = project(shifted.square())
         sparse = shifted.masked_fill(removed, 0.0)
-        dual += penalty * (free - sparse)
+        dual += penalty * (dense - sparse)
         if step % CHECK_EVERY == CHECK_EVERY - 1:
-            moved = int((removed ^ checked).count_nonzero())
-            if moved == 0:
+            changed = int((removed ^ checked).count_nonzero())
+            if changed == 0:
                 break
             kept = max(int((~removed).count_nonzero()), 1)
-            penalty *= next(factor for share, factor in GROWTH if moved >= share * kept)
+            penalty *= next(factor for share, factor in GROWTH if changed >= share * kept)
             checked = removed
     return removed, sparse * scale

@@ -1,15 +1,16 @@
 """Factorisation of the damped Hessian: H + λI = RRᵀ with R upper triangular.
 
-R is all that the OBS sweep needs, and no inverse of the Hessian is ever made. Where the columns left of p are settled,
-the H of the problem that remains is the trailing part of RRᵀ from p on, whose inverse begins with 1 / R_pp². A change
-Δ of the settled columns asks for the change of the others that makes (ΔR) zero there: one product and a small
-triangular solve for each block of columns. That is SparseGPT's update with the Cholesky factor U of H⁻¹ (U = R⁻¹ and
-pivots U_pp = 1 / R_pp), at a quarter of its factorisation's work and with one rounding less.
+The OBS sweep needs R alone; the Hessian is never inverted. Once the columns left of p are settled, the Hessian of the
+remaining problem is the trailing part of RRᵀ from p on, and the first diagonal element of its inverse is 1 / R_pp². A
+change Δ of the settled columns is best compensated by the change of the others that makes (ΔR) zero on them: one
+product and one small triangular solve for each block of columns. This is SparseGPT's update with the Cholesky factor U
+of H⁻¹ (U = R⁻¹, with pivots U_pp = 1 / R_pp), at a quarter of its factorisation's cost and with one rounding less.
 """
 
 import logging
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparsewav.errors import UserError
@@ -19,27 +20,29 @@ logger = logging.getLogger(__name__)
 
 DAMPING_ATTEMPTS = 5
 BLOCK = 256
-"""Columns that are factored together; the rest of the work is products, which run at the machine's full speed."""
+"""Columns that are factored together; the rest of the work is matrix products, which run at full speed."""
 
 
-def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str, number: int = 0) -> tuple[Tensor, float]:
-    """Give R and the λ that it took.
+def factorize(
+    hessian: Float[Tensor, "cols cols"], live: Bool[Tensor, " cols"], damping_share: float, name: str, number: int = 0
+) -> tuple[Float[Tensor, "cols cols"], float]:
+    """Give R and the λ that was added; the Hessian is not changed.
 
     Args:
-        hessian: XXᵀ, shape (cols, cols); not changed.
-        live: inputs that are ever other than zero, shape (cols,).
-        percdamp: λ as a share of the mean diagonal over live inputs.
-        name: of the matrix, for messages.
-        number: of the memory that R takes; the next call with the same number takes it again.
+        hessian: H = XXᵀ.
+        live: True for inputs that are not always zero.
+        damping_share: λ as a share of the mean diagonal over the live inputs.
+        name: The matrix's name, for messages.
+        number: The workspace that holds R; the next call with the same number overwrites it.
 
     Returns:
-        R, shape (cols, cols), of which only the upper triangle holds numbers that mean something; and λ.
+        R, of which only the upper triangle is defined, and λ.
 
     Raises:
-        UserError: H + λI is not positive definite even with λ raised tenfold five times.
+        UserError: H + λI is not positive definite even after λ was raised tenfold five times.
     """
     mean = float(hessian.diagonal()[live].mean()) if live.any() else 1.0
-    damping = percdamp * mean
+    damping = damping_share * mean
     for attempt in range(DAMPING_ATTEMPTS + 1):
         damped = damp(_upper_blocks(hessian, number), live, damping)
         if _factor_in_place(damped):
@@ -49,38 +52,40 @@ def factorize(hessian: Tensor, live: Tensor, percdamp: float, name: str, number:
             logger.warning("The Hessian of %s is not positive definite; raising its damping to %.3g", name, damping)
     raise UserError(
         f"the Hessian of {name} is not positive definite even with damping {damping:.3g}; "
-        "calibrate on more or other utterances, or raise saliency.percdamp"
+        "calibrate on more or other utterances, or raise solver.damping"
     )
 
 
-def _upper_blocks(matrix: Tensor, number: int) -> Tensor:
-    """Copy what lies above the diagonal, and the blocks on it; the rest of the memory is not touched."""
+def _upper_blocks(matrix: Float[Tensor, "cols cols"], number: int) -> Float[Tensor, "cols cols"]:
+    """Copy the diagonal blocks and everything above them; the rest of the copy stays undefined."""
     copy = workspace(f"factor {number}", matrix.shape, matrix)
     for start in range(0, len(matrix), BLOCK):
         copy[start : start + BLOCK, start:] = matrix[start : start + BLOCK, start:]
     return copy
 
 
-def damp(hessian: Tensor, live: Tensor, damping: float) -> Tensor:
-    """Add λ to the diagonal (cols, cols) in place; dead inputs get a one there: nothing couples to them."""
+def damp(
+    hessian: Float[Tensor, "cols cols"], live: Bool[Tensor, " cols"], damping: float
+) -> Float[Tensor, "cols cols"]:
+    """Add λ to the diagonal in place; dead inputs get a one there, because nothing is coupled to them."""
     hessian.diagonal().add_(damping)
     hessian.diagonal()[~live] = 1.0
     return hessian
 
 
-def invert_upper(factor: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix (cols, cols); what lies below its diagonal is not read."""
+def invert_upper(factor: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """Invert an upper triangular matrix; what lies below its diagonal is not read."""
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 
-def _factor_in_place(matrix: Tensor) -> bool:
-    """Put R into the upper triangle of a positive definite matrix (cols, cols); False if it is not one."""
+def _factor_in_place(matrix: Float[Tensor, "cols cols"]) -> bool:
+    """Overwrite the upper triangle with R; return False if the matrix is not positive definite."""
     failed = torch.zeros((), dtype=torch.bool, device=matrix.device)
     for stop in range(len(matrix), 0, -BLOCK):
         start = max(stop - BLOCK, 0)
         corner = matrix[start:stop, start:stop]
-        # With its rows and columns turned around, the upper factor is LAPACK's lower one.
+        # With the order of rows and columns reversed, the upper factor is LAPACK's lower one.
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
         failed |= info.ne(0) | ~lower.isfinite().all()
         corner.copy_(lower.flip(0, 1))
@@ -88,7 +93,7 @@ def _factor_in_place(matrix: Tensor) -> bool:
             break
         above = matrix[:start, start:stop]
         inverse = invert_upper(corner)
-        middle = len(inverse) // 2  # below the diagonal it is zero: the right half of the columns need not the left
+        middle = len(inverse) // 2  # the inverse is zero below its diagonal, which saves a quarter of the product
         left_part = above @ inverse[:middle].T
         above[:, middle:] = above[:, middle:] @ inverse[middle:, middle:].T
         above[:, :middle] = left_part

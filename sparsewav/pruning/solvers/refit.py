@@ -1,31 +1,35 @@
-"""Refit: the exact least squares of every row over the weights that it keeps.
+"""Refit: the exact least squares solution of every row over the weights that it keeps.
 
-The sweep settles a column for good when it has passed it, so that weights at the left do not answer to what is removed
-at their right. Given the mask, the best weights of row w solve (H + λI)_SS ŵ_S = ((H + λI) w)_S, S the columns that the
-row keeps. The systems of all rows are solved side by side by preconditioned conjugate gradients: a step of all of them
-is one product with H, where factoring each would take cols³ a row.
+The sweep settles a column for good when it has passed it, so that weights on the left do not compensate for what is
+removed on their right. Given the mask, the best weights of row w solve (H + λI)_SS ŵ_S = ((H + λI) w)_S, S the columns
+that the row keeps. The systems of all rows are solved together by preconditioned conjugate gradients: an iteration of
+all of them is one product with H, whereas factoring each system would take O(cols³) a row.
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-MOST_ITERATIONS = 1000
-"""Far more than a damped Hessian takes; what rounding keeps from converging ends here."""
+MAX_ITERATIONS = 1000
+"""Far more than a damped Hessian takes; it bounds the rows that rounding keeps from converging."""
 
 
-def solve_on_support(target: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, tolerance: float) -> Tensor:
+def solve_on_support(
+    target: Float[Tensor, "cols rows"],
+    hessian: Float[Tensor, "cols cols"],
+    keep: Bool[Tensor, "cols rows"],
+    start: Float[Tensor, "cols rows"],
+    tolerance: float,
+) -> Float[Tensor, "cols rows"]:
     """Minimise tr((Ŵ − T)ᵀ H (Ŵ − T)) over the kept weights of Ŵ.
 
     Args:
-        target: T, shape (cols, rows): matrices lie transposed here, as in the solver.
-        hessian: damped, positive definite, shape (cols, cols).
-        keep: True where a weight stays, shape (cols, rows).
-        start: where to begin, shape (cols, rows).
-        tolerance: stop a row once its residual, in the norm of H's inverse diagonal, is this share of what it is with
-            all weights at zero.
-
-    Returns:
-        Ŵ, shape (cols, rows), zero where ``keep`` is False.
+        target: T.
+        hessian: The damped Hessian, positive definite.
+        keep: True where a weight is kept; Ŵ is zero elsewhere.
+        start: The weights that the iteration starts from.
+        tolerance: A row has converged when its residual, in the norm of the preconditioner (the inverse diagonal of
+            H), is this share of the residual of all-zero weights.
     """
     diagonal = hessian.diagonal()[:, None]
     product = hessian @ target
@@ -36,10 +40,10 @@ def solve_on_support(target: Tensor, hessian: Tensor, keep: Tensor, start: Tenso
     residual = (product - hessian @ weight) * mask
     step = residual / diagonal
     norm = (residual * step).sum(0)
-    for _ in range(MOST_ITERATIONS):
+    for _ in range(MAX_ITERATIONS):
         open_rows = norm > limits[active]
         count = int(open_rows.count_nonzero())
-        if count < 0.8 * len(active):  # the products are what takes the time: leave out the rows that are done
+        if count < 0.8 * len(active):  # the products dominate the time, so converged rows are left out of them
             result[:, active] = weight
             active = active[open_rows]
             weight, residual, step, mask = (item[:, open_rows] for item in (weight, residual, step, mask))

@@ -1,31 +1,32 @@
-"""Selection: how many weights every group loses, and which ones, given their scores.
+"""Selection: how many weights are removed from every group, and which ones, given their scores.
 
-Counts are exact: ties are broken by position, and what an earlier mask removed counts.
+Counts are exact: ties are broken by position, and weights that an earlier mask removed count.
 """
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def group_quotas(total: int, sizes: Tensor, removed: Tensor) -> Tensor:
-    """Share a number of removals among groups as evenly as what is already removed allows.
+def group_quotas(total: int, sizes: Int[Tensor, " groups"], removed: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
+    """Share a number of removals among groups as evenly as the weights already removed allow.
 
-    Every group gets the same share of its size, except one that has lost more already: it keeps that, and the others
-    get the less.
+    Every group gets the same share of its size, except one that has already lost more: it stays at that, and the
+    others get correspondingly less.
 
     Args:
-        total: removals over all groups, those already made among them.
-        sizes: of the groups, shape (groups,).
-        removed: already removed in every group, shape (groups,).
+        total: The removals over all groups, including those already made.
+        sizes: The number of weights in every group.
+        removed: The number of weights already removed from every group.
 
     Returns:
-        Removals of every group, shape (groups,), int64: at least ``removed``, summing to ``max(total, sum(removed))``.
+        The removals of every group: at least ``removed``, with the sum ``max(total, sum(removed))``.
     """
     total = max(total, int(removed.sum()))
     sizes, removed = sizes.double().cpu(), removed.double().cpu()
-    # The share is where the piecewise linear sum of max(removed, share * size) reaches the total: groups drop out of it
-    # one by one, those with the largest share already removed first.
+    # The share is where the piecewise linear sum of max(removed, share * size) reaches the total; groups that have
+    # lost more than their share drop out of the equation until none is left that has.
     open_groups = torch.ones_like(sizes, dtype=torch.bool)
     while True:
         size = float(sizes[open_groups].sum())
@@ -42,8 +43,10 @@ def group_quotas(total: int, sizes: Tensor, removed: Tensor) -> Tensor:
     return _repair(quotas, removed.to(torch.int64), sizes.to(torch.int64))
 
 
-def _repair(quotas: Tensor, removed: Tensor, sizes: Tensor) -> Tensor:
-    """Move single removals between groups until none has fewer than it already lost, or more than it holds."""
+def _repair(
+    quotas: Int[Tensor, " groups"], removed: Int[Tensor, " groups"], sizes: Int[Tensor, " groups"]
+) -> Int[Tensor, " groups"]:
+    """Move single removals between groups until every quota is between ``removed`` and ``sizes``."""
     bounded = quotas.clamp(removed, sizes)
     surplus = int((quotas - bounded).sum())
     while surplus:
@@ -55,8 +58,8 @@ def _repair(quotas: Tensor, removed: Tensor, sizes: Tensor) -> Tensor:
     return bounded
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` lowest of all scores, the first ones where they tie; any shape, boolean out."""
+def lowest(scores: Float[Tensor, "*shape"], count: int) -> Bool[Tensor, "*shape"]:
+    """Mark the ``count`` lowest of all scores; where they tie, the first ones."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.reshape(-1)
@@ -72,17 +75,10 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return marked.reshape(scores.shape)
 
 
-def lowest_of_rows(scores: Tensor, keep: Tensor, quotas: Tensor) -> Tensor:
-    """Mark the lowest scores of every row, as many as its quota says; what ``keep`` removed goes first.
-
-    Args:
-        scores: shape (rows, candidates).
-        keep: shape (rows, candidates).
-        quotas: shape (rows,).
-
-    Returns:
-        Shape (rows, candidates), boolean.
-    """
+def lowest_of_rows(
+    scores: Float[Tensor, "rows candidates"], keep: Bool[Tensor, "rows candidates"], quotas: Int[Tensor, " rows"]
+) -> Bool[Tensor, "rows candidates"]:
+    """Mark the lowest scores of every row, as many as its quota; what ``keep`` has removed already comes first."""
     scores = scores.masked_fill(~keep, float("-inf"))
     if len(scores) == 1:
         return lowest(scores, int(quotas))
@@ -95,27 +91,36 @@ def lowest_of_rows(scores: Tensor, keep: Tensor, quotas: Tensor) -> Tensor:
     return marked.scatter(1, order, wanted)
 
 
-def n_of_m(scores: Tensor, keep: Tensor, n: int, m: int) -> Tensor:
-    """Mask that keeps at most n of every m consecutive columns; all (rows, cols)."""
+def n_of_m(
+    scores: Float[Tensor, "rows cols"], keep: Bool[Tensor, "rows cols"], n: int, m: int
+) -> Bool[Tensor, "rows cols"]:
+    """Give the mask that keeps at most n of every m consecutive weights of a row, of those that ``keep`` has left."""
     groups, kept = scores.reshape(-1, m), keep.reshape(-1, m)
     quotas = torch.full((len(groups),), m - n)
     return (~lowest_of_rows(groups, kept, quotas) & kept).reshape(scores.shape)
 
 
-def block_quotas(removed: Tensor, untouched: bool, live: Tensor, sparsity: float, block_size: int) -> Tensor:
-    """How many weights of one matrix (cols, rows) every block of columns loses, dead columns left out of the count."""
+def block_quotas(
+    removed: Bool[Tensor, "cols rows"], untouched: bool, live: Bool[Tensor, " cols"], sparsity: float, block_size: int
+) -> Int[Tensor, " blocks"]:
+    """Give the removals of one matrix in every block of columns; dead columns are not counted.
+
+    ``untouched`` says that no earlier mask has removed anything, so that ``removed`` need not be read.
+    """
     sizes = torch.stack([part.sum() for part in live.split(block_size)]) * removed.shape[1]
     counts = torch.zeros_like(live, dtype=torch.int64) if untouched else removed.sum(1) * live
     already = torch.stack([part.sum() for part in counts.split(block_size)])
     return group_quotas(round(sparsity * int(sizes.sum())), sizes, already)
 
 
-def counts_of_blocks(marked: Tensor, block_size: int) -> Tensor:
-    """How many weights of every block of columns are marked (cols, rows)."""
+def counts_of_blocks(marked: Bool[Tensor, "cols rows"], block_size: int) -> Int[Tensor, " blocks"]:
+    """Count the marked weights of every block of columns."""
     return torch.stack([part.sum() for part in marked.split(block_size)])
 
 
-def mark_lowest(removed: Tensor, scores: Tensor, live: Tensor, quota: int) -> None:
-    """Let ``removed`` have exactly ``quota`` of the live columns' weights, its own first; all (block, rows)."""
+def mark_lowest(
+    removed: Bool[Tensor, "cols rows"], scores: Float[Tensor, "cols rows"], live: Bool[Tensor, " cols"], quota: int
+) -> None:
+    """Add the lowest scores to ``removed`` until it has ``quota`` of the live columns' weights."""
     scores = scores.masked_fill(removed, float("-inf")).masked_fill(~live[:, None], float("inf"))
     removed |= lowest(scores, quota)

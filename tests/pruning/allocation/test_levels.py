@@ -1,4 +1,4 @@
-"""Allocation over levels: the choice against exhaustive search, the judge against the plain model, and the search."""
+"""Allocation over levels: the choice against exhaustive search, the divergence against the plain model, the search."""
 
 import copy
 import json
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import sparsewav
-import sparsewav.cli.app
+from sparsewav import ALPS, HAWQ, OBS, Asymmetric, Calibration, ErrorCurves, Search
 from sparsewav.errors import UserError
-from sparsewav.pruning import calibrate, prunable_matrices, prune_matrices
-from sparsewav.pruning.allocation.divergence import Judge
-from sparsewav.pruning.allocation.levels import build_library, choose_levels, exact_sparsities, level_grid
-from sparsewav.pruning.allocation.search import LevelSettings, measure_costs, search_swaps
+from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrices, prune_matrix
+from sparsewav.pruning.allocation.divergence import OutputDivergence
+from sparsewav.pruning.allocation.levels import build_level_store, choose_levels, exact_sparsities, level_grid
+from sparsewav.pruning.allocation.search import measure_costs, search_swaps
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -28,7 +28,7 @@ MakeBatch = Callable[..., Batch]
 
 
 def solve(matrices: list[Any], hessian: Tensor, sparsities: list[float]) -> list[Any]:
-    return prune_matrices([matrix.weight for matrix in matrices], hessian, sparsities)
+    return prune_matrices([matrix.weight for matrix in matrices], hessian, sparsities, saliency="obs")
 
 
 @pytest.fixture
@@ -82,14 +82,14 @@ def test_library_holds_what_the_solver_gives_for_every_level(
 ) -> None:
     """A level out of the stacked sweep is the matrix pruned alone, and its errors are those of its weights."""
     model = tiny_model("wav2vec2").eval()
-    matrices, calibration = prunable_matrices(model), calibrate(model, batches)
+    matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     grid = level_grid(0.6, 0.2, 0.4)
-    with build_library(matrices, calibration, grid, solve, memory=0 if on_disk else 1e9) as library:
+    with build_level_store(matrices, hessians, grid, solve, memory=0 if on_disk else 1e9) as library:
         for matrix in matrices:
-            hessian = calibration.hessian(matrix.name)
+            hessian = hessians.of(matrix.name)
             for offset in grid.offsets:
                 level = library.weight(matrix.name, offset)
-                alone = sparsewav.pruning.prune_matrix(matrix.weight, hessian, grid.sparsity(offset))
+                alone = prune_matrix(matrix.weight, hessian, grid.sparsity(offset), saliency="obs")
                 torch.testing.assert_close(level, alone.weight, rtol=1e-4, atol=1e-5)
                 change = matrix.weight.detach() - level
                 index = grid.index(offset)
@@ -101,12 +101,12 @@ def test_library_holds_what_the_solver_gives_for_every_level(
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "wavlm", "wav2vec2-conformer"])
-def test_judge_gives_the_divergence_of_the_plain_model(family: str, tiny_model: Factory, batches: list[Batch]) -> None:
-    """With what it keeps of the front end and of earlier layers it judges as the plain model on single utterances."""
+def test_divergence_is_that_of_the_plain_model(family: str, tiny_model: Factory, batches: list[Batch]) -> None:
+    """With what is kept of the front end and of earlier layers it is the plain model's on single utterances."""
     model = tiny_model(family).eval()
     dense = copy.deepcopy(model)
-    judge = Judge(model, batches)
-    assert judge.divergence() == pytest.approx(0, abs=1e-6)
+    divergence = OutputDivergence(model, batches)
+    assert divergence.measure() == pytest.approx(0, abs=1e-6)
     matrices = prunable_matrices(model)
     for matrix in matrices[:1] + matrices[-1:]:
         matrix.weight.data.mul_(torch.rand_like(matrix.weight))
@@ -123,48 +123,48 @@ def test_judge_gives_the_divergence_of_the_plain_model(family: str, tiny_model: 
                 )
                 total, frames = total + float((one.exp() * (one - other)).sum()), frames + len(one)
     expected = total / frames
-    assert frames == judge.frames
+    assert frames == divergence.frames
     assert expected > 1e-4
-    assert judge.divergence() == pytest.approx(expected, rel=1e-3)
-    with judge.resuming_at(matrices[-1].layer):
-        assert judge.divergence() == pytest.approx(expected, rel=1e-3)
+    assert divergence.measure() == pytest.approx(expected, rel=1e-3)
+    with divergence.resuming_at(matrices[-1].layer):
+        assert divergence.measure() == pytest.approx(expected, rel=1e-3)
         matrices[-1].weight.data.zero_()
-        changed = judge.divergence()
+        changed = divergence.measure()
     assert changed != pytest.approx(expected, rel=1e-3)
-    assert judge.divergence() == pytest.approx(changed, rel=1e-5)
+    assert divergence.measure() == pytest.approx(changed, rel=1e-5)
 
 
 def test_fisher_predicts_the_divergence_of_a_small_error(tiny_model: Factory, noise_batch: MakeBatch) -> None:
     """½ F ||δX||² is the divergence that an error in one row of a matrix makes, while it is small."""
     model = tiny_model("wav2vec2").eval()
     batches = [noise_batch([4000] * 4, seed=seed) for seed in range(4)]
-    judge = Judge(model, batches)
-    fisher = judge.output_fisher()
+    divergence = OutputDivergence(model, batches)
+    fisher = divergence.output_fisher()
     assert all(parameter.grad is None for parameter in model.parameters())
     matrix = prunable_matrices(model)[-1]
-    hessian = calibrate(model, batches).hessian(matrix.name)
+    hessian = collect_hessians(model, batches).of(matrix.name)
     predicted = measured = 0.0
     dense = matrix.weight.detach().clone()
     for row in range(len(dense)):
         change = 1e-2 * torch.randn(dense.shape[1], generator=torch.Generator().manual_seed(row))
         matrix.weight.data[row] += change
-        measured += judge.divergence()
+        measured += divergence.measure()
         matrix.weight.data.copy_(dense)
-        predicted += 0.5 * float(fisher[matrix.name][row] * (change @ hessian @ change)) / judge.frames
+        predicted += 0.5 * float(fisher[matrix.name][row] * (change @ hessian @ change)) / divergence.frames
     assert predicted == pytest.approx(measured, rel=0.35)  # labels are drawn, and frames are not independent
 
 
 def test_search_is_never_worse_than_its_start_and_repeats_itself(tiny_model: Factory, batches: list[Batch]) -> None:
-    """More judgements give no larger divergence; the same seed gives the same levels, which keep the budget."""
+    """More measurements give no larger divergence; the same seed gives the same levels, which keep the budget."""
     model = tiny_model("wav2vec2").eval()
-    matrices, calibration = prunable_matrices(model), calibrate(model, batches)
+    matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     sizes = {matrix.name: matrix.size for matrix in matrices}
     grid = level_grid(0.6, 0.1, 0.3)
-    judge = Judge(model, batches)
-    with build_library(matrices, calibration, grid, solve, memory=1e9) as library:
+    divergence = OutputDivergence(model, batches)
+    with build_level_store(matrices, hessians, grid, solve, memory=1e9) as library:
         costs = {name: np.zeros(len(grid.offsets)) for name in sizes}
         found = [
-            search_swaps(judge, matrices, library, costs, dict.fromkeys(sizes, 0), evaluations)
+            search_swaps(divergence, matrices, library, costs, dict.fromkeys(sizes, 0), evaluations)
             for evaluations in (0, 30, 30)
         ]
     assert found[1] == found[2]
@@ -178,46 +178,55 @@ def test_measured_costs_are_those_of_one_matrix_at_one_level(
 ) -> None:
     """Every cost is the divergence with that matrix at that level and the others as they are said to be."""
     model = tiny_model("wav2vec2").eval()
-    matrices, calibration = prunable_matrices(model), calibrate(model, batches)
+    matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     grid = level_grid(0.6, 0.2, 0.2)
     dense = [matrix.weight.detach().clone() for matrix in matrices]
-    judge = Judge(model, batches)
-    with build_library(matrices, calibration, grid, solve, memory=1e9) as library:
-        costs = measure_costs(judge, matrices, library, others)
+    divergence = OutputDivergence(model, batches)
+    with build_level_store(matrices, hessians, grid, solve, memory=1e9) as library:
+        costs = measure_costs(divergence, matrices, library, others)
         for place in (0, len(matrices) - 1):
             for index, offset in enumerate(grid.offsets):
                 for other, weight in zip(matrices, dense, strict=True):
                     other.weight.data.copy_(weight if others == "dense" else library.weight(other.name, 0))
                 matrices[place].weight.data.copy_(library.weight(matrices[place].name, offset))
-                assert costs[matrices[place].name][index] == pytest.approx(judge.divergence(), rel=1e-4, abs=1e-7)
+                assert costs[matrices[place].name][index] == pytest.approx(divergence.measure(), rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize(
-    ("effect", "options"),
+    ("allocation", "options"),
     [
-        ("output", {}),
-        ("fisher", {"solver": "alps"}),
-        ("output", {"solver": "alps", "propagation": "true_sequential", "objective": "asymmetric"}),
-        ("trace", {}),
+        (Search(step=0.1, spread=0.2, evaluations=5), {}),
+        (Search(effect="fisher", step=0.1, spread=0.2, evaluations=5), {"solver": ALPS()}),
+        (
+            Search(step=0.1, spread=0.2, evaluations=5),
+            {
+                "solver": ALPS(),
+                "objective": Asymmetric(),
+                "calibration": Calibration(propagation="true_sequential", frames_per_column=None),
+            },
+        ),
+        (HAWQ(step=0.1, spread=0.2, rank_tolerance=0.0), {}),
+        (ErrorCurves(step=0.1, spread=0.2), {}),
     ],
+    ids=["output", "fisher", "asymmetric", "trace", "no-search"],
 )
 def test_pruned_model_meets_the_budget_and_earlier_masks_hold(
-    effect: str, options: dict[str, Any], tiny_model: Factory, batches: list[Batch]
+    allocation: HAWQ | ErrorCurves, options: dict[str, Any], tiny_model: Factory, batches: list[Batch]
 ) -> None:
     """In two stages: counts are exact at both, and what the first removed stays removed."""
     model = tiny_model("wav2vec2")
     size = sum(matrix.size for matrix in prunable_matrices(model))
-    levels = LevelSettings(effect=effect, step=0.1, spread=0.2, evaluations=0 if effect == "trace" else 5)
+    options = {"calibration": Calibration(frames_per_column=None)} | options
     masks: dict[str, Tensor] = {}
     for sparsity in (0.5, 0.6):
         before = copy.deepcopy(masks)
-        report = sparsewav.prune(model, batches, sparsity, allocation="levels", levels=levels, masks=masks, **options)
+        report = sparsewav.prune(model, batches, sparsity, allocation=allocation, masks=masks, **options)
         masks = report.masks
         assert sum(int((~mask).sum()) for mask in masks.values()) == round(sparsity * size)
         assert not any((masks[name] & ~mask).any() for name, mask in before.items())
         assert len({row.target_sparsity for row in report.matrices}) > 1
         assert report.allocated is not None
-        assert (report.allocated.evaluations > 0) == (effect != "trace")
+        assert (report.allocated.evaluations > 0) == (not isinstance(allocation, HAWQ))
         assert report.seconds["allocate"] > 0
 
 
@@ -229,9 +238,8 @@ def test_weights_that_compete_over_the_whole_matrix(within: str) -> None:
     inputs = torch.randn(96, 300, generator=generator, dtype=torch.float64)
     hessian = inputs @ inputs.T
     keep = torch.rand(weight.shape, generator=generator) > 0.1
-    pruned = sparsewav.pruning.prune_matrix(
-        weight, hessian, 0.6, keep=keep, block_size=32, percdamp=0.0, comparison_group=within
-    )
+    solver = OBS(damping=0.0, block_size=32, comparison_group=within)
+    pruned = prune_matrix(weight, hessian, 0.6, saliency="obs", solver=solver, keep=keep)
     scores = (weight.square() / torch.linalg.inv(hessian).diagonal()).masked_fill(~keep, -1.0)
     lowest = torch.zeros(weight.numel(), dtype=torch.bool)
     lowest[scores.flatten().argsort()[: round(0.6 * weight.numel())]] = True
@@ -261,7 +269,7 @@ def small(model_folder: Path, corpus: Path) -> list[str]:
 
 
 def test_a_search_from_the_command_line(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    """With the other accurate choices it meets the target, records what it judged, and gives the same bytes again."""
+    """With the other accurate choices it meets the target, records what it measured, and gives the same bytes again."""
     search = ["allocation=search", "allocation.evaluations=6", "allocation.step=0.1", "sparsity.target=0.6"]
     search += ["solver=alps", "calibration.propagation=sequential", "recovery=reconstruction", "recovery.steps=2"]
     found = []
@@ -273,9 +281,9 @@ def test_a_search_from_the_command_line(run_sparsewav: Run, small: list[str], tm
     metrics, layers, _ = found[0]
     sizes = pandas.read_csv(layers).eval("rows * cols")
     assert round(metrics["achieved_sparsity"] * sizes.sum()) == round(0.6 * sizes.sum())
-    # A judgement for each of the 12 matrices at each of 5 levels, one of the start, and the swaps.
-    assert 12 * 5 + 1 < metrics["stages"][0]["judge_evaluations"] <= 12 * 5 + 1 + 6
-    assert metrics["stages"][0]["judge_divergence"] > 0
+    # A measurement for each of the 12 matrices at each of 5 levels, one of the start, and the swaps.
+    assert 12 * 5 + 1 < metrics["stages"][0]["divergence_evaluations"] <= 12 * 5 + 1 + 6
+    assert metrics["stages"][0]["output_divergence"] > 0
     assert metrics["seconds"]["allocate"] > 0
     assert pandas.read_csv(layers)["target_sparsity"].nunique() > 1
     assert layers.read_bytes() == found[1][1].read_bytes()
@@ -283,9 +291,9 @@ def test_a_search_from_the_command_line(run_sparsewav: Run, small: list[str], tm
 
 
 def test_wrong_settings_are_all_named_at_once(run_sparsewav: Run, small: list[str]) -> None:
-    """Every key out of range, and a competition within blocks for a solver that has none."""
+    """Every key out of range, and a competition over the matrix for a pattern that has none; ALPS has no such key."""
     wrong = ["allocation.effect=loss", "allocation.step=0.5", "allocation.evaluations=0"]
-    result = run_sparsewav(*small, "allocation=search", *wrong, "solver=alps", "saliency.comparison_group=matrix")
+    result = run_sparsewav(*small, "allocation=search", *wrong, "sparsity=n_m", "solver.comparison_group=matrix")
     said = result.stdout + result.stderr
     assert result.returncode == 1
     assert "Traceback" not in said
@@ -293,6 +301,10 @@ def test_wrong_settings_are_all_named_at_once(run_sparsewav: Run, small: list[st
         "allocation.effect=loss",
         "allocation.step=0.5",
         "allocation.evaluations=0",
-        "comparison_group=matrix",
+        "solver.comparison_group=matrix",
     ):
         assert words in said
+    result = run_sparsewav(*small, "solver=alps", "solver.comparison_group=matrix")
+    assert result.returncode == 1
+    assert "comparison_group" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr

@@ -61,7 +61,7 @@ def test_alpha_that_does_not_fit_is_refused_and_the_named_one_accepted(sparsity:
     """A range that leaves [0, 1] is an error, and the α that the message offers works and is the largest (to 1e-5)."""
     with pytest.raises(UserError, match=r"allocation\.alpha") as error:
         allocate_by_rank(EQUAL_SIZES, SENSITIVITIES, sparsity, min(sparsity, 1 - sparsity) + 0.001)
-    offered = re.search(r"between 0 and (\S+)", str(error.value))
+    offered = re.search(r"from 0 to (\S+)", str(error.value))
     assert offered
     allocated = allocate_by_rank(EQUAL_SIZES, SENSITIVITIES, sparsity, float(offered[1]))
     assert all(0 <= share <= 1 for share in allocated.values())

@@ -108,7 +108,7 @@ def test_central_difference_is_the_hessian_vector_product(
         return drawn[-1]
 
     monkeypatch.setattr(sensitivity, "_draw", recorded)
-    traces = estimate_traces(model, batches, distribution=distribution)  # type: ignore[arg-type]
+    traces = estimate_traces(model, batches, distribution=distribution)
     weights = matrix_weights(model.double())
     expected = dict.fromkeys(weights, 0.0)
     for index, batch in enumerate(batches):
@@ -135,7 +135,7 @@ def test_traces_agree_with_the_exact_hessian(
     """Estimates lie within four standard errors of the exact traces, and those errors are what theory says."""
     model, batch, hessian, spans = exact
     probes = 150
-    traces = estimate_traces(model, [batch], probes=probes, distribution=distribution, seed=3)  # type: ignore[arg-type]
+    traces = estimate_traces(model, [batch], probes=probes, distribution=distribution, seed=3)
     assert list(traces) == list(spans)
     for name, span in spans.items():
         # Var zᵢᵀ(Hz)ᵢ: twice the squares of the own block (Rademacher: off its diagonal), once those of the others.

@@ -4,15 +4,18 @@ import logging
 import random
 from fractions import Fraction
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsewav.errors import UserError
-from sparsewav.pruning.solvers.saliency import SALIENCIES
+from sparsewav.pruning.solvers.saliency import SCORES
 from sparsewav.pruning.solvers.selection import group_quotas
 from sparsewav.pruning.solvers.solve import MatrixGroup, prune_groups, prune_matrices, prune_matrix
+from sparsewav.settings import ALPS, NM, OBS, OBSRefit, Pruning, Uniform
+from sparsewav.settings.pruning import resolve
 
 UPDATING = ("obs", "obs_first_order")
 
@@ -71,7 +74,7 @@ def test_sweep_is_the_least_squares_optimum_of_what_is_free(saliency: str, block
     """With a given mask the sweep ends where solving every step's damped least squares directly ends."""
     weight, hessian = problem(5, 11, seed=1)
     keep = random_mask(5, 11, 33, seed=2)
-    pruned = prune_matrix(weight, hessian, 33 / 55, saliency=saliency, keep=keep, block_size=block_size, percdamp=0.05)
+    pruned = prune_matrix(weight, hessian, 33 / 55, saliency=saliency, solver=OBS(0.05, block_size), keep=keep)
     assert torch.equal(pruned.keep, keep)
     assert pruned.damping == pytest.approx(0.05 * float(hessian.diagonal().mean()), rel=1e-12)
     damped = hessian + pruned.damping * torch.eye(11, dtype=torch.float64)
@@ -83,7 +86,7 @@ def test_mask_is_that_of_the_formulas(saliency: str) -> None:
     """Block by block, equations 1 and 3 with direct inverses and a gradient by autograd remove the same weights."""
     rows, cols, block_size = 20, 12, 4
     weight, hessian = ill_conditioned_problem(rows, cols, seed=20)
-    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, block_size=block_size, percdamp=1.0)
+    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(1.0, block_size))
     damped = hessian + pruned.damping * torch.eye(cols, dtype=torch.float64)
     keep = torch.ones(rows, cols, dtype=torch.bool)
     gradient_matters = False
@@ -110,11 +113,11 @@ def test_mask_is_that_of_the_formulas(saliency: str) -> None:
 
 @pytest.mark.parametrize("saliency", UPDATING)
 @pytest.mark.parametrize("dead", [(), (0, 4, 12)])
-@pytest.mark.parametrize("percdamp", [0.0, 0.01, 1.0])
-def test_increments_sum_to_the_damped_error(saliency: str, dead: tuple[int, ...], percdamp: float) -> None:
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_increments_sum_to_the_damped_error(saliency: str, dead: tuple[int, ...], damping: float) -> None:
     """What the removals cost one by one (eq. 1) is the damped error of the whole row, dead inputs aside."""
     weight, hessian = problem(6, 13, seed=3, dead=dead)
-    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, block_size=4, percdamp=percdamp)
+    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping, block_size=4))
     live = hessian.diagonal() > 0
     expected = damped_errors(weight[:, live], pruned.weight[:, live], hessian[live][:, live], pruned.damping)
     torch.testing.assert_close(pruned.increments, expected, rtol=1e-9, atol=1e-9)
@@ -125,14 +128,15 @@ def test_first_order_term_vanishes_without_damping(seed: int) -> None:
     """At λ = 0 and full rank the gradient of what remains is zero, so both saliencies choose the same weights."""
     weight, hessian = problem(16, 24, seed=seed)
     plain, first_order = (
-        prune_matrix(weight, hessian, 0.6, saliency=saliency, block_size=6, percdamp=0.0) for saliency in UPDATING
+        prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping=0.0, block_size=6))
+        for saliency in UPDATING
     )
     assert torch.equal(plain.keep, first_order.keep)
     torch.testing.assert_close(plain.weight, first_order.weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("percdamp", "lowest", "highest"), [(1.0, 0.0, 0.985), (0.01, 0.97, 1.03)])
-def test_first_order_term_lowers_the_error_under_heavy_damping(percdamp: float, lowest: float, highest: float) -> None:
+@pytest.mark.parametrize(("damping", "lowest", "highest"), [(1.0, 0.0, 0.985), (0.01, 0.97, 1.03)])
+def test_first_order_term_lowers_the_error_under_heavy_damping(damping: float, lowest: float, highest: float) -> None:
     """On average over random layers the first-order term lowers ||(W − Ŵ)X||² where λ is large.
 
     At the default λ it works through a hundredth of that and the two saliencies tie within their spread.
@@ -141,7 +145,7 @@ def test_first_order_term_lowers_the_error_under_heavy_damping(percdamp: float, 
     for seed in range(30):
         weight, hessian = ill_conditioned_problem(32, 48, seed)
         plain, first_order = (
-            prune_matrix(weight, hessian, 0.9, saliency=saliency, block_size=8, percdamp=percdamp).weight
+            prune_matrix(weight, hessian, 0.9, saliency=saliency, solver=OBS(damping, block_size=8)).weight
             for saliency in UPDATING
         )
         error, first_order_error = (damped_errors(weight, pruned, hessian, 0).sum() for pruned in (plain, first_order))
@@ -160,65 +164,68 @@ def test_updates_beat_masks_and_obs_beats_random_masks() -> None:
             errors[name] += float(damped_errors(weight, pruned, hessian, 0).sum())
         keep = random_mask(24, 32, 24 * 16, seed=seed)
         errors["random"] += float(
-            damped_errors(weight, prune_matrix(weight, hessian, 0.5, keep=keep).weight, hessian, 0).sum()
+            damped_errors(
+                weight, prune_matrix(weight, hessian, 0.5, saliency="obs", keep=keep).weight, hessian, 0
+            ).sum()
         )
     assert errors["obs"] < errors["wanda"] < errors["magnitude"]
     assert errors["obs"] < errors["random"]
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 def test_stacked_matrices_equal_one_at_a_time(saliency: str) -> None:
     """Query, key and value solved together, each with its own sparsity and mask, come out as if solved alone."""
     _, hessian = problem(1, 12, seed=5)
     weights = [problem(rows, 12, seed=rows)[0] for rows in (4, 6, 9)]
     sparsities = [0.25, 0.6, 0.8]
     keeps = [None, random_mask(6, 12, 30), None]
-    together = prune_matrices(weights, hessian, sparsities, saliency=saliency, keeps=keeps, block_size=5)
+    together = prune_matrices(weights, hessian, sparsities, saliency=saliency, solver=OBS(block_size=5), keeps=keeps)
     for weight, sparsity, keep, stacked in zip(weights, sparsities, keeps, together, strict=True):
-        alone = prune_matrix(weight, hessian, sparsity, saliency=saliency, keep=keep, block_size=5)
+        alone = prune_matrix(weight, hessian, sparsity, saliency=saliency, solver=OBS(block_size=5), keep=keep)
         assert torch.equal(stacked.keep, alone.keep)
         torch.testing.assert_close(stacked.weight, alone.weight, rtol=0, atol=1e-12)
         if alone.increments is not None:
             torch.testing.assert_close(stacked.increments, alone.increments, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"n_m": (2, 4)},
-        {"comparison_group": "block_quotas"},
-        {"comparison_group": "matrix"},
-        {"solver": "obs_refit"},
-        {"solver": "alps"},
+        {"sparsity": NM(2, 4)},
+        {"solver": OBS(block_size=40, comparison_group="block_quotas")},
+        {"solver": OBS(block_size=40, comparison_group="matrix")},
+        {"solver": OBSRefit(block_size=40)},
+        {"solver": ALPS()},
     ],
-    ids=str,
+    ids=["block", "2:4", "block_quotas", "matrix", "obs_refit", "alps"],
 )
-def test_groups_in_step_equal_one_at_a_time(saliency: str, options: dict) -> None:
+def test_groups_solved_together_equal_one_at_a_time(saliency: str, options: dict[str, Any]) -> None:
     """Different Hessians of one width, different heights, a mask, a drift and dead inputs: each as if solved alone."""
-    if saliency not in UPDATING and not {"solver", "comparison_group"}.isdisjoint(options):
+    if saliency not in UPDATING and "solver" in options:
         pytest.skip("goes with weight updates alone")
     groups = []
     for seed, (heights, dead) in enumerate([((4, 6), ()), ((9,), (2, 70)), ((3,), ())]):
         hessian = problem(1, 72, seed=seed, dead=dead)[1]
         weights = [problem(height, 72, seed=10 * seed + height)[0] for height in heights]
-        sparsities = [0.5] * len(weights) if "n_m" in options else [0.4 + 0.1 * height / 3 for height in heights]
+        sparsities = [0.5] * len(weights) if "sparsity" in options else [0.4 + 0.1 * height / 3 for height in heights]
         keeps = [random_mask(len(weight), 72, 20) if seed == 2 else None for weight in weights]
         drift = 0.1 * problem(1, 72, seed=7)[1] if seed == 0 and saliency in UPDATING else None
         groups.append(MatrixGroup(weights, hessian, sparsities, keeps, drift, [f"{seed}-{i}" for i in heights]))
-    together = prune_groups(groups, saliency=saliency, block_size=40, **options)
-    for group, in_step in zip(groups, together, strict=True):
-        for pruned, alone in zip(
-            in_step, prune_groups([group], saliency=saliency, block_size=40, **options)[0], strict=True
-        ):
+    options = {"solver": OBS(block_size=40)} | options
+    settings = Pruning(saliency=resolve("saliency", saliency), allocation=Uniform(), **options)
+    settings.check()
+    together = prune_groups(groups, settings)
+    for group, batched in zip(groups, together, strict=True):
+        for pruned, alone in zip(batched, prune_groups([group], settings)[0], strict=True):
             assert torch.equal(pruned.keep, alone.keep)
             torch.testing.assert_close(pruned.weight, alone.weight, rtol=0, atol=1e-9)  # conjugate gradients stop early
             if alone.increments is not None:
                 torch.testing.assert_close(pruned.increments, alone.increments, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.333, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("weights", ["random", "equal", "zero"])
 @pytest.mark.parametrize(("rows", "cols", "block_size"), [(7, 13, 4), (1, 5, 128), (9, 1, 2)])
@@ -226,7 +233,7 @@ def test_count_is_exact(saliency: str, sparsity: float, weights: str, rows: int,
     """round(sparsity · size) weights go, at odd shapes, with uneven blocks and when all weights tie."""
     weight, hessian = problem(rows, cols, seed=6)
     weight = {"random": weight, "equal": torch.ones_like(weight), "zero": torch.zeros_like(weight)}[weights]
-    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, block_size=block_size)
+    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, solver=OBS(block_size=block_size))
     assert int((~pruned.keep).sum()) == round(sparsity * rows * cols)
     assert not pruned.weight[~pruned.keep].any()
 
@@ -241,7 +248,7 @@ def skewed_masks(rows: int, cols: int) -> dict[str, Tensor]:
     return masks
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 @pytest.mark.parametrize("mask", ["left", "right", "top", "one_left"])
 @pytest.mark.parametrize("sparsity", [0.7, 0.7777, 0.999, 1.0])
 def test_count_is_exact_on_top_of_a_skewed_mask(saliency: str, mask: str, sparsity: float) -> None:
@@ -249,19 +256,19 @@ def test_count_is_exact_on_top_of_a_skewed_mask(saliency: str, mask: str, sparsi
     rows, cols = 10, 21
     weight, hessian = problem(rows, cols, seed=7)
     keep = skewed_masks(rows, cols)[mask]
-    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, keep=keep, block_size=4)
+    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, solver=OBS(block_size=4), keep=keep)
     assert int((~pruned.keep).sum()) == round(sparsity * rows * cols)
     assert not (pruned.keep & ~keep).any()
     assert not pruned.weight[~pruned.keep].any()
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 @pytest.mark.parametrize("mask", ["left", "one_left"])
 def test_nothing_more_goes_when_the_mask_removed_more_than_asked(saliency: str, mask: str) -> None:
     """A mask that is past the sparsity already stays as it is."""
     weight, hessian = problem(10, 21, seed=8)
     keep = skewed_masks(10, 21)[mask]
-    pruned = prune_matrix(weight, hessian, 0.3, saliency=saliency, keep=keep, block_size=4)
+    pruned = prune_matrix(weight, hessian, 0.3, saliency=saliency, solver=OBS(block_size=4), keep=keep)
     assert torch.equal(pruned.keep, keep)
 
 
@@ -272,17 +279,22 @@ def test_dead_inputs_are_emptied_outside_the_quota(saliency: str, sparsity: floa
     dead = (0, 3, 4, 5, 6, 7, 16)  # 4 to 7 are a whole block
     live = [column for column in range(17) if column not in dead]
     weight, hessian = problem(9, 17, seed=9, dead=dead)
-    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, block_size=4)
+    pruned = prune_matrix(weight, hessian, sparsity, saliency=saliency, solver=OBS(block_size=4))
     assert not pruned.weight[:, list(dead)].any()
     assert not pruned.keep[:, list(dead)].any()
     assert int((~pruned.keep[:, live]).sum()) == round(sparsity * 9 * len(live))
     alone = prune_matrix(
-        weight[:, live], hessian[live][:, live], sparsity, saliency=saliency, keep=pruned.keep[:, live], block_size=4
+        weight[:, live],
+        hessian[live][:, live],
+        sparsity,
+        saliency=saliency,
+        solver=OBS(block_size=4),
+        keep=pruned.keep[:, live],
     )
     torch.testing.assert_close(pruned.weight[:, live], alone.weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 def test_all_inputs_dead(saliency: str) -> None:
     """A layer that never sees a signal is pruned without a crash and without NaN."""
     pruned = prune_matrix(torch.ones(3, 4), torch.zeros(4, 4), 0.5, saliency=saliency)
@@ -323,13 +335,13 @@ def test_gives_up_by_name_after_five_raises(saliency: str, caplog: pytest.LogCap
         prune_matrix(torch.ones(4, 6), indefinite(float("nan")), 0.5, saliency=saliency, name="layer 7's key")
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
 @pytest.mark.parametrize("block_size", [3, 10, 128])
 def test_pattern_holds_in_every_group(saliency: str, n: int, m: int, block_size: int) -> None:
     """n:m keeps exactly n of every m consecutive weights of a row, at block sizes that are no multiple of m too."""
     weight, hessian = problem(5, 24, seed=11)
-    pruned = prune_matrix(weight, hessian, 1 - n / m, saliency=saliency, n_m=(n, m), block_size=block_size)
+    pruned = prune_matrix(weight, hessian, NM(n, m), saliency=saliency, solver=OBS(block_size=block_size))
     assert torch.equal(pruned.keep.reshape(-1, m).sum(1), torch.full((5 * 24 // m,), n))
     assert not pruned.weight[~pruned.keep].any()
     if saliency in UPDATING:
@@ -337,24 +349,24 @@ def test_pattern_holds_in_every_group(saliency: str, n: int, m: int, block_size:
         torch.testing.assert_close(pruned.increments, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 def test_pattern_on_top_of_a_mask(saliency: str) -> None:
     """2:4 on top of a mask: what was removed counts in its group, and a group that lost more keeps what it has."""
     weight, hessian = problem(6, 16, seed=12)
     keep = random_mask(6, 16, 50, seed=13)
-    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, keep=keep, n_m=(2, 4))
+    pruned = prune_matrix(weight, hessian, NM(2, 4), saliency=saliency, keep=keep)
     assert not (pruned.keep & ~keep).any()
     assert torch.equal(pruned.keep.reshape(-1, 4).sum(1), keep.reshape(-1, 4).sum(1).clamp(max=2))
 
 
-@pytest.mark.parametrize("saliency", SALIENCIES)
-@pytest.mark.parametrize("n_m", [None, (2, 4)])
-def test_arguments_are_not_changed(saliency: str, n_m: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("saliency", SCORES)
+@pytest.mark.parametrize("sparsity", [0.5, NM(2, 4)], ids=str)
+def test_arguments_are_not_changed(saliency: str, sparsity: float | NM) -> None:
     """Weight, Hessian and mask are the same bytes afterwards, dead inputs and all."""
     weight, hessian = problem(5, 8, seed=14, dead=(2,))
     keep = random_mask(5, 8, 10)
     before = weight.clone(), hessian.clone(), keep.clone()
-    prune_matrix(weight, hessian, 0.5, saliency=saliency, keep=keep, n_m=n_m)
+    prune_matrix(weight, hessian, sparsity, saliency=saliency, keep=keep)
     assert all(torch.equal(old, new) for old, new in zip(before, (weight, hessian, keep), strict=True))
 
 
@@ -385,7 +397,7 @@ def test_wanda_equals_sorting_every_row(sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("saliency", SALIENCIES)
+@pytest.mark.parametrize("saliency", SCORES)
 def test_weight_keeps_its_dtype(saliency: str, dtype: torch.dtype) -> None:
     """Half-precision weights are solved in float32 and handed back as they came, with the exact count."""
     weight, hessian = problem(8, 16, seed=17)
@@ -407,8 +419,8 @@ def test_weight_keeps_its_dtype(saliency: str, dtype: torch.dtype) -> None:
         ({"hessian": torch.ones(8, 1)}, "shape"),
         ({"keep": torch.ones(1, 8, dtype=torch.bool)}, "shape"),
         ({"keep": torch.ones(8, 4, dtype=torch.bool)}, "shape"),
-        ({"n_m": (2, 3), "sparsity": 1 / 3}, "2:3"),
-        ({"n_m": (5, 4), "sparsity": 0.5}, "5:4"),
+        ({"sparsity": NM(2, 3)}, "2:3"),
+        ({"sparsity": NM(5, 4)}, r"sparsity\.n=5 and sparsity\.m=4"),
     ],
 )
 def test_wrong_arguments_are_refused(changes: dict, says: str) -> None:

@@ -1,0 +1,58 @@
+"""The names of runs' folders: readable, and unique by all that the results depend on."""
+
+import hashlib
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sparsewav.settings.baselines import OURS
+from sparsewav.settings.pruning import OPTIONS
+from sparsewav.settings.run import Config
+
+LATER_CHOICES = ("solver", "objective", "recovery")
+"""Groups that a folder's name mentions only where the choice is not the paper's."""
+
+
+def identifying_settings(root: DictConfig) -> dict[str, Any]:
+    """Give the settings that a run's results depend on, resolved."""
+    keys = [item.name for item in fields(Config) if item.metadata["identifies"]]
+    if root.finetune_strategy.name == "none":
+        keys.remove("training")
+    unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
+    keys = [key for key in keys if key not in unused or key == "sparsity"]
+    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
+    # Of the two that can name the model one counts.
+    del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
+    return settings
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """Give the readable part and a hash of all that the run's results depend on."""
+    settings = identifying_settings(_root_)
+    model, sparsity = settings["model"], settings["sparsity"]
+    pruning = ("saliency", "allocation") if _root_.method.name == OURS else ("method",)
+    choices = [settings[group]["name"] for group in pruning]
+    later = [(group, settings[group]["name"]) for group in LATER_CHOICES if group in settings]
+    parts = (
+        Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
+        *choices,
+        f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
+        *(name for group, name in later if name != papers_choice(group)),
+        *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
+        short_hash(settings),
+    )
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
+
+
+def papers_choice(group: str) -> str:
+    """Give the name of the paper's choice in a group."""
+    return OPTIONS[group][0]().name
+
+
+def short_hash(value: Any) -> str:
+    """Hash a value that JSON can hold into eight characters."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

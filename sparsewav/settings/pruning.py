@@ -1,0 +1,401 @@
+"""The options of pruning: one dataclass for every choice in a group, and :class:`Pruning`, which holds one of each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from sparsewav.errors import UserError
+from sparsewav.settings.options import Option, Settings, group_faults, option
+
+
+@dataclass
+class Sparsity(Option):
+    """How many weights are removed."""
+
+    @property
+    def fraction(self) -> float:
+        """The share of the prunable weights to remove."""
+        raise NotImplementedError
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) where n of every m consecutive weights of a row are kept; None otherwise."""
+        return None
+
+
+@dataclass
+class Unstructured(Sparsity):
+    """Any weight may be removed; the count is exact."""
+
+    name: str = field(default="unstructured", init=False)
+    target: float = option(0.75, "share of the prunable weights to remove, 0 to 1", least=0, most=1)
+
+    @property
+    def fraction(self) -> float:
+        return self.target
+
+    def __str__(self) -> str:
+        return f"{self.target:g}"
+
+
+@dataclass
+class NM(Sparsity):
+    """n of every m consecutive weights of a row are kept; GPUs have products for 2:4."""
+
+    name: str = field(default="n_m", init=False)
+    n: int = option(2, "weights that are kept")
+    m: int = option(4, "consecutive weights of a row")
+
+    @property
+    def fraction(self) -> float:
+        return 1 - self.n / self.m
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        return self.n, self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def faults(self) -> Iterator[str]:
+        if not 0 < self.n < self.m:
+            yield f"n={self.n} and sparsity.m={self.m} make no pattern; choose 0 < n < m, e.g. 2 and 4"
+
+
+@dataclass
+class Saliency(Option):
+    """How much the layer's output changes when a weight is removed.
+
+    Attributes:
+        updates: Whether the kept weights are updated to make up for the removed ones.
+    """
+
+    updates: ClassVar[bool] = True
+
+
+@dataclass
+class Magnitude(Saliency):
+    """|w|, compared over the whole matrix; no weight update."""
+
+    name: str = field(default="magnitude", init=False)
+    updates: ClassVar[bool] = False
+
+
+@dataclass
+class Wanda(Saliency):
+    """|w| ||x||, compared within each row; no weight update (Sun et al. 2023)."""
+
+    name: str = field(default="wanda", init=False)
+    updates: ClassVar[bool] = False
+
+
+@dataclass
+class SecondOrder(Saliency):
+    """w² / [H⁻¹]_pp; the kept weights of the row are updated (eq. 1 of the paper)."""
+
+    name: str = field(default="obs", init=False)
+
+
+@dataclass
+class FirstOrder(Saliency):
+    """|w G| + w² / [H⁻¹]_pp; the kept weights of the row are updated (eq. 3: the paper's improved saliency)."""
+
+    name: str = field(default="obs_first_order", init=False)
+
+
+@dataclass
+class Solver(Option):
+    """How the mask and the kept weights of a matrix are found, given its Hessian."""
+
+    damping: float = option(0.01, "λ as a share of the Hessian's mean diagonal", least=0)
+
+
+@dataclass
+class OBS(Solver):
+    """The paper's: columns from left to right, each settled once it is passed (the order of SparseGPT)."""
+
+    name: str = field(default="obs", init=False)
+    block_size: int = option(128, "columns that are masked together", least=1)
+    comparison_group: str = option(
+        "block",
+        "weights that compete: block (every block of columns loses the same share), block_quotas (a block loses its "
+        "part of the matrix's lowest scores) or matrix (the matrix's lowest scores go)",
+        choices=("block", "block_quotas", "matrix"),
+    )
+
+
+@dataclass
+class OBSRefit(OBS):
+    """The mask of ``obs``, and the exact least squares of every row over the weights that it keeps."""
+
+    name: str = field(default="obs_refit", init=False)
+    tolerance: float = option(1e-4, "relative tolerance of the conjugate gradients", above=0, below=1)
+
+
+@dataclass
+class ALPS(Solver):
+    """Mask and weights together by ADMM, then the exact least squares (Meng et al. 2024); uses no saliency."""
+
+    name: str = field(default="alps", init=False)
+    tolerance: float = option(1e-4, "relative tolerance of the conjugate gradients", above=0, below=1)
+    max_steps: int = option(300, "steps of ADMM at most; it stops earlier when its mask has come to rest", least=1)
+
+
+@dataclass
+class Objective(Option):
+    """Which error of a matrix's output is minimised."""
+
+
+@dataclass
+class Symmetric(Objective):
+    """The paper's: the same inputs before and after, min ||(W − Ŵ)X||²."""
+
+    name: str = field(default="symmetric", init=False)
+
+
+@dataclass
+class Asymmetric(Objective):
+    """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers."""
+
+    name: str = field(default="asymmetric", init=False)
+    strength: float = option(1.0, "share of the difference X − X̂ that is made up for; 0 is symmetric", least=0, most=1)
+
+
+@dataclass
+class Recovery(Option):
+    """What a transformer layer learns after its matrices are pruned, without labels."""
+
+
+@dataclass
+class NoRecovery(Recovery):
+    """The paper's: a pruned layer stays as the solver left it."""
+
+    name: str = field(default="none", init=False)
+
+
+@dataclass
+class Affine(Recovery):
+    """The last bias, or layer norm, of every pruned layer is solved for the dense model's output of the layer."""
+
+    name: str = field(default="affine", init=False)
+
+
+@dataclass
+class Reconstruction(Recovery):
+    """Kept weights, biases and layer norms of every pruned layer learn the dense model's output of the layer."""
+
+    name: str = field(default="reconstruction", init=False)
+    steps: int = option(100, "steps of Adam for every layer, one calibration batch each", least=1)
+    learning_rate: float = option(3e-3, "learning rate at the first step; it falls to zero", above=0)
+
+
+@dataclass
+class Allocation(Option):
+    """How the sparsity is shared among the matrices."""
+
+
+@dataclass
+class Uniform(Allocation):
+    """Every matrix gets the same sparsity."""
+
+    name: str = field(default="uniform", init=False)
+
+
+@dataclass
+class Traced(Allocation):
+    """An allocation by Hessian traces of the CTC loss (eq. 4 and 5 of the paper)."""
+
+    probes: int = option(1, "random vectors for every calibration batch; each costs two gradients", least=1)
+    distribution: str = option(
+        "gaussian",
+        "of the random vectors: gaussian (the paper's), rademacher (less variance)",
+        choices=("gaussian", "rademacher"),
+    )
+    utterances: int = option(128, "calibration utterances at most that the traces are estimated on", least=1)
+    rank_tolerance: float = option(
+        0.05,
+        "stop once a matrix is expected to be out of place by no more than this share of all ranks; 0: never",
+        least=0,
+    )
+
+
+@dataclass
+class Hutchinson(Traced):
+    """The paper's mixed sparsity: s − α for the matrix that the CTC loss is most sensitive to, s + α for the least."""
+
+    name: str = field(default="hutchinson", init=False)
+    alpha: float = option(0.1, "half the range of sparsities")
+    exact_budget: bool = option(False, "shift the range until the whole model has the target sparsity to one weight")
+
+
+@dataclass
+class Leveled(Allocation):
+    """An allocation by what every matrix costs at several levels of sparsity; meets the target to one weight."""
+
+    step: float = option(0.05, "distance between two levels of a matrix")
+    spread: float = option(0.25, "largest distance of a level from the target")
+    level_cache_gib: float = option(1.0, "memory in GiB for the matrices at all levels; more goes to disk", least=0)
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if not 0 < self.step <= self.spread <= 1:
+            yield (
+                f"step={self.step:g} and allocation.spread={self.spread:g} do not fit: they must be "
+                "0 < step <= spread <= 1"
+            )
+
+
+@dataclass
+class HAWQ(Leveled, Traced):
+    """Mean Hessian trace times the squared change of the weights, summed and minimised (HAWQ-V2, Dong et al. 2020)."""
+
+    name: str = field(default="hawq", init=False)
+
+
+@dataclass
+class ErrorCurves(Leveled):
+    """The levels whose measured costs add up to the least, by dynamic programming."""
+
+    name: str = field(default="error_curves", init=False)
+    effect: str = option(
+        "output",
+        "output (divergence of the model's output, measured at every level) or fisher (to second order, from one "
+        "backward pass)",
+        choices=("output", "fisher"),
+    )
+    others: str = option(
+        "dense", "the other matrices while one is measured: dense, or pruned to the target", choices=("dense", "pruned")
+    )
+    utterances: int = option(16, "calibration utterances at most that the divergence is measured on", least=1)
+
+
+@dataclass
+class Search(ErrorCurves):
+    """``error_curves``, then a search over swaps of levels by the divergence of the model's output."""
+
+    name: str = field(default="search", init=False)
+    evaluations: int = option(400, "swaps whose divergence is measured", least=1)
+
+
+@dataclass
+class Calibration(Settings):
+    """The sample of speech that the Hessians are summed over."""
+
+    utterances: int = option(128, "size of the random sample", least=1)
+    propagation: str = option(
+        "parallel",
+        "parallel (all Hessians from one pass of the dense model), sequential (layer by layer on the layers already "
+        "pruned) or true_sequential (matrix by matrix within a layer, too)",
+        choices=("parallel", "sequential", "true_sequential"),
+    )
+    frames_per_column: float | None = option(
+        64.0, "random frames for every column of a Hessian; null: all frames", least=1
+    )
+
+
+OPTIONS: dict[str, tuple[type[Option], ...]] = {
+    "sparsity": (Unstructured, NM),
+    "saliency": (FirstOrder, SecondOrder, Wanda, Magnitude),
+    "solver": (OBS, OBSRefit, ALPS),
+    "objective": (Symmetric, Asymmetric),
+    "recovery": (NoRecovery, Reconstruction, Affine),
+    "allocation": (Hutchinson, Uniform, HAWQ, ErrorCurves, Search),
+}
+"""The choices of every group, the paper's first."""
+
+
+def resolve(group: str, value: Any) -> Any:
+    """Give the option that a user named: the object itself, its name for the defaults, or a number for a sparsity.
+
+    Raises:
+        UserError: The value is no choice of the group.
+    """
+    choices = {choice().name: choice for choice in OPTIONS[group]}
+    if isinstance(value, str) and value in choices:
+        return choices[value]()
+    if group == "sparsity" and isinstance(value, int | float):
+        return Unstructured(value)
+    if isinstance(value, tuple(choices.values())):
+        return value
+    raise UserError(f"{group}={value} does not exist; choose one of {', '.join(choices)}")
+
+
+@dataclass
+class Pruning:
+    """All that decides which weights are removed and what the others become."""
+
+    sparsity: Sparsity = option(Unstructured, "how many weights are removed")
+    saliency: Saliency = option(FirstOrder, "which weights are removed first")
+    solver: Solver = option(OBS, "how mask and kept weights are found")
+    objective: Objective = option(Symmetric, "which error is minimised")
+    recovery: Recovery = option(NoRecovery, "what a pruned layer learns afterwards")
+    allocation: Allocation = option(Hutchinson, "how the sparsity is shared among the matrices")
+    calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
+    seed: int = option(
+        0,
+        "of the calibration sample, the Hutchinson probes and the search; of a baseline's new weights and order",
+        least=0,
+    )
+
+    @property
+    def two_models(self) -> bool:
+        """Whether the dense model's activations are needed beside the pruned model's."""
+        return isinstance(self.objective, Asymmetric) or not isinstance(self.recovery, NoRecovery)
+
+    def check(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            UserError: There are faults; it has a line for each.
+        """
+        lines = list(self.faults())
+        if lines:
+            raise UserError("\n".join(lines))
+
+    def faults(self) -> Iterator[str]:
+        """Give a sentence for every value that is out of range and for every choice that does not fit another."""
+        sparsity, allocation, propagation = self.sparsity, self.allocation, self.calibration.propagation
+        of_groups = list(group_faults(self))
+        yield from of_groups
+        if sparsity.pattern and not isinstance(allocation, Uniform):
+            yield f"sparsity=n_m gives every matrix the sparsity {sparsity}; choose allocation=uniform with it"
+        if isinstance(allocation, Hutchinson) and not any(line.startswith("sparsity") for line in of_groups):
+            yield from alpha_faults(allocation.alpha, sparsity.fraction)
+        if isinstance(self.solver, OBS) and self.solver.comparison_group != "block" and sparsity.pattern:
+            yield (
+                f"solver.comparison_group={self.solver.comparison_group} does not go with sparsity=n_m; choose block"
+            )
+        two_models = [self.objective] if isinstance(self.objective, Asymmetric) else []
+        for group, choice in [
+            *([("solver", self.solver)] if self.solver.name != "obs" else []),
+            *(("objective", item) for item in two_models),
+        ]:
+            if not self.saliency.updates:
+                yield (
+                    f"{group}={choice.name} updates the kept weights, and saliency={self.saliency.name} does not; "
+                    "choose saliency=obs or obs_first_order with it"
+                )
+        if propagation == "parallel":
+            for group, choice in [
+                *(("objective", item) for item in two_models),
+                *([("recovery", self.recovery)] if self.recovery.name != "none" else []),
+            ]:
+                yield (
+                    f"{group}={choice.name} needs what the pruned layers give; choose "
+                    "calibration.propagation=true_sequential (or sequential) with it"
+                )
+
+
+def alpha_faults(alpha: float, sparsity: float) -> Iterator[str]:
+    """Give a sentence if α lets a matrix have a sparsity below 0 or above 1 (eq. 6 of the paper)."""
+    largest = largest_alpha(sparsity)
+    if not -1e-9 <= alpha <= min(sparsity, 1 - sparsity) + 1e-9:
+        yield (
+            f"allocation.alpha={alpha:g} does not fit sparsity {sparsity:g}: matrices would get {sparsity - alpha:g} "
+            f"to {sparsity + alpha:g}; choose an alpha from 0 to {largest:g}"
+        )
+
+
+def largest_alpha(sparsity: float) -> float:
+    """Give the largest α that keeps s − α and s + α between 0 and 1, to six digits."""
+    return int(min(sparsity, 1 - sparsity) * 1e6 + 1e-3) / 1e6
