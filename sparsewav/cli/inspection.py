@@ -109,23 +109,23 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
     """
     import pandas
 
-    from sparsewav import records
+    from sparsewav.pipeline import run_folder
 
     found = []
-    metrics = json.loads((run / records.METRICS).read_text())
+    metrics = json.loads((run / run_folder.METRICS).read_text())
     if metrics["params_nonzero"] != nonzero:
         found.append(
-            f"{records.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
+            f"{run_folder.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
         )
-    if (run / records.LAYERS).is_file():
-        layers = pandas.read_csv(run / records.LAYERS).set_index("name")
+    if (run / run_folder.LAYERS).is_file():
+        layers = pandas.read_csv(run / run_folder.LAYERS).set_index("name")
         for row in matrices.itertuples():
             if row.name not in layers.index:
-                found.append(f"{records.LAYERS} has no row for {row.name}")
+                found.append(f"{run_folder.LAYERS} has no row for {row.name}")
                 continue
             reported = round(float(layers.loc[row.name, "sparsity"]) * int(row.rows * row.cols))
             if reported != row.zeros:
-                found.append(f"{records.LAYERS} says {reported:,} weights of {row.name} are zero; {row.zeros:,} are")
+                found.append(f"{run_folder.LAYERS} says {reported:,} weights of {row.name} are zero; {row.zeros:,} are")
     return found
 
 
@@ -195,18 +195,18 @@ def main() -> None:
 
 def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     quieten_libraries()
-    from sparsewav import records
     from sparsewav.models.bitmask import format_of
     from sparsewav.models.load import load, locate_model
+    from sparsewav.pipeline import run_folder
 
     folder = Path(locate_model(str(given.expanduser().absolute()), "the folder"))
-    run = next((path for path in (given, given.parent) if (path / records.METRICS).is_file()), None)
+    run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
     model = load(folder)
     matrices = matrix_sparsities(model)
     measured = sizes(model, folder)
     console.print(_summary(folder, format_of(folder), matrices, measured, str(model.dtype).removeprefix("torch.")))
     if run:
-        console.print(_recipe(json.loads((run / records.METRICS).read_text())))
+        console.print(_recipe(json.loads((run / run_folder.METRICS).read_text())))
     console.print(heat_map(matrices))
     plot = plot or given / "sparsity.png"
     plot_heat_map(matrices, plot)
