@@ -210,11 +210,11 @@ def _break(corpus: Path, fault: str) -> None:
         ("no transcripts", r"has no transcripts"),
     ],
 )
-def test_broken_data_is_refused_by_name(corpus: Path, fault: str, message: str) -> None:
-    _break(corpus, fault)
+def test_broken_data_is_refused_by_name(own_corpus: Path, fault: str, message: str) -> None:
+    _break(own_corpus, fault)
 
     def read_all() -> None:
-        for utterance in read_librispeech_folder(corpus, "test"):
+        for utterance in read_librispeech_folder(own_corpus, "test"):
             read_audio(utterance)
 
     with pytest.raises(UserError, match=message):
