@@ -38,6 +38,37 @@ def _assert_one_sentence(result: subprocess.CompletedProcess[str], pattern: str)
     assert re.search(pattern, output), output
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sparsewav", "Worth copying"),
+        ("sparsewav-train", "Worth copying"),
+        ("sparsewav-export", "bitmask"),
+        ("sparsewav-inspect", "heat map"),
+        ("sparsewav-transcribe", "said in audio files"),
+    ],
+)
+def test_help_does_not_wait_for_pytorch(command: str, words: str, start_sparsewav: Run) -> None:
+    result = start_sparsewav("--help", command=command, PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+    assert re.search(r"\| +sparsewav\.cli$", result.stderr, re.MULTILINE)
+    assert not re.search(r"\| +(torch|transformers)$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_summary_is_a_console_command(start_sparsewav: Run) -> None:
+    result = start_sparsewav("--help", command="sparsewav-summary")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "usage: sparsewav-summary FOLDER" in result.stdout
+
+
+def test_a_process_fails_with_one_sentence(start_sparsewav: Run) -> None:
+    result = start_sparsewav("saliency=obz")
+    _assert_one_sentence(result, r"^error: saliency=obz does not exist")
+    assert result.stdout == ""
+
+
 def test_a_run_writes_what_it_promises(
     run_sparsewav: Run, small: list[str], tmp_path: Path, model_folder: Path
 ) -> None:
