@@ -206,11 +206,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Environment of a command: a cache of its own, and a terminal wide enough for paths."""
-    return _environment(tmp_path)
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return os.environ | {"SPARSEWAV_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+    return os.environ | {"SPARSEWAV_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
 
 
 @pytest.fixture
@@ -275,16 +271,12 @@ def _run_here(command: str, arguments: tuple[str, ...], folder: Path, environmen
 def _undisturbed_process() -> Iterator[None]:
     """Begin the block as a new process begins, and take back what it changes in the state of this one."""
     argv, environment = sys.argv, dict(os.environ)
-    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
-    states = [(logger, logger.handlers[:], logger.level, logger.propagate, logger.disabled) for logger in loggers]
-    references = logging._handlerList[:]  # weak ones, which logging.config drops
-    known_handlers = logging.root.handlers[:]
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads = torch.get_num_threads()
     _forget_hydra()
     try:
-        with warnings.catch_warnings():
+        with _undisturbed_logging(), warnings.catch_warnings():
             # The suite's filters turn warnings into errors; a command prints them, as Python's own filters have it.
             warnings.resetwarnings()
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
@@ -296,18 +288,31 @@ def _undisturbed_process() -> Iterator[None]:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
-        for handler in set(logging.root.handlers) - set(known_handlers):
-            handler.close()  # Hydra's, which writes to the run's log
-        for logger, handlers, level, propagate, disabled in states:
-            logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, disabled
-            logger.setLevel(level)
-        logging._handlerList[:] = references
         transformers_logging.set_verbosity(verbosity)
         (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         torch.set_rng_state(generators[2])
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _undisturbed_logging() -> Iterator[None]:
+    """Begin the block without pytest's handlers; afterwards close what Hydra has set up, and take it back."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    states = [(logger, logger.handlers[:], logger.level, logger.propagate, logger.disabled) for logger in loggers]
+    references = logging._handlerList[:]  # weak ones, which Hydra's set-up drops
+    logging.root.handlers[:] = []
+    logging.root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler in logging.root.handlers:
+            handler.close()
+        for logger, handlers, level, propagate, disabled in states:
+            logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, disabled
+            logger.setLevel(level)
+        logging._handlerList[:] = references
 
 
 def _forget_hydra() -> None:
