@@ -1,4 +1,4 @@
-"""Tiny random CTC models of every family, noise for them to hear, and the command line in an empty folder."""
+"""Tiny random CTC models of every family, noise as their input, and the command line in an empty folder."""
 
 # ruff: noqa: E402
 from jaxtyping import install_import_hook
@@ -7,16 +7,27 @@ from jaxtyping import install_import_hook
 # As for mypy, an int is accepted as a float (PEP 484).
 install_import_hook("sparsewav.pruning", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import contextlib
+import importlib
+import io
+import logging
 import os
+import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import (
     AutoModelForCTC,
@@ -28,7 +39,9 @@ from transformers import (
     Wav2Vec2ConformerConfig,
     WavLMConfig,
 )
+from transformers.utils import logging as transformers_logging
 
+from sparsewav.cli import RememberSweep
 from sparsewav.training.dense import english_processor
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
@@ -162,12 +175,19 @@ def _write_corpus(root: Path, subset: str, count: int, *, seed: int = 0, seconds
         path.write_text("".join(lines))
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with the subsets ``train`` (12 utterances) and ``test`` (6); shared, so no test changes it."""
+    root = tmp_path_factory.mktemp("corpus")
+    _write_corpus(root, "train", 12)
+    _write_corpus(root, "test", 6, seed=1)
+    return root
+
+
 @pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A corpus with the subsets ``train`` (12 utterances) and ``test`` (6)."""
-    _write_corpus(tmp_path / "corpus", "train", 12)
-    _write_corpus(tmp_path / "corpus", "test", 6, seed=1)
-    return tmp_path / "corpus"
+def own_corpus(corpus: Path, tmp_path: Path) -> Path:
+    """The same corpus for a test that changes it."""
+    return shutil.copytree(corpus, tmp_path / "corpus")
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +203,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Completed = subprocess.CompletedProcess[str]
+Run = Callable[..., Completed]
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+"""Names the console commands and their entry points."""
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Environment of a command: a cache of its own, and a terminal wide enough for paths."""
@@ -190,10 +217,23 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a console command in an empty folder, as a user does."""
+def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Run:
+    """Run a console command in an empty folder, as a user does, but in the process of the test.
 
-    def run(*arguments: str, command: str = "sparsewav", **changes: str) -> subprocess.CompletedProcess[str]:
+    Starting Python, PyTorch and transformers takes several times as long as a run of a tiny model.
+    """
+
+    def run(*arguments: str, command: str = "sparsewav", **changes: str) -> Completed:
+        return _run_here(command, arguments, tmp_path, environment | changes)
+
+    return run
+
+
+@pytest.fixture
+def start_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Run:
+    """Run a console command in an empty folder and in a process of its own, for what is about the process."""
+
+    def run(*arguments: str, command: str = "sparsewav", **changes: str) -> Completed:
         return subprocess.run(
             [str(Path(sys.executable).parent / command), *arguments],
             cwd=tmp_path,
@@ -205,6 +245,91 @@ def run_sparsewav(tmp_path: Path, environment: dict[str, str]) -> Callable[..., 
         )
 
     return run
+
+
+def _run_here(command: str, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> Completed:
+    """Call a command's entry point as its console script does; returns what a process would have returned."""
+    module, _, function = tomllib.loads(PYPROJECT.read_text())["project"]["scripts"][command].partition(":")
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        _undisturbed_process(),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = [command, *arguments]
+        code: object = 0
+        try:
+            getattr(importlib.import_module(module), function)()
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        if not isinstance(code, int):  # the interpreter prints the message that SystemExit was raised with
+            print(code, file=sys.stderr)
+            code = 1
+    return subprocess.CompletedProcess([command, *arguments], code, stdout.getvalue(), stderr.getvalue())
+
+
+@contextlib.contextmanager
+def _undisturbed_process() -> Iterator[None]:
+    """Begin the block as a new process begins, and take back what it changes in the state of this one."""
+    argv, environment = sys.argv, dict(os.environ)
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    _forget_hydra()
+    try:
+        with _undisturbed_logging(), warnings.catch_warnings():
+            # The suite's filters turn warnings into errors; a command prints them, as Python's own filters have it.
+            warnings.resetwarnings()
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = _print_warning
+            yield
+    finally:
+        _forget_hydra()
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environment)
+        transformers_logging.set_verbosity(verbosity)
+        (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _undisturbed_logging() -> Iterator[None]:
+    """Begin the block without pytest's handlers; afterwards close what Hydra has set up, and take it back."""
+    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    states = [(logger, logger.handlers[:], logger.level, logger.propagate, logger.disabled) for logger in loggers]
+    references = logging._handlerList[:]  # weak ones, which Hydra's set-up drops
+    logging.root.handlers[:] = []
+    logging.root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler in logging.root.handlers:
+            handler.close()
+        for logger, handlers, level, propagate, disabled in states:
+            logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, disabled
+            logger.setLevel(level)
+        logging._handlerList[:] = references
+
+
+def _forget_hydra() -> None:
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    RememberSweep.folder = None
+
+
+def _print_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 @pytest.fixture

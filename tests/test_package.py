@@ -13,6 +13,7 @@ import sparsewav
 CHECKOUT = Path(sparsewav.__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), reason="not in a checkout")
 def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(CHECKOUT)]
@@ -42,7 +43,7 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     script = str(environment / "bin" / "sparsewav")
     assert "Worth copying" in run(script, "--help").stdout
     assert (packages / "sparsewav" / "conf" / "config.yaml").is_file()
-    assert (packages / "sparsewav" / "acceleration" / "product.cpp").is_file()
+    assert (packages / "sparsewav" / "inference" / "product.cpp").is_file()
     result = run(script, "experiment=smoke", "allocation=uniform", "saliency=obs", "sparsity.target=0.5")
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(tmp_path.glob("outputs/demo-obs-uniform-0.5-*/model/model.safetensors"))

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCTC, PreTrainedModel
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import AutoModelForCTC, HubertConfig, HubertForCTC, PreTrainedModel
 
+import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.baselines import METHODS
 from sparsewav.baselines.gated import Distillation, GatedStudent, ctc_loss, distilled_layers
 from sparsewav.baselines.gates import Gates, encoder_parameters, open_probability
 from sparsewav.data.librispeech import read_librispeech_folder
+from sparsewav.files import conf_folder
 from sparsewav.models.load import load_speech_model
 from sparsewav.settings.baselines import Gated
 from sparsewav.settings.run import Config
@@ -25,13 +29,6 @@ from sparsewav.settings.run import Config
 
 def settings_of(name: str, *overrides: str) -> Gated:
     """The published settings of a method, from its file."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from sparsewav.cli import app
-    from sparsewav.files import conf_folder
-
-    app._register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composed = compose("config", overrides=[f"method={name}", *overrides])
     config: Any = OmegaConf.to_object(composed)
@@ -185,11 +182,10 @@ def test_command_compresses_tunes_and_saves(
     assert "import sparsewav.models.load" in (metrics_path.parent / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dphubert", "wang2023", "l0_finetune"])
 def test_full_size_takes_two_updates(name: str, tmp_path: Path, corpus: Path, model_folder: Path) -> None:
     """HuBERT base with random weights, the published settings cut to two updates of one utterance each."""
-    from transformers import HubertConfig, HubertForCTC
-
     settings = replace(
         settings_of(name),
         updates=2,
@@ -208,20 +204,27 @@ def test_full_size_takes_two_updates(name: str, tmp_path: Path, corpus: Path, mo
     assert encoder_parameters(smaller) == pytest.approx(aim, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dphubert", "parp"])
 def test_killed_while_it_compresses_it_ends_with_the_same_model(
-    method: str, environment: dict[str, str], model_folder: Path, corpus: Path, tmp_path: Path
+    method: str, run_sparsewav: Any, environment: dict[str, str], model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """Gates, multipliers and optimizers, or what PARP has pruned so far, come back from the last checkpoint."""
-    command = [
-        *(str(Path(sys.executable).parent / "sparsewav"), f"method={method}", "update_divisor=4000"),
+    arguments = [
+        *(f"method={method}", "update_divisor=4000"),
         *("method.checkpoint_updates=2", "method.batch_size=4", "method.precision=float32"),
         *(f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}"),
         *("data.training_subset=train", "data.evaluation_subset=test", "data.calibration_subset=train"),
     ]
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
-    subprocess.run([*command, "output_root=whole"], check=True, **options)
-    process = subprocess.Popen([*command, "output_root=killed"], start_new_session=True, **options)
+    assert run_sparsewav(*arguments, "output_root=whole").returncode == 0
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "sparsewav"), *arguments, "output_root=killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 300
     while not [path for path in tmp_path.glob("killed/**/checkpoint-*") if path.name != "checkpoint-0"]:
         assert process.poll() is None, "it ended before it could be killed"
@@ -230,6 +233,6 @@ def test_killed_while_it_compresses_it_ends_with_the_same_model(
     os.killpg(process.pid, 9)
     process.wait()
     assert not list(tmp_path.glob("killed/*/model"))
-    subprocess.run([*command, "output_root=killed"], check=True, **options)
+    assert run_sparsewav(*arguments, "output_root=killed").returncode == 0
     [whole] = (tmp_path / "whole").glob("*/model/model.safetensors")
     assert whole.read_bytes() == (tmp_path / "killed" / whole.relative_to(tmp_path / "whole")).read_bytes()

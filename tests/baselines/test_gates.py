@@ -109,7 +109,7 @@ def test_expected_parameters_are_those_of_the_cut_model(
     batch = inputs(noise_batch, norm)
     with torch.no_grad():
         torch.testing.assert_close(smaller(**batch).logits, model(**batch).logits, atol=2e-5, rtol=1e-4)
-    assert multiply_accumulates(smaller)[0] > 0  # also where nothing but a bias is left of a layer
+    assert multiply_accumulates(smaller, 160)[0] > 0  # also where nothing but a bias is left of a layer
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -135,6 +135,7 @@ def test_straight_through_gates_are_hard_and_still_learn(tiny_model: Any, noise_
         assert gradient.abs().max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_class", "config", "how", "target", "published", "tolerance"),
     [

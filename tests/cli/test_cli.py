@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from safetensors.torch import load_file
 from transformers import AutoModelForCTC
 
@@ -35,6 +36,37 @@ def _assert_one_sentence(result: subprocess.CompletedProcess[str], pattern: str)
     assert "Traceback" not in output
     assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
     assert re.search(pattern, output), output
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sparsewav", "Worth copying"),
+        ("sparsewav-train", "Worth copying"),
+        ("sparsewav-export", "bitmask"),
+        ("sparsewav-inspect", "heat map"),
+        ("sparsewav-transcribe", "said in audio files"),
+    ],
+)
+def test_help_does_not_wait_for_pytorch(command: str, words: str, start_sparsewav: Run) -> None:
+    result = start_sparsewav("--help", command=command, PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+    assert re.search(r"\| +sparsewav\.cli$", result.stderr, re.MULTILINE)
+    assert not re.search(r"\| +(torch|transformers)$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_summary_is_a_console_command(start_sparsewav: Run) -> None:
+    result = start_sparsewav("--help", command="sparsewav-summary")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "usage: sparsewav-summary FOLDER" in result.stdout
+
+
+def test_a_process_fails_with_one_sentence(start_sparsewav: Run) -> None:
+    result = start_sparsewav("saliency=obz")
+    _assert_one_sentence(result, r"^error: saliency=obz does not exist")
+    assert result.stdout == ""
 
 
 def test_a_run_writes_what_it_promises(
@@ -128,6 +160,7 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     assert "6 runs" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -138,17 +171,27 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     ids=["joblib", "submitit", "submitit-two-processes"],
 )
 def test_a_launcher_gives_the_same_results(
-    run_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
+    run_sparsewav: Run, start_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
 ) -> None:
     jobs = [*small, "sparsity.target=0.5,0.7", "allocation=uniform"]
     assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
-    result = run_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
+    result = start_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
     assert result.returncode == 0, result.stdout + result.stderr
     serial, parallel_summary = (
         pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
     )
     columns = ["run", "wer", "achieved_sparsity", "params_nonzero"]
     pandas.testing.assert_frame_equal(serial[columns], parallel_summary[columns])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "class_name"),
+    [("joblib", "JoblibLauncher"), ("submitit_local", "LocalLauncher"), ("submitit_slurm", "SlurmLauncher")],
+)
+def test_the_launchers_are_there(launcher: str, class_name: str) -> None:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        settings = compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True).hydra.launcher
+    assert get_class(settings._target_).__name__ == class_name
 
 
 def test_the_slurm_launcher_asks_for_a_gpu_a_run() -> None:
@@ -162,16 +205,17 @@ def test_the_slurm_launcher_asks_for_a_gpu_a_run() -> None:
     assert (wider.gpus_per_node, wider.tasks_per_node) == (4, 4)
 
 
-def test_torchrun_gives_the_same_results(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     """A sweep that tunes and fails by turns, in two processes: what one process writes, and one report of each kind."""
     training = ["training.epochs=1", "training.batch_size=4", "training.precision=float32", "training.warmup_steps=1"]
     tuned = ["finetune_strategy=progressive", "finetune_strategy.stages=[0.5]", "data.training_subset=train", *training]
     sweep = ["-m", *small, "sparsity.target=0.7,0.95", "calibration.propagation=parallel,sequential", *tuned]
     processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
-    alone = run_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
+    alone = start_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
     # Its own cache, or it would read Hessians instead of summing them.
     changes = {"OMP_NUM_THREADS": "1", "SPARSEWAV_CACHE": str(tmp_path / "other")}
-    several = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    several = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
     output = several.stdout + several.stderr
     assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
     assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
@@ -191,21 +235,40 @@ def test_torchrun_gives_the_same_results(run_sparsewav: Run, small: list[str], t
             assert torch.equal(weight == 0, other_weights[name] == 0), name
             torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
 
-    again = run_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    again = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
     assert again.stdout.count("Done already") == 2, again.stdout + again.stderr
 
 
-def test_torchrun_ends_at_once_when_a_run_cannot_start(run_sparsewav: Run, small: list[str]) -> None:
+def test_torchrun_ends_at_once_when_a_run_cannot_start(start_sparsewav: Run, small: list[str]) -> None:
     started = time.monotonic()
     processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]
-    result = run_sparsewav(*processes, *small, "sparsity.target=1.5", command="torchrun")
+    result = start_sparsewav(*processes, *small, "sparsity.target=1.5", command="torchrun")
     assert time.monotonic() - started < 60
     assert result.returncode == 1
     output = result.stdout + result.stderr  # torchrun adds a report of its own, traceback included, to whatever fails
     assert output.count("sparsity.target=1.5 is not between 0 and 1") == 1, output
-    assert "sparsewav/cli.py" not in output
+    assert "sparsewav/cli" not in output
 
 
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    """A folder in the place of the predictions stops a run between its pruning and its end."""
+    assert run_sparsewav(*small, "output_root=reference", SPARSEWAV_CACHE=str(tmp_path / "other")).returncode == 0
+    (reference,) = (tmp_path / "reference").glob("tiny*")
+    folder = tmp_path / "outputs" / reference.name
+    (folder / "predictions.jsonl").mkdir(parents=True)
+    _assert_one_sentence(run_sparsewav(*small), r"cannot write .*predictions\.jsonl")
+    (folder / "predictions.jsonl").rmdir()
+    result = run_sparsewav(*small)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Going on from model" in result.stdout
+    for name in ("model/model.safetensors", "layers.csv", "predictions.jsonl"):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -223,6 +286,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert not list(root.rglob("step.json"))
 
 
+@pytest.mark.slow
 def test_a_tuned_run_killed_before_its_tuning_ends_with_the_same_records(
     run_sparsewav: Run, small: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -289,15 +353,15 @@ def test_mistakes_get_one_sentence(run_sparsewav: Run, small: list[str], argumen
 
 
 def test_missing_values_and_broken_files_get_one_sentence(
-    run_sparsewav: Run, small: list[str], corpus: Path, model_folder: Path, tmp_path: Path
+    run_sparsewav: Run, small: list[str], own_corpus: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     _assert_one_sentence(run_sparsewav("data=librispeech_dir"), r"data\.root has no value; give it: data\.root=\.\.\.")
     no_tokenizer = shutil.copytree(model_folder, tmp_path / "no-tokenizer")
     (no_tokenizer / "vocab.json").unlink()
     _assert_one_sentence(run_sparsewav(*small, f"model.name_or_path={no_tokenizer}"), "has no tokenizer")
-    audio = next((corpus / "test/100/7").glob("*.flac"))
+    audio = next((own_corpus / "test/100/7").glob("*.flac"))
     audio.write_bytes(audio.read_bytes()[:2000])
-    result = run_sparsewav(*small)
+    result = run_sparsewav(*small, f"data.root={own_corpus}")
     _assert_one_sentence(result, rf"{audio.name} is (truncated|damaged)")
     (error,) = (tmp_path / "outputs").glob("tiny*/error.json")
     assert json.loads(error.read_text())["status"] == "failed"

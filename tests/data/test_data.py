@@ -1,8 +1,11 @@
 """Utterances, their audio and their batches."""
 
 import os
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,8 +14,9 @@ import soundfile
 import torch
 from transformers import PreTrainedModel
 
+from sparsewav.data import demo
 from sparsewav.data.batches import SpeechBatches, check_transcripts, collate, plan_batches
-from sparsewav.data.demo import SUBSETS, TEST_VOICES, TRAINING_VOICES, _speak_subset
+from sparsewav.data.demo import TEST_VOICES, TRAINING_VOICES
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.data.sentences import draw_sentence, vocabulary
 from sparsewav.data.sets import calibration_set, evaluation_set
@@ -135,6 +139,7 @@ def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypat
         return load("parquet", data_files={split: str(tmp_path / "train.parquet")}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # after every sample
     hub = LibriSpeechHub(calibration_subset="clean/train.100", evaluation_subset="clean/train.100")
     sample = calibration_set(hub, 5, seed=1)
     assert len({u.id for u in sample}) == 5
@@ -144,17 +149,35 @@ def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypat
     assert len(read_audio(sample[0])) == audio_seconds(sample[0]) * 16_000
 
 
-def test_demo_speech_is_the_same_bytes_for_the_same_seed(tmp_path: Path) -> None:
+SPEAK_SMALL_SHARD = """
+import sys
+from pathlib import Path
+from sparsewav.data import demo
+demo.UTTERANCES_PER_SHARD = 20
+name, folder, seed, shard = sys.argv[1:]
+demo._speak_shard(demo.SUBSETS[name], Path(folder), int(seed), int(shard))
+"""
+
+
+def test_demo_speech_is_the_same_bytes_for_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with another number of processes: eSpeak's own state must not carry over between shards."""
+    start = subprocess.run
+
+    def start_small(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "sparsewav.data.demo"]
+        return start([command[0], "-c", SPEAK_SMALL_SHARD, *command[3:]], **options)
+
+    monkeypatch.setattr(demo, "UTTERANCES_PER_SHARD", 20)
+    monkeypatch.setattr(demo.subprocess, "run", start_small)
 
     def speak(name: str, seed: int, processes: int) -> dict[str, bytes]:
         folder = tmp_path / name
         folder.mkdir()
-        _speak_subset(SUBSETS["test"], folder, seed, processes)
+        demo._speak_subset(replace(demo.SUBSETS["test"], utterances=40), folder, seed, processes)
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     first = speak("first", 0, 1)
-    assert len([name for name in first if name.endswith(".flac")]) == 300
+    assert len([name for name in first if name.endswith(".flac")]) == 40
     assert first == speak("second", 0, 2)
     assert first != speak("other", 1, 2)
 
@@ -210,11 +233,11 @@ def _break(corpus: Path, fault: str) -> None:
         ("no transcripts", r"has no transcripts"),
     ],
 )
-def test_broken_data_is_refused_by_name(corpus: Path, fault: str, message: str) -> None:
-    _break(corpus, fault)
+def test_broken_data_is_refused_by_name(own_corpus: Path, fault: str, message: str) -> None:
+    _break(own_corpus, fault)
 
     def read_all() -> None:
-        for utterance in read_librispeech_folder(corpus, "test"):
+        for utterance in read_librispeech_folder(own_corpus, "test"):
             read_audio(utterance)
 
     with pytest.raises(UserError, match=message):

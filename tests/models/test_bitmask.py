@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,16 +160,11 @@ def test_a_pickle_is_never_opened(name: str, dense_folder: Path, tmp_path: Path)
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_command_exports_and_refuses(dense_folder: Path, tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "sparsewav.cli.export", *arguments], capture_output=True, text=True, check=False
-        )
-
-    done = command(str(dense_folder), str(tmp_path / "small"))
+def test_the_command_exports_and_refuses(run_sparsewav: Callable[..., Any], dense_folder: Path) -> None:
+    done = run_sparsewav("dense", "small", command="sparsewav-export")
     assert done.returncode == 0, done.stderr
     assert "bitmask" in done.stdout
-    again = command(str(dense_folder), str(tmp_path / "small"))
+    again = run_sparsewav("dense", "small", command="sparsewav-export")
     assert again.returncode == 1
     assert again.stderr.count("\n") == 1
     assert "is there already" in again.stderr

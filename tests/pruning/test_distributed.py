@@ -62,7 +62,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
     return results
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
@@ -107,6 +107,7 @@ def traced(models: list[PreTrainedModel], batches: list[Batch], tolerances: list
     return [estimate_traces(models[0], batches, probes=2, rank_tolerance=tolerance, seed=3) for tolerance in tolerances]
 
 
+@pytest.mark.slow
 def test_processes_share_the_sensitivities(tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """The traces of one process, stopped at the same batch even where the others have gone past it."""
     model = tiny_model("wav2vec2")

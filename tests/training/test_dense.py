@@ -23,6 +23,8 @@ from sparsewav.files import conf_folder
 from sparsewav.models.load import load_speech_model
 from sparsewav.settings.run import TrainConfig
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
 ARCHITECTURE = (
     "architecture.hidden_size=16",
     "architecture.num_hidden_layers=2",
@@ -34,17 +36,19 @@ ARCHITECTURE = (
 )
 
 
-def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_pruned(
-    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]],
-    corpus: Path,
-    tmp_path: Path,
-    environment: dict[str, str],
-) -> None:
+@pytest.fixture
+def arguments(corpus: Path) -> list[str]:
+    """Arguments of a training of 60 updates on the tiny corpus."""
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
     training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2"]
     training += ["training.precision=float32", "training.checkpoint_updates=3"]
-    arguments = [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
+    return [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
+
+
+def test_training_leaves_a_model_that_can_be_pruned(
+    run_sparsewav: Run, arguments: list[str], corpus: Path, tmp_path: Path
+) -> None:
     result = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "model"
@@ -59,7 +63,19 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
     assert load_speech_model(str(folder)).model.dtype == torch.float32
     assert "Done already" in run_sparsewav(*arguments, "output=model", command="sparsewav-train").stdout
 
-    # Killed after its first checkpoint, without a chance to clean up, and with half a checkpoint left behind.
+    data = ["data=librispeech_dir", f"data.root={corpus}"]
+    subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
+    pruned = run_sparsewav(*data, *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
+    assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_to_the_same_bytes(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Killed after its first checkpoint, without a chance to clean up, and with half a checkpoint left behind."""
+    whole = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
     command = [str(Path(sys.executable).parent / "sparsewav-train"), *arguments, "output=killed"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -75,10 +91,8 @@ def test_training_resumes_to_the_same_bytes_and_leaves_a_model_that_can_be_prune
     (checkpoints / "checkpoint-999").mkdir()
     resumed = run_sparsewav(*arguments, "output=killed", command="sparsewav-train")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-    pruned = run_sparsewav(*data[:2], *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
-    assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+    weights = [tmp_path / name / "model.safetensors" for name in ("model", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (conf_folder() / "recipe").glob("*.yaml")))
@@ -94,7 +108,7 @@ def test_every_recipe_of_the_demo_makes_a_model_that_its_successor_can_start_fro
 
 
 def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
-    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
+    run_sparsewav: Run, corpus: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.training_utterances=8"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
@@ -134,9 +148,7 @@ def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
         ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
     ],
 )
-def test_mistakes_get_one_sentence(
-    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, argument: str, message: str
-) -> None:
+def test_mistakes_get_one_sentence(run_sparsewav: Run, corpus: Path, argument: str, message: str) -> None:
     data = ["data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test"]
     device = [] if argument.startswith("device") else ["device=cpu"]

@@ -26,6 +26,8 @@ from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage, plan_stages
 from sparsewav.training.trainer import choose_precision, plan_updates, train_ctc
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
 
 def _settings(**changes: object) -> Training:
     settings: dict[str, object] = {
@@ -209,8 +211,9 @@ def test_automatic_precision_is_the_one_that_the_processor_multiplies(
     assert choose_precision("float32", torch.device("cpu")) == "float32"
 
 
+@pytest.mark.slow
 def test_torchrun_processes_share_every_batch(
-    run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, plain_model: Path, tmp_path: Path
+    run_sparsewav: Run, start_sparsewav: Run, corpus: Path, plain_model: Path, tmp_path: Path
 ) -> None:
     arguments = [
         *("data=librispeech_dir", f"data.root={corpus}", "data.training_subset=train", "data.evaluation_subset=test"),
@@ -219,7 +222,7 @@ def test_torchrun_processes_share_every_batch(
         "training.learning_rate=1",
     ]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", "-m", "sparsewav.training"]
-    both = run_sparsewav(*launcher, *arguments, "output=two", command=Path(sys.executable).name)
+    both = start_sparsewav(*launcher, *arguments, "output=two", command=Path(sys.executable).name)
     assert both.returncode == 0, both.stdout + both.stderr
     one = run_sparsewav(*arguments, "output=one", command="sparsewav-train")
     assert one.returncode == 0, one.stdout + one.stderr
