@@ -6,7 +6,7 @@ The numbers are those of each method's paper, for a teacher of the size of wav2v
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 from sparsewav.settings.options import Option, option
@@ -35,8 +35,7 @@ class TrainedMethod(Optimization, Method):
 
     def scaled(self, update_divisor: float, lr_multiplier: float) -> Self:
         warmup = self.warmup_steps if self.warmup_steps < 1 else divided(self.warmup_steps, update_divisor)
-        return replace(
-            self,
+        return self.changed(
             updates=divided(self.updates, update_divisor),
             warmup_steps=warmup,
             learning_rate=self.learning_rate * lr_multiplier,
@@ -188,8 +187,7 @@ class Gated(TrainedMethod):
         """
         item = super().scaled(update_divisor, lr_multiplier)
         warmup = self.final_warmup_steps
-        return replace(
-            item,
+        return item.changed(
             ramp_updates=divided(self.ramp_updates, update_divisor),
             gate_learning_rate=max(self.gate_learning_rate, GATE_PATH / item.updates),
             multiplier_learning_rate=max(self.multiplier_learning_rate, GATE_PATH / item.updates),

@@ -4,9 +4,10 @@ An option is a field of one dataclass, with its default and one line of document
 registers, what Python takes and what the code reads; ``conf/README.md`` is generated from them.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 MISSING: Any = "???"
 """A value that the user has to give."""
@@ -80,6 +81,13 @@ def range_faults(settings: Any) -> Iterator[str]:
 @dataclass
 class Settings:
     """A group of options without a name."""
+
+    def changed(self, **values: Any) -> Self:
+        """Give a copy with other values; unlike :func:`dataclasses.replace` it keeps the name."""
+        item = copy.copy(self)
+        for key, value in values.items():
+            setattr(item, key, value)
+        return item
 
     def faults(self) -> Iterator[str]:
         """Give a sentence for every value that is out of range; each begins with ``key=value``."""

@@ -391,8 +391,8 @@ def alpha_faults(alpha: float, sparsity: float) -> Iterator[str]:
     largest = largest_alpha(sparsity)
     if not -1e-9 <= alpha <= min(sparsity, 1 - sparsity) + 1e-9:
         yield (
-            f"allocation.alpha={alpha:g} does not fit sparsity {sparsity:g}: matrices would get {sparsity - alpha:g} "
-            f"to {sparsity + alpha:g}; choose an alpha from 0 to {largest:g}"
+            f"allocation.alpha={alpha:g} does not fit sparsity.target={sparsity:g}: matrices would get "
+            f"{sparsity - alpha:g} to {sparsity + alpha:g}; choose an alpha from 0 to {largest:g}"
         )
 
 

@@ -61,7 +61,7 @@ def test_published_settings_compose_and_shorten(name: str, expected: dict[str, A
 
 def test_a_wrong_setting_is_refused_in_a_sentence() -> None:
     settings = replace(settings_of("dphubert"), gated=["heads", "head_dims"], target=1.5)
-    assert len([line for line in settings.faults() if line.startswith(("method.gated=", "method.target="))]) == 2
+    assert len([line for line in settings.faults() if line.startswith(("gated=", "target="))]) == 2
 
 
 def test_layers_that_are_compared() -> None:

@@ -17,7 +17,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from sparsewav.settings.validation import validate
 from wandb_workspaces.reports.v2 import Config, PanelGrid
 
 import sparsewav
@@ -52,7 +51,7 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
     assert len({job.folder for job in found}) == len(found)
     for job in found:
         config = typed(job.config)
-        validate(config)
+        config.check()
         assert config.training.epochs == (40 if scale == "paper" else config.training.epochs)
         assert config.calibration.utterances == (2048 if scale == "paper" else 128)
 
@@ -82,7 +81,7 @@ def test_every_experiment_has_commands_to_copy_and_says_how_many_runs_they_are(n
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", overrides=[words[0], *chosen], return_hydra_config=True)
-        validate(typed(config))
+        typed(config).check()
         if config.hydra.mode is not None:
             grid += [str(values).count(",") + 1 for values in config.hydra.sweeper.params.values()]
             (runs,) = re.findall(r"(\d+) (?:one-shot )?runs?\b", head)

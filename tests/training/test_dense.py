@@ -15,7 +15,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from sparsewav.settings.validation import validate_training
 from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
@@ -100,7 +99,7 @@ def test_every_recipe_of_the_demo_makes_a_model_that_its_successor_can_start_fro
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = OmegaConf.to_object(compose("train", [f"recipe={recipe}"]))
     assert isinstance(config, TrainConfig)
-    validate_training(config)
+    config.check()
     assert config.training.freeze_feature_encoder
     assert config.initial_model is not None
     assert config.initial_model == "demo" or (conf_folder() / "recipe" / f"{config.initial_model}.yaml").is_file()
