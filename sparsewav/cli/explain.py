@@ -57,7 +57,7 @@ def _no_such_key(key: str, config_name: str) -> str:
     if key in keys and "." in key:
         group, _, name = key.rpartition(".")
         return f"the option chosen for {group} has no key {name}; drop it or choose another option"
-    return f"there is no key {key}{_nearest(key, keys)}; sparsewav --help lists them all"
+    return f"there is no key {key}{_nearest(key, keys)}; conf/README.md lists them all"
 
 
 def _nearest(word: str, choices: list[str]) -> str:

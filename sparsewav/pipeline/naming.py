@@ -20,7 +20,7 @@ LATER_CHOICES = ("solver", "objective", "recovery")
 def identifying_settings(root: DictConfig) -> dict[str, Any]:
     """Give the settings that a run's results depend on, resolved."""
     keys = [item.name for item in fields(Config) if item.metadata["identifies"]]
-    if root.finetune_strategy.name == "none":
+    if root.finetune_strategy.name == "none" and root.method.name == OURS:  # a baseline draws its sample by it
         keys.remove("training")
     unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
     keys = [key for key in keys if key not in unused or key == "sparsity"]

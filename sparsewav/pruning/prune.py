@@ -116,6 +116,8 @@ def prune(
         UserError: An option, the model's family or the calibration data is wrong; the model is then as it was, unless
             the solver had begun.
     """
+    if not isinstance(calibration, Calibration | None):
+        raise UserError(f"calibration={calibration} is no Calibration; give e.g. Calibration(propagation='sequential')")
     settings = Pruning(
         sparsity=resolve("sparsity", sparsity),
         saliency=resolve("saliency", saliency),

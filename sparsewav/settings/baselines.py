@@ -7,7 +7,7 @@ The numbers are those of each method's paper, for a teacher of the size of wav2v
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 from sparsewav.settings.options import Option, option
 from sparsewav.settings.training import Optimization
@@ -60,6 +60,7 @@ class PARP(TrainedMethod):
     """PARP (Lai et al. 2021): prune, let the removed weights learn, and prune again."""
 
     name: str = field(default="parp", init=False)
+    presets: ClassVar[tuple[str, ...]] = ("parp_p",)
     updates: int = option(80_000)
     learning_rate: float = option(3e-5)
     betas: list[float] = option([0.9, 0.98])
@@ -155,6 +156,7 @@ class Gated(TrainedMethod):
     """A method that learns with hard-concrete gates what to cut out; the defaults are DPHuBERT's (Peng et al. 2023)."""
 
     name: str = field(default="dphubert", init=False)
+    presets: ClassVar[tuple[str, ...]] = ("dpwavlm", "wang2023", "l0_finetune")
     updates: int = option(50_000, "updates with gates", least=1)
     batch_size: int = option(52)
     learning_rate: float = option(2e-4)

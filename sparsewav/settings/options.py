@@ -5,9 +5,12 @@ registers, what Python takes and what the code reads; ``conf/README.md`` is gene
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args
 
 MISSING: Any = "???"
 """A value that the user has to give."""
@@ -63,7 +66,12 @@ def range_faults(settings: Any) -> Iterator[str]:
     """Give a sentence for every field of a dataclass that is out of its bounds; each begins with ``key=value``."""
     for item in fields(settings):
         value, bounds = getattr(settings, item.name), metadata_of(type(settings), item.name)
-        if value is None or not bounds:
+        if not bounds:
+            continue
+        fault = _type_fault(item.type, value)
+        if fault:
+            yield f"{item.name}={'null' if value is None else value} {fault}"
+        if fault or value is None:
             continue
         if bounds["choices"] and value not in bounds["choices"]:
             yield f"{item.name}={value} does not exist; choose one of {', '.join(bounds['choices'])}"
@@ -76,6 +84,18 @@ def range_faults(settings: Any) -> Iterator[str]:
             yield f"{item.name}={value:g} must be at least {least:g}"
         if bounds["below"] is not None and not value < bounds["below"]:
             yield f"{item.name}={value:g} must be below {bounds['below']:g}"
+
+
+def _type_fault(annotation: Any, value: Any) -> str | None:
+    """Say what is wrong with a value of another type than its field has, or with a number that is not finite."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if value is None:
+        return None if type(None) in kinds else "has no meaning; give a value"
+    if float in kinds and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+        return "is not a finite number"
+    if int in kinds and float not in kinds and (isinstance(value, bool) or not isinstance(value, Integral)):
+        return "is not a whole number"
+    return None
 
 
 @dataclass
@@ -99,6 +119,13 @@ class Option(Settings):
     """What may be chosen in a group."""
 
     name: str = field(default=MISSING, init=False)
+    presets: ClassVar[tuple[str, ...]] = ()
+    """Names of options whose values differ from the class's defaults."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.name not in (type(self)().name, *self.presets):
+            yield f"name={self.name} cannot be set; choose another option of the group instead"
 
 
 def group_faults(settings: Any) -> Iterator[str]:

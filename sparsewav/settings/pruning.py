@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 from sparsewav.errors import UserError
@@ -58,7 +59,9 @@ class NM(Sparsity):
         return f"{self.n}:{self.m}"
 
     def faults(self) -> Iterator[str]:
-        if not 0 < self.n < self.m:
+        wrong = list(super().faults())
+        yield from wrong
+        if not wrong and not 0 < self.n < self.m:
             yield f"n={self.n} and sparsity.m={self.m} make no pattern; choose 0 < n < m, e.g. 2 and 4"
 
 
@@ -313,8 +316,8 @@ def resolve(group: str, value: Any) -> Any:
     choices = {choice().name: choice for choice in OPTIONS[group]}
     if isinstance(value, str) and value in choices:
         return choices[value]()
-    if group == "sparsity" and isinstance(value, int | float):
-        return Unstructured(value)
+    if group == "sparsity" and isinstance(value, Real) and not isinstance(value, bool):
+        return Unstructured(float(value))
     if isinstance(value, tuple(choices.values())):
         return value
     raise UserError(f"{group}={value} does not exist; choose one of {', '.join(choices)}")

@@ -165,7 +165,7 @@ class Config(Pruning):
         elif strategy.more_when_sparser and self.sparsity.fraction == 1:
             yield "sparsity.target=1 leaves nothing to tune; choose finetune_strategy=none"
         if isinstance(strategy, Progressive) and isinstance(self.allocation, Hutchinson):
-            for stage in strategy.stages:
+            for stage in self.stages[:-1]:
                 for fault in alpha_faults(self.allocation.alpha, stage):
                     yield f"{fault} (one of finetune_strategy.stages)"
 

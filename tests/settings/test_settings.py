@@ -26,6 +26,7 @@ from sparsewav.settings.pruning import (
     Pruning,
     Reconstruction,
     Search,
+    Uniform,
     Unstructured,
     Wanda,
     resolve,
@@ -211,3 +212,22 @@ def test_the_defaults_are_valid() -> None:
 
 def test_schedulers_are_those_of_transformers() -> None:
     assert set(SCHEDULERS) <= {item.value for item in SchedulerType}
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        (OBS(damping=None), "damping=null has no meaning"),
+        (OBS(damping=float("inf")), "damping=inf is not a finite number"),
+        (OBS(block_size=1.5), "block_size=1.5 is not a whole number"),
+        (NM(2.5, 4), "n=2.5 is not a whole number"),
+        (OBS().changed(name="alps"), "name=alps cannot be set"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(option: Any, fault: str) -> None:
+    (found,) = option.faults()
+    assert found.startswith(fault)
+    settings = Pruning(allocation=Uniform())
+    setattr(settings, "sparsity" if isinstance(option, NM) else "solver", option)
+    with pytest.raises(UserError, match=fault):
+        settings.check()

@@ -113,6 +113,8 @@ def prune_matrices(
     """
     names = names or [f"matrix {index}" for index in range(len(weights))]
     pattern = next((item for item in sparsities if isinstance(item, NM)), None)
+    if pattern is not None and any(item != pattern for item in sparsities):
+        raise UserError("matrices of one input have one pattern; give each of them the same NM(n, m)")
     shares = [item.fraction if isinstance(item, NM) else item for item in sparsities]
     settings = Pruning(
         sparsity=pattern or Pruning().sparsity,
