@@ -239,6 +239,7 @@ def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str],
     assert again.stdout.count("Done already") == 2, again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_ends_at_once_when_a_run_cannot_start(start_sparsewav: Run, small: list[str]) -> None:
     started = time.monotonic()
     processes = ["--standalone", "--nproc-per-node", "2", "-m", "sparsewav"]

@@ -100,6 +100,7 @@ def test_a_preset_is_its_row_of_the_accuracy_table(preset: str, tmp_path: Path) 
     assert Path(own.hydra.run.dir).name == row.folder.name
 
 
+@pytest.mark.slow
 def test_a_job_is_the_run_that_the_command_makes(
     run_sparsewav: Callable[..., subprocess.CompletedProcess[str]], corpus: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +239,7 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     assert r"\toprule" in latex
 
 
+@pytest.mark.slow
 def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

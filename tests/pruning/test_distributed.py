@@ -62,6 +62,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""

@@ -188,6 +188,7 @@ def test_strategies_plan_their_stages(overrides: list[str], stages: list[Stage])
     assert plan_stages(_config("training=paper", *overrides), 28_539) == stages
 
 
+@pytest.mark.slow
 def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     training = read_librispeech_folder(corpus, "train")
     speech = _half_pruned(model_folder)
