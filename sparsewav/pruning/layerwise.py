@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -89,7 +90,7 @@ class Plan:
     keep_masks: bool = True
     batched_devices: tuple[str, ...] = BATCHED_DEVICES
 
-    @property
+    @cached_property
     def ranks(self) -> dict[str, int]:
         """The rank of every matrix by sensitivity; empty without traces."""
         return rank_by_sensitivity({name: trace.sensitivity for name, trace in (self.traces or {}).items()})

@@ -368,23 +368,18 @@ class Pruning:
             yield (
                 f"solver.comparison_group={self.solver.comparison_group} does not go with sparsity=n_m; choose block"
             )
-        two_models = [self.objective] if isinstance(self.objective, Asymmetric) else []
-        for group, choice in [
-            *([("solver", self.solver)] if self.solver.name != "obs" else []),
-            *(("objective", item) for item in two_models),
-        ]:
-            if not self.saliency.updates:
+        names = {group: getattr(self, group).name for group in ("solver", "objective", "recovery")}
+        beyond_paper = {group: name for group, name in names.items() if name != OPTIONS[group][0]().name}
+        for group in ("solver", "objective"):
+            if group in beyond_paper and not self.saliency.updates:
                 yield (
-                    f"{group}={choice.name} updates the kept weights, and saliency={self.saliency.name} does not; "
+                    f"{group}={names[group]} updates the kept weights, and saliency={self.saliency.name} does not; "
                     "choose saliency=obs or obs_first_order with it"
                 )
-        if propagation == "parallel":
-            for group, choice in [
-                *(("objective", item) for item in two_models),
-                *([("recovery", self.recovery)] if self.recovery.name != "none" else []),
-            ]:
+        for group in ("objective", "recovery"):
+            if group in beyond_paper and propagation == "parallel":
                 yield (
-                    f"{group}={choice.name} needs what the pruned layers give; choose "
+                    f"{group}={names[group]} needs what the pruned layers give; choose "
                     "calibration.propagation=true_sequential (or sequential) with it"
                 )
 
