@@ -26,16 +26,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
-    """Hash ids, transcripts and audio: files by path, size and time of change, bytes by content."""
-    digest = hashlib.blake2b(digest_size=16)
-    for utterance in utterances:
-        digest.update(f"{utterance.id}\t{utterance.text}\t".encode())
-        if isinstance(utterance.audio, Path):
-            status = utterance.audio.stat()
-            digest.update(f"{utterance.audio.resolve()}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
-        else:
-            digest.update(utterance.audio)
-    return digest.hexdigest()
+    """Hash ids, transcripts and the content of the audio, in their order."""
+    rows = [(utterance.id, utterance.text, utterance.content_hash()) for utterance in utterances]
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
 
 @cache

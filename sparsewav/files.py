@@ -3,11 +3,15 @@
 What cannot be written (a full disk, a read-only folder) raises :class:`UserError`; see :func:`writing`.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -34,6 +38,48 @@ def conf_folder() -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise UserError(f"{package / 'conf'} is missing; install sparsewav again")
+
+
+def content_hash(path: Path) -> str:
+    """Hash the bytes of a file, reading them again only if the file was changed since the last time.
+
+    What tells an unchanged file is its path, size, inode and the times at which it was modified and its record was,
+    the last of which no program can set. Hashes are kept in the cache folder.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    status = path.stat()
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    key = json.dumps([str(path.resolve()), status.st_size, status.st_dev, status.st_ino, *times])
+    known = _known_hashes(cache_folder())
+    if key not in known:
+        with path.open("rb") as file:
+            known[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        # A file that was changed within the resolution of the clock may be changed again and look the same.
+        if time.time_ns() - max(times) > 2_000_000_000:
+            with suppress(OSError):  # without the record the file is read again
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                with (cache_folder() / _HASHES).open("a", encoding="utf-8") as records:
+                    records.write(json.dumps([key, known[key]]) + "\n")
+        else:
+            return known.pop(key)
+    return known[key]
+
+
+_HASHES = "file_hashes.jsonl"
+
+
+@cache
+def _known_hashes(folder: Path) -> dict[str, str]:
+    """Read the hashes that are kept in a cache folder; a line that is cut off or damaged is passed over."""
+    known: dict[str, str] = {}
+    with suppress(OSError), (folder / _HASHES).open(encoding="utf-8", errors="replace") as records:
+        for line in records:
+            with suppress(ValueError, TypeError):
+                key, digest = json.loads(line)
+                known[key] = digest
+    return known
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Utterances and their audio."""
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import soundfile
 import soxr
 
 from sparsewav.errors import UserError
+from sparsewav.files import content_hash
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Utterance:
     def source(self) -> str:
         """Name of the audio in messages."""
         return str(self.audio) if isinstance(self.audio, Path) else self.id
+
+    def content_hash(self) -> str:
+        """Hash the encoded audio; see :func:`~sparsewav.files.content_hash`."""
+        if isinstance(self.audio, Path):
+            return content_hash(self.audio)
+        return hashlib.blake2b(self.audio, digest_size=16).hexdigest()
 
 
 def _open(utterance: Utterance) -> soundfile.SoundFile:
