@@ -41,20 +41,23 @@ class SpeechBatches(Sequence[Batch]):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
-        return collate(self.groups[index], self.processor)
+        return collate([self.utterances[position] for position in self.groups[index]], self.processor)
 
 
-def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, padding: bool) -> list[list[Utterance]]:
-    """Group utterances into batches, longest first, by the lengths in their headers; see :class:`SpeechBatches`."""
-    lengths = {utterance.id: audio_seconds(utterance) for utterance in utterances}
-    ordered = sorted(utterances, key=lambda utterance: (-lengths[utterance.id], utterance.id))
-    buckets: Iterator[list[Utterance]] = (
-        iter([ordered]) if padding else (list(g) for _, g in groupby(ordered, key=lambda u: lengths[u.id]))
+def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, padding: bool) -> list[list[int]]:
+    """Group the positions of utterances into batches, longest first, by the lengths in their headers.
+
+    :class:`SpeechBatches` describes the batches.
+    """
+    lengths = [audio_seconds(utterance) for utterance in utterances]
+    ordered = sorted(range(len(utterances)), key=lambda position: (-lengths[position], utterances[position].id))
+    buckets: Iterator[list[int]] = (
+        iter([ordered]) if padding else (list(group) for _, group in groupby(ordered, key=lengths.__getitem__))
     )
-    groups: list[list[Utterance]] = []
+    groups: list[list[int]] = []
     for bucket in buckets:
         while bucket:
-            fitting = max(1, int(seconds_per_batch / lengths[bucket[0].id]))
+            fitting = max(1, int(seconds_per_batch / lengths[bucket[0]]))
             groups.append(bucket[:fitting])
             bucket = bucket[fitting:]
     return groups

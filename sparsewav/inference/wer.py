@@ -22,7 +22,7 @@ def transcribe(
     utterances: Sequence[Utterance],
     seconds_per_batch: float = 60.0,
     progress: Progress | None = None,
-) -> dict[str, str]:
+) -> list[str]:
     """Transcribe utterances greedily.
 
     Args:
@@ -33,20 +33,18 @@ def transcribe(
         progress: Called with (batches done, batches) after every batch.
 
     Returns:
-        Hypotheses in upper case by utterance id, in the order of ``utterances``.
+        A hypothesis in upper case for every utterance, in their order.
     """
     was_training = model.training
     model.eval()
-    hypotheses: dict[str, str] = {}
+    hypotheses: dict[int, str] = {}  # by position: ids may repeat
     batches = SpeechBatches(utterances, processor, seconds_per_batch, padding=takes_padding(model))
     for index, group in enumerate(batches.groups):
-        batch = batches[index]
-        for utterance, text in zip(group, decode(model, processor, batch), strict=True):
-            hypotheses[utterance.id] = text
+        hypotheses |= zip(group, decode(model, processor, batches[index]), strict=True)
         if progress:
             progress(index + 1, len(batches))
     model.train(was_training)
-    return {utterance.id: hypotheses[utterance.id] for utterance in utterances}
+    return [hypotheses[position] for position in range(len(utterances))]
 
 
 def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
@@ -60,7 +58,7 @@ def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str
     return [" ".join(text.upper().split()) for text in processor.tokenizer.batch_decode(tokens)]
 
 
-def word_error_rate(utterances: Sequence[Utterance], hypotheses: dict[str, str]) -> float:
+def word_error_rate(utterances: Sequence[Utterance], hypotheses: Sequence[str]) -> float:
     """Give the corpus WER as a fraction, the edits of all utterances over all their reference words.
 
     Raises:
@@ -69,4 +67,4 @@ def word_error_rate(utterances: Sequence[Utterance], hypotheses: dict[str, str])
     if not utterances:
         raise UserError("the evaluation set is empty: a word error rate over no words is not a number")
     references = [utterance.text for utterance in utterances]
-    return float(jiwer.wer(references, [hypotheses[utterance.id] for utterance in utterances]))
+    return float(jiwer.wer(references, list(hypotheses)))

@@ -29,7 +29,7 @@ class State:
         identity: A hash of all that the step's model came from.
         steps: The number of steps done.
         stages: A record of every stage with its sparsity, word error rates and updates.
-        hypotheses: The newest model's hypotheses by utterance id; None until it is evaluated.
+        hypotheses: The newest model's hypotheses, in the order of the evaluation set; None until it is evaluated.
         seconds: Seconds by kind of work, over all stages.
         cached: The kinds of work of the first stage whose results came out of the cache.
         warnings: Sentences for the user.
@@ -40,7 +40,7 @@ class State:
     identity: str
     steps: int = 0
     stages: list[dict[str, Any]] = field(default_factory=list)
-    hypotheses: dict[str, str] | None = None
+    hypotheses: list[str] | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )

@@ -123,7 +123,7 @@ def _finish(
     speech: SpeechModel,
     state: State,
     evaluation: list[Utterance],
-    before: dict[str, str],
+    before: list[str],
     wer_dense: float,
     dense_seconds: float,
     calibration_utterances: int,

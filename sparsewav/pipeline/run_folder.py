@@ -57,14 +57,12 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         pandas.DataFrame(list(rows)).to_csv(temporary, index=False)
 
 
-def write_predictions(
-    path: Path, utterances: Sequence[Utterance], before: dict[str, str], after: dict[str, str]
-) -> None:
+def write_predictions(path: Path, utterances: Sequence[Utterance], before: Sequence[str], after: Sequence[str]) -> None:
     """Write reference and hypotheses of every utterance, a JSON object a line."""
     with write_file(path) as temporary:
         rows = [
-            {"id": item.id, "reference": item.text, "before": before[item.id], "after": after[item.id]}
-            for item in utterances
+            {"id": item.id, "reference": item.text, "before": dense, "after": pruned}
+            for item, dense, pruned in zip(utterances, before, after, strict=True)
         ]
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 

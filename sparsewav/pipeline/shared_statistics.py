@@ -37,7 +37,7 @@ def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
 
 def evaluate_dense(
     config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
-) -> tuple[dict[str, str], float, float]:
+) -> tuple[list[str], float, float]:
     """Give the dense model's hypotheses, its WER, and the seconds that transcribing took when it was really done."""
 
     def make(folder: Path) -> None:

@@ -74,9 +74,9 @@ def test_calibration_sample_is_seeded_and_without_replacement(corpus: Path) -> N
 def test_batches_hold_every_utterance_once_and_stay_within_their_length(corpus: Path, padding: bool) -> None:
     utterances = read_librispeech_folder(corpus, "train")
     groups = plan_batches(utterances, 2.0, padding=padding)
-    assert sorted(u.id for group in groups for u in group) == [u.id for u in utterances]
+    assert sorted(position for group in groups for position in group) == list(range(len(utterances)))
     for group in groups:
-        lengths = [audio_seconds(u) for u in group]
+        lengths = [audio_seconds(utterances[position]) for position in group]
         assert len(group) * max(lengths) <= 2.0
         assert padding or len(set(lengths)) == 1
     assert len(groups) < len(utterances)
@@ -120,7 +120,7 @@ def test_batched_transcripts_equal_single_ones(
     batches = SpeechBatches(utterances, processor, 60, padding=takes_padding(model))
     assert len(batches) < len(utterances)
     hypotheses = transcribe(model, processor, utterances, seconds_per_batch=60)
-    assert len(set(hypotheses.values())) > 3, "the model has to say different things for this test to see a leak"
+    assert len(set(hypotheses)) > 3, "the model has to say different things for this test to see a leak"
     assert hypotheses == transcribe(model, processor, utterances, seconds_per_batch=0.1)
 
 
