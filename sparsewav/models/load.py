@@ -1,7 +1,7 @@
 """CTC speech models: loading them with their processors, from the hub, a folder or this package."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,19 @@ DEMO_MODEL = "demo"
 
 @dataclass
 class SpeechModel:
-    """A CTC model with its processor, and the name that it has in results."""
+    """A CTC model with its processor.
+
+    Attributes:
+        name: The name that it has in results.
+        model: The model.
+        processor: Its feature extractor and tokenizer.
+        warnings: Sentences for the user about what was assumed in loading it.
+    """
 
     name: str
     model: PreTrainedModel
     processor: Wav2Vec2Processor
+    warnings: list[str] = field(default_factory=list)
 
 
 def choose_device(name: str) -> torch.device:

@@ -82,11 +82,13 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         compress.check(config)
     with stage(console, f"Loading {config.model.source}"):
         speech = load_or_train(config.model, device)
+    for warning in speech.warnings:
+        console.print(f"[yellow]! {warning}[/yellow]")
     evaluation, calibration, training = _utterances(config, speech)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
     stages = plan_stages(config, len(training))
-    state = State(_run_identity(dense, calibration, training))
+    state = State(_run_identity(dense, calibration, training), warnings=list(speech.warnings))
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
