@@ -1,7 +1,7 @@
 """Checkpoints in safetensors: which file holds which tensor, and reading tensors one by one."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,3 +68,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is missing or broken ({error}); fetch it again") from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Give the name of the first tensor that has NaN or infinite numbers; None if there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

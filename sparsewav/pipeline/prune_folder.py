@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from sparsewav.cache import code_fingerprint
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable, write_file, writing
-from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint
+from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint, not_finite
 from sparsewav.models.load import load_pretrained
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers
@@ -286,6 +286,8 @@ class _Layers:
         (self.destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        if broken := not_finite(tensors):
+            raise UserError(f"{broken} came to numbers that are not finite in {tensors[broken].dtype}; use float32")
         name = f"model-{number:05}-of-{self.shards:05}.safetensors"
         save_file(tensors, self.destination / name, {"format": "pt"})
         self.weight_map |= dict.fromkeys(tensors, name)

@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.pruning import MatrixReport
 
 METRICS = "metrics.json"
@@ -73,7 +75,15 @@ def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor
 
     Yields:
         A temporary folder; what the block puts there appears together with the model.
+
+    Raises:
+        UserError: A tensor of the model has numbers that are not finite.
     """
+    if broken := not_finite(model.state_dict()):
+        raise UserError(
+            f"{path} was not written: {broken} has numbers that are not finite; look for them in the model that it was "
+            "made from, and use float32"
+        )
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
