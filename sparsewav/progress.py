@@ -2,8 +2,9 @@
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,9 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 logger = logging.getLogger(__name__)
 
 
+INTERVAL = 60.0
+"""Seconds between two lines that say how far a stage is, where no bar does."""
+
+
 @contextmanager
 def stage(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar, and the seconds at the end; yields a function to call with (steps done, steps)."""
+    """Show how far some work is, and the seconds at the end; yields a function to call with (steps done, steps).
+
+    A terminal shows a bar. Elsewhere, and in the log file always, a line says every :data:`INTERVAL` how far it is,
+    also in work that has no steps.
+    """
     started = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),
@@ -24,12 +33,52 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
         TimeRemainingColumn(),
     )
     hidden = not console.is_terminal  # in a file or a pipe a bar would only leave blank lines
+    calls: list[tuple[float, int, int]] = []  # the first and the last: seconds, steps done, steps
+    ended = threading.Event()
+
+    def advance(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        calls[1:] = [(time.perf_counter() - started, done, total)]
+
+    def report() -> None:
+        while not ended.wait(INTERVAL):
+            line = f"{description}: {_how_far(time.perf_counter() - started, calls)}"
+            logger.info(line)
+            if hidden:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        reporter = threading.Thread(target=report, daemon=True)
+        reporter.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            reporter.join()
     seconds = time.perf_counter() - started
     logger.info("%s: %.2f s", description, seconds)
     console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+
+
+def _how_far(seconds: float, calls: Sequence[tuple[float, int, int]]) -> str:
+    """Say e.g. ``120 of 369, 2:10, about 4:30 left``; without steps only how long it has taken."""
+    if not calls:
+        return _clock(seconds)
+    (before, begun, _), (now, done, total) = calls[0], calls[-1]  # a resumed training does not begin at 0
+    left = f", about {_clock((now - before) / (done - begun) * (total - done))} left" if done > begun else ""
+    return f"{done:,} of {total:,}, {_clock(seconds)}{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def print_warning(sentence: str) -> None:
+    """Print a sentence that the user should know, and log it."""
+    logger.warning(sentence)
+    Console().print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(error: Exception | str) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from rich.progress import track
+from rich.console import Console
 
 from sparsewav.data import espeak
 from sparsewav.data.sentences import draw_sentence
 from sparsewav.errors import UserError
 from sparsewav.files import cache_folder, locked, write_folder
+from sparsewav.progress import stage
 
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
@@ -89,10 +90,12 @@ def _speak_subset(subset: DemoSubset, folder: Path, seed: int, processes: int) -
             raise UserError(f"the demo's speech could not be made in {folder.parent}: {reason}; is there room?")
 
     shards = range(-(-subset.utterances // UTTERANCES_PER_SHARD))
-    with ThreadPoolExecutor(processes) as pool:
-        description = f"Speaking the demo's {subset.name} set (first use only)"
-        for _ in track(pool.map(speak, shards), description=description, total=len(shards)):
-            pass
+    with (
+        stage(Console(), f"Speaking the demo's {subset.name} set (first use only)") as progress,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        for number, _ in enumerate(pool.map(speak, shards)):
+            progress(number + 1, len(shards))
 
 
 def _speak_shard(subset: DemoSubset, folder: Path, seed: int, shard: int) -> None:
