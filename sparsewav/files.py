@@ -82,6 +82,47 @@ def _known_hashes(folder: Path) -> dict[str, str]:
     return known
 
 
+CHECKSUMS = "checksums.json"
+"""Lies in a folder of the cache with a hash of every other file, by which damage is noticed."""
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Hash the bytes of every file in a folder; what is named in :data:`CHECKSUMS` has to match when it is read."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the hashes of all files of a folder into it."""
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
+
+
+def damage(folder: Path, expected: dict[str, str] | None = None, *, remember: bool = False) -> str | None:
+    """Say which file of a folder is missing or not as it was written; None if all are.
+
+    Args:
+        folder: A folder of the cache, or of a step of a run.
+        expected: What :func:`checksums` gave; by default it is read from the folder.
+        remember: Do not read a file again that was not changed since the last time; see :func:`content_hash`.
+    """
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) if expected is None else expected
+        if not isinstance(expected, dict):
+            return CHECKSUMS
+        if remember:
+            present = {name: content_hash(folder / name) for name in expected if (folder / name).is_file()}
+        else:
+            present = checksums(folder)
+    except (OSError, ValueError):
+        return CHECKSUMS
+    return next((name for name, digest in expected.items() if present.get(name) != digest), None)
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which is renamed to ``path`` if the block ends without an error."""

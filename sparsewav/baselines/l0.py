@@ -32,12 +32,12 @@ from sparsewav.baselines.gates import Gates, encoder_parameters, meet_target
 from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.files import write_folder
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import Gated
-from sparsewav.training.trainer import ParameterGroup, train
-
-Log = list[dict[str, float]]
+from sparsewav.training.trainer import Log, ParameterGroup, train
 
 MISSED = 0.02
 """A warning is given where the expected sparsity misses the target by more than this."""
@@ -108,6 +108,8 @@ def _train_and_cut(
     expected = float(trained.expected_sparsity().detach())
     moved = meet_target(student, gates, (1 - settings.target) * encoder_parameters(student))
     smaller = cut(student, gates)
+    if broken := not_finite(smaller.state_dict()):
+        raise UserError(f"{broken} of the cut model has numbers that are not finite; lower method.learning_rate")
     config: Any = smaller.config
     facts = {
         "target": settings.target,

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.recipes import load_or_train, train_if_recipe
-from sparsewav.training.schedule import Stage, plan_stages
-from sparsewav.training.trainer import choose_precision, train_ctc, write_training_log
+from sparsewav.training.schedule import Stage, plan_stages, too_short
+from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
 
 
 def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
@@ -88,7 +89,10 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
     stages = plan_stages(config, len(training))
-    state = State(_run_identity(dense, calibration, training), warnings=list(speech.warnings))
+    short = too_short(config.training, stages, len(training))
+    for warning in short:
+        console.print(f"[yellow]! {warning}[/yellow]")
+    state = State(_run_identity(dense, calibration, training), warnings=[*speech.warnings, *short])
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
@@ -110,7 +114,7 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         elif kind == "compress":
             compress.compress(config, speech, training, state, checkpoints, console)
         else:
-            _finetune(config, speech, training, item, checkpoints, state, console)
+            _finetune(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state, (_card if ours else compress.card)(config, speech, state))
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
@@ -317,6 +321,7 @@ def _finetune(
     item: Stage,
     checkpoints: Path,
     state: State,
+    folder: Path,
     console: Console,
 ) -> None:
     """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
@@ -324,11 +329,15 @@ def _finetune(
     with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
         started = time.perf_counter()
         arguments = (speech.processor, training, config.training, item.updates, checkpoints)
+        shown: Any = {
+            "progress": progress,
+            "write_log": partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity),
+        }
         # Beside this process's group the Trainer would take the processes that wait in it for its own.
         if config.training.processes == 1 and distributed.world() == 1:
-            log = train_ctc(speech.model, *arguments, masks=masks, progress=progress)
+            log = train_ctc(speech.model, *arguments, masks=masks, **shown)
         else:
-            speech.model, log = train_masked_in_processes(speech.model, *arguments)
+            speech.model, log = train_masked_in_processes(speech.model, *arguments, **shown)
         state.seconds["finetune"] += time.perf_counter() - started
     for matrix in prunable_matrices(speech.model) if masks else []:
         assert masks is not None
@@ -336,6 +345,11 @@ def _finetune(
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
     state.stages[-1]["updates"] = item.updates
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
+    """Write the log of a stage so far behind that of the stages before."""
+    write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])
 
 
 def _card(config: Config, speech: SpeechModel, state: State) -> str:

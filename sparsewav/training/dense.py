@@ -27,13 +27,15 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import train_if_recipe
-from sparsewav.training.trainer import choose_precision, train_ctc, updates_of, write_training_log
+from sparsewav.training.schedule import Stage, too_short
+from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
@@ -53,12 +55,12 @@ def english_processor(folder: Path) -> Wav2Vec2Processor:
 def train(config: TrainConfig, folder: Path, console: Console) -> None:
     """Train a model, save it in float16, and measure the word error rate of the saved one.
 
-    The folder gets the model and processor, ``training_log.csv`` (update, loss, learning rate, gradient norm, WER of
-    the development subset) and ``training.json`` (settings, seconds, WER of both subsets). Under ``torchrun`` every
-    process trains, and the first one writes.
+    The folder gets the model and processor, ``training_log.csv`` (update, epoch, loss, learning rate, gradient norm,
+    WER of the development subset) and ``training.json`` (settings, seconds, WER of both subsets). Under ``torchrun``
+    every process trains, and the first one writes.
 
     Raises:
-        UserError: The data, the architecture or the initial model is wrong.
+        UserError: The data, the architecture or the initial model is wrong, or the training is not finite.
     """
     done = folder / "training.json"
     if done.is_file():
@@ -79,23 +81,33 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
+    warnings = too_short(config.training, [Stage(0.0, updates)], len(learning))
+    for warning in warnings:
+        console.print(f"[yellow]! {warning}[/yellow]")
     started = time.perf_counter()
+
+    def write_log(log: Log) -> None:
+        write_training_log(folder / "training_log.csv", log)
+
     with stage(console, f"Training for {updates:,} updates") as progress:
         arguments = (model, processor, learning, config.training, updates, checkpoints)
-        log = train_ctc(*arguments, development_set=development, progress=progress)
+        log = train_ctc(*arguments, development_set=development, progress=progress, write_log=write_log)
     if int(os.environ.get("RANK", "0")):
         return
     seconds = time.perf_counter() - started
-    model.to("cpu", torch.float16).save_pretrained(folder)
+    model.to("cpu", torch.float16)
+    if broken := not_finite(model.state_dict()):
+        raise UserError(f"{broken} has numbers above 65,504, the largest of float16; lower training.learning_rate")
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     make_readable(folder)
     saved = load_speech_model(str(folder), device=device)  # Accelerate still wraps the one in memory
-    with stage(console, "Evaluating the trained model"):
-        wer = {
-            name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
-            for name, utterances in (("development", development), ("evaluation", evaluation))
-        }
-    write_training_log(folder / "training_log.csv", log)
+    wer = {}
+    for name, utterances in (("development", development), ("evaluation", evaluation)):
+        with stage(console, f"Evaluating the trained model on the {name} set") as progress:
+            hypotheses = transcribe(saved.model, saved.processor, utterances, progress=progress)
+        wer[name] = word_error_rate(utterances, hypotheses)
+    write_log(log)
     record = {
         "wer": wer,
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
@@ -104,6 +116,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
         "prunable": prunable,
         "updates": updates,
         "seconds": seconds,
+        "warnings": warnings,
         "settings": asdict(config.training),
         "training_precision": choose_precision(config.training.precision, device),
         **run_folder.environment(device),
