@@ -34,31 +34,50 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
     )
     hidden = not console.is_terminal  # in a file or a pipe a bar would only leave blank lines
     calls: list[tuple[float, int, int]] = []  # the first and the last: seconds, steps done, steps
-    ended = threading.Event()
 
     def advance(done: int, total: int) -> None:
         progress.update(task, completed=done, total=total)
         calls[1:] = [(time.perf_counter() - started, done, total)]
 
+    with (
+        Progress(*columns, console=console, transient=True, disable=hidden) as progress,
+        reporting(description, console if hidden else None, calls),
+    ):
+        task = progress.add_task(description, total=None)
+        yield advance
+    seconds = time.perf_counter() - started
+    logger.info("%s: %.2f s", description, seconds)
+    console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+
+
+@contextmanager
+def reporting(
+    description: str, console: Console | None, calls: Sequence[tuple[float, int, int]] = ()
+) -> Iterator[None]:
+    """Within the block, log a line every :data:`INTERVAL`, and print it where there is a console.
+
+    Args:
+        description: The work.
+        console: The line is printed there.
+        calls: The first and the last time that a step was done: seconds, steps done, steps.
+    """
+    started = time.perf_counter()
+    ended = threading.Event()
+
     def report() -> None:
         while not ended.wait(INTERVAL):
             line = f"{description}: {_how_far(time.perf_counter() - started, calls)}"
             logger.info(line)
-            if hidden:
+            if console:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task(description, total=None)
-        reporter = threading.Thread(target=report, daemon=True)
-        reporter.start()
-        try:
-            yield advance
-        finally:
-            ended.set()
-            reporter.join()
-    seconds = time.perf_counter() - started
-    logger.info("%s: %.2f s", description, seconds)
-    console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reporter.join()
 
 
 def _how_far(seconds: float, calls: Sequence[tuple[float, int, int]]) -> str:

@@ -34,7 +34,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import stage
+from sparsewav.progress import reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -85,14 +85,17 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
         console.print(f"[yellow]! {warning}[/yellow]")
-    evaluation, calibration, training = _utterances(config, speech)
+    with reporting("Reading the utterances", console):
+        evaluation, calibration, training = _utterances(config, speech)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
     stages = plan_stages(config, len(training))
     short = too_short(config.training, stages, len(training))
     for warning in short:
         console.print(f"[yellow]! {warning}[/yellow]")
-    state = State(_run_identity(dense, calibration, training), warnings=[*speech.warnings, *short])
+    with reporting("Hashing the utterances", console):
+        identity = _run_identity(dense, calibration, training)
+    state = State(identity, warnings=[*speech.warnings, *short])
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)

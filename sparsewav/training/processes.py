@@ -61,8 +61,9 @@ def train_masked_in_processes(
             if progress and done.value:
                 progress(done.value, updates)
     except multiprocessing.ProcessRaisedException as error:
-        last = error.msg.strip().splitlines()[-1]
-        raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        kind, _, sentence = error.msg.strip().splitlines()[-1].partition(": ")
+        known = kind == f"{UserError.__module__}.{UserError.__name__}"
+        raise UserError(sentence if known else f"a training process failed: {kind}: {sentence}") from error
     except multiprocessing.ProcessExitedException as error:
         raise UserError(f"a training process ended with code {error.exit_code}; was memory short?") from error
     log = json.loads((folder / "log.json").read_text())

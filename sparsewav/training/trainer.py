@@ -122,42 +122,25 @@ class ParameterGroup:
     ascend: bool = False
 
 
-class _AfterUpdate(TrainerCallback):
-    """Calls functions after every update, with the trainer's state and with (updates done, updates), and the log's."""
-
-    def __init__(
-        self,
-        act: Callable[[TrainerState], None] | None,
-        progress: Progress | None,
-        log: Callable[[TrainerState], None],
-    ) -> None:
-        self.act, self.progress, self.log = act, progress, log
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.act:
-            self.act(state)
-        if self.progress:
-            self.progress(state.global_step, state.max_steps)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.log(state)
-
-
 class _FiniteTrainer(Trainer):
     """A Trainer that looks at the losses and gradients of every update before the weights change.
 
+    It also sums the losses that the log does not have yet, which the Trainer forgets when it is killed.
+
     Attributes:
         stop: Called where the loss or the norm of the gradients is not finite, with both; it raises an error.
+        unlogged: The sum of the losses of all updates since the log's last one.
     """
 
     stop: Callable[[float, float], None]
+    unlogged: Tensor | float = 0.0
     loss: Tensor | float = 0.0  # of the passes of an update so far
     skipped = 0  # updates in a row
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do a forward and a backward pass, and check after the last one of an update."""
         loss = super().training_step(model, *args, **kwargs)
-        self.loss = self.loss + loss
+        self.loss, self.unlogged = self.loss + loss.float(), self.unlogged + loss.float()
         if not self.accelerator.sync_gradients:
             return loss
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -171,6 +154,64 @@ class _FiniteTrainer(Trainer):
         if self.accelerator.scaler is None or not math.isfinite(total) or self.skipped > SKIPPED_IN_A_ROW:
             self.stop(float(total), float(norm))
         return loss
+
+    def mean_unlogged(self) -> float:
+        """Give ``unlogged``, averaged over the processes."""
+        own = torch.as_tensor(self.unlogged, dtype=torch.float32, device=self.args.device)
+        return float(self.accelerator.reduce(own, "mean"))
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Add an entry to the log, with the mean loss of all updates since the last one."""
+        if "loss" in logs:
+            before = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
+            logs["loss"] = self.mean_unlogged() / (self.state.global_step - before)
+            self.unlogged = 0.0
+        super().log(logs, *args)
+
+
+class _AfterUpdate(TrainerCallback):
+    """Calls functions after every update and whenever the log grows, and completes the checkpoints.
+
+    Args:
+        trainer: The trainer that it is a callback of.
+        act: Called with the Trainer's state after every update.
+        progress: Called with (updates done, updates) after every update.
+        log: Called with the Trainer's state after every entry of the log.
+    """
+
+    def __init__(
+        self,
+        trainer: _FiniteTrainer,
+        act: Callable[[TrainerState], None] | None,
+        progress: Progress | None,
+        log: Callable[[TrainerState], None],
+    ) -> None:
+        self.trainer, self.act, self.progress, self.log = trainer, act, progress, log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        newest = next((entry for entry in reversed(state.log_history) if {"loss", "unlogged"} & entry.keys()), {})
+        self.trainer.unlogged = newest.get("unlogged", 0.0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.act:
+            self.act(state)
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
+        if control.should_save:
+            state.log_history.append({"step": state.global_step, "unlogged": self.trainer.mean_unlogged()})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.log(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes a file
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            with write_file(checkpoint / CHECKSUMS) as temporary:
+                temporary.write_text(json.dumps(checksums(checkpoint)))
 
 
 def train(
@@ -270,7 +311,7 @@ def train(
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
         data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
-        callbacks=[*callbacks, _AfterUpdate(after_update, progress, grow_log), _Checksums()],
+        callbacks=list(callbacks),
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
 
@@ -284,6 +325,7 @@ def train(
         )
 
     trainer.stop = stop
+    trainer.add_callback(_AfterUpdate(trainer, after_update, progress, grow_log))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # Otherwise the Trainer expects the model to divide the loss by the accumulation steps, which CTC models do not.
@@ -412,18 +454,6 @@ def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
     columns = [column for column in ("stage", *LOG_COLUMNS) if column in table or column in LOG_COLUMNS]
     with write_file(path) as temporary:
         table.reindex(columns=columns).to_csv(temporary, index=False)
-
-
-class _Checksums(TrainerCallback):
-    """Writes the checksums of every checkpoint into it."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every process writes a file
-        if state.is_world_process_zero:
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            with write_file(checkpoint / CHECKSUMS) as temporary:
-                temporary.write_text(json.dumps(checksums(checkpoint)))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
