@@ -32,6 +32,12 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
     console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
 
 
+def print_warning(sentence: str) -> None:
+    """Print a sentence that the user should know, and log it."""
+    logger.warning(sentence)
+    Console().print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_error(error: Exception | str) -> None:
     """Print an error to the error stream, in one line."""
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
