@@ -45,6 +45,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         }
     made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
     made["seconds"] += f"; {_spent(metrics, 'evaluate')}"
+    made["seconds"] += "; cached: spent by an earlier run" if metrics["seconds_cached"] else ""
     smaller = "compressed" if compression else "pruned"
     rows = {
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
@@ -70,4 +71,4 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
 def _spent(metrics: dict[str, Any], piece: str) -> str:
     """Say how long a piece of the work took, and how much of that an earlier run spent, whose result was cached."""
     seconds, cached = metrics["seconds"][piece], metrics["seconds_cached"].get(piece)
-    return f"{piece} {seconds:.1f}" + (f" ({cached:.1f} of it by an earlier run: cached)" if cached is not None else "")
+    return f"{piece} {seconds:.1f}" + ("" if cached is None else f" ({cached:.1f} cached)")
