@@ -86,7 +86,8 @@ def read_runs(variant: Variant, folder: Path | None) -> pandas.DataFrame:
     config = jobs(variant.one_shot, SCALE)[0].config
     wanted = {group: config[group].name for group in METHOD}
     found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{run_folder.METRICS}"))]
-    runs = pandas.DataFrame([run for run in found if all(run[key] == value for key, value in wanted.items())])
+    # ALPS uses no saliency.
+    runs = pandas.DataFrame([run for run in found if all(run[key] in (value, None) for key, value in wanted.items())])
     described = ", ".join(f"{key}={value}" for key, value in wanted.items())
     if runs.empty:
         raise UserError(f"{folder} has no finished run of {described}")

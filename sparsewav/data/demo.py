@@ -20,8 +20,8 @@ from rich.console import Console
 from sparsewav.data import espeak
 from sparsewav.data.sentences import draw_sentence
 from sparsewav.errors import UserError
-from sparsewav.files import cache_folder, locked, write_folder
-from sparsewav.progress import stage
+from sparsewav.files import CHECKSUMS, cache_folder, damage, locked, write_checksums, write_folder
+from sparsewav.progress import print_warning, stage
 
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
@@ -75,9 +75,17 @@ def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Pa
     root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
     with locked(root / "lock"):  # parallel jobs wait for the first one
         for name in subsets:
-            if not (root / name).is_dir():
-                with write_folder(root / name) as folder:
-                    _speak_subset(SUBSETS[name], folder, seed, processes)
+            made = root / name
+            if made.is_dir():
+                if not (made / CHECKSUMS).is_file():
+                    write_checksums(made)
+                damaged = damage(made, remember=True)
+                if damaged is None:
+                    continue
+                print_warning(f"{made / damaged} is damaged; the demo's {name} set is spoken again")
+            with write_folder(made) as folder:
+                _speak_subset(SUBSETS[name], folder, seed, processes)
+                write_checksums(folder)
     return root
 
 

@@ -33,6 +33,7 @@ from transformers import (
 
 from sparsewav import cache
 from sparsewav.errors import UserError
+from sparsewav.files import content_hash
 
 KEY = "model.fairseq_checkpoint"
 
@@ -142,9 +143,8 @@ def converted_folder(path_or_name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{called} is not a file; check the path")
     dictionary = path.with_name(DICTIONARY)
-    status = path.stat()
     identity = {
-        "file": [str(path.resolve()), status.st_size, status.st_mtime_ns],
+        "file": content_hash(path),
         "dictionary": dictionary.read_bytes().hex() if dictionary.is_file() else None,
         "code": [cache.code_fingerprint(), transformers.__version__],
     }

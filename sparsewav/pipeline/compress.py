@@ -9,6 +9,7 @@ from rich.console import Console
 from sparsewav.baselines import METHODS
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.files import writing
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.resume import State
@@ -42,7 +43,7 @@ def compress(
     settings = config.method.scaled(config.update_divisor, config.lr_multiplier)
     prunable = sum(matrix.size for matrix in prunable_matrices(speech.model))
     total, _ = run_folder.count_parameters(speech.model)
-    with stage(console, f"Compressing with {config.method.name}") as progress:
+    with writing(checkpoints), stage(console, f"Compressing with {config.method.name}") as progress:
         started = time.perf_counter()
         speech.model, report = METHODS[config.method.name](
             speech.model, speech.processor, training, settings, checkpoints, seed=config.seed, progress=progress

@@ -48,6 +48,22 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read the metrics of a finished run.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / METRICS
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); do the run again") from error
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
+        raise UserError(f"{path} does not hold the metrics of a run; do the run again")
+    return metrics
+
+
 def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
     """Write a row for every matrix."""
     write_table(path, [asdict(matrix) for matrix in matrices])

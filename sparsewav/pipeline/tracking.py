@@ -64,7 +64,11 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
         "name": f"{metrics['model']} {' '.join(own)}".strip(),
         "id": description.name.rpartition("-")[2],
         "resume": "allow",
-        "tags": sorted(f"{group}={option}"[:64] for group, option in description.choices.items() if option != "None"),
+        "tags": sorted(
+            f"{group}={option}"[:64]
+            for group, option in description.choices.items()
+            if option != "None" and (group != "saliency" or metrics["saliency"] is not None)  # ALPS uses none
+        ),
         "config": description.settings,
         "dir": str(folder),
     }

@@ -31,7 +31,7 @@ class Optimization(Settings):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     checkpoint_updates: int | None = option(
-        None, "updates between two checkpoints; null: a tenth of all updates, and 500 at most", least=1
+        None, "updates between two checkpoints; null: a tenth of all, and 500 at most", identifies=False, least=1
     )
 
     def faults(self) -> Iterator[str]:

@@ -61,7 +61,34 @@ def test_training_leaves_a_model_that_can_be_pruned(
     assert not (folder / "checkpoints").exists()
     assert all(tensor.dtype == torch.float16 for tensor in load_file(folder / "model.safetensors").values())
     assert load_speech_model(str(folder)).model.dtype == torch.float32
-    assert "Done already" in run_sparsewav(*arguments, "output=model", command="sparsewav-train").stdout
+
+    # Launched again it changes nothing; with other settings it is refused, finished or killed.
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(path.parent.name == ".hydra" for path in content)
+    same = [*arguments, "output=model", "training.checkpoint_updates=7"]
+    assert "Done already" in run_sparsewav(*same, command="sparsewav-train").stdout
+    killed = tmp_path / "killed" / "checkpoints"
+    killed.mkdir(parents=True)
+    (killed / "inputs.json").write_text(json.dumps(record["inputs"]))
+    for output in ("model", "killed"):
+        other = run_sparsewav(*arguments, f"output={output}", "training.epochs=3", command="sparsewav-train")
+        assert other.returncode == 1
+        said = (
+            rf"{output} was made with other settings \(training\.epochs was 20\.0 and is 3\.0\); choose another output="
+        )
+        assert re.search(said, other.stdout), other.stdout + other.stderr
+    changed = shutil.copytree(corpus, tmp_path / "changed")
+    next((changed / "train").rglob("*.flac")).write_bytes(next((changed / "test").rglob("*.flac")).read_bytes())
+    shutil.move(corpus, tmp_path / "aside")
+    shutil.move(changed, corpus)
+    try:
+        other = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
+    finally:
+        shutil.rmtree(corpus)
+        shutil.move(tmp_path / "aside", corpus)
+    assert re.search(r"the training set changed since .*model was trained; choose another output=", other.stdout)
+    assert all(path.read_bytes() == content[path] for path in content)
+    assert set(content) | {folder / "error.json"} == {path for path in folder.rglob("*") if path.is_file()}
 
     data = ["data=librispeech_dir", f"data.root={corpus}"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
