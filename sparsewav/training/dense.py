@@ -27,6 +27,7 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.checkpoint import some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import stage
@@ -73,8 +74,10 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     for utterances in (learning, development, evaluation):
         check_transcripts(utterances, processor)
     set_seed(config.training.seed)
-    model: Any = _initial_model(config, processor)
+    model: Any = _initial_model(config, processor, console)
     model.to(device)
+    # Beside a group norm in the front end no program may use a mask; the saved settings say so.
+    processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
@@ -113,7 +116,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
 
 
-def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
+def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
     """Make a model with random weights, and copy the weights of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
     source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
@@ -135,7 +138,12 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if source is not None:
-        taken = take_over(model, load_pretrained(source, torch.float32, "initial_model"))
-        if not taken:
+        left = take_over(model, load_pretrained(source, torch.float32, "initial_model", head_optional=True))
+        if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
+        if left:
+            console.print(
+                f"[yellow]! {len(left)} of {len(model.state_dict())} tensors begin with random numbers, because "
+                f"initial_model={config.initial_model} has none of their name and shape: {some(left)}[/yellow]"
+            )
     return model
