@@ -28,7 +28,7 @@ from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
-from sparsewav.models.checkpoint import not_finite
+from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_warning, stage
@@ -93,8 +93,10 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     for utterances in (learning, development, evaluation):
         check_transcripts(utterances, processor)
     set_seed(config.training.seed)
-    model: Any = _initial_model(config, processor)
+    model: Any = _initial_model(config, processor, console)
     model.to(device)
+    # Beside a group norm in the front end no program may use a mask; the saved settings say so.
+    processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
     if first:
         begin()
         run_folder.write_json(started_from, inputs.of_training(config))
@@ -169,7 +171,7 @@ def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], conf
         raise UserError(f"{changed} changed since {folder} was trained; {remedy}")
 
 
-def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
+def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
     """Make a model with random weights, and copy the weights of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
     source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
@@ -191,7 +193,12 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if source is not None:
-        taken = take_over(model, load_pretrained(source, torch.float32, "initial_model"))
-        if not taken:
+        left = take_over(model, load_pretrained(source, torch.float32, "initial_model", head_optional=True))
+        if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
+        if left:
+            console.print(
+                f"[yellow]! {len(left)} of {len(model.state_dict())} tensors begin with random numbers, because "
+                f"initial_model={config.initial_model} has none of their name and shape: {some(left)}[/yellow]"
+            )
     return model

@@ -70,7 +70,7 @@ def test_only_the_sets_that_a_run_reads_count(own_corpus: Path) -> None:
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     before = inputs.of_training(TrainConfig(initial_model="demo", output="here"))
     now = TrainConfig(initial_model="demo", output="elsewhere", device="cpu")
-    now.training.checkpoint_updates += 1
+    now.training.checkpoint_updates = 7
     inputs.refuse_other_settings(before, inputs.of_training(now), tmp_path, "delete it")
     now.training.betas = [0.9, 0.98]
     now.initial_model = None
