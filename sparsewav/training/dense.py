@@ -105,8 +105,8 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
     warnings = too_short(config.training, [Stage(0.0, updates)], len(learning))
-    for warning in warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
+    for warning in warnings if first else []:
+        print_warning(warning)
     started = time.perf_counter()
 
     def write_log(log: Log) -> None:

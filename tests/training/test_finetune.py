@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -423,12 +424,28 @@ def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path:
     masks = masks_of(speech.model)
     before = {name: tensor.clone() for name, tensor in speech.model.state_dict().items()}
     tuned, log = train_masked_in_processes(
-        speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path
+        speech.model,
+        speech.processor,
+        training,
+        _settings(processes=2),
+        3,
+        tmp_path,
+        write_log=partial(write_training_log, tmp_path / "log.csv"),
     )
     after = tuned.state_dict()
     _zeros(after, masks)
     assert log[-1]["update"] == 3
+    assert pandas.read_csv(tmp_path / "log.csv")["loss"].tolist() == pytest.approx([entry["loss"] for entry in log])
     assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in masks)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_with_the_same_sentence_as_one(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    training, short = _with_a_short_recording(corpus, tmp_path / "corpus")
+    speech = _half_pruned(model_folder)
+    message = r"^the training stopped at update \d of 3: the loss is inf for utterance " + short.id
+    with pytest.raises(UserError, match=message):
+        train_masked_in_processes(speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
