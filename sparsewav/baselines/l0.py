@@ -6,6 +6,7 @@ from transcripts.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -33,8 +34,9 @@ from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import write_folder
+from sparsewav.files import damage, write_checksums, write_folder
 from sparsewav.models.checkpoint import not_finite
+from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import Gated
 from sparsewav.training.trainer import Log, ParameterGroup, train
@@ -69,6 +71,9 @@ def compress(
     objective: Objective = ctc_loss
     if settings.teacher:
         objective = Distillation(dense, distilled_layers(dense.config.num_hidden_layers)).to(dense.device)
+    if (folder / "cut").is_dir() and (damaged := damage(folder / "cut")):
+        print_warning(f"{folder / 'cut' / damaged} is damaged; the model is cut again")
+        shutil.rmtree(folder / "cut")
     if not (folder / "cut").is_dir():
         _train_and_cut(dense, settings, objective, partial(learn, seed=seed, done=0), folder / "cut")
     record = torch.load(folder / "cut" / "record.pt", weights_only=True)
@@ -127,3 +132,4 @@ def _train_and_cut(
     with write_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         torch.save({"objective": state, "facts": facts, "log": log}, temporary / "record.pt")
+        write_checksums(temporary)

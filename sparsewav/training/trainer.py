@@ -34,7 +34,7 @@ from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, checksums, damage, write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
-from sparsewav.models.checkpoint import WEIGHTS, not_finite
+from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
@@ -486,6 +486,6 @@ def _fault_of(checkpoint: Path) -> str | None:
             for name, value in state.items()
         }
     except Exception as error:  # damaged files raise almost any error
-        return f"is damaged ({str(error).partition(chr(10))[0]})"
+        return f"is damaged ({first_line(error)})"
     broken = not_finite(tensors)
     return f"has numbers in {broken} that are not finite" if broken else None

@@ -214,7 +214,7 @@ class _Stopped(Exception):
 
 @pytest.mark.parametrize("method", ["dphubert", "parp"])
 def test_a_stopped_method_goes_on_to_the_same_model(
-    method: str, corpus: Path, model_folder: Path, tmp_path: Path
+    method: str, corpus: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Gates, multipliers and optimizers, or what PARP has pruned so far, come back from the last checkpoint."""
     overrides = ("method.checkpoint_updates=2", "method.batch_size=4", "method.precision=float32")
@@ -239,6 +239,14 @@ def test_a_stopped_method_goes_on_to_the_same_model(
     resumed = compress("stopped")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    if method == "dphubert":  # the cut model that it would go on from is damaged: it is cut again
+        path = tmp_path / "stopped" / "cut" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 4
+        path.write_bytes(data)
+        again = compress("stopped")
+        assert "model.safetensors is damaged; the model is cut again" in " ".join(capsys.readouterr().out.split())
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize(
