@@ -31,7 +31,7 @@ from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import inputs, run_folder
-from sparsewav.progress import print_warning, stage
+from sparsewav.progress import print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, train_if_recipe
@@ -74,7 +74,8 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     done = folder / TRAINING
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
-    made_from = inputs.of_training(config)
+    with reporting("Hashing the initial model and the utterances", console):
+        made_from = inputs.of_training(config)
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
