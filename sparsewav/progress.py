@@ -94,9 +94,24 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
+_collected: list[list[str]] = []
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Give a list that gets every sentence of :func:`print_warning` within the block."""
+    _collected.append([])
+    try:
+        yield _collected[-1]
+    finally:
+        _collected.pop()
+
+
 def print_warning(sentence: str) -> None:
-    """Print a sentence that the user should know, and log it."""
+    """Print a sentence that the user should know, log it, and give it to the record of the run."""
     logger.warning(sentence)
+    for sentences in _collected:
+        sentences.append(sentence)
     Console().print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

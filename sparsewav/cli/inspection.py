@@ -1,7 +1,6 @@
 """Console command ``sparsewav-inspect``: size and sparsity of a model, and whether its run reports the same."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
     from sparsewav.pipeline import run_folder
 
     found = []
-    metrics = json.loads((run / run_folder.METRICS).read_text())
+    metrics = run_folder.read_metrics(run)
     if metrics["params_nonzero"] != nonzero:
         found.append(
             f"{run_folder.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
@@ -151,7 +150,7 @@ def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     matrices = matrix_sparsities(model)
     console.print(_summary(folder, model, matrices))
     if run:
-        console.print(_origin(json.loads((run / run_folder.METRICS).read_text())))
+        console.print(_origin(run_folder.read_metrics(run)))
     console.print(heat_map(matrices))
     plot = plot or given / "sparsity.png"
     plot_heat_map(matrices, plot)

@@ -13,7 +13,7 @@ from sparsewav.files import writing
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.resume import State
-from sparsewav.progress import stage
+from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.settings.run import Config
@@ -50,7 +50,7 @@ def compress(
         )
         seconds = time.perf_counter() - started
     for warning in report.warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
+        print_warning(warning)
     speech.model.eval()
     left = sum(int(matrix.weight.count_nonzero()) for matrix in prunable_matrices(speech.model))
     nonzero = run_folder.count_parameters(speech.model)[1]

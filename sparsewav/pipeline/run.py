@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_transcripts
@@ -37,7 +36,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import reporting, stage
+from sparsewav.progress import collect_warnings, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -69,20 +68,16 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
         UserError: Something is wrong with the configuration, the model or the data.
     """
     # A launch that was killed may have left a process behind that is still on this run.
-    with locked(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")), collect_warnings() as warnings:
         remove_leftovers(folder, folder.parent)
-        return _run(config, folder, console, begin)
+        return _run(config, folder, console, begin, warnings)
 
 
-def _run(config: Config, folder: Path, console: Console, begin: Callable[[], None]) -> dict[str, Any]:
-    warnings: list[str] = []
-
-    def warn(sentence: str) -> None:
-        console.print(f"[yellow]! {escape(sentence)}[/yellow]", soft_wrap=True)
-        warnings.append(sentence)
-
+def _run(
+    config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
+) -> dict[str, Any]:
     if is_done(config, folder) and not config.force:
-        metrics = _find_done(config, folder, console, warn)
+        metrics = _find_done(config, folder, console, warnings)
         if metrics is not None:
             return metrics
     device = choose_device(config.device)
@@ -94,21 +89,21 @@ def _run(config: Config, folder: Path, console: Console, begin: Callable[[], Non
     with stage(console, f"Loading {config.model.source}"):
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
-        warn(warning)
+        print_warning(warning)
     with reporting("Reading and hashing model and utterances", console):
         evaluation, calibration, training = _utterances(config, speech)
         made_from = inputs.of_run(config)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds, dense_cached = evaluate_dense(config, speech, evaluation, dense, console)
     if wer_dense > USELESS:
-        warn(
+        print_warning(
             f"the dense model's word error rate is {100 * wer_dense:.0f} %: check its tokenizer, sampling rate and "
             "language, and that its CTC head was trained, before you trust what pruning does to it"
         )
     stages = plan_stages(config, len(training))
     for warning in too_short(config.training, stages, len(training)):
-        warn(warning)
-    state = State(_run_identity(made_from, dense, evaluation, calibration, training), warnings=warnings)
+        print_warning(warning)
+    state = State(_run_identity(made_from, dense, evaluation, calibration, training))
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
@@ -118,7 +113,6 @@ def _run(config: Config, folder: Path, console: Console, begin: Callable[[], Non
         clear(folder)
     else:
         state, step_folder = done
-        state.warnings += [warning for warning in warnings if warning not in state.warnings]
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
         if state.hypotheses is None:
@@ -141,35 +135,46 @@ def _run(config: Config, folder: Path, console: Console, begin: Callable[[], Non
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
     replayed = state.cached | ({"evaluate": dense_seconds} if dense_cached else {})
-    about = {"n_calibration_utterances": len(calibration), "seconds_cached": replayed, "inputs": made_from}
+    about = {
+        "n_calibration_utterances": len(calibration),
+        "seconds_cached": replayed,
+        "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "inputs": made_from,
+    }
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
 
 
-def _find_done(config: Config, folder: Path, console: Console, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def _find_done(config: Config, folder: Path, console: Console, warnings: list[str]) -> dict[str, Any] | None:
     """Give the metrics of a finished run; None, after a warning, if it was made from something else or is damaged.
 
     Raises:
         UserError: The folder, which the user has named, was made with other settings.
     """
+
+    def tell(sentence: str) -> None:  # not in the log, which is that of the finished run until the next one begins
+        console.print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        warnings.append(sentence)
+
     try:
         metrics = run_folder.read_metrics(folder)
     except UserError as error:
-        warn(f"{error}; doing it again")
+        tell(f"{error}; doing it again")
         return None
-    if not {"settings", "content", "code"} <= set(metrics.get("inputs", ())):
-        warn(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
+    before = metrics.get("inputs")
+    if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
+        tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
-    before, now = metrics["inputs"], inputs.of_run(config)
+    now = inputs.of_run(config)
     inputs.refuse_other_settings(before, now, folder, "choose another folder, or force=true to replace this one")
     if changed := inputs.changes(before, now, config.model.source):
-        warn(f"{changed} changed since this run was made; doing it again")
+        tell(f"{changed} changed since this run was made; doing it again")
         return None
     finish_folder(config, folder)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
-    code = "" if before["code"] == now["code"] else ", and it was made by another version of the code"
+    code = "" if before.get("code") == now["code"] else ", and it was made by another version of the code"
     console.print(f"Done already: {folder} (force=true does it again{code})", soft_wrap=True)
     for part, reason in now["unread"].items():
-        warn(f"the {part} could not be compared with what this run was made from: {reason}")
+        tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
 
 
@@ -230,7 +235,6 @@ def _finish(
         "seconds": seconds,
         "cached": list(state.cached),
         **about,
-        "warnings": state.warnings,
         "peak_memory_bytes": run_folder.peak_memory(device),
         "dtype": str(speech.model.dtype).removeprefix("torch."),
         **run_folder.environment(device),
@@ -303,7 +307,7 @@ def _prune(
                 progress=advance,
             )
     for warning in report.warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
+        print_warning(warning)
     if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:

@@ -236,7 +236,12 @@ def test_what_the_cache_gave_is_told_from_what_was_measured_now(
 ) -> None:
     first = run_sparsewav(*small, "sparsity.target=0.5", "output_root=first")
     second = run_sparsewav(*small, "sparsity.target=0.6", "output_root=second")
-    found = [json.loads(next((tmp_path / root).glob("*/metrics.json")).read_text()) for root in ("first", "second")]
+    (hessians,) = (tmp_path / "cache").glob("hessians/*/hessians.json")
+    hessians.write_text("{}")
+    third = run_sparsewav(*small, "sparsity.target=0.7", "output_root=third")
+    found = [
+        json.loads(next((tmp_path / root).glob("*/metrics.json")).read_text()) for root in ("first", "second", "third")
+    ]
     assert found[0]["seconds_cached"] == {}
     assert set(found[1]["seconds_cached"]) == {"calibrate", "allocate", "evaluate"}
     for piece in ("calibrate", "allocate"):
@@ -245,6 +250,10 @@ def test_what_the_cache_gave_is_told_from_what_was_measured_now(
     assert "cached" not in first.stdout
     assert len(re.findall(r"(?:calibrate|allocate|evaluate) [0-9.]+ \([0-9.]+ cached\)", second.stdout)) == 3
     assert "cached: spent by an earlier run" in second.stdout
+    # What was damaged in the cache is measured now, and the record says so.
+    assert set(found[2]["seconds_cached"]) == {"allocate", "evaluate"}
+    assert f"{hessians} is damaged; it is made again" in found[2]["warnings"]
+    assert third.stdout.count("it is made again") == 1
     # These random models recognise nothing, which is said.
     assert re.search(r"the dense model's word error rate is \d+ %: check its tokenizer", first.stdout)
     assert any("the dense model's word error rate" in warning for warning in found[0]["warnings"])
