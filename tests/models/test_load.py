@@ -238,15 +238,7 @@ def test_an_index_names_files_of_its_folder_only(kind: str, own_folder: Path, tm
         sparsewav.prune_folder(own_folder, tmp_path / "pruned", [_noise()])
 
 
-NO_INDEXES = (
-    "[]",
-    "null",
-    "3",
-    "{}",
-    '{"weight_map": []}',
-    '{"weight_map": {}}',
-    '{"weight_map": {"a": "b", "a": "c"}}',
-)
+NO_INDEX = ("[]", "null", "3", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": "b", "a": "b"}}')
 
 
 @pytest.mark.parametrize("text", [*NO_INDEX, "[" * 100_000])
