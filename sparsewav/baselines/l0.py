@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCTC, PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import PreTrainedModel, Wav2Vec2Processor, set_seed
 
 from sparsewav.baselines.cut import cut
 from sparsewav.baselines.distillation import no_masking
@@ -35,6 +35,7 @@ from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, write_checksums, write_folder
+from sparsewav.models.bitmask import load
 from sparsewav.models.checkpoint import not_finite
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
@@ -79,7 +80,8 @@ def compress(
     record = torch.load(folder / "cut" / "record.pt", weights_only=True)
     if isinstance(objective, nn.Module):
         objective.load_state_dict(record["objective"])
-    smaller = AutoModelForCTC.from_pretrained(folder / "cut").to(dense.device)
+    smaller: Any = load(folder / "cut")
+    smaller.to(dense.device)
     facts, log = record["facts"], record["log"]
     if settings.final_updates:
         rate, warmup = settings.final_learning_rate, settings.final_warmup_steps

@@ -212,6 +212,14 @@ def read_config(source: str, called: str) -> PretrainedConfig:
         UserError: There is none, its family is unknown, or it is broken.
     """
     try:
+        path = Path(source) / "config.json"
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("config.json is not a JSON object")
+            labels = settings.get("num_labels")
+            if isinstance(labels, int) and labels > 100_000:  # transformers makes a name for each
+                raise ValueError(f"config.json has num_labels={labels}, which no CTC model needs")
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         numbers = _numbers(config.to_dict())
     except Exception as error:  # a broken configuration raises almost any error
@@ -248,12 +256,13 @@ def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, float]]:
         yield key, settings
 
 
-def make_skeleton(config: PretrainedConfig, names: Collection[str], where: str) -> PreTrainedModel:
+def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where: str) -> PreTrainedModel:
     """Give the model that a configuration describes on the meta device, where its weights take no memory.
 
     Args:
         config: The configuration.
-        names: The names of the stored tensors: a configuration that wants more layers than they have is refused first.
+        stored: The headers of the stored tensors: a configuration that wants more layers than they have, or wider ones,
+            is refused first.
         where: The folder or file, for messages.
 
     Raises:
@@ -268,7 +277,7 @@ def make_skeleton(config: PretrainedConfig, names: Collection[str], where: str) 
     for key, part in counts.items():
         wanted: Any = getattr(config, key, None)
         wanted = len(wanted) if isinstance(wanted, list | tuple) else wanted
-        matches = [match for name in names if (match := re.match(rf"(.*\b{re.escape(part)})\.(\d+)\.", name))]
+        matches = [match for name in stored if (match := re.match(rf"(.*\b{re.escape(part)})\.(\d+)\.", name))]
         found = {int(match[2]): match[1] for match in matches}
         if isinstance(wanted, int) and wanted > len(found):
             missing = next(index for index in range(wanted) if index not in found)
@@ -276,6 +285,13 @@ def make_skeleton(config: PretrainedConfig, names: Collection[str], where: str) 
                 f"{where} has no tensor {next(iter(found.values()), part)}.{missing}.*, and its config.json says "
                 f"{key}={getattr(config, key)}; give the whole folder of one model"
             )
+    # transformers makes the embedding of masked frames in memory, also of what takes none otherwise.
+    width = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+    if config.hidden_size > width:
+        raise UserError(
+            f"{where} has no tensor that is as wide as hidden_size={config.hidden_size} in its config.json; give the "
+            "whole folder of one model"
+        )
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return AutoModelForCTC.from_config(config)

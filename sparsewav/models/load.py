@@ -25,6 +25,7 @@ from sparsewav.models.bitmask import (
 )
 from sparsewav.models.checkpoint import (
     INDEX,
+    OPTIONAL,
     WEIGHTS,
     check_tensors,
     first_line,
@@ -107,6 +108,9 @@ def load_speech_model(
     model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
     processor = load_processor(source)
     warnings = [*_agree_on_tokens(model, processor, called), *_agree_on_audio(model, processor, called)]
+    for parameter, tensor in model.named_parameters():
+        if parameter.endswith(OPTIONAL) and model.config.apply_spec_augment and not tensor.any():
+            warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
     placed: Any = model
     placed.to(device)
     return SpeechModel(Path(name_or_path).name, model, processor, warnings)
