@@ -1,9 +1,10 @@
 """Hidden states: what each calibration batch brings to the next layer of the encoder, and how a layer is run on it."""
 
 import os
-import platform
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,42 @@ from transformers import PreTrainedModel
 
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import as_sequence, base_of, encoder_layers, frame_counts, model_batches
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing tells a killed process's folder from a living one's
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX, _LOCK = "sparsewav-", "lock"
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Give a folder for what a pruning keeps on disk, in the folder for temporary files, and delete it in the end.
+
+    A process holds a lock in its folder, which the system takes from it when it ends: folders that nobody holds are
+    those of processes that were killed, and are deleted before.
+    """
+    _delete_abandoned()
+    with TemporaryDirectory(prefix=_PREFIX) as folder:
+        # Renamed when it is held, so that nobody takes a folder that is being made for an abandoned one.
+        new = Path(folder) / f"{_LOCK}.new"
+        with new.open("w") as lock:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                new.rename(Path(folder) / _LOCK)
+            yield Path(folder)
+
+
+def _delete_abandoned() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):  # held, of another user, or deleted by another process meanwhile
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent)
+            finally:
+                os.close(handle)
 
 
 def frame_mask_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
@@ -39,11 +76,6 @@ def calibration_parts(
         frames = [int(frame_counts(model, part["attention_mask"]).sum()) for part in parts]
         for number, (part, count) in enumerate(zip(parts, frames, strict=True)):
             yield 1000 * index + number, part, count / sum(frames) / len(batches)
-
-
-def temporary_folder() -> TemporaryDirectory[str]:
-    """Make a folder that is deleted in the end; its name says whose it is, should its process be killed."""
-    return TemporaryDirectory(prefix=f"sparsewav-{platform.node()}-{os.getpid()}-")
 
 
 class _StopForward(Exception):

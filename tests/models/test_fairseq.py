@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -374,6 +375,62 @@ def test_what_does_not_fit_is_named(
     assert "model.fairseq_checkpoint=" in str(error.value)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache" / "fairseq").glob("*/")), "nothing half made stays"
+
+
+def _odd(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], Any]:
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint["model"]["w2v_encoder.proj.weight"] = make(checkpoint["model"]["w2v_encoder.proj.weight"])
+
+    return change
+
+
+def _tuning(**settings: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda checkpoint: checkpoint["cfg"]["model"].update(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_odd(lambda t: t.to_sparse()), r"proj\.weight as an unusual tensor \(sparse_coo, cpu, float32\)"),
+        (_odd(lambda t: t.to("meta")), r"proj\.weight as an unusual tensor \(strided, meta, float32\)"),
+        (_odd(lambda t: t.to(torch.complex64)), r"proj\.weight as an unusual tensor \(strided, cpu, complex64\)"),
+        (_odd(lambda t: t.int()), r"proj\.weight as an unusual tensor \(strided, cpu, int32\)"),
+        (_odd(lambda t: torch.zeros(1).expand(10**6, 10**6)), r"proj\.weight as an unusual tensor"),
+        (_odd(lambda t: t.fill_(torch.nan)), r"numbers in w2v_encoder\.proj\.weight that are NaN or infinite"),
+        (_odd(lambda t: t.fill_(torch.inf)), r"numbers in w2v_encoder\.proj\.weight that are NaN or infinite"),
+        (_tuning(dropout=5), "dropout=5, where a number from 0 to 1 belongs"),
+        (_tuning(layerdrop=float("nan")), "layerdrop=nan, where a number from 0 to 1 belongs"),
+        (_tuning(mask_prob="often"), "mask_prob=often, where a number from 0 to 1 belongs"),
+        (_tuning(mask_length=-3), "mask_length=-3, where a number of frames from 1 belongs"),
+        (_setting(conv_feature_layers="[(16, 20, 1e400)]"), "which is no list"),
+        (_setting(conv_feature_layers="[(16, 20.5, 20)]"), "which is no list"),
+        (_setting(conv_feature_layers="[(16, -20, 20)]"), "which is no list"),
+        (_setting(conv_feature_layers=7), "which is no list"),
+        (_setting(layer_norm_first="false"), "layer_norm_first=false, where true or false belongs"),
+        (_setting(encoder_attention_heads=-2), "encoder_attention_heads=-2"),
+        (_setting(encoder_layers=-2), "settings say encoder_layers=-2, its tensors 2"),
+        (_with(f"{E}encoder.layers.99999999.fc1.bias", 2), rf"lacks {E}encoder\.layers\.2;"),
+    ],
+)
+def test_hostile_tensors_and_settings_are_one_sentence(
+    small: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    checkpoint = _cfg(small())
+    change(checkpoint)
+    with pytest.raises(UserError, match=message) as error:
+        converted_folder(_save(checkpoint, tmp_path / "best.pt"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_zip_bomb_is_refused_by_its_directory(small: Make, tmp_path: Path) -> None:
+    """Nothing of it is unpacked: a few kilobytes may stand for all memory."""
+    path, bomb = Path(_save(_cfg(small()), tmp_path / "best.pt")), tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in source.namelist():
+            packed.writestr(part, source.read(part))
+        packed.writestr("best/data/999", bytes(10**8))
+    with pytest.raises(UserError, match=r"bomb\.pt is compressed, 10\d,\d{3},\d{3} bytes in a file of"):
+        converted_folder(str(bomb))
 
 
 def test_a_file_that_is_no_checkpoint(small: Make, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Pruning from disk: the same bytes as in memory, one layer at a time, and nothing half done."""
 
 import json
+import os
 import shutil
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCTC, PreTrainedModel
 
@@ -18,6 +21,7 @@ from sparsewav.errors import UserError
 from sparsewav.pipeline import prune_folder as streaming
 from sparsewav.pruning import estimate_traces, layerwise, prune_model
 from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.pruning.hidden_states import scratch_folder
 from sparsewav.pruning.solvers.solve import MatrixGroup
 
 Batch = dict[str, Tensor]
@@ -236,3 +240,100 @@ def test_a_folder_with_files_is_not_replaced(source: Path, batches: list[Batch])
     with pytest.raises(UserError, match="is there already"):
         sparsewav.prune_folder(source, source, batches, 0.6)
     assert (source / "model.safetensors").is_file()
+
+
+def _prune_until_killed(monkeypatch: pytest.MonkeyPatch, source: Path, destination: Path, batches: list[Batch]) -> None:
+    """Prune a checkpoint until all layers are done and nothing else is."""
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming._Layers, "write_rest", kill)
+        with pytest.raises(KeyboardInterrupt):
+            sparsewav.prune_folder(source, destination, batches, 0.6)
+
+
+def _flip_an_exponent(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[-1] ^= 0x40  # of the last weight, which stays finite
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize("damage", [_flip_an_exponent, lambda path: path.write_bytes(path.read_bytes()[:-8])])
+def test_a_damaged_layer_is_pruned_again(
+    damage: Callable[[Path], object],
+    source: Path,
+    batches: list[Batch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What a killed pruning left is checked; half a file that it was writing goes; the bytes are the same."""
+    sparsewav.prune_folder(source, tmp_path / "whole", batches, 0.6)
+
+    _prune_until_killed(monkeypatch, source, tmp_path / "pruned", batches)
+    unfinished = tmp_path / ".pruned.unfinished"
+    damage(unfinished / "layer-1.resume.safetensors")
+    (unfinished / ".layer-2.resume.safetensors.1.part").write_bytes(b"half")
+    report = sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    sentence = "layer-1.resume.safetensors, which an interrupted pruning left, was damaged; its layer is pruned again"
+    assert report.warnings == [sentence]
+    assert sentence in caplog.text
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()}
+
+
+def test_one_process_at_a_time_makes_a_destination(source: Path, batches: list[Batch], tmp_path: Path) -> None:
+    """The others wait, and find it there; none leaves a lock behind."""
+    outcomes: list[str] = []
+
+    def prune() -> None:
+        try:
+            sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+            outcomes.append("made")
+        except UserError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=prune) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("made") == 1
+    assert sum("pruned is there already; remove it" in outcome for outcome in outcomes) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "pruned"}
+    assert AutoModelForCTC.from_pretrained(tmp_path / "pruned").dtype == torch.float32
+
+
+def test_hidden_states_of_killed_processes_are_deleted(
+    source: Path, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a process that lives, and folders of which nothing says whose they are, stay."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    for name in ("sparsewav-dead", "sparsewav-other"):
+        (scratch / name).mkdir()
+        (scratch / name / "0-hidden_states.pt").write_bytes(b"large")
+    (scratch / "sparsewav-dead" / "lock").touch()
+    with scratch_folder() as living:
+        sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+        assert {path.name for path in scratch.iterdir()} == {"sparsewav-other", living.name}
+
+
+def test_other_weights_in_the_same_file_begin_anew(
+    source: Path, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed pruning left belongs to the content of the source, whatever its size and times are."""
+
+    _prune_until_killed(monkeypatch, source, tmp_path / "pruned", batches)
+    weights = source / "model.safetensors"
+    times = weights.stat()
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6)
+    sparsewav.prune_folder(source, tmp_path / "expected", batches, 0.6)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "pruned").iterdir()}

@@ -10,9 +10,8 @@ SPDY).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
-from sparsewav.pruning.hidden_states import temporary_folder
+from sparsewav.pruning.hidden_states import scratch_folder
 from sparsewav.pruning.solvers.solve import PrunedMatrix
 
 SolveLevels = Callable[[list[PrunableMatrix], Float[Tensor, "cols cols"], list[float]], list[PrunedMatrix]]
@@ -87,15 +86,15 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         self.grid = grid
         self.row_errors: dict[str, Float[Tensor, "levels rows"]] = {}
         self.changes: dict[str, Float[Tensor, " levels"]] = {}
-        self._folder = temporary_folder() if on_disk else None
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch_folder()) if on_disk else None
         self._weights: dict[str, list[Tensor]] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._weights.clear()
-        if self._folder:
-            self._folder.cleanup()
+        self._scratch.close()
 
     def add(
         self,
@@ -118,7 +117,7 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         else:
             save_file(
                 {str(index): level.weight.cpu().contiguous() for index, level in enumerate(levels)},
-                Path(self._folder.name) / f"{name}.safetensors",
+                self._folder / f"{name}.safetensors",
             )
 
     def weight(self, name: str, offset: int) -> Float[Tensor, "rows cols"]:
@@ -126,7 +125,7 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         index = self.grid.index(offset)
         if self._folder is None:
             return self._weights[name][index]
-        with safe_open(Path(self._folder.name) / f"{name}.safetensors", framework="pt") as file:
+        with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
             return file.get_tensor(str(index))
 
 
