@@ -30,7 +30,7 @@ from sparsewav.files import make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import inputs, run_folder
-from sparsewav.progress import print_warning, stage
+from sparsewav.progress import stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, train_if_recipe
@@ -75,10 +75,13 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
+    if first:
+        (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done.is_file():
         console.print(f"Done already: {folder} (delete it to train again)", soft_wrap=True)
-        for part, reason in made_from["unread"].items():
-            print_warning(f"the {part} could not be compared with what was trained on: {reason}")
+        for part, reason in made_from["unread"].items():  # not in the log, which is that of the training
+            said = f"! the {part} could not be compared with what was trained on: {reason}"
+            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return
     if first:
         remove_leftovers(folder, folder.parent)
