@@ -128,20 +128,22 @@ def damage(folder: Path, expected: dict[str, str] | None = None, *, remember: bo
 
 def temporary_name(stem: str) -> str:
     """Give the start of a name that says which process of which machine uses it: see :func:`remove_leftovers`."""
-    return f"{stem}{platform.node()}-{os.getpid()}-"
+    return f"{stem}{_node()}-{os.getpid()}-"
+
+
+def _node() -> str:
+    return re.sub(r"\W", "_", platform.node())
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Delete what killed processes left in folders, in the cache and in ``$TMPDIR``.
+    """Delete what killed processes left in folders and in the cache.
 
     Temporary files and folders that name a process of this machine go when that process is gone. All others may be in
     use on another machine that shares the folder, and go when they have not been changed for a day; so do locks that
     are free.
     """
     cached = [cache_folder(), *cache_folder().glob("*/"), *cache_folder().glob("*/*/")]
-    temporary = [path for path in Path(tempfile.gettempdir()).glob("sparsewav-*") if path.is_dir()]
-    parts = [path for folder in (*folders, *cached) for path in folder.glob(".*.part")]
-    for path in temporary + parts:
+    for path in [path for folder in (*folders, *cached) for path in folder.glob(".*.part")]:
         with suppress(OSError):
             if _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -156,10 +158,10 @@ _DAY = 24 * 3600.0
 
 
 def _is_abandoned(path: Path) -> bool:
-    named = re.search(r"[.-](?P<node>[^ ]+?)-(?P<pid>\d+)-\w*(\.part)?$", path.name)
+    named = re.search(r"\.(?P<node>\w*)-(?P<pid>\d+)-\w*\.part$", path.name)
     if named is None or path.is_symlink() or path.stat().st_uid != os.getuid():
         return False
-    if not named["node"].endswith(platform.node()):
+    if named["node"] != _node():
         return time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _DAY
     try:
         os.kill(int(named["pid"]), 0)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -15,7 +14,15 @@ import torch
 import sparsewav
 from sparsewav import cache
 from sparsewav.errors import UserError
-from sparsewav.files import CHECKSUMS, cannot_write, content_hash, locked, remove_leftovers, write_folder
+from sparsewav.files import (
+    CHECKSUMS,
+    cannot_write,
+    content_hash,
+    locked,
+    remove_leftovers,
+    temporary_name,
+    write_folder,
+)
 from sparsewav.pruning import Hessians
 
 
@@ -122,28 +129,22 @@ def test_statistics_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> N
 def test_what_killed_processes_left_goes_and_what_others_use_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable, name in (("SPARSEWAV_CACHE", "cache"), ("TMPDIR", "tmp")):
-        monkeypatch.setenv(variable, str(tmp_path / name))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
     script = (
-        "import os, signal, sys, tempfile; from pathlib import Path; from sparsewav.files import *;"
-        "from sparsewav.pruning.hidden_states import temporary_folder; temporary = temporary_folder();"
+        "import os, signal, sys; from pathlib import Path; from sparsewav.files import *;"
         "a = write_folder(cache_folder() / 'hessians' / 'key'); a.__enter__().joinpath('h').touch();"
         "b = write_file(Path(sys.argv[1], 'metrics.json')); b.__enter__().touch();"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    (tmp_path / "tmp").mkdir()
     (tmp_path / "out").mkdir()
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
 
     def found() -> list[str]:
-        paths = [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.lock"), *(tmp_path / "tmp").glob("*")]
-        return sorted(path.name for path in paths)
+        return sorted(path.name for path in tmp_path.rglob("*.part"))
 
     left = found()
-    assert len(left) == 3
-    assert all(f"{platform.node()}-" in name for name in left)
-    kept = [f".model.{platform.node()}-{os.getpid()}-abc.part", ".model.elsewhere-1-abc.part", "held.lock", "new.lock"]
+    assert len(left) == 2
+    kept = [temporary_name(".model.") + "abc.part", ".model.elsewhere-1-abc.part", "held.lock", "new.lock"]
     gone = [".model.elsewhere-2-abc.part", ".old.lock"]
     others = ["sparsewav-demo-2026-07-best", ".part", ".notes.part"]  # whose names are not ours
     for name in [*kept, *gone, *others]:
@@ -154,7 +155,6 @@ def test_what_killed_processes_left_goes_and_what_others_use_stays(
         os.utime(tmp_path / "out" / "held.lock", (time.time() - 100_000,) * 2)
         remove_leftovers(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*kept, *others])
-    assert not list((tmp_path / "tmp").iterdir())
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 

@@ -149,8 +149,9 @@ def _write_settings(settings: DictConfig, folder: Path) -> None:
 def _record_failure(error: Exception, settings: DictConfig, folder: Path, console: Console) -> None:
     if isinstance(error, OmegaConfBaseException):
         error = UserError(explain(error, str(HydraConfig.get().job.config_name)))
-    elif sentence := cannot_write(error, folder):
-        error = UserError(sentence)
+    elif not isinstance(error, FileNotFoundError) and (sentence := cannot_write(error, folder)):
+        cause, error = error, UserError(sentence)
+        error.__cause__ = cause
     expected = isinstance(error, UserError)
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))

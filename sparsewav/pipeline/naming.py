@@ -17,6 +17,9 @@ from sparsewav.settings.run import Config
 LATER_CHOICES = ("solver", "objective", "recovery")
 """Groups that a folder's name mentions only where the choice is not the paper's."""
 
+WITHOUT_SALIENCY = [solver().name for solver in OPTIONS["solver"] if not getattr(solver, "uses_saliency", True)]
+"""Solvers that choose the mask by themselves, so that the saliency changes nothing."""
+
 
 def identifying_settings(root: DictConfig) -> dict[str, Any]:
     """Give the settings that a run's results depend on, resolved."""
@@ -25,8 +28,7 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
         keys.remove("training")
     unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
     keys = [key for key in keys if key not in unused or key == "sparsity"]
-    solver: Any = OmegaConf.get_type(root, "solver")
-    if root.method.name == OURS and not solver.uses_saliency:
+    if root.method.name == OURS and root.solver.name in WITHOUT_SALIENCY:
         keys.remove("saliency")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
     for group, values in settings.items():

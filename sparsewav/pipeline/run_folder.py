@@ -52,14 +52,19 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics of a finished run.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or holds something else.
     """
     path = folder / METRICS
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); do the run again") from error
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
+    numbers = ("target_sparsity", "achieved_sparsity", "wer_dense", "wer_pruned", "wer", "updates", "seed")
+    if (
+        not isinstance(metrics, dict)
+        or not isinstance(metrics.get("seconds"), dict)
+        or not all(isinstance(metrics.get(key), int | float | None) for key in numbers)
+    ):
         raise UserError(f"{path} does not hold the metrics of a run; do the run again")
     return metrics
 

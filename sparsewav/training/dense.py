@@ -79,10 +79,13 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
+    if first:
+        (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done.is_file():
         console.print(f"Done already: {folder} (delete it to train again)", soft_wrap=True)
-        for part, reason in made_from["unread"].items():
-            print_warning(f"the {part} could not be compared with what was trained on: {reason}")
+        for part, reason in made_from["unread"].items():  # not in the log, which is that of the training
+            said = f"! the {part} could not be compared with what was trained on: {reason}"
+            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return
     if first:
         remove_leftovers(folder, folder.parent)

@@ -214,10 +214,15 @@ def test_a_run_is_done_again_when_what_it_was_made_from_has_other_content(
     assert json.loads((folder / "metrics.json").read_text()) == third
     assert len(whole) == len(changed_bytes)
 
-    (folder / "metrics.json").write_text('{"model": ')
-    shown = run_sparsewav(str(folder.parent), command="sparsewav-summary")
-    assert re.search(r"left out: .*metrics\.json is damaged", shown.stdout), shown.stdout
-    assert "Traceback" not in shown.stdout + shown.stderr
+    for broken, said in (
+        ('{"model": ', "is damaged"),
+        ('["a", "list"]', "does not hold the metrics of a run"),
+        (json.dumps(third | {"wer": "good"}), "does not hold the metrics of a run"),
+    ):
+        (folder / "metrics.json").write_text(broken)
+        shown = run_sparsewav(str(folder.parent), command="sparsewav-summary")
+        assert re.search(rf"left out: .*metrics\.json {said}", shown.stdout), shown.stdout
+        assert "Traceback" not in shown.stdout + shown.stderr
 
 
 def test_a_folder_that_the_user_named_is_not_taken_for_a_run_of_other_settings(
@@ -526,8 +531,16 @@ def test_a_full_disk_loses_nothing_computed(
     [
         (24, ["calibration.propagation=sequential"], "cannot write {tmp}: it could not be written in full"),
         (1, ["-m", "sparsity.target=0.5,0.6"], r"cannot write {here}/outputs/sweep-\w+: File too large"),
+        (
+            45,
+            [
+                *("finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2"),
+                *("training.checkpoint_updates=1", "data.training_subset=train"),
+            ],
+            r"cannot write {here}/outputs/tiny[\w.-]+/stages/checkpoints-1-\w+: it could not be written in full",
+        ),
     ],
-    ids=["temporary", "output"],
+    ids=["temporary", "output", "checkpoints"],
 )
 def test_a_full_disk_is_named_wherever_it_is(
     small: list[str], tmp_path: Path, environment: dict[str, str], limit: int, arguments: list[str], message: str
