@@ -139,7 +139,7 @@ def test_asymmetric_sweep_removes_what_the_formulas_say(saliency: str) -> None:
     error = (weight @ inputs - best @ pruned_inputs).square().sum()
     (gradient,) = torch.autograd.grad(error, best)
     damped = hessian + pruned.damping * torch.eye(10, dtype=torch.float64)
-    pivots = torch.stack([torch.linalg.inv(damped[left:, left:])[0, 0] for left in range(10)])
+    pivots = torch.stack([torch.linalg.inv(2 * damped[left:, left:])[0, 0] for left in range(10)])
     plain = best.detach().square() / pivots
     scores = plain + (best * gradient).detach().abs() if saliency == "obs_first_order" else plain
     assert torch.equal(~pruned.keep, lowest(scores, 60))
