@@ -133,15 +133,14 @@ def accelerate(
         without_kernel = str(error)
         log.warning("no sparse kernel: %s; PyTorch's CSR products are used where they are faster", error)
     place = Path(folder) if folder is not None else _folder(model)
-    key = setting(counts, kernel=not without_kernel)
-    timings = remembered(place, key)
+    timings = remembered(place, counts, kernel=not without_kernel)
     known = set(timings)
     # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
         if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
-        remember(place, key, timings)
+        remember(place, setting(counts, kernel=not without_kernel), timings)
     rows = [_swap(model, matrix, timings) for matrix in matrices]
     if any(row.swapped for row in rows):
         _leave_mapped_file(model)
