@@ -74,7 +74,9 @@ def test_sweep_is_the_least_squares_optimum_of_what_is_free(saliency: str, block
     """With a given mask the sweep ends where solving every step's damped least squares directly ends."""
     weight, hessian = problem(5, 11, seed=1)
     keep = random_mask(5, 11, 33, seed=2)
-    pruned = prune_matrix(weight, hessian, 33 / 55, saliency=saliency, solver=OBS(0.05, block_size), keep=keep)
+    pruned = prune_matrix(
+        weight, hessian, 33 / 55, saliency=saliency, solver=OBS(damping=0.05, block_size=block_size), keep=keep
+    )
     assert torch.equal(pruned.keep, keep)
     assert pruned.damping == pytest.approx(0.05 * float(hessian.diagonal().mean()), rel=1e-12)
     damped = hessian + pruned.damping * torch.eye(11, dtype=torch.float64)
@@ -86,7 +88,7 @@ def test_mask_is_that_of_the_formulas(saliency: str) -> None:
     """Block by block, eq. 1 and 3 with H = 2XXᵀ, direct inverses and a gradient by autograd remove the same weights."""
     rows, cols, block_size = 20, 12, 4
     weight, hessian = ill_conditioned_problem(rows, cols, seed=20)
-    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(2.0, block_size))
+    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(damping=2.0, block_size=block_size))
     damped = hessian + pruned.damping * torch.eye(cols, dtype=torch.float64)
     keep = torch.ones(rows, cols, dtype=torch.bool)
     gradient_matters = False
@@ -136,7 +138,7 @@ def test_first_order_saliency_is_equation_3() -> None:
 def test_increments_sum_to_the_damped_error(saliency: str, dead: tuple[int, ...], damping: float) -> None:
     """What the removals cost one by one (eq. 1) is the damped error of the whole row, dead inputs aside."""
     weight, hessian = problem(6, 13, seed=3, dead=dead)
-    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping, block_size=4))
+    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping=damping, block_size=4))
     live = hessian.diagonal() > 0
     expected = damped_errors(weight[:, live], pruned.weight[:, live], hessian[live][:, live], pruned.damping)
     torch.testing.assert_close(pruned.increments, expected, rtol=1e-9, atol=1e-9)
@@ -164,7 +166,7 @@ def test_first_order_term_lowers_the_error_under_heavy_damping(damping: float, l
     for seed in range(30):
         weight, hessian = ill_conditioned_problem(32, 48, seed)
         plain, first_order = (
-            prune_matrix(weight, hessian, 0.9, saliency=saliency, solver=OBS(damping, block_size=8)).weight
+            prune_matrix(weight, hessian, 0.9, saliency=saliency, solver=OBS(damping=damping, block_size=8)).weight
             for saliency in UPDATING
         )
         error, first_order_error = (damped_errors(weight, pruned, hessian, 0).sum() for pruned in (plain, first_order))
