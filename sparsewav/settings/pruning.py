@@ -339,7 +339,8 @@ class Pruning:
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
     seed: int = option(
         0,
-        "of the calibration sample, the Hutchinson probes and the search; of a baseline's new weights and order",
+        "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "
+        "data.seed and training.seed do not follow it",
         least=0,
     )
 
@@ -360,12 +361,15 @@ class Pruning:
 
     def faults(self) -> Iterator[str]:
         """Give a sentence for every value that is out of range and for every choice that does not fit another."""
+        yield from group_faults(self)
+        yield from self.choice_faults()
+
+    def choice_faults(self) -> Iterator[str]:
+        """Give a sentence for every choice of one group that does not fit that of another."""
         sparsity, allocation, propagation = self.sparsity, self.allocation, self.calibration.propagation
-        of_groups = list(group_faults(self))
-        yield from of_groups
         if sparsity.pattern and not isinstance(allocation, Uniform):
             yield f"sparsity=n_m gives every matrix the sparsity {sparsity}; choose allocation=uniform with it"
-        if isinstance(allocation, Hutchinson) and not any(line.startswith("sparsity") for line in of_groups):
+        if isinstance(allocation, Hutchinson) and not list(sparsity.faults()):
             yield from alpha_faults(allocation.alpha, sparsity.fraction)
         if isinstance(self.solver, OBS) and self.solver.comparison_group != "block" and sparsity.pattern:
             yield (
