@@ -15,7 +15,7 @@ from sparsewav.errors import UserError
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
-from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, check_unwrapped, prunable_matrices
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def accelerate(
     counts = (frames,) if isinstance(frames, int) else tuple(frames)
     if not counts or min(counts) < 1:
         raise UserError(f"frames={frames} must be one or more numbers above 0")
+    check_unwrapped(model)
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("the model is accelerated already; load it again to choose anew")
     matrices = prunable_matrices(model)

@@ -62,6 +62,24 @@ def check_family(model_type: str, name: str) -> None:
         )
 
 
+def check_unwrapped(model: Any) -> None:
+    """Refuse what is no model of a supported family, or is one within a wrapper.
+
+    Raises:
+        UserError: It is such.
+    """
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(f"the model is wrapped in {kind}; give the model within, model.module")
+    if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+        raise UserError("the model is compiled; give the model within, model._orig_mod, and compile it afterwards")
+    if not hasattr(model, "base_model_prefix"):
+        raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
+    check_family(model.config.model_type, kind)
+    if not hasattr(model, model.base_model_prefix):
+        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
+
+
 def check_model(model: Any, *, by_output: bool) -> None:
     """Refuse what cannot be pruned, before anything is computed.
 
@@ -73,17 +91,9 @@ def check_model(model: Any, *, by_output: bool) -> None:
         UserError: It is no model of a supported family, or some of its weights are not there as parameters of their
             own: it is wrapped, quantised, accelerated, has adapters, or is not loaded.
     """
+    check_unwrapped(model)
     kind = type(model).__name__
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise UserError(f"the model is wrapped in {kind}; give the model within, model.module")
-    if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-        raise UserError(
-            "the model is compiled; give the model within, model._orig_mod, and compile it when it is pruned"
-        )
-    if not hasattr(model, "base_model_prefix"):
-        raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
-    check_family(model.config.model_type, kind)
-    if not hasattr(model, model.base_model_prefix) or (by_output and not hasattr(model, "lm_head")):
+    if by_output and not hasattr(model, "lm_head"):
         raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
     precisions = {str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()}
     if len(precisions) > 1:

@@ -110,6 +110,7 @@ def test_columns_beyond_what_signed_numbers_hold(cols: int, width: int | None) -
     assert torch.equal(sparse.dense_weight(), linear.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 def test_more_columns_than_the_kernel_numbers_are_refused() -> None:
     """The kernel would read a wrong column; choosing the product never asks it to."""
     linear = _sparse_linear(4, 2**16 + 1, 0.9)
@@ -306,6 +307,8 @@ def test_refusals(tiny_model: Any, noise_batch: Any) -> None:
     """What an accelerated model cannot do it says in a sentence."""
     model = tiny_model("wav2vec2")
     _prune_at_random(model, 0.8)
+    with pytest.raises(sparsewav.UserError, match=r"wrapped in DataParallel; give .* model\.module"):
+        sparsewav.accelerate(nn.DataParallel(model))  # type: ignore[arg-type]
     with pytest.raises(sparsewav.UserError, match="frames=0"):
         sparsewav.accelerate(model, frames=0)
     with pytest.raises(sparsewav.UserError, match="need an NVIDIA GPU"):
