@@ -75,6 +75,18 @@ def test_riddles_have_an_answer(command: str, arguments: list[str], message: str
     assert re.search(re.escape(message).replace(r"\.\*", ".*"), line), line
 
 
+@pytest.mark.parametrize(
+    ("command", "seeds"),
+    [
+        ("sparsewav", ["seed draws", "training.seed draws", "data.seed makes"]),
+        ("sparsewav-train", ["training.seed draws"]),
+    ],
+)
+def test_the_help_says_what_each_seed_draws(command: str, seeds: list[str], run_sparsewav: Run) -> None:
+    said = run_sparsewav("--help", command=command).stdout
+    assert all(seed in said for seed in seeds)
+
+
 def test_a_missing_value_hides_no_other_fault(run_sparsewav: Run) -> None:
     result = run_sparsewav("data=librispeech_dir", "sparsity.target=7", "calibration.utterances=0")
     assert result.returncode == 1
