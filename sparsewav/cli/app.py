@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from sparsewav.cli.explain import explain, refuse_added_keys
+from sparsewav.cli.explain import check_overrides, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
@@ -69,13 +70,19 @@ _register()  # at import: the joblib launcher's workers import this module and n
 
 
 def typed(settings: DictConfig) -> Any:
-    """Give the dataclass that Hydra's settings were made from, filled.
+    """Give the dataclass that Hydra's settings were made from, filled; its check names the values that are missing.
 
     Raises:
         UserError: ``+key=value`` added a key that the schema does not have; Hydra lets it through.
     """
     refuse_added_keys(settings, str(HydraConfig.get().job.config_name))
-    return OmegaConf.to_object(settings)
+    missing, filled = OmegaConf.missing_keys(settings), settings.copy()
+    for key in missing:  # at which OmegaConf would stop, and not say what else is wrong
+        OmegaConf.update(filled, key, "")
+    config = OmegaConf.to_object(filled)
+    for group, _, name in (key.rpartition(".") for key in missing):
+        setattr(attrgetter(group)(config) if group else config, name, MISSING)
+    return config
 
 
 def run_job(settings: DictConfig) -> float | None:
@@ -235,6 +242,7 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     # With this Hydra raises its errors, instead of printing them its own way and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_overrides(sys.argv[1:], config_name)
         hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None

@@ -2,17 +2,28 @@
 
 import difflib
 import re
+from collections.abc import Sequence
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue
 
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
+from sparsewav.settings.options import MISSING
+from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
+
+COMMANDS: dict[str, tuple[str, type]] = {"config": ("sparsewav", Config), "train": ("sparsewav-train", TrainConfig)}
+"""The command and the schema of every configuration."""
+
+WITHOUT_SCHEMA = {"config": ("experiment", "scale"), "train": ("recipe", "architecture")}
+"""Groups whose options are made of other keys."""
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -20,23 +31,72 @@ def explain(error: Exception, config_name: str) -> str:
     text = "\n".join(str(item) for item in (error, error.__cause__) if item)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
-        folder = conf_folder() / group
-        options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-        return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
+        if group != "hydra":
+            return _no_such_option(group, option, _options(group))
+        group, _, option = error.missing_cfg_file.rpartition("/")  # of which plugins have options, too
+        return _no_such_option(group, option, sorted(error.options or _options(group)))
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; give it: {error.full_key}=..."
+    if isinstance(error, InterpolationKeyError) and (match := re.search(r"key '([\w.]+)' not found", text)):
+        return _cannot_follow(error.full_key or "a value", match[1], config_name)
     if match := re.search(r"Could not override '([\w./@-]+)'", text):
         return _no_such_key(match[1], config_name)
+    if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
+        key, _, value = match[1].partition("=")
+        return f"{match[1]} has several values; add -m to run each of them, or write a list: {key}=[{value}]"
+    if match := re.search(r"Error parsing override '(.+?)'\s+missing EQUAL", text):
+        return f"{match[1]} has no value; write it as {match[1]}=..."
     if match := re.search(r"Error merging override (\S+)", text):
-        reason = next(
-            (line for line in text.splitlines() if line.startswith(("Value", "Key", "Cannot", "Invalid"))), ""
-        )
+        key = match[1].lstrip("+~").partition("=")[0]
+        reason = str(error.__cause__ or "").partition("\n")[0]
         if reason.startswith("Key "):
-            return _no_such_key(match[1].lstrip("+~").partition("=")[0], config_name)
-        return (
-            f"{match[1]} has the wrong type: {reason[:1].lower()}{reason[1:]}" if reason else f"{match[1]} is not valid"
-        )
+            return _no_such_key(key, config_name)
+        if reason.endswith("not Optional"):
+            return f"{match[1]} has no meaning; give a value{_default(key, config_name)}"
+        if "is not a subclass of" in reason:
+            own = [other for other in _all_keys(config_name) if other.startswith(f"{key}.")]
+            return f"{match[1]} gives one value to a group of keys; give it to one of them: {', '.join(own)}"
+        reason = f"has the wrong type: {reason[:1].lower()}{reason[1:].rstrip('.')}" if reason else "is not valid"
+        return f"{match[1]} {reason}; give another value{_default(key, config_name)}"
     return " ".join(str(error).split())
+
+
+def check_overrides(words: Sequence[str], config_name: str) -> None:
+    """Refuse what Hydra refuses without a word about the key, before it composes the configuration.
+
+    Args:
+        words: The command line, of which what is written as ``key=value`` or ``~key`` is read.
+        config_name: The configuration of the command.
+
+    Raises:
+        UserError: A group is given something else than the name of an option, a key is deleted, or a value cannot be
+            read.
+    """
+    for word in words:
+        if not re.match(r"~|\+{0,2}[A-Za-z_][\w./@:-]*=", word):
+            continue
+        try:
+            (override,) = OverridesParser.create().parse_overrides([word])
+        except OverrideParseException:
+            raise UserError(
+                f"{word} cannot be read; quote what is special to Hydra, e.g. 'key=\"a,b\"' (brackets, commas, $)"
+            ) from None
+        key = override.key_or_group
+        if override.is_delete() and not key.startswith("hydra"):
+            raise UserError(f"~{key} would leave a key without a value; give it another one, {key}=...")
+        groups = {*SCHEMAS, *(group for groups in WITHOUT_SCHEMA.values() for group in groups)}
+        if key not in groups or override.is_delete():
+            continue
+        if _keys_of(key) and key not in _all_keys(config_name):
+            raise UserError(_no_such_key(key, config_name))
+        given = override.value()
+        if override.is_sweep_override() and not isinstance(given, ChoiceSweep):
+            continue
+        for value in given.list if isinstance(given, ChoiceSweep) else [given]:
+            if isinstance(value, str | list | dict | QuotedString) and value != "":
+                continue
+            shown = "null" if value is None else value
+            raise UserError(_no_such_option(key, str(shown), _options(key), _instead(key, value)))
 
 
 def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") -> None:
@@ -50,31 +110,95 @@ def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") 
             refuse_added_keys(settings[key], config_name, f"{prefix}{key}.")
 
 
+def _no_such_option(group: str, option: str, options: Sequence[str], hint: str = "") -> str:
+    return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}{hint}"
+
+
+def _instead(group: str, value: Any) -> str:
+    """Say what was meant by null or a number in the place of an option."""
+    if value is None and group not in SCHEMAS:
+        return ", or leave it out"
+    if isinstance(value, int | float) and not isinstance(value, bool) and group in SCHEMAS:
+        first = next((item.name for item in fields(SCHEMAS[group][0]) if item.init), None)
+        return f", or give a key of it, e.g. {group}.{first}={value}" if first else ""
+    return ""
+
+
 def _no_such_key(key: str, config_name: str) -> str:
     keys = _all_keys(config_name)
-    if key in keys and "." in key:
+    if owners := keys.get(key):
         group, _, name = key.rpartition(".")
-        return f"the option chosen for {group} has no key {name}; drop it or choose another option"
-    return f"there is no key {key}{_nearest(key, keys)}; conf/README.md lists them all"
+        return f"{group} has the key {name} with {group}={' or '.join(owners)} alone; choose that, or drop {key}"
+    for other, (command, _) in COMMANDS.items():
+        if other != config_name and key in _all_keys(other):
+            return (
+                f"{key} is a key of {command}, and {COMMANDS[config_name][0]} has none; conf/README.md lists them all"
+            )
+    return f"there is no key {key}{_nearest(key, list(keys))}; conf/README.md lists them all"
 
 
-def _nearest(word: str, choices: list[str]) -> str:
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+def _cannot_follow(key: str, source: str, config_name: str) -> str:
+    """Explain a value that is taken from a key which the chosen options do not have."""
+    owners = _all_keys(config_name).get(source)
+    choose = f"choose {source.partition('.')[0]}={' or '.join(owners)}" if owners else f"give {source}"
+    return f"{key} follows {source}, which is not there; {choose}, or give {key}=... itself"
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def _all_keys(config_name: str) -> list[str]:
-    """Every key and group of the command's default configuration, dotted."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        settings = compose(config_name)
+def _options(group: str) -> list[str]:
+    """List the names of the options of a group."""
+    folder = conf_folder() / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
-    def walk(node: Any, prefix: str) -> list[str]:
-        keys = []
-        for key in node:
-            keys.append(f"{prefix}{key}")
-            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-                keys += walk(node[key], f"{prefix}{key}.")
-        return keys
 
-    return [*walk(settings, ""), "experiment", "scale", "recipe"]
+def _all_keys(config_name: str) -> dict[str, list[str]]:
+    """Give every key and group of a command, dotted, with the options that have it where not all of the group do."""
+    keys: dict[str, list[str]] = {}
+    for item in fields(COMMANDS[config_name][1]):
+        keys[item.name] = []
+        if item.name in SCHEMAS:
+            keys |= {f"{item.name}.{key}": owners for key, owners in _keys_of(item.name).items()}
+        elif is_dataclass(item.type):
+            keys |= {f"{item.name}.{inner.name}": [] for inner in fields(item.type)}
+        elif item.name == "architecture":  # keys of transformers, of which our options name some
+            files = (Path(conf_folder(), item.name, f"{option}.yaml") for option in _options(item.name))
+            found = (key for file in files for key in re.findall(r"^(\w+):", file.read_text(encoding="utf-8"), re.M))
+            keys |= {f"{item.name}.{key}": [] for key in found}
+    return keys | {group: [] for group in (*WITHOUT_SCHEMA[config_name], "hydra/launcher")}
+
+
+def _keys_of(group: str) -> dict[str, list[str]]:
+    """Give the keys of all options of a group, and the options that have it where not all do."""
+    schemas = {schema.__name__: schema for schema in SCHEMAS.get(group, ())}
+    options = {
+        option: schemas[match[1]]
+        for option in _options(group)
+        if (
+            match := re.search(
+                r"\bbase_(\w+)", Path(conf_folder(), group, f"{option}.yaml").read_text(encoding="utf-8")
+            )
+        )
+        and match[1] in schemas
+    }
+    keys: dict[str, list[str]] = {}
+    for option, schema in options.items():
+        for item in fields(schema):
+            keys.setdefault(item.name, []).append(option)
+    return {key: [] if len(owners) == len(options) else owners for key, owners in keys.items()}
+
+
+def _default(key: str, config_name: str) -> str:
+    """Give the default of a key as an example, where it has one."""
+    group, _, name = key.rpartition(".")
+    schemas = SCHEMAS.get(group, ()) if group else (COMMANDS[config_name][1],)
+    for item in (item for schema in schemas for item in fields(schema) if item.name == name):
+        factory = item.default_factory
+        default = item.default if factory is NO_DEFAULT or isinstance(factory, type) else factory()
+        if default not in (NO_DEFAULT, MISSING, None):
+            shown = str(default).lower() if isinstance(default, bool) else str(default).replace(" ", "")
+            return f", e.g. {key}={shown}"
+    return ""

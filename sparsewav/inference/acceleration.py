@@ -15,7 +15,7 @@ from sparsewav.errors import UserError
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
-from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, check_unwrapped, prunable_matrices
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def accelerate(
     counts = (frames,) if isinstance(frames, int) else tuple(frames)
     if not counts or min(counts) < 1:
         raise UserError(f"frames={frames} must be one or more numbers above 0")
+    check_unwrapped(model)
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("the model is accelerated already; load it again to choose anew")
     matrices = prunable_matrices(model)
@@ -133,15 +134,14 @@ def accelerate(
         without_kernel = str(error)
         log.warning("no sparse kernel: %s; PyTorch's CSR products are used where they are faster", error)
     place = Path(folder) if folder is not None else _folder(model)
-    key = setting(counts, kernel=not without_kernel)
-    timings = remembered(place, key)
+    timings = remembered(place, counts, kernel=not without_kernel)
     known = set(timings)
     # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
         if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
-        remember(place, key, timings)
+        remember(place, setting(counts, kernel=not without_kernel), timings)
     rows = [_swap(model, matrix, timings) for matrix in matrices]
     if any(row.swapped for row in rows):
         _leave_mapped_file(model)

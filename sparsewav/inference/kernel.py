@@ -1,6 +1,12 @@
-"""The sparse product in C++, compiled for this processor on first use, cached, and called through ctypes."""
+"""The sparse product in C++, compiled for this processor on first use, cached, and called through ctypes.
+
+Loading a library runs what is in it. So it is loaded from the cache only if nobody else could have written it there:
+the file and the folders up to the cache's belong to this user, and no other may write to them. The hash beside it tells
+a file that was cut off or damaged.
+"""
 
 import ctypes
+import logging
 import os
 import platform
 import shlex
@@ -9,18 +15,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsewav.cache import cached_folder
+from sparsewav.errors import UserError
+from sparsewav.files import cache_folder
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("product.cpp")
+LIBRARY = "product.so"
+HASH = "product.so.blake2b"
 
 MAX_COLUMNS = 2**16
-"""Column indices are stored in 16 bits."""
+"""Column indices are stored in 16 bits, from 0."""
 
 
 class NoKernel(Exception):
@@ -34,19 +48,76 @@ Product = Callable[..., None]
 def sparse_product() -> Product:
     """Give the function ``sparsewav_product`` of ``product.cpp``, compiled on first use by one process for all.
 
+    Where the cache cannot be written, or others can write to it, the function is compiled for this process alone.
+
     Raises:
-        NoKernel: There is no compiler, or it failed.
-        UserError: The cache cannot be written.
+        NoKernel: There is no compiler, or it failed, or what it made does not load.
     """
     compiler = _compiler()
+    try:
+        return _from_cache(compiler)
+    except (UserError, OSError) as error:
+        log.warning("the sparse kernel is compiled for this process alone: %s", error)
+    try:
+        with TemporaryDirectory(prefix="sparsewav-") as folder:  # of this user alone; what is loaded stays loaded
+            _compile(compiler, Path(folder))
+            return _load(Path(folder))
+    except OSError as error:
+        raise NoKernel(f"the folder for temporary files cannot be used: {error}") from error
+
+
+def _from_cache(compiler: list[str]) -> Product:
+    """Load the kernel from the cache, compiling it if it is not there, or once more if it is damaged."""
     source = SOURCE.read_text(encoding="utf-8")
     identity = {"source": source, "compiler": compiler, "processor": processor_name(), "flags": _FLAGS}
-    folder, _ = cached_folder("kernels", identity, lambda folder: _compile(compiler, folder), enabled=True)
+    root = cache_folder()
+    for folder in (root, root / "kernels"):
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _refuse_foreign(folder)
+    existed = True
+    while True:
+        folder, existed = cached_folder("kernels", identity, lambda made: _compile(compiler, made), enabled=existed)
+        for path in (folder, folder / LIBRARY, folder / HASH):
+            if path.exists():
+                _refuse_foreign(path)
+        try:
+            return _load(folder)
+        except NoKernel as error:
+            if not existed:
+                raise
+            log.warning("%s; it is compiled again", error)
+            existed = False
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file or folder that another user owns or may write to.
+
+    Raises:
+        UserError: There is one.
+    """
+    if sys.platform == "win32":  # has other permissions, which these bits do not show
+        return
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise UserError(f"{path} belongs to another user; give this user a cache of its own ($SPARSEWAV_CACHE)")
+    if status.st_mode & 0o022:
+        raise UserError(f"other users may write to {path}; forbid it (chmod go-w {shlex.quote(str(path))})")
+
+
+def _load(folder: Path) -> Product:
+    """Load the kernel from a folder that :func:`_compile` filled.
+
+    Raises:
+        NoKernel: The file is not what was compiled, or it does not load.
+    """
+    path = folder / LIBRARY
     try:
-        library: Any = ctypes.CDLL(str(folder / "product.so"))
-    except OSError as error:
+        if blake2b(path.read_bytes()).hexdigest() != (folder / HASH).read_text(encoding="utf-8"):
+            raise NoKernel(f"the compiled kernel {path} is damaged")
+        library: Any = ctypes.CDLL(str(path))
+        function = library.sparsewav_product
+    except (OSError, AttributeError, UnicodeDecodeError) as error:
         raise NoKernel(f"the compiled kernel does not load: {error}") from error
-    function = library.sparsewav_product
     whole, pointer = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [pointer, *[whole] * 4, *[pointer] * 6, ctypes.c_int]
     function.restype = None
@@ -75,13 +146,14 @@ def _compile(compiler: list[str], folder: Path) -> None:
     object_file = folder / "product.o"
     for command in (
         [*compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
-        [*compiler, "-shared", str(object_file), "-o", str(folder / "product.so")],
+        [*compiler, "-shared", str(object_file), "-o", str(folder / LIBRARY)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             raise NoKernel(f"{shlex.join(command)} failed: {lines[0]}")
     object_file.unlink()
+    (folder / HASH).write_text(blake2b((folder / LIBRARY).read_bytes()).hexdigest(), encoding="utf-8")
 
 
 @cache

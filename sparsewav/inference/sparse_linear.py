@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsewav.errors import UserError
-from sparsewav.inference.kernel import multiply
+from sparsewav.inference.kernel import MAX_COLUMNS, multiply
 
 
 class SparseLinear(nn.Module):
@@ -17,6 +17,9 @@ class SparseLinear(nn.Module):
     Args:
         linear: The dense module, whose bias is shared.
         width: Columns in a block of the kernel's layout, or None for PyTorch's CSR product.
+
+    Raises:
+        UserError: The matrix has more columns or nonzeros than the layout can number.
     """
 
     offsets: Tensor
@@ -30,9 +33,18 @@ class SparseLinear(nn.Module):
         self.width = width
         self.bias = linear.bias
         cols = self.in_features
+        if width is not None and cols > MAX_COLUMNS:
+            raise UserError(
+                f"the kernel numbers {MAX_COLUMNS} columns, and the matrix has {cols}; take width=None, PyTorch's CSR "
+                "product"
+            )
         blocks = [weight] if width is None else list(weight.split(width, dim=1))
         counts = torch.stack([(block != 0).sum(1) for block in blocks]).flatten()
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        if offsets[-1] > torch.iinfo(torch.int32).max:
+            raise UserError(
+                f"a sparse product numbers 2³¹ - 1 weights, and {int(offsets[-1])} are not zero; keep it dense"
+            )
         columns = torch.cat(
             [(block != 0).nonzero()[:, 1] + index * (width or cols) for index, block in enumerate(blocks)]
         )

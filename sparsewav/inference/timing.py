@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -109,20 +110,37 @@ def setting(frames: Sequence[int], kernel: bool) -> str:
     return f"{processor}, {threads} threads, PyTorch {torch.__version__}, kernel {source}, frames {list(frames)}"
 
 
-def remembered(folder: Path | None, key: str) -> dict[str, Timing]:
-    """Read the timings of a setting from the folder of a model; an unreadable file gives none."""
+def remembered(folder: Path | None, frames: Sequence[int], kernel: bool) -> dict[str, Timing]:
+    """Read the timings of a setting from the folder of a model; a file that holds anything else gives none."""
     path = folder / REMEMBERED if folder else None
     if path is None or not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")).get(key, {})
-        return {
-            name: Timing(**entry | {"dense": tuple(entry["dense"]), "sparse": tuple(entry["sparse"])})
-            for name, entry in entries.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        log.warning("%s is not readable (%s); the products are timed again", path, error)
+        entries = json.loads(path.read_text(encoding="utf-8")).get(setting(frames, kernel), {})
+        return {name: _timing(name, entry, len(frames), kernel) for name, entry in entries.items()}
+    # a file that is nested a thousand times exceeds the recursion limit
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        log.warning("%s holds no timings that can be used (%s); the products are timed again", path, error)
         return {}
+
+
+def _timing(name: str, entry: Any, frames: int, kernel: bool) -> Timing:
+    """Give the timing that a file holds under a name for so many numbers of frames.
+
+    Raises:
+        ValueError: It cannot have been measured.
+    """
+    timing = Timing(**entry | {"dense": tuple(entry["dense"]), "sparse": tuple(entry["sparse"])})
+    seconds = (*timing.dense, *timing.sparse)
+    measured = all(type(value) is float and 0 < value < math.inf for value in seconds)
+    if not measured or len(timing.dense) != frames or len(timing.sparse) != frames:
+        raise ValueError(f"{frames} numbers of seconds above 0 each, not {timing.dense} and {timing.sparse}")
+    widths = WIDTHS if kernel and timing.cols <= MAX_COLUMNS else (None,)
+    if timing.width not in widths or isinstance(timing.width, float):
+        raise ValueError(f"blocks of {timing.width} columns for {timing.cols}")
+    if not name.startswith(f"{timing.rows}x{timing.cols}, "):
+        raise ValueError(f"a matrix of {timing.rows}x{timing.cols} for one of {name}")
+    return timing
 
 
 def remember(folder: Path | None, key: str, timings: dict[str, Timing]) -> None:
@@ -132,7 +150,7 @@ def remember(folder: Path | None, key: str, timings: dict[str, Timing]) -> None:
     path = folder / REMEMBERED
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         record = {}
     record = record if isinstance(record, dict) else {}
     record[key] = {name: asdict(timing) for name, timing in sorted(timings.items())}

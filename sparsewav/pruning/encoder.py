@@ -1,6 +1,6 @@
 """What the engine has to know about a speech encoder: its prunable matrices, its layers and its padding."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,69 @@ def check_family(model_type: str, name: str) -> None:
         )
 
 
+def check_unwrapped(model: Any) -> None:
+    """Refuse what is no model of a supported family, or is one within a wrapper.
+
+    Raises:
+        UserError: It is such.
+    """
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(f"the model is wrapped in {kind}; give the model within, model.module")
+    if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+        raise UserError("the model is compiled; give the model within, model._orig_mod, and compile it afterwards")
+    if not hasattr(model, "base_model_prefix"):
+        raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
+    check_family(model.config.model_type, kind)
+    if not hasattr(model, model.base_model_prefix):
+        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
+
+
+def check_model(model: Any, *, by_output: bool) -> None:
+    """Refuse what cannot be pruned, before anything is computed.
+
+    Args:
+        model: What a user gave for a CTC model.
+        by_output: Whether the allocation reads the output of the CTC head.
+
+    Raises:
+        UserError: It is no model of a supported family, or some of its weights are not there as parameters of their
+            own: it is wrapped, quantised, accelerated, has adapters, or is not loaded.
+    """
+    check_unwrapped(model)
+    kind = type(model).__name__
+    if by_output and not hasattr(model, "lm_head"):
+        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
+    precisions = {str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()}
+    if len(precisions) > 1:
+        raise UserError(
+            f"the model's parameters are in {' and '.join(sorted(precisions))}; convert it, e.g. model.float()"
+        )
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise UserError("parameters of the model are on the meta device, without values; load its weights first")
+    names: dict[int, str] = {}
+    for place, module in encoder_layers(model).named_modules(remove_duplicate=False):
+        if place.rpartition(".")[2] not in ROLES:
+            continue
+        name = f"{model.base_model_prefix}.encoder.layers.{place}"
+        if not isinstance(module, nn.Linear) or type(module.weight.data) is not Tensor:
+            raise UserError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__} and no torch.nn.Linear with a plain "
+                "weight; prune a model before it is quantised or accelerated, and merge its adapters first"
+            )
+        if "weight" not in module._parameters:
+            raise UserError(
+                f"the weight of {name} is computed from other tensors and cannot be pruned; make it a parameter first "
+                "(torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        if module.weight.is_inference():
+            raise UserError("the model was made inside torch.inference_mode(); load it outside of it")
+        if names.setdefault(id(module.weight), name) != name:
+            raise UserError(f"{names[id(module.weight)]} and {name} share one weight; give each a copy of its own")
+    if not names:
+        raise UserError(f"{kind} has no layer with a matrix that may be pruned")
+
+
 def base_of(model: PreTrainedModel) -> Any:
     """Give the model below the CTC head."""
     return getattr(model, model.base_model_prefix)
@@ -115,31 +178,73 @@ def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch s
     return counts
 
 
-def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def pieces_of(batch: Any) -> dict[str, Tensor]:
+    """Give the tensors of a calibration batch that are read: what is there of the following, and nothing else.
+
+    ``input_values`` (batch, samples), ``attention_mask`` (batch, samples; 1 for audio, 0 for the padding after it) and
+    ``labels`` (batch, characters).
+
+    Raises:
+        UserError: The batch is no dictionary of such tensors.
+    """
+    if not isinstance(batch, Mapping):
+        raise UserError(f"a calibration batch is a {type(batch).__name__}; give dictionaries with input_values")
+    pieces = {key: batch[key] for key in ("input_values", "attention_mask", "labels") if batch.get(key) is not None}
+    if "input_values" not in pieces:
+        raise UserError(f"a calibration batch has no input_values, but {', '.join(map(str, batch)) or 'nothing'}")
+    for key, value in pieces.items():
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            found = f"of shape {tuple(value.shape)}" if hasattr(value, "shape") else "no tensor"
+            what = "characters" if key == "labels" else "samples"
+            raise UserError(f"{key} of a calibration batch is {found}; give a tensor of shape (batch, {what})")
+    values, mask, labels = pieces["input_values"], pieces.get("attention_mask"), pieces.get("labels")
+    if not values.is_floating_point():
+        raise UserError(
+            f"input_values of a calibration batch are {values.dtype}; give the floating-point numbers that the model's "
+            "feature extractor makes of the audio"
+        )
+    if not values.numel():
+        raise UserError("a calibration batch is empty; leave it out")
+    if mask is not None and mask.shape != values.shape:
+        raise UserError(
+            f"attention_mask of a calibration batch has shape {tuple(mask.shape)}, and its input_values "
+            f"{tuple(values.shape)}; give a number for every sample"
+        )
+    if mask is not None and (((mask != 0) & (mask != 1)).any() or (mask[:, 1:] > mask[:, :-1]).any()):
+        raise UserError("attention_mask of a calibration batch must be 1 for the audio and 0 for the padding after it")
+    if labels is not None and (labels.is_floating_point() or len(labels) != len(values) or not labels.numel()):
+        raise UserError(
+            f"labels of a calibration batch are {labels.dtype} of shape {tuple(labels.shape)}; give whole numbers, a "
+            f"row for each of its {len(values)} utterances"
+        )
+    return pieces
+
+
+def model_batches(model: PreTrainedModel, batch: Any) -> Iterator[dict[str, Tensor]]:
     """Put a batch on the model's device, in the form that the model takes.
 
     If the model must not see padding, a padded batch is split into single utterances.
 
     Args:
         model: A CTC model.
-        batch: ``input_values`` (batch, samples), optionally ``attention_mask`` (batch, samples) and ``labels`` (batch,
-            characters).
+        batch: As :func:`pieces_of` reads it; ``attention_mask`` and ``labels`` may be missing.
 
     Yields:
         Batches that always have an ``attention_mask``.
 
     Raises:
-        UserError: A sample is NaN or infinite, an utterance is shorter than a frame, or a label is not in the
-            vocabulary.
+        UserError: The batch has another form, a sample is NaN or infinite, an utterance is shorter than a frame, or a
+            label is not in the vocabulary.
     """
-    values = batch["input_values"].to(model.device, model.dtype)
+    pieces = {key: value.clone() if value.is_inference() else value for key, value in pieces_of(batch).items()}
+    values = pieces["input_values"].to(model.device, model.dtype)
     if not values.isfinite().all():
         raise UserError("a calibration batch holds samples that are NaN or infinite; repair or remove that audio")
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(values, dtype=torch.long) if mask is None else mask.to(model.device)
+    mask = pieces.get("attention_mask")
+    mask = torch.ones_like(values, dtype=torch.long) if mask is None else mask.to(model.device, torch.long)
     if frame_counts(model, mask).min() < 1:
         raise UserError("a calibration batch holds an utterance that is too short for a single frame; remove it")
-    labels = {"labels": batch["labels"].to(model.device)} if "labels" in batch else {}
+    labels = {"labels": pieces["labels"].to(model.device)} if "labels" in pieces else {}
     if labels and labels["labels"].max() >= model.config.vocab_size:
         raise UserError(
             f"a calibration batch has the label {int(labels['labels'].max())}, and the model's vocabulary ends at "
@@ -154,9 +259,21 @@ def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[
         yield row | {name: value[index : index + 1] for name, value in labels.items()}
 
 
-def as_sequence(batches: Iterable[Any]) -> Sequence[Any]:
-    """Give batches that have a length and can be read more than once: the argument itself, or a list of its items."""
-    sized: Any = batches if hasattr(batches, "__len__") else list(batches)
+def as_sequence(batches: Any) -> Sequence[Any]:
+    """Give batches that are the same every time they are read: a sequence itself, or a list of an iterable's items.
+
+    A ``DataLoader`` becomes a list, too, because it may shuffle, and needs not know its length.
+
+    Raises:
+        UserError: It is one batch, or nothing that holds batches.
+    """
+    if isinstance(batches, Mapping | str | Tensor) or not hasattr(batches, "__iter__") | hasattr(
+        batches, "__getitem__"
+    ):
+        raise UserError(
+            f"calibration_batches={type(batches).__name__} holds no batches; give a list of them, or a DataLoader"
+        )
+    sized: Any = batches if hasattr(batches, "__len__") and hasattr(batches, "__getitem__") else list(batches)
     return sized
 
 
@@ -172,8 +289,9 @@ def first_utterances(batches: Sequence[Any], count: int) -> Sequence[Any]:
     taken: list[dict[str, Tensor]] = []
     for batch in batches:
         if count > 0:
-            taken.append({name: value[:count] for name, value in batch.items()})
-        count -= len(batch["input_values"])
+            pieces = pieces_of(batch)
+            taken.append({name: value[:count] for name, value in pieces.items()})
+            count -= len(pieces["input_values"])
     return taken
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
@@ -23,7 +24,7 @@ from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projection
 from sparsewav.pruning.hessian import Hessians, InputObserver, Progress
 from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, run_layer, scratch_folder
 from sparsewav.pruning.recovery import LayerRecovery, recover
-from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, prune_groups
+from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
 from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
 
 StageProgress = Callable[[str, int, int], None]
@@ -250,10 +251,12 @@ def in_reading_order(
         return lambda module, read: seen.setdefault(id(read[0]), (read[0], []))[1].append(name)
 
     hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix.name)) for matrix in matrices]
-    for item in inputs[:1]:
-        run(item)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for item in inputs[:1]:
+            run(item)
+    finally:
+        for hook in hooks:
+            hook.remove()
     by_name = {matrix.name: matrix for matrix in matrices}
     found = distributed.gather([names for _, names in seen.values()])
     order = next((groups for groups in found if groups), [list(by_name)])  # a process without a batch found none
@@ -300,6 +303,11 @@ def solve(
                 ]
                 for key, results in zip(keys, prune_groups(asked, plan.settings), strict=True):
                     for matrix, result in zip(own[key], results, strict=True):
+                        if not is_finite(result.weight):
+                            raise UserError(
+                                f"the pruned weight of {matrix.name} has values beyond {result.weight.dtype}; load the "
+                                "model in float32"
+                            )
                         done[matrix.name] = (_report(matrix, result, hessians, plan), result.keep)
                         matrix.weight.data.copy_(result.weight)
                 if progress:
@@ -385,10 +393,11 @@ def output_error(
 ) -> float:
     """Give ||WX − ŴX̂||² on the calibration set for the matrix ``name``; with Ŵ zero it is ||WX||²."""
     key = hessians.reads[name]
+    dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
     change = dense - pruned
     error = _energy(change, hessians.by_input[key])
     if key in hessians.drifts:
-        mixed = ((dense @ hessians.drifts[key]) * change).sum(dtype=torch.float64)
+        mixed = ((dense @ hessians.drifts[key].to(dense.dtype)) * change).sum(dtype=torch.float64)
         error += 2 * float(mixed) + _energy(dense, hessians.drift_sums[key])
     return error
 

@@ -1,6 +1,7 @@
 """The engine's entry point: collect Hessians, allocate and solve for a whole CTC model."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.encoder import as_sequence, first_utterances, prunable_matrices
+from sparsewav.pruning.encoder import as_sequence, check_model, encoder_layers, first_utterances, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
     BATCHED_DEVICES,
@@ -43,6 +45,7 @@ from sparsewav.settings.pruning import (
     Solver,
     Sparsity,
     Traced,
+    Uniform,
     resolve,
 )
 
@@ -100,7 +103,7 @@ def prune(
         model: A CTC model of transformers; its prunable matrices are those of :mod:`~sparsewav.pruning.encoder`.
         calibration_batches: Dictionaries with ``input_values`` (batch, samples), ``attention_mask`` (batch, samples)
             and, for the allocations ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is
-            none).
+            none); their other keys are not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``.
         saliency: Which weights are removed first.
         solver: How mask and kept weights are found.
@@ -113,8 +116,8 @@ def prune(
         progress: Called as the stages advance.
 
     Raises:
-        UserError: An option, the model's family or the calibration data is wrong; the model is then as it was, unless
-            the solver had begun.
+        UserError: An option, the model or the calibration data is wrong. After this and any other error the model is
+            as it was, for which a copy of its layers is kept in the meantime.
     """
     if not isinstance(calibration, Calibration | None):
         raise UserError(f"calibration={calibration} is no Calibration; give e.g. Calibration(propagation='sequential')")
@@ -128,12 +131,16 @@ def prune(
         calibration=calibration or Calibration(),
         seed=seed,
     )
-    return prune_model(model, calibration_batches, settings, masks=masks, progress=progress)
+    settings.check()
+    check_model(model, by_output=not isinstance(settings.allocation, Uniform))
+    # Gradients are needed and numbers are compared, whatever modes the caller is in.
+    with _undone_by_errors(model), torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+        return prune_model(model, calibration_batches, settings, masks=masks, progress=progress)
 
 
 def prune_model(
     model: PreTrainedModel,
-    calibration_batches: Iterable[Mapping[str, Tensor]],
+    calibration_batches: Any,
     settings: Pruning,
     *,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
@@ -147,7 +154,7 @@ def prune_model(
     """Prune a CTC model in place, as :func:`prune` does, with statistics that may have been computed earlier.
 
     Args:
-        model: As in :func:`prune`.
+        model: As in :func:`prune`; an error that occurs while its layers are pruned leaves them as they are then.
         calibration_batches: As in :func:`prune`.
         settings: All options.
         masks: As in :func:`prune`.
@@ -236,6 +243,9 @@ def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, T
     if not isinstance(allocation, Hutchinson):
         return allocate_uniformly(sizes, target)
     assert traces is not None
+    for name in sizes:
+        if not math.isfinite(traces[name].value):
+            raise UserError(f"the sensitivity of {name} is {traces[name].value}; check the model's weights")
     sensitivities = {name: traces[name].sensitivity for name in sizes}
     return allocate_by_rank(sizes, sensitivities, target, allocation.alpha, exact_budget=allocation.exact_budget)
 
@@ -274,12 +284,25 @@ def stage_progress(progress: StageProgress | None, stage: str) -> Progress | Non
 
 @contextmanager
 def _in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _undone_by_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Give the layers their weights back if the block ends with an error."""
+    layers = encoder_layers(model)
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in layers.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        layers.load_state_dict(before)
+        raise
 
 
 @contextmanager

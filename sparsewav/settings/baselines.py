@@ -16,7 +16,7 @@ OURS = "sparsewav"
 """The method that is not a baseline."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Method(Option):
     """One-shot pruning: this package's own method."""
 
@@ -27,7 +27,7 @@ class Method(Option):
         return self
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainedMethod(Optimization, Method):
     """A method that trains before the fine-tuning for recognition."""
 
@@ -47,7 +47,7 @@ def divided(updates: float, divisor: float) -> int:
     return max(1, math.ceil(updates / divisor - 1e-9))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MagnitudePruning(Method):
     """One-shot global magnitude pruning; the fine-tuning holds its zeros."""
 
@@ -55,7 +55,7 @@ class MagnitudePruning(Method):
     sparsity: float = option(0.75, "share of the transformer's weights to remove", least=0, most=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PARP(TrainedMethod):
     """PARP (Lai et al. 2021): prune, let the removed weights learn, and prune again."""
 
@@ -80,7 +80,7 @@ class PARP(TrainedMethod):
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DistillationMethod(TrainedMethod):
     """A method whose student learns the teacher's hidden states."""
 
@@ -94,7 +94,7 @@ class DistillationMethod(TrainedMethod):
     front_end_gradient: float = option(0.1, "share of the gradient that reaches the convolutions", least=0, most=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DistilHuBERT(DistillationMethod):
     """DistilHuBERT (Chang et al. 2022): two layers that predict three of the teacher's."""
 
@@ -109,7 +109,7 @@ class DistilHuBERT(DistillationMethod):
             yield f"predicted={self.predicted} must name layers from 1 to 12, e.g. [4, 8, 12]"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ThinStudent(DistillationMethod):
     """A student as deep as its teacher, and thinner; sizes for a teacher of 768, 3072 and 12."""
 
@@ -118,7 +118,7 @@ class ThinStudent(DistillationMethod):
     heads: int = option(6, "heads of its attention", least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FitHuBERT(ThinStudent):
     """FitHuBERT (Lee et al. 2022): thin, with hints at every layer."""
 
@@ -133,7 +133,7 @@ class FitHuBERT(ThinStudent):
     hint_weight: float = option(0.1, "weight of the hints at all layers but the last, whose weight is 1", least=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DeepVersusWide(ThinStudent):
     """12-Layer Half (Ashihara et al. 2022): half as wide as the teacher."""
 
@@ -149,7 +149,7 @@ GATE_PATH = 30.0
 and what starts at a drop rate of 0.01 has to go from 4.6 to below -1.6 to close."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Gated(TrainedMethod):
     """A method that learns with hard-concrete gates what to cut out; the defaults are DPHuBERT's (Peng et al. 2023)."""
 

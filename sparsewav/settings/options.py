@@ -7,7 +7,7 @@ registers, what Python takes and what the code reads; ``conf/README.md`` is gene
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args
@@ -68,6 +68,8 @@ def range_faults(settings: Any) -> Iterator[str]:
         value, bounds = getattr(settings, item.name), metadata_of(type(settings), item.name)
         if not bounds:
             continue
+        if value == MISSING:  # of which group_faults tells
+            continue
         fault = _type_fault(item.type, value)
         if fault:
             yield f"{item.name}={'null' if value is None else value} {fault}"
@@ -95,6 +97,8 @@ def _type_fault(annotation: Any, value: Any) -> str | None:
         return "is not a finite number"
     if int in kinds and float not in kinds and (isinstance(value, bool) or not isinstance(value, Integral)):
         return "is not a whole number"
+    if str in kinds and not str(value).strip():
+        return "is empty; give a value" + (", or null" if type(None) in kinds else "")
     return None
 
 
@@ -133,5 +137,8 @@ def group_faults(settings: Any) -> Iterator[str]:
     yield from range_faults(settings)
     for item in fields(settings):
         value = getattr(settings, item.name)
+        for inner in fields(value) if is_dataclass(value) else ():
+            if getattr(value, inner.name) == MISSING:
+                yield f"{item.name}.{inner.name} has no value; give it: {item.name}.{inner.name}=..."
         if hasattr(value, "faults"):
             yield from (f"{item.name}.{fault}" for fault in value.faults())

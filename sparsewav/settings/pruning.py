@@ -9,7 +9,7 @@ from sparsewav.errors import UserError
 from sparsewav.settings.options import Option, Settings, group_faults, option
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sparsity(Option):
     """How many weights are removed."""
 
@@ -65,7 +65,7 @@ class NM(Sparsity):
             yield f"n={self.n} and sparsity.m={self.m} make no pattern; choose 0 < n < m, e.g. 2 and 4"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Saliency(Option):
     """How much the layer's output changes when a weight is removed.
 
@@ -76,7 +76,7 @@ class Saliency(Option):
     updates: ClassVar[bool] = True
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Magnitude(Saliency):
     """|w|, compared over the whole matrix; no weight update."""
 
@@ -84,7 +84,7 @@ class Magnitude(Saliency):
     updates: ClassVar[bool] = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Wanda(Saliency):
     """|w| ||x||, compared within each row; no weight update (Sun et al. 2023)."""
 
@@ -92,21 +92,21 @@ class Wanda(Saliency):
     updates: ClassVar[bool] = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SecondOrder(Saliency):
     """w² / [H⁻¹]_pp; the kept weights of the row are updated (eq. 1 of the paper)."""
 
     name: str = field(default="obs", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FirstOrder(Saliency):
     """|w G| + w² / [H⁻¹]_pp; the kept weights of the row are updated (eq. 3: the paper's improved saliency)."""
 
     name: str = field(default="obs_first_order", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Solver(Option):
     """How the mask and the kept weights of a matrix are found, given its Hessian.
 
@@ -118,7 +118,7 @@ class Solver(Option):
     damping: float = option(0.01, "λ as a share of the Hessian's mean diagonal", least=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OBS(Solver):
     """The paper's: columns from left to right, each settled once it is passed (the order of SparseGPT)."""
 
@@ -132,7 +132,7 @@ class OBS(Solver):
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OBSRefit(OBS):
     """The mask of ``obs``, and the exact least squares of every row over the weights that it keeps."""
 
@@ -140,7 +140,7 @@ class OBSRefit(OBS):
     tolerance: float = option(1e-4, "relative tolerance of the conjugate gradients", above=0, below=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ALPS(Solver):
     """Mask and weights together by ADMM, then the exact least squares (Meng et al. 2024); uses no saliency."""
 
@@ -150,19 +150,19 @@ class ALPS(Solver):
     max_steps: int = option(300, "steps of ADMM at most; it stops earlier when its mask has come to rest", least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Objective(Option):
     """Which error of a matrix's output is minimised."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Symmetric(Objective):
     """The paper's: the same inputs before and after, min ||(W − Ŵ)X||²."""
 
     name: str = field(default="symmetric", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Asymmetric(Objective):
     """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers."""
 
@@ -170,26 +170,26 @@ class Asymmetric(Objective):
     strength: float = option(1.0, "share of the difference X − X̂ that is made up for; 0 is symmetric", least=0, most=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Recovery(Option):
     """What a transformer layer learns after its matrices are pruned, without labels."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class NoRecovery(Recovery):
     """The paper's: a pruned layer stays as the solver left it."""
 
     name: str = field(default="none", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Affine(Recovery):
     """The last bias, or layer norm, of every pruned layer is solved for the dense model's output of the layer."""
 
     name: str = field(default="affine", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Reconstruction(Recovery):
     """Kept weights, biases and layer norms of every pruned layer learn the dense model's output of the layer."""
 
@@ -198,19 +198,19 @@ class Reconstruction(Recovery):
     learning_rate: float = option(3e-3, "learning rate at the first step; it falls to zero", above=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Allocation(Option):
     """How the sparsity is shared among the matrices."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Uniform(Allocation):
     """Every matrix gets the same sparsity."""
 
     name: str = field(default="uniform", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Traced(Allocation):
     """An allocation by Hessian traces of the CTC loss (eq. 4 and 5 of the paper)."""
 
@@ -228,7 +228,7 @@ class Traced(Allocation):
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Hutchinson(Traced):
     """The paper's mixed sparsity: s − α for the matrix that the CTC loss is most sensitive to, s + α for the least."""
 
@@ -237,7 +237,7 @@ class Hutchinson(Traced):
     exact_budget: bool = option(False, "shift the range until the whole model has the target sparsity to one weight")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Leveled(Allocation):
     """An allocation by what every matrix costs at several levels of sparsity; meets the target to one weight."""
 
@@ -256,14 +256,14 @@ class Leveled(Allocation):
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HAWQ(Leveled, Traced):
     """Mean Hessian trace times the squared change of the weights, summed and minimised (HAWQ-V2, Dong et al. 2020)."""
 
     name: str = field(default="hawq", init=False)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ErrorCurves(Leveled):
     """The levels whose measured costs add up to the least, by dynamic programming."""
 
@@ -280,7 +280,7 @@ class ErrorCurves(Leveled):
     utterances: int = option(16, "calibration utterances at most that the divergence is measured on", least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Search(ErrorCurves):
     """``error_curves``, then a search over swaps of levels by the divergence of the model's output."""
 
@@ -288,7 +288,7 @@ class Search(ErrorCurves):
     evaluations: int = option(400, "swaps whose divergence is measured", least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Calibration(Settings):
     """The sample of speech that the Hessians are summed over."""
 
@@ -328,10 +328,13 @@ def resolve(group: str, value: Any) -> Any:
         return Unstructured(float(value))
     if isinstance(value, tuple(choices.values())):
         return value
-    raise UserError(f"{group}={value} does not exist; choose one of {', '.join(choices)}")
+    if value in choices.values():
+        raise UserError(f"{group}={value.__name__} is the class; give an object of it, {group}={value.__name__}()")
+    shown = value.name if isinstance(value, Option) else value
+    raise UserError(f"{group}={shown} does not exist; choose one of {', '.join(choices)}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pruning:
     """All that decides which weights are removed and what the others become."""
 
@@ -344,7 +347,8 @@ class Pruning:
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
     seed: int = option(
         0,
-        "of the calibration sample, the Hutchinson probes and the search; of a baseline's new weights and order",
+        "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "
+        "data.seed and training.seed do not follow it",
         least=0,
     )
 
@@ -365,12 +369,15 @@ class Pruning:
 
     def faults(self) -> Iterator[str]:
         """Give a sentence for every value that is out of range and for every choice that does not fit another."""
+        yield from group_faults(self)
+        yield from self.choice_faults()
+
+    def choice_faults(self) -> Iterator[str]:
+        """Give a sentence for every choice of one group that does not fit that of another."""
         sparsity, allocation, propagation = self.sparsity, self.allocation, self.calibration.propagation
-        of_groups = list(group_faults(self))
-        yield from of_groups
         if sparsity.pattern and not isinstance(allocation, Uniform):
             yield f"sparsity=n_m gives every matrix the sparsity {sparsity}; choose allocation=uniform with it"
-        if isinstance(allocation, Hutchinson) and not any(line.startswith("sparsity") for line in of_groups):
+        if isinstance(allocation, Hutchinson) and not list(sparsity.faults()):
             yield from alpha_faults(allocation.alpha, sparsity.fraction)
         if isinstance(self.solver, OBS) and self.solver.comparison_group != "block" and sparsity.pattern:
             yield (

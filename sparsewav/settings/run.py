@@ -46,7 +46,9 @@ class DemoData(Data):
     evaluation_subset: str = option("test")
     training_subset: str = option("train")
     development_subset: str = option("dev")
-    seed: int = option(0, "of sentences, voices and noise")
+    seed: int = option(
+        0, "of the demo's sentences, voices and noise; another seed is another corpus, made on first use"
+    )
 
 
 @dataclass
@@ -85,7 +87,9 @@ class Wandb(Tracker):
     project: str = option("sparsewav", "as wandb.init takes it")
     entity: str | None = option(None, "as wandb.init takes it")
     group: str | None = option(None, "as wandb.init takes it; null: the experiment's or the sweep's name")
-    mode: str | None = option(None, "online, offline or disabled; null: $WANDB_MODE, or online")
+    mode: str | None = option(
+        None, "online, offline or disabled; null: $WANDB_MODE, or online", choices=("online", "offline", "disabled")
+    )
 
 
 @dataclass
@@ -136,7 +140,9 @@ class Config(Pruning):
         return Pruning(**values if self.sparsity.pattern else values | {"sparsity": Unstructured(sparsity)})
 
     def faults(self) -> Iterator[str]:
-        yield from super().faults()
+        yield from group_faults(self)
+        if self.method.name == OURS:  # a baseline reads none of these choices
+            yield from self.choice_faults()
         yield from device_faults(self.device)
         if self.model.offload:
             yield from self._offload_faults()
@@ -211,7 +217,7 @@ class TrainConfig:
 
 def device_faults(device: str) -> Iterator[str]:
     """Give a sentence if there is no device of that name."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if device and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         yield f"device={device} is not known; choose auto, cpu, cuda or cuda:1"
 
 

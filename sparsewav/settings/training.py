@@ -50,7 +50,12 @@ class Training(Optimization):
     epochs: float = option(0.16, "passes over the training set, of fine-tuning at 50 % sparsity and below", above=0)
     processes: int = option(1, "processes of a run's fine-tuning on this machine, one for each GPU", least=1)
     freeze_feature_encoder: bool = option(True, "leave the convolutions as they are")
-    seed: int = option(0, "of initialisation, order and dropout", least=0)
+    seed: int = option(
+        0,
+        "of tuning and sparsewav-train: the sample of training utterances, their order, dropout, new weights; does not "
+        "follow seed",
+        least=0,
+    )
 
 
 @dataclass

@@ -1,9 +1,12 @@
 """Sparse products: the kernel beside the dense product, the choice between the two, and what is left of the model."""
 
 import copy
+import ctypes
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from sparsewav.data.sets import calibration_set
 from sparsewav.inference import acceleration, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
 from sparsewav.inference.sparse_linear import SparseLinear
-from sparsewav.inference.timing import REMEMBERED, Timing
+from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import prunable_matrices
@@ -65,7 +68,7 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the timing say that sparse is faster, as it is not for tiny matrices."""
 
     def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
-        return Timing(*linear.weight.shape, 0.5, (2.0,), (1.0,), 8 if kernel else None)
+        return Timing(*linear.weight.shape, 0.5, (2.0,), (1.0,), 96 if kernel else None)
 
     monkeypatch.setattr(acceleration, "time_linear", timing)
 
@@ -95,14 +98,25 @@ def test_kernel_equals_the_dense_product(rows: int, cols: int, frames: int, widt
 
 
 @pytest.mark.usefixtures("compiled")
-def test_columns_beyond_what_signed_numbers_hold() -> None:
-    """Column numbers use all 16 bits."""
-    linear = _sparse_linear(4, 2**16, 0.9)
-    inputs = torch.randn(3, 2**16, generator=torch.Generator().manual_seed(1))
-    sparse = SparseLinear(linear, 192)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize(("cols", "width"), [(2**16 - 1, 192), (2**16, 192), (2**16, None), (2**16 + 1, None)])
+def test_columns_beyond_what_signed_numbers_hold(cols: int, width: int | None) -> None:
+    """Column numbers use all 16 bits of the kernel's layout, and more of them in PyTorch's."""
+    linear = _sparse_linear(4, cols, 0.9)
+    inputs = torch.randn(3, cols, generator=torch.Generator().manual_seed(1))
+    sparse = SparseLinear(linear, width)
     with torch.no_grad():
         torch.testing.assert_close(sparse(inputs), linear(inputs), rtol=1e-4, atol=1e-3)
     assert torch.equal(sparse.dense_weight(), linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_more_columns_than_the_kernel_numbers_are_refused() -> None:
+    """The kernel would read a wrong column; choosing the product never asks it to."""
+    linear = _sparse_linear(4, 2**16 + 1, 0.9)
+    with pytest.raises(sparsewav.UserError, match=r"65536 columns, and the matrix has 65537; take width=None"):
+        SparseLinear(linear, 192)
+    assert time_linear(linear, [1], kernel=True).width is None
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
@@ -185,7 +199,7 @@ def test_timings_are_remembered(tiny_model: Any, tmp_path: Path, monkeypatch: py
 
     def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
         calls.append(tuple(linear.weight.shape))
-        return Timing(*linear.weight.shape, 0.8, (2.0,), (1.0,), 96)
+        return Timing(*linear.weight.shape, 0.8, (2.0,) * len(frames), (1.0,) * len(frames), 96)
 
     monkeypatch.setattr(acceleration, "time_linear", timing)
 
@@ -203,6 +217,61 @@ def test_timings_are_remembered(tiny_model: Any, tmp_path: Path, monkeypatch: py
     (tmp_path / REMEMBERED).write_text('{"')
     assert accelerated() == (timed, 12)
     assert accelerated() == (0, 12)
+
+
+def _all_timings(**values: Any) -> Any:
+    """Change values of every timing in the record of :data:`REMEMBERED`."""
+
+    def change(record: Any) -> Any:
+        return {key: {name: entry | values for name, entry in timings.items()} for key, timings in record.items()}
+
+    return change
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: [record],
+        lambda record: {key: list(timings) for key, timings in record.items()},
+        lambda record: {key: dict.fromkeys(timings, 1) for key, timings in record.items()},
+        lambda record: {
+            key: {"8x" + name: entry for name, entry in timings.items()} for key, timings in record.items()
+        },
+        _all_timings(width=10**30),
+        _all_timings(width=0),
+        _all_timings(width=-96),
+        _all_timings(width=96.0),
+        _all_timings(width="96"),
+        _all_timings(width=None),
+        _all_timings(dense=[float("nan")]),
+        _all_timings(dense=[-2.0]),
+        _all_timings(sparse=["1"]),
+        _all_timings(sparse=[1.0, 1.0]),
+        _all_timings(sparse=None),
+        _all_timings(cols="16"),
+        _all_timings(rows=None),
+        _all_timings(other=1),
+    ],
+)
+def test_timings_that_cannot_be_are_measured_again(
+    damage: Any, tiny_model: Any, noise_batch: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that was edited or damaged costs a new timing and a line, and never changes a product."""
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.8)
+    values = noise_batch([400])["input_values"]
+    with torch.no_grad():
+        dense = model(values).logits
+    sparsewav.accelerate(copy.deepcopy(model), frames=8, folder=tmp_path)
+    record = json.loads((tmp_path / REMEMBERED).read_text())
+    (tmp_path / REMEMBERED).write_text(json.dumps(damage(record)))
+    assert sparsewav.accelerate(model, frames=8, folder=tmp_path).swapped == 12
+    assert caplog.text.count("the products are timed again") == 1
+    assert REMEMBERED in caplog.text
+    assert json.loads((tmp_path / REMEMBERED).read_text()) == record
+    with torch.no_grad():
+        torch.testing.assert_close(model(values).logits, dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("compiled", "always_faster")
@@ -238,6 +307,8 @@ def test_refusals(tiny_model: Any, noise_batch: Any) -> None:
     """What an accelerated model cannot do it says in a sentence."""
     model = tiny_model("wav2vec2")
     _prune_at_random(model, 0.8)
+    with pytest.raises(sparsewav.UserError, match=r"wrapped in DataParallel; give .* model\.module"):
+        sparsewav.accelerate(nn.DataParallel(model))  # type: ignore[arg-type]
     with pytest.raises(sparsewav.UserError, match="frames=0"):
         sparsewav.accelerate(model, frames=0)
     with pytest.raises(sparsewav.UserError, match="need an NVIDIA GPU"):
@@ -278,6 +349,89 @@ def test_without_a_compiler_it_says_so(
     assert report.product == "CSR"
     assert "there is no C++ compiler (no-such-compiler)" in str(report)
     assert "there is no C++ compiler (no-such-compiler)" in caplog.text
+
+
+@pytest.fixture
+def own_kernel(compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache that holds the kernel and nothing else, before this process has it; gives the library."""
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
+    kernel.sparse_product.cache_clear()
+    kernel.sparse_product()
+    kernel.sparse_product.cache_clear()
+    (library,) = tmp_path.glob("cache/kernels/*/product.so")
+    yield library
+    kernel.sparse_product.cache_clear()
+
+
+def _works() -> bool:
+    """Tell whether the kernel, loaded now, multiplies rightly."""
+    linear = _sparse_linear(13, 200, 0.8)
+    inputs = torch.randn(9, 200, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return torch.allclose(SparseLinear(linear, 96)(inputs), linear(inputs), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda library: os.truncate(library, 4096),
+        lambda library: library.write_bytes(b""),
+        lambda library: library.write_bytes(library.read_bytes().replace(b"sparsewav_product", b"sparsewav_another")),
+        lambda library: library.unlink(),
+        lambda library: library.with_name("product.so.blake2b").unlink(),
+    ],
+    ids=["truncated", "empty", "without the function", "missing", "without its hash"],
+)
+def test_a_damaged_kernel_is_compiled_again(
+    damage: Callable[[Path], None], own_kernel: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is loaded is what was compiled: anything else is made again, once, with a line."""
+    content = own_kernel.read_bytes()
+    copy_of = own_kernel.with_name("copy")  # the old file is mapped into this process, and must not be changed
+    copy_of.write_bytes(content)
+    copy_of.replace(own_kernel)
+    damage(own_kernel)
+    assert _works()
+    assert caplog.text.count("it is compiled again") == len(caplog.records) == 1
+    assert own_kernel.read_bytes() == content
+
+
+@pytest.mark.parametrize("parents", range(4), ids=["library", "its folder", "kernels", "cache"])
+@pytest.mark.parametrize("fault", ["may write", "belongs to another user"])
+def test_a_kernel_that_others_could_have_written_is_not_loaded(
+    fault: str, parents: int, own_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library in the cache that another user owns, or may write to, is code of that user."""
+    foreign = [own_kernel, *own_kernel.parents][parents]
+    if fault == "may write":
+        foreign.chmod(foreign.stat().st_mode | 0o020)
+    else:
+        stat = Path.stat
+
+        def of_another(path: Path, **options: Any) -> os.stat_result:
+            status = stat(path, **options)
+            return os.stat_result([*status[:4], os.getuid() + 1, *status[5:]]) if path == foreign else status
+
+        monkeypatch.setattr(Path, "stat", of_another)
+    opened: list[str] = []
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: opened.append(name) or load(name))
+    assert _works()
+    assert not any(name.startswith(str(own_kernel.parents[2])) for name in opened)
+    assert len(opened) == len(caplog.records) == 1
+    assert fault in caplog.text
+    assert str(foreign) in caplog.text
+    assert not Path(opened[0]).exists(), "nothing is left of what served this process"
+
+
+def test_without_a_cache_the_kernel_serves_one_process(
+    own_kernel: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache that cannot be written, here because its place is a file, costs a line and the time to compile."""
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(own_kernel))
+    assert _works()
+    assert "compiled for this process alone" in caplog.text
+    assert len(caplog.records) == 1
 
 
 BUILD = "from sparsewav.inference.kernel import sparse_product; sparse_product()"

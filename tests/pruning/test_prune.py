@@ -1,17 +1,30 @@
 """The engine as a whole: what it touches, how much it removes, and what it reports."""
 
+import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, UniSpeechConfig, UniSpeechForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+)
 
 import sparsewav
-from sparsewav import NM, OBS, Calibration, Hutchinson, Pruning, Unstructured
+from sparsewav import ALPS, NM, OBS, Calibration, Hutchinson, Pruning, Unstructured
 from sparsewav.errors import UserError
+from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.pruning import collect_hessians, estimate_traces, layerwise, prunable_matrices, prune_matrix, prune_model
 
 Batch = dict[str, Tensor]
@@ -361,3 +374,217 @@ def test_what_cannot_be_done_is_refused(
         sparsewav.prune(model, faulty, **({"sparsity": 0.6} | options))
     assert same_bytes(model, before)
     assert model.training
+
+
+# The annotations, which the tests check at every call, refuse other types before the function can say so.
+untyped_prune: Callable[..., Any] = inspect.unwrap(sparsewav.prune)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda batch: batch["input_values"], "a calibration batch is a Tensor; give dictionaries"),
+        (lambda batch: {"speech": batch["input_values"]}, "no input_values, but speech"),
+        (
+            lambda batch: batch | {"input_values": batch["input_values"][0]},
+            r"shape \(400,\); give .* \(batch, samples\)",
+        ),
+        (lambda batch: batch | {"input_values": batch["input_values"].tolist()}, "input_values .* is no tensor"),
+        (
+            lambda batch: batch | {"input_values": (3000 * batch["input_values"]).short()},
+            "input_values .*int16.*extractor",
+        ),
+        (lambda batch: batch | {"input_values": batch["input_values"] + 1j}, "input_values .*complex64"),
+        (lambda batch: {key: value[:0] for key, value in batch.items()}, "is empty; leave it out"),
+        (lambda batch: batch | {"attention_mask": batch["attention_mask"][:, 1:]}, r"\(2, 399\), and its input_values"),
+        (lambda batch: batch | {"attention_mask": batch["attention_mask"].flip(1)}, "0 for the padding after it"),
+        (lambda batch: batch | {"labels": batch["labels"][:1]}, r"labels .* \(1, 4\); .* each of its 2 utterances"),
+        (lambda batch: batch | {"labels": batch["labels"].float()}, "labels .*float32.* give whole numbers"),
+        (lambda batch: batch | {"labels": None}, "labels, or allocation=uniform"),
+    ],
+)
+def test_batches_of_another_form_are_refused(
+    spoil: Callable[[Batch], Any], message: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """Calibration data that would be misread, or end in an error of PyTorch, is refused in one sentence."""
+    model = tiny_model("wav2vec2")
+    dense = copy.deepcopy(model)
+    with pytest.raises(UserError, match=message):
+        untyped_prune(model, [spoil(batches[0])], 0.6)
+    assert same_bytes(model, dense)
+
+
+class Utterances(IterableDataset):
+    """Utterances one after the other, in another order every time; nobody knows how many."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.passes += 1
+        yield from self.batches if self.passes % 2 else reversed(self.batches)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "hutchinson"])
+def test_a_data_loader_is_read_once(allocation: str, tiny_model: Factory, batches: list[Batch]) -> None:
+    """What has no length, or shuffles, gives the model that a list of its batches gives."""
+    models = [tiny_model("wav2vec2") for _ in range(2)]
+    utterances = Utterances(batches)
+    sparsewav.prune(models[0], batches, 0.6, allocation=allocation)
+    sparsewav.prune(models[1], DataLoader(utterances, batch_size=None), 0.6, allocation=allocation)
+    assert same_bytes(*models)
+    assert utterances.passes == 1
+    for wrong in (None, 3, batches[0], "batches"):
+        with pytest.raises(UserError, match="holds no batches; give a list"):
+            untyped_prune(models[0], wrong, 0.6)
+
+
+class Adapter(nn.Module):
+    """A linear module within another, as adapters have it."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+def change(name: str, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Put another module in the place of one."""
+
+    def changed(model: Any) -> Any:
+        model.set_submodule(name, make(model.get_submodule(name)))
+        return model
+
+    return changed
+
+
+QUERY = "wav2vec2.encoder.layers.0.attention.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: "facebook/wav2vec2-base-960h", "the model is a str; give a CTC model of transformers"),
+        (lambda model: nn.Linear(3, 3), "the model is a Linear; give a CTC model"),
+        (nn.DataParallel, r"wrapped in DataParallel; give .* model\.module"),
+        (lambda model: torch.compile(model, backend="eager"), r"compiled; give .* model\._orig_mod"),
+        (lambda model: model.wav2vec2, "Wav2Vec2Model has no CTC head; .*AutoModelForCTC"),
+        (lambda model: Wav2Vec2ForSequenceClassification(model.config), "SequenceClassification has no CTC head"),
+        (lambda model: model.to("meta"), "meta device"),
+        (change("lm_head", lambda head: head.half()), "float16 and torch.float32; convert it"),
+        (change(QUERY, Adapter), "q_proj is a .*Adapter and no torch.nn.Linear"),
+        (change(QUERY, lambda linear: SparseLinear(linear, None)), "q_proj is a .*SparseLinear .*before it is"),
+        (change(QUERY, weight_norm), "q_proj is computed from other tensors"),
+        (
+            lambda model: change(QUERY, lambda _: model.get_submodule(QUERY.replace("q_", "k_")))(model),
+            "share one weight",
+        ),
+    ],
+)
+def test_models_whose_weights_are_not_there_are_refused(
+    spoil: Callable[[Any], Any], message: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """What is wrapped, quantised, accelerated, adapted or not loaded is refused before anything is computed."""
+    with pytest.raises(UserError, match=message):
+        untyped_prune(spoil(tiny_model("wav2vec2")), batches, 0.6)
+
+
+def test_the_modes_of_the_caller_do_not_matter(tiny_model: Factory, batches: list[Batch]) -> None:
+    """Without gradients, in automatic half precision, on top of old gradients: the same bytes, and no mode left."""
+    expected = tiny_model("wav2vec2")
+    sparsewav.prune(expected, batches, 0.6)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = tiny_model("wav2vec2").requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.wav2vec2.encoder.layers[0].train()  # a part alone
+        modes = [module.training for module in model.modules()]
+        with mode:
+            sparsewav.prune(model, [{key: value.clone() for key, value in batch.items()} for batch in batches], 0.6)
+        assert same_bytes(model, expected)
+        assert [module.training for module in model.modules()] == modes
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert all((parameter.grad == 1).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("solver", ["obs", "alps"])
+def test_other_precisions_reach_the_same_error(
+    dtype: torch.dtype, solver: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """The asymmetric objective works in every precision; what it reports is what it reports in float32, nearly."""
+    options: dict[str, Any] = {"objective": "asymmetric", "allocation": "uniform", "solver": solver}
+    reports = [
+        sparsewav.prune(tiny_model("wav2vec2").to(kind), batches, 0.6, calibration=every_frame("sequential"), **options)
+        for kind in (torch.float32, dtype)
+    ]
+    errors = [sum(row.relative_error for row in report.matrices) for report in reports]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+class Stop(BaseException):
+    """An interruption, as Ctrl-C is one."""
+
+
+@pytest.mark.parametrize("propagation", ["parallel", "sequential", "true_sequential"])
+@pytest.mark.parametrize("stage", ["calibrate", "allocate", "solve", "recover"])
+def test_an_interruption_leaves_the_model_as_it_was(
+    stage: str, propagation: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """At whatever step the callback raises: weights, modes, hooks and what requires gradients are as before."""
+    recovery = "none" if propagation == "parallel" else "reconstruction"
+    for step in (1, 2):
+        model = tiny_model("wavlm").train()
+        model.lm_head.requires_grad_(False)
+        dense = copy.deepcopy(model)
+        steps: list[str] = []
+
+        def progress(name: str, done: int, of: int, step: int = step, steps: list[str] = steps) -> None:
+            steps.append(name)
+            if steps.count(stage) == step:
+                raise Stop
+
+        calls = contextlib.nullcontext() if _never(stage, propagation) else pytest.raises(Stop)
+        with calls:
+            sparsewav.prune(
+                model, batches, 0.6, calibration=every_frame(propagation), recovery=recovery, progress=progress
+            )
+        if stage in steps:
+            assert same_bytes(model, dense)
+        for module, before in zip(model.modules(), dense.modules(), strict=True):
+            assert module.training == before.training
+            assert module.__dict__.keys() == before.__dict__.keys()
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+        for parameter, before in zip(model.parameters(), dense.parameters(), strict=True):
+            assert parameter.requires_grad == before.requires_grad
+            assert not parameter._post_accumulate_grad_hooks
+
+
+def _never(stage: str, propagation: str) -> bool:
+    """Tell whether no progress of a stage is reported: layers are solved and recovered one by one, or not at all."""
+    return stage == ("recover" if propagation == "parallel" else "solve")
+
+
+def test_statistics_that_are_not_finite_are_refused_by_name(tiny_model: Factory, batches: list[Batch]) -> None:
+    """NaN in a Hessian or a trace, as a damaged cache has it, is an error that names the matrix."""
+    model = tiny_model("wav2vec2")
+    traces = estimate_traces(model, batches)
+    hessians = collect_hessians(model, batches)
+    settings = Pruning(sparsity=Unstructured(0.6))
+    broken = traces | {QUERY: replace(traces[QUERY], value=float("nan"))}
+    with pytest.raises(UserError, match=f"the sensitivity of {QUERY} is nan"):
+        prune_model(model, [], settings, hessians=hessians, traces=broken)
+    hessians.by_input[hessians.reads[QUERY]][2, 2] = float("inf")
+    with pytest.raises(UserError, match=r"the Hessian of wav2vec2\.encoder.* has NaN or infinite"):
+        prune_model(model, [], settings, hessians=hessians, traces=traces)
+
+
+def test_an_option_given_as_its_class(tiny_model: Factory, batches: list[Batch]) -> None:
+    """The class in place of an object, an object of another group, and values by position are told apart."""
+    model = tiny_model("wav2vec2")
+    with pytest.raises(UserError, match=r"solver=ALPS is the class; give an object of it, solver=ALPS\(\)"):
+        untyped_prune(model, batches, 0.6, solver=ALPS)
+    with pytest.raises(UserError, match="solver=hutchinson does not exist; choose one of obs, obs_refit, alps"):
+        untyped_prune(model, batches, 0.6, solver=Hutchinson())
+    with pytest.raises(TypeError, match="positional"):
+        ALPS(300)  # type: ignore[misc]

@@ -145,7 +145,7 @@ WRONG: list[tuple[Any, set[str]]] = [
         ),
         {
             *("sparsity.target", "solver.damping", "solver.block_size", "solver.comparison_group"),
-            *("objective.strength", "objective", "recovery.steps", "recovery.learning_rate", "recovery"),
+            *("objective.strength", "recovery.steps", "recovery.learning_rate"),
             *("allocation.probes", "allocation.distribution", "allocation.utterances", "allocation.rank_tolerance"),
             *("calibration.utterances", "calibration.frames_per_column", "seed"),
             *("data.evaluation_utterances", "data.training_utterances"),
@@ -169,7 +169,7 @@ WRONG: list[tuple[Any, set[str]]] = [
             finetune_strategy=Progressive(),
         ),
         {
-            *("sparsity.n", "sparsity", "solver.damping", "solver.tolerance", "solver.max_steps", "solver"),
+            *("sparsity.n", "sparsity", "solver.damping", "solver.tolerance", "solver.max_steps"),
             *("allocation.step", "allocation.effect", "allocation.others", "allocation.utterances"),
             *("allocation.evaluations", "allocation.level_cache_gib", "calibration.propagation", "model.offload"),
             *("method.gated", "method.drop_rate", "method.ramp_updates", "method.gate_learning_rate"),
@@ -182,7 +182,17 @@ WRONG: list[tuple[Any, set[str]]] = [
             allocation=Hutchinson(alpha=0.3),
             solver=OBSRefit(tolerance=2.0),
         ),
-        {"method.sparsity", "method.first_sparsity", "method.reprunes", "allocation.alpha", "solver.tolerance"},
+        {"method.sparsity", "method.first_sparsity", "method.reprunes", "solver.tolerance"},
+    ),
+    (  # choices that do not fit one another, which a baseline does not read
+        Config(
+            saliency=Wanda(),
+            solver=ALPS(),
+            objective=Asymmetric(),
+            recovery=Reconstruction(),
+            allocation=Hutchinson(alpha=0.3),
+        ),
+        {"solver", "objective", "recovery", "allocation.alpha"},
     ),
     (
         TrainConfig(training=Training(epochs=0.0), device="gpu"),
@@ -191,7 +201,7 @@ WRONG: list[tuple[Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "wrong"), WRONG, ids=["values", "choices", "ramp", "training"])
+@pytest.mark.parametrize(("settings", "wrong"), WRONG, ids=["values", "choices", "ramp", "unfit", "training"])
 def test_all_faults_are_told_at_once_by_the_keys_that_are_typed(settings: Any, wrong: set[str]) -> None:
     lines = _faults(settings)
     assert set(_keys(lines)) == wrong
@@ -218,6 +228,7 @@ def test_schedulers_are_those_of_transformers() -> None:
     ("option", "fault"),
     [
         (OBS(damping=None), "damping=null has no meaning"),
+        (OBS(comparison_group=" "), "comparison_group=  is empty; give a value"),
         (OBS(damping=float("inf")), "damping=inf is not a finite number"),
         (OBS(block_size=1.5), "block_size=1.5 is not a whole number"),
         (NM(2.5, 4), "n=2.5 is not a whole number"),

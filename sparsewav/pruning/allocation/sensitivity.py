@@ -93,7 +93,7 @@ def estimate_traces(
     weights: list[int] = []
     traces: dict[str, Trace] = {}
     done, settled = 0, False
-    with only_matrices_trainable(model, matrices), _summed_loss(model):
+    with only_matrices_trainable(model, matrices), _summed_loss(model), torch.enable_grad():
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
 
         def sample(index: int) -> tuple[int, list[list[float]]]:
@@ -104,6 +104,12 @@ def estimate_traces(
                 generator = torch.Generator().manual_seed(_seed_of(seed, index, probe))
                 z = [_draw(matrix, distribution, generator) for matrix in matrices]
                 forms = _quadratic_forms(model, matrices, parts, z, step_size / _norm(z))
+                if not forms.isfinite().all():
+                    name = matrices[int(forms.isfinite().logical_not().nonzero()[0])].name
+                    raise UserError(
+                        f"the gradient of the CTC loss for {name} is NaN or infinite on calibration batch {index}; "
+                        "check the model's weights"
+                    )
                 found.append((forms / utterances).tolist())
             return utterances, found
 
@@ -251,16 +257,20 @@ def _weighted_mean(
 
 @contextmanager
 def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatrix]) -> Iterator[None]:
-    """Within the block, only the prunable weights require gradients, so that the front end keeps no activations."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
+    """Within the block, only the prunable weights require gradients, so that the front end keeps no activations.
+
+    Gradients that a training left are put aside, because new ones would be added to them.
+    """
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False).grad = None
     for matrix in matrices:
         matrix.weight.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter, requires_grad in before.items():
-            parameter.requires_grad_(requires_grad)
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad).grad = gradient
 
 
 @contextmanager

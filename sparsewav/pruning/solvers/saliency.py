@@ -1,4 +1,8 @@
-"""Saliency: how much the layer's output changes when a weight is removed. The weights with the lowest scores go."""
+"""Saliency: how much the layer's output changes when a weight is removed. The weights with the lowest scores go.
+
+The paper's H is the Hessian of ||WX − ŴX||², which is 2XXᵀ. This package sums H = XXᵀ, which finds the same mask and
+update wherever H stands alone; next to a gradient, the factor of 2 counts.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +17,8 @@ class Block:
 
     Attributes:
         weight: The current weights.
-        inverse_diagonal: [H⁻¹]_pp of the remaining problem.
-        hessian_diagonal: The diagonal of H.
+        inverse_diagonal: [H⁻¹]_pp of the remaining problem, H = XXᵀ.
+        hessian_diagonal: The diagonal of XXᵀ.
         gradient: Computes the gradient of ||WX − ŴX||² at the current weights.
     """
 
@@ -39,13 +43,13 @@ def wanda(block: Block) -> Float[Tensor, "rows block"]:
 
 
 def obs(block: Block) -> Float[Tensor, "rows block"]:
-    """w² / [H⁻¹]_pp (eq. 1 of the paper)."""
+    """w² / [H⁻¹]_pp with H = XXᵀ, half of eq. 1 of the paper: what the removal adds to the error."""
     return block.weight.square().div_(block.inverse_diagonal)
 
 
 def obs_first_order(block: Block) -> Float[Tensor, "rows block"]:
-    """|w G| + w² / [H⁻¹]_pp with the gradient G (eq. 3 of the paper)."""
-    return (block.weight * block.gradient()).abs_().add_(obs(block))
+    """|w G| + w² / [H⁻¹]_pp with H = 2XXᵀ and the gradient G = 2(Ŵ − W)XXᵀ (eq. 3 of the paper)."""
+    return (block.weight * block.gradient()).abs_().add_(obs(block), alpha=2)
 
 
 SCORES: dict[str, Score] = {

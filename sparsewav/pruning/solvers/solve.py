@@ -175,6 +175,8 @@ def prune_groups(groups: Sequence[MatrixGroup], settings: Pruning) -> list[list[
 def _check(group: MatrixGroup, pattern: tuple[int, int] | None) -> None:
     """Refuse what cannot be pruned; the annotations' underscores leave comparing the shapes to this function."""
     hessian = group.hessian
+    if not is_finite(hessian) or (group.drift is not None and not is_finite(group.drift)):
+        raise UserError(f"the Hessian of {group.names[0]} has NaN or infinite values; calibrate again")
     if group.drift is not None and group.drift.shape != hessian.shape:
         raise UserError(f"the drift has shape {tuple(group.drift.shape)}, the Hessian {tuple(hessian.shape)}")
     for weight, sparsity, keep, name in zip(group.weights, group.sparsities, group.keeps, group.names, strict=True):
@@ -185,7 +187,7 @@ def _check(group: MatrixGroup, pattern: tuple[int, int] | None) -> None:
                 f"the Hessian of {name} has shape {tuple(hessian.shape)}; its weight {tuple(weight.shape)} needs "
                 f"({weight.shape[1]}, {weight.shape[1]})"
             )
-        if not weight.sum().isfinite():  # one pass, and a value that is not finite stays in the sum
+        if not is_finite(weight):
             raise UserError(f"the weight of {name} has NaN or infinite values; check the model's file")
         if not 0 <= sparsity <= 1:
             raise UserError(f"sparsity {sparsity:g} of {name} is not between 0 and 1")
@@ -194,6 +196,11 @@ def _check(group: MatrixGroup, pattern: tuple[int, int] | None) -> None:
                 f"the pattern {pattern[0]}:{pattern[1]} does not fit {name}, whose {weight.shape[1]} columns are no "
                 f"multiple of {pattern[1]}"
             )
+
+
+def is_finite(matrix: Float[Tensor, "rows cols"]) -> bool:
+    """Tell whether all values are finite, in one pass: a value that is not stays in the sum."""
+    return bool(matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32)).isfinite())
 
 
 def _lay_out(group: MatrixGroup, number: int, damping_share: float) -> Problem:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsewav.errors import UserError
-from sparsewav.pruning.solvers.saliency import SCORES
+from sparsewav.pruning.solvers.saliency import SCORES, Block
 from sparsewav.pruning.solvers.selection import group_quotas
 from sparsewav.pruning.solvers.solve import MatrixGroup, prune_groups, prune_matrices, prune_matrix
 from sparsewav.settings import ALPS, NM, OBS, OBSRefit, Pruning, Uniform
@@ -74,7 +74,9 @@ def test_sweep_is_the_least_squares_optimum_of_what_is_free(saliency: str, block
     """With a given mask the sweep ends where solving every step's damped least squares directly ends."""
     weight, hessian = problem(5, 11, seed=1)
     keep = random_mask(5, 11, 33, seed=2)
-    pruned = prune_matrix(weight, hessian, 33 / 55, saliency=saliency, solver=OBS(0.05, block_size), keep=keep)
+    pruned = prune_matrix(
+        weight, hessian, 33 / 55, saliency=saliency, solver=OBS(damping=0.05, block_size=block_size), keep=keep
+    )
     assert torch.equal(pruned.keep, keep)
     assert pruned.damping == pytest.approx(0.05 * float(hessian.diagonal().mean()), rel=1e-12)
     damped = hessian + pruned.damping * torch.eye(11, dtype=torch.float64)
@@ -83,10 +85,10 @@ def test_sweep_is_the_least_squares_optimum_of_what_is_free(saliency: str, block
 
 @pytest.mark.parametrize("saliency", UPDATING)
 def test_mask_is_that_of_the_formulas(saliency: str) -> None:
-    """Block by block, equations 1 and 3 with direct inverses and a gradient by autograd remove the same weights."""
+    """Block by block, eq. 1 and 3 with H = 2XXᵀ, direct inverses and a gradient by autograd remove the same weights."""
     rows, cols, block_size = 20, 12, 4
     weight, hessian = ill_conditioned_problem(rows, cols, seed=20)
-    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(1.0, block_size))
+    pruned = prune_matrix(weight, hessian, 0.5, saliency=saliency, solver=OBS(damping=2.0, block_size=block_size))
     damped = hessian + pruned.damping * torch.eye(cols, dtype=torch.float64)
     keep = torch.ones(rows, cols, dtype=torch.bool)
     gradient_matters = False
@@ -99,7 +101,7 @@ def test_mask_is_that_of_the_formulas(saliency: str) -> None:
         scores = torch.zeros(rows, block_size, dtype=torch.float64)
         for offset in range(block_size):
             left = slice(start + offset, None)
-            inverse_diagonal = torch.linalg.inv(damped[left, left])[0, 0]
+            inverse_diagonal = torch.linalg.inv(2 * damped[left, left])[0, 0]
             scores[:, offset] = current[:, start + offset].detach().square() / inverse_diagonal
         plain = scores.flatten().argsort()[: rows * block_size // 2]
         if saliency == "obs_first_order":
@@ -111,13 +113,32 @@ def test_mask_is_that_of_the_formulas(saliency: str) -> None:
     assert gradient_matters == (saliency == "obs_first_order")  # or this test would not see a wrong gradient
 
 
+def test_first_order_saliency_is_equation_3() -> None:
+    """|w G| + w² / [H⁻¹]_pp, where G and H are the first and second derivative of one loss, both by autograd."""
+    generator = torch.Generator().manual_seed(30)
+    weight, current = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+
+    def loss(pruned: Tensor) -> Tensor:
+        return (weight @ inputs - pruned @ inputs).square().sum()
+
+    gradient: Any = torch.autograd.functional.jacobian(loss, current)
+    hessian: Any = torch.autograd.functional.hessian(loss, current)
+    expected = torch.empty_like(current)
+    for row in range(3):
+        expected[row] = (current * gradient)[row].abs() + current[row].square() / hessian[row, :, row].inverse().diag()
+    squares = inputs @ inputs.T
+    block = Block(current, squares.inverse().diag(), squares.diag(), lambda: gradient)
+    torch.testing.assert_close(SCORES["obs_first_order"](block), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("saliency", UPDATING)
 @pytest.mark.parametrize("dead", [(), (0, 4, 12)])
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
 def test_increments_sum_to_the_damped_error(saliency: str, dead: tuple[int, ...], damping: float) -> None:
     """What the removals cost one by one (eq. 1) is the damped error of the whole row, dead inputs aside."""
     weight, hessian = problem(6, 13, seed=3, dead=dead)
-    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping, block_size=4))
+    pruned = prune_matrix(weight, hessian, 0.6, saliency=saliency, solver=OBS(damping=damping, block_size=4))
     live = hessian.diagonal() > 0
     expected = damped_errors(weight[:, live], pruned.weight[:, live], hessian[live][:, live], pruned.damping)
     torch.testing.assert_close(pruned.increments, expected, rtol=1e-9, atol=1e-9)
@@ -145,7 +166,7 @@ def test_first_order_term_lowers_the_error_under_heavy_damping(damping: float, l
     for seed in range(30):
         weight, hessian = ill_conditioned_problem(32, 48, seed)
         plain, first_order = (
-            prune_matrix(weight, hessian, 0.9, saliency=saliency, solver=OBS(damping, block_size=8)).weight
+            prune_matrix(weight, hessian, 0.9, saliency=saliency, solver=OBS(damping=damping, block_size=8)).weight
             for saliency in UPDATING
         )
         error, first_order_error = (damped_errors(weight, pruned, hessian, 0).sum() for pruned in (plain, first_order))
