@@ -32,6 +32,7 @@ class State:
         hypotheses: The newest model's hypotheses, in the order of the evaluation set; None until it is evaluated.
         seconds: Seconds by kind of work, over all stages.
         cached: The kinds of work of the first stage whose results came out of the cache.
+        overlap: The number of evaluation utterances that are in the calibration or training set, too.
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
         compression: What a baseline reports of its compression; empty for ours.
@@ -45,6 +46,7 @@ class State:
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )
     cached: list[str] = field(default_factory=list)
+    overlap: int = 0
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)

@@ -115,7 +115,7 @@ def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch s
     return counts
 
 
-def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def model_batches(model: PreTrainedModel, batch: dict[str, Tensor], number: int) -> Iterator[dict[str, Tensor]]:
     """Put a batch on the model's device, in the form that the model takes.
 
     If the model must not see padding, a padded batch is split into single utterances.
@@ -124,6 +124,7 @@ def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[
         model: A CTC model.
         batch: ``input_values`` (batch, samples), optionally ``attention_mask`` (batch, samples) and ``labels`` (batch,
             characters).
+        number: The place of the batch among the calibration batches, for messages.
 
     Yields:
         Batches that always have an ``attention_mask``.
@@ -133,17 +134,26 @@ def model_batches(model: PreTrainedModel, batch: dict[str, Tensor]) -> Iterator[
             vocabulary.
     """
     values = batch["input_values"].to(model.device, model.dtype)
-    if not values.isfinite().all():
-        raise UserError("a calibration batch holds samples that are NaN or infinite; repair or remove that audio")
+    called = f"of calibration batch {number}"
+    broken = ~values.isfinite().flatten(1).all(1)
+    if broken.any():
+        raise UserError(
+            f"row {int(broken.nonzero()[0])} {called} holds samples that are NaN or infinite; repair or remove "
+            "that audio"
+        )
     mask = batch.get("attention_mask")
     mask = torch.ones_like(values, dtype=torch.long) if mask is None else mask.to(model.device)
-    if frame_counts(model, mask).min() < 1:
-        raise UserError("a calibration batch holds an utterance that is too short for a single frame; remove it")
+    short = frame_counts(model, mask) < 1
+    if short.any():
+        raise UserError(
+            f"row {int(short.nonzero()[0])} {called} is too short for a single frame; remove that utterance"
+        )
     labels = {"labels": batch["labels"].to(model.device)} if "labels" in batch else {}
     if labels and labels["labels"].max() >= model.config.vocab_size:
         raise UserError(
-            f"a calibration batch has the label {int(labels['labels'].max())}, and the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1}; take the tokenizer that the model was trained with"
+            f"row {int(labels['labels'].max(1).values.argmax())} {called} has the label {int(labels['labels'].max())}, "
+            f"and the model's vocabulary ends at {model.config.vocab_size - 1}; take the tokenizer that the model was "
+            "trained with"
         )
     if takes_padding(model) or bool(mask.all()):
         yield {"input_values": values, "attention_mask": mask, **labels}

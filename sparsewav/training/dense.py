@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from rich.markup import escape
 from transformers import (
     AutoConfig,
     AutoModelForCTC,
@@ -22,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from sparsewav.data.batches import check_transcripts
-from sparsewav.data.sets import evaluation_set, training_set, whole_subset
+from sparsewav.data.batches import check_labels, check_lengths
+from sparsewav.data.sets import evaluation_set, find_overlap, left_out, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable
 from sparsewav.inference.wer import transcribe, word_error_rate
@@ -66,14 +67,22 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
         return
     device = choose_device(config.device)
     learning = training_set(config.data, config.training.seed)
-    development = whole_subset(config.data, config.data.development_subset)
+    development = whole_subset(config.data, "development_subset")
     evaluation = evaluation_set(config.data)
     checkpoints = folder / "checkpoints"
     processor = english_processor(checkpoints)
     for utterances in (learning, development, evaluation):
-        check_transcripts(utterances, processor)
+        check_labels(utterances, processor)
+    overlap, notes = {}, left_out(config.data, ["training_subset", "development_subset", "evaluation_subset"])
+    for name, utterances in (("development", development), ("evaluation", evaluation)):
+        overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
+        notes += found
+    for note in notes:
+        console.print(f"[yellow]! {escape(note)}[/yellow]")
     set_seed(config.training.seed)
     model: Any = _initial_model(config, processor)
+    for utterances in (learning, development, evaluation):
+        check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
@@ -99,6 +108,8 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     record = {
         "wer": wer,
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
+        "training_overlap": overlap,
+        "warnings": notes,
         "initial_model": config.initial_model,
         "parameters": parameters,
         "prunable": prunable,

@@ -343,7 +343,7 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
         (["objective=asymmetric"], r"choose calibration\.propagation=true_sequential \(or sequential\) with it"),
         (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
-        (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
+        (["data.evaluation_subset=tset"], r"data\.evaluation_subset=tset is not in .*; it holds test, train"),
         (["device=cuda:99"], r"device=cuda:99 is not there"),
         (["calibration.utterances=500"], r"calibration\.utterances=500 asks for more than the 12"),
         (["output_root=/dev/null/outputs"], r"cannot write /dev/null/outputs"),
@@ -486,7 +486,7 @@ def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
-    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    tracker = ["tracker=wandb", "tracker.mode=offline", "data.evaluation_utterances=6"]
     result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
     assert result.returncode == 0, result.stdout + result.stderr
     folder = _folder(tmp_path)
