@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import pandas
 import pytest
+import soundfile
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
@@ -351,6 +353,33 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
 )
 def test_mistakes_get_one_sentence(run_sparsewav: Run, small: list[str], arguments: list[str], message: str) -> None:
     _assert_one_sentence(run_sparsewav(*small, *arguments), message)
+
+
+@pytest.mark.parametrize(
+    "method", [["allocation=uniform"], ["method=magnitude", "data.training_subset=test", "training.epochs=1"]]
+)
+def test_evaluation_utterances_that_were_learned_are_refused_or_shown(
+    run_sparsewav: Run, small: list[str], method: list[str], tmp_path: Path
+) -> None:
+    """By the terminal, the metrics, the summary and the model's card; and audio without a transcript in a line."""
+    corpus = shutil.copytree(small[2].partition("=")[2], tmp_path / "corpus")
+    soundfile.write(corpus / "test/100/7/more.wav", np.zeros(8000), 16_000)
+    arguments = [*small, *method, f"data.root={corpus}", "data.calibration_subset=test", "calibration.utterances=4"]
+    seen, kind = (6, "training") if "data.training_subset=test" in method else (4, "calibration")
+    _assert_one_sentence(
+        run_sparsewav(*arguments),
+        rf"{seen} of 6 evaluation utterances are in the {kind} set, .* allow it with data\.allow_overlap=true",
+    )
+    result = run_sparsewav(*arguments, "data.allow_overlap=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{seen} of its utterances are in the calibration or training set, too" in result.stdout
+    assert result.stdout.count("! audio without a transcript in test is left out: 1 files") == 1
+    metrics = json.loads((_folder(tmp_path) / "metrics.json").read_text())
+    assert metrics["evaluation_overlap"] == seen
+    assert [note for note in metrics["warnings"] if "data.allow_overlap=true" in note or "more.wav" in note]
+    card = (_folder(tmp_path) / "model/README.md").read_text()
+    assert f"| evaluation utterances that the model was made from, too | {seen} |\n" in card
+    assert "evaluated on seen" in run_sparsewav("outputs", command="sparsewav-summary").stdout
 
 
 def test_missing_values_and_broken_files_get_one_sentence(
