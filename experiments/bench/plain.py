@@ -81,8 +81,8 @@ def plain_hessians(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str
 @torch.no_grad()
 def forward(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
     """Run the encoder over batches, the least that any calibration costs."""
-    for batch in batches:
-        for part in model_batches(model, batch):
+    for number, batch in enumerate(batches):
+        for part in model_batches(model, batch, number):
             base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
 
 

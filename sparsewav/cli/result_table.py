@@ -47,7 +47,9 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     made["seconds"] += f"; {_spent(metrics, 'evaluate')}"
     made["seconds"] += "; cached: spent by an earlier run" if metrics["seconds_cached"] else ""
     smaller = "compressed" if compression else "pruned"
+    seen = f"{metrics['evaluation_overlap']} of its utterances are in the calibration or training set, too"
     rows = {
+        **({"evaluation set": seen} if metrics["evaluation_overlap"] else {}),
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
         f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
         **tuned,

@@ -28,6 +28,7 @@ _SHOWN = {
     "wer_pruned": "pruned WER",
     "wer": "WER",
     "updates": "updates",
+    "evaluation_overlap": "evaluated on seen",
     "prune_seconds": "seconds",
     "status": "status",
 }
@@ -78,6 +79,8 @@ def summarize(folder: Path, console: Console) -> int:
         columns.remove("method")
     if "updates" in table and not table["updates"].any():  # without fine-tuning the two WERs are equal
         columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
+    if "evaluation_overlap" in table and not table["evaluation_overlap"].any():
+        columns.remove("evaluation_overlap")
     columns = [
         column
         for column in columns

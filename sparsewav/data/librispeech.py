@@ -1,6 +1,7 @@
 """Utterances of LibriSpeech from the hub, or from a folder in its layout."""
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,49 +11,103 @@ from sparsewav.errors import UserError
 from sparsewav.progress import stage
 
 AUDIO_SUFFIXES = (".flac", ".wav")
+"""In lower or upper case."""
 
 
-def read_librispeech_folder(root: Path, subset: str) -> list[Utterance]:
+def read_librispeech_folder(root: Path, subset: str, key: str = "subset") -> list[Utterance]:
     """List the utterances of ``root/subset/<speaker>/<chapter>/``, ordered by id; a subset is e.g. ``test-clean``.
 
+    The id is the name of the audio file. If a name occurs in two folders, every id of the subset is the path below it:
+    ``speaker/chapter/name``.
+
+    Args:
+        root: Folder of the subsets.
+        subset: Name of a folder in it.
+        key: The setting that names the subset, for messages.
+
     Raises:
-        UserError: A folder, a transcript or an audio file is missing, or a transcript is empty.
+        UserError: A folder, a transcript or an audio file is missing, a transcript is empty or not UTF-8, or an audio
+            file has two transcripts.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder; point it at the folder that holds {subset}/")
     folder = root / subset
     if not folder.is_dir():
         present = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders at all"
-        raise UserError(f"data.root={root} has no subset {subset!r}; it holds {present}")
-    utterances = [
-        utterance for transcript in sorted(folder.glob("*/*/*.trans.txt")) for utterance in _read_transcript(transcript)
-    ]
-    if not utterances:
+        raise UserError(f"{key}={subset} is not in data.root={root}; it holds {present}")
+    texts: dict[Path, str] = {}
+    places: dict[Path, str] = {}
+    for transcript in sorted(folder.glob("*/*/*.trans.txt")):
+        for place, audio, text in _read_transcript(transcript):
+            if audio in texts:
+                raise UserError(f"{place}: {audio} has a transcript already, in {places[audio]}; remove one of them")
+            texts[audio], places[audio] = text, place
+    if not texts:
         raise UserError(
             f"{folder} has no transcripts (<speaker>/<chapter>/<speaker>-<chapter>.trans.txt); "
             "data.root must have LibriSpeech's layout"
         )
-    return sorted(utterances, key=lambda utterance: utterance.id)
+    ids = {audio: audio.stem for audio in texts}
+    if len(set(ids.values())) < len(ids):
+        ids = {audio: audio.relative_to(folder).with_suffix("").as_posix() for audio in texts}
+    return sorted((Utterance(ids[audio], texts[audio], audio) for audio in texts), key=lambda utterance: utterance.id)
 
 
-def _read_transcript(transcript: Path) -> Iterator[Utterance]:
-    for number, line in enumerate(transcript.read_text(encoding="utf-8").splitlines(), start=1):
+def audio_without_transcript(folder: Path, utterances: Sequence[Utterance]) -> list[Path]:
+    """List the audio files of a subset's folder that are not among all of its utterances."""
+    used = {utterance.audio for utterance in utterances}
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    return sorted(path for path in found if path not in used and path.is_file())
+
+
+def _read_transcript(transcript: Path) -> Iterator[tuple[str, Path, str]]:
+    """Give file and line, the audio file and the text of every utterance."""
+    audio_files: dict[str, list[Path]] = {}
+    for path in sorted(transcript.parent.iterdir()):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            audio_files.setdefault(path.stem, []).append(path)
+    for number, line in enumerate(_lines(transcript), start=1):
+        place = f"{transcript}, line {number}"
         if not line.strip():
             continue
-        identifier, _, text = line.strip().partition(" ")
-        if not text.strip():
+        identifier, *words = line.split()  # at any white space: spaces, tabs, no-break spaces
+        if not words:
+            raise UserError(f"{place}: utterance {identifier} has an empty transcript; write it or remove the line")
+        found = audio_files.get(identifier, [])
+        if not found:
+            expected = transcript.parent / f"{identifier}{AUDIO_SUFFIXES[0]}"
+            raise UserError(f"{place}: there is no audio file {expected} (or {', '.join(AUDIO_SUFFIXES[1:])})")
+        if len(found) > 1:
+            raise UserError(f"{place}: there are {' and '.join(map(str, found))}; keep one of them")
+        yield place, found[0], " ".join(words).upper()
+
+
+def _lines(transcript: Path) -> Iterator[str]:
+    """Give the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    They end with a line feed, or carriage return and line feed. :meth:`str.splitlines` would also cut at characters
+    that may stand within a transcript, such as U+2028.
+    """
+    content = transcript.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise UserError(f"{transcript}, line 1: the file is UTF-16, or no text at all; save it as UTF-8")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
             raise UserError(
-                f"{transcript}, line {number}: utterance {identifier} has an empty transcript; "
-                "write it or remove the line"
+                f"{transcript}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            ) from error
+        if "\r" in text:
+            raise UserError(
+                f"{transcript}, line {number}: there is a carriage return within the line; end lines with a line feed"
             )
-        candidates = [transcript.parent / f"{identifier}{suffix}" for suffix in AUDIO_SUFFIXES]
-        audio = next((path for path in candidates if path.is_file()), None)
-        if audio is None:
-            raise UserError(f"{transcript}, line {number}: there is no audio file {candidates[0]}")
-        yield Utterance(identifier, text.strip().upper(), audio)
+        yield text
 
 
-def stream_librispeech(configuration: str, split: str, count: int | None, seed: int) -> list[Utterance]:
+def stream_librispeech(
+    configuration: str, split: str, count: int | None, seed: int, key: str = "subset"
+) -> list[Utterance]:
     """Fetch a split of ``openslr/librispeech_asr`` from the hub, or a sample without fetching the whole split.
 
     A sample is the head of the stream after the order of shards and a buffer are shuffled, so that 2048 utterances of
@@ -63,6 +118,7 @@ def stream_librispeech(configuration: str, split: str, count: int | None, seed: 
         split: A split of it, e.g. ``train.100`` or ``test``.
         count: Size of the sample; ``None`` for the whole split in its own order.
         seed: Seed of the shuffle.
+        key: The setting that names the split, for messages.
 
     Raises:
         UserError: The hub cannot be reached, or lacks the split.
@@ -76,9 +132,10 @@ def stream_librispeech(configuration: str, split: str, count: int | None, seed: 
         if count is not None:
             stream = stream.shuffle(seed=seed, buffer_size=4 * count).take(count)
         with stage(Console(), f"Fetching {configuration} {split} of {name} from the hub"):
-            return [Utterance(row["id"], row["text"].strip().upper(), row["audio"]["bytes"]) for row in stream]
+            rows = ((row["id"], " ".join(row["text"].split()).upper(), row["audio"]["bytes"]) for row in stream)
+            return [Utterance(*row) for row in rows]
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data=librispeech: cannot stream {name} ({configuration}, {split}) from the hub: {error}; "
+            f"{key}={configuration}/{split} cannot be streamed from {name} on the hub: {error}; "
             "check the network, or use data=librispeech_dir data.root=/path/to/LibriSpeech"
         ) from error

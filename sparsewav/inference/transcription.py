@@ -1,5 +1,6 @@
 """Transcripts of recordings of any length, in overlapping chunks, with the times of the words."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,7 @@ def transcribe_recording(
     Raises:
         UserError: The recording is not readable or shorter than a frame, or the two lengths do not fit each other.
     """
-    if not 0 <= overlap_seconds < chunk_seconds / 2:
-        raise UserError(
-            f"an overlap of {overlap_seconds:g} seconds must be at least 0 and below half a chunk of "
-            f"{chunk_seconds:g} seconds"
-        )
+    check_chunks(chunk_seconds, overlap_seconds)
     extractor, model = speech.processor.feature_extractor, speech.model
     rate = extractor.sampling_rate
     audio = read_audio(recording, rate)
@@ -92,7 +89,8 @@ def transcribe_recording(
         raise UserError(
             f"{recording.source} has {len(samples)} samples, too few for the model's {window}; leave it out"
         )
-    chunks = plan_chunks(frames, max(int(chunk_seconds * rate / hop), 2), int(overlap_seconds * rate / hop))
+    length, overlap = (int(min(limit, seconds + 1) * rate / hop) for limit in (chunk_seconds, overlap_seconds))
+    chunks = plan_chunks(frames, max(length, 2), overlap)
     tokens: list[Tensor] = []
     for index, chunk in enumerate(chunks):
         section = samples[chunk.first * hop : (chunk.stop - 1) * hop + window]
@@ -104,6 +102,21 @@ def transcribe_recording(
     joined = join_chunks(chunks, tokens, quiet)
     words = list(_words(joined, speech, hop / rate))
     return Transcript(" ".join(word.text for word in words), words, seconds)
+
+
+def check_chunks(chunk_seconds: float, overlap_seconds: float) -> None:
+    """Check the lengths that :func:`transcribe_recording` takes.
+
+    Raises:
+        UserError: They are not finite, or do not fit each other.
+    """
+    if not 0 < chunk_seconds < math.inf:
+        raise UserError(f"a chunk of {chunk_seconds:g} seconds has no meaning; it must be a number above 0")
+    if not 0 <= overlap_seconds < chunk_seconds / 2:
+        raise UserError(
+            f"an overlap of {overlap_seconds:g} seconds must be at least 0 and below half a chunk of "
+            f"{chunk_seconds:g} seconds"
+        )
 
 
 def _frame(model: Any) -> tuple[int, int]:

@@ -85,6 +85,13 @@ Made by SparseWAV from `{config.model.source}`.
 | published updates divided by | {config.update_divisor:g} |
 | published learning rates times | {config.lr_multiplier:g} |
 | tuning for recognition | {tuned:,} updates |
-{facts}
+{overlap_row(state)}{facts}
 {loading} The word error rates are in the run's `metrics.json`, beside this folder.
 """
+
+
+def overlap_row(state: State) -> str:
+    """Write the row of a model card which says that the word error rates are not those of unseen speech alone."""
+    if not state.overlap:
+        return ""
+    return f"| evaluation utterances that the model was made from, too | {state.overlap} |\n"

@@ -34,6 +34,7 @@ class State:
         seconds: Seconds by kind of work, over all stages.
         cached: Of the seconds, those of the first stage that were spent by an earlier run, whose results the cache
             had, by kind of work.
+        overlap: The number of evaluation utterances that are in the calibration or training set, too.
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
         compression: What a baseline reports of its compression; empty for ours.
@@ -48,6 +49,7 @@ class State:
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )
     cached: dict[str, float] = field(default_factory=dict)
+    overlap: int = 0
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)

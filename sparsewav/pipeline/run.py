@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from sparsewav import cache
-from sparsewav.data.batches import SpeechBatches, check_transcripts
-from sparsewav.data.sets import calibration_set, evaluation_set, training_set
+from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
+from sparsewav.data.sets import calibration_set, evaluation_set, find_overlap, left_out, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import locked, remove_leftovers, writing
@@ -40,7 +40,7 @@ from sparsewav.progress import collect_warnings, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning
+from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -91,8 +91,10 @@ def _run(
     for warning in speech.warnings:
         print_warning(warning)
     with reporting("Reading and hashing model and utterances", console):
-        evaluation, calibration, training = _utterances(config, speech)
+        evaluation, calibration, training, overlap, notes = _utterances(config, speech)
         made_from = inputs.of_run(config)
+    for note in notes:
+        print_warning(note)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
     before, wer_dense, dense_seconds, dense_cached = evaluate_dense(config, speech, evaluation, dense, console)
     if wer_dense > USELESS:
@@ -103,7 +105,7 @@ def _run(
     stages = plan_stages(config, len(training))
     for warning in too_short(config.training, stages, len(training)):
         print_warning(warning)
-    state = State(_run_identity(made_from, dense, evaluation, calibration, training))
+    state = State(_run_identity(made_from, dense, evaluation, calibration, training), overlap=overlap)
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
@@ -232,6 +234,7 @@ def _finish(
         else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},
         "stages": state.stages,
         "n_utterances": len(evaluation),
+        "evaluation_overlap": state.overlap,
         "seconds": seconds,
         "cached": list(state.cached),
         **about,
@@ -251,16 +254,27 @@ def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
-    """Give the evaluation, calibration and training set; the last two are empty where they are not used."""
-    evaluation = evaluation_set(config.data)
-    ours = config.method.name == OURS
-    calibration = calibration_set(config.data, config.calibration.utterances, config.seed) if ours else []
+def _utterances(
+    config: Config, speech: SpeechModel
+) -> tuple[list[Utterance], list[Utterance], list[Utterance], int, list[str]]:
+    """Give the evaluation, calibration and training set; the last two are empty where they are not used.
+
+    With them go the number of evaluation utterances that are in one of the other sets, and sentences for the user.
+    """
+    data, ours = config.data, config.method.name == OURS
+    evaluation = evaluation_set(data)
+    calibration = calibration_set(data, config.calibration.utterances, config.seed) if ours else []
     learns = config.finetune_strategy.name != "none" or not ours
-    training = training_set(config.data, config.training.seed) if learns else []
-    for utterances in (evaluation, calibration, training):
-        check_transcripts(utterances, speech.processor)
-    return evaluation, calibration, training
+    training = training_set(data, config.training.seed) if learns else []
+    overlap, notes = find_overlap(data, evaluation, {"calibration": calibration, "training": training})
+    sets = {"evaluation_subset": evaluation, "calibration_subset": calibration, "training_subset": training}
+    notes += left_out(data, [key for key, utterances in sets.items() if utterances])
+    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
+    for utterances in sets.values():
+        check_labels(utterances, speech.processor)
+        check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
+    check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
+    return evaluation, calibration, training, overlap, notes
 
 
 def _prune(
@@ -442,7 +456,7 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 | pruned to | {path} |
 | parameters | {nonzero:,} of {total:,} are not zero |
 | calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
-
+{compress.overlap_row(state)}
 `AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model. The word error rates
 are in the run's `metrics.json`, beside this folder.
 """

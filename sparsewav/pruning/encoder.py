@@ -220,7 +220,7 @@ def pieces_of(batch: Any) -> dict[str, Tensor]:
     return pieces
 
 
-def model_batches(model: PreTrainedModel, batch: Any) -> Iterator[dict[str, Tensor]]:
+def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[dict[str, Tensor]]:
     """Put a batch on the model's device, in the form that the model takes.
 
     If the model must not see padding, a padded batch is split into single utterances.
@@ -228,6 +228,7 @@ def model_batches(model: PreTrainedModel, batch: Any) -> Iterator[dict[str, Tens
     Args:
         model: A CTC model.
         batch: As :func:`pieces_of` reads it; ``attention_mask`` and ``labels`` may be missing.
+        number: The place of the batch among the calibration batches, for messages.
 
     Yields:
         Batches that always have an ``attention_mask``.
@@ -238,17 +239,26 @@ def model_batches(model: PreTrainedModel, batch: Any) -> Iterator[dict[str, Tens
     """
     pieces = {key: value.clone() if value.is_inference() else value for key, value in pieces_of(batch).items()}
     values = pieces["input_values"].to(model.device, model.dtype)
-    if not values.isfinite().all():
-        raise UserError("a calibration batch holds samples that are NaN or infinite; repair or remove that audio")
+    called = f"of calibration batch {number}"
+    broken = ~values.isfinite().all(1)
+    if broken.any():
+        raise UserError(
+            f"row {int(broken.nonzero()[0])} {called} holds samples that are NaN or infinite; repair or remove "
+            "that audio"
+        )
     mask = pieces.get("attention_mask")
     mask = torch.ones_like(values, dtype=torch.long) if mask is None else mask.to(model.device, torch.long)
-    if frame_counts(model, mask).min() < 1:
-        raise UserError("a calibration batch holds an utterance that is too short for a single frame; remove it")
+    short = frame_counts(model, mask) < 1
+    if short.any():
+        raise UserError(
+            f"row {int(short.nonzero()[0])} {called} is too short for a single frame; remove that utterance"
+        )
     labels = {"labels": pieces["labels"].to(model.device)} if "labels" in pieces else {}
     if labels and labels["labels"].max() >= model.config.vocab_size:
         raise UserError(
-            f"a calibration batch has the label {int(labels['labels'].max())}, and the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1}; take the tokenizer that the model was trained with"
+            f"row {int(labels['labels'].max(1).values.argmax())} {called} has the label {int(labels['labels'].max())}, "
+            f"and the model's vocabulary ends at {model.config.vocab_size - 1}; take the tokenizer that the model was "
+            "trained with"
         )
     if takes_padding(model) or bool(mask.all()):
         yield {"input_values": values, "attention_mask": mask, **labels}

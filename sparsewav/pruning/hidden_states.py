@@ -72,7 +72,7 @@ def calibration_parts(
         set, in which every batch has an equal share.
     """
     for index, batch in distributed.share(batches):
-        parts = list(model_batches(model, batch))
+        parts = list(model_batches(model, batch, index))
         frames = [int(frame_counts(model, part["attention_mask"]).sum()) for part in parts]
         for number, (part, count) in enumerate(zip(parts, frames, strict=True)):
             yield 1000 * index + number, part, count / sum(frames) / len(batches)

@@ -34,8 +34,13 @@ class Data(Settings):
     evaluation_subset: str = option(MISSING, "what the word error rate is measured on")
     training_subset: str = option(MISSING, "what fine-tuning and sparsewav-train learn from")
     development_subset: str = option(MISSING, "what sparsewav-train logs its word error rate on", identifies=False)
-    evaluation_utterances: int | None = option(None, "the first so many of the evaluation subset; null: all", least=1)
+    evaluation_utterances: int | None = option(
+        None, "a random sample of the evaluation subset, the same for every run and seed; null: all", least=1
+    )
     training_utterances: int | None = option(None, "a random sample of the training subset; null: all", least=1)
+    allow_overlap: bool = option(
+        False, "let evaluation utterances be in the calibration or training set; every result then says so"
+    )
 
 
 @dataclass

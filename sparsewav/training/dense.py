@@ -23,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from sparsewav.data.batches import check_transcripts
-from sparsewav.data.sets import evaluation_set, training_set, whole_subset
+from sparsewav.data.batches import check_labels, check_lengths
+from sparsewav.data.sets import evaluation_set, find_overlap, left_out, training_set, whole_subset
 from sparsewav.errors import UserError
 from sparsewav.files import make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
@@ -91,13 +91,19 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
     learning = training_set(config.data, config.training.seed)
-    development = whole_subset(config.data, config.data.development_subset)
+    development = whole_subset(config.data, "development_subset")
     evaluation = evaluation_set(config.data)
     processor = english_processor(checkpoints)
     for utterances in (learning, development, evaluation):
-        check_transcripts(utterances, processor)
+        check_labels(utterances, processor)
+    overlap, notes = {}, left_out(config.data, ["training_subset", "development_subset", "evaluation_subset"])
+    for name, utterances in (("development", development), ("evaluation", evaluation)):
+        overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
+        notes += found
     set_seed(config.training.seed)
     model: Any = _initial_model(config, processor, console)
+    for utterances in (learning, development, evaluation):
+        check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
     # Beside a group norm in the front end no program may use a mask; the saved settings say so.
     processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
@@ -108,7 +114,7 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
-    warnings = too_short(config.training, [Stage(0.0, updates)], len(learning))
+    warnings = [*notes, *too_short(config.training, [Stage(0.0, updates)], len(learning))]
     for warning in warnings if first else []:
         print_warning(warning)
     started = time.perf_counter()
@@ -139,6 +145,7 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     record = {
         "wer": wer,
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
+        "training_overlap": overlap,
         "initial_model": config.initial_model,
         "parameters": parameters,
         "prunable": prunable,

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
+import numpy as np
 import pandas
 import pytest
+import soundfile
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
@@ -487,7 +489,7 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
         (["objective=asymmetric"], r"choose calibration\.propagation=true_sequential \(or sequential\) with it"),
         (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
-        (["data.evaluation_subset=tset"], r"no subset 'tset'; it holds test, train"),
+        (["data.evaluation_subset=tset"], r"data\.evaluation_subset=tset is not in .*; it holds test, train"),
         (["device=cuda:99"], r"device=cuda:99 is not there"),
         (["calibration.utterances=500"], r"calibration\.utterances=500 asks for more than the 12"),
         (["output_root=/dev/null/outputs"], r"cannot write /dev/null/outputs"),
@@ -495,6 +497,33 @@ def _kill_after_solve(small: list[str], tmp_path: Path, environment: dict[str, s
 )
 def test_mistakes_get_one_sentence(run_sparsewav: Run, small: list[str], arguments: list[str], message: str) -> None:
     _assert_one_sentence(run_sparsewav(*small, *arguments), message)
+
+
+@pytest.mark.parametrize(
+    "method", [["allocation=uniform"], ["method=magnitude", "data.training_subset=test", "training.epochs=1"]]
+)
+def test_evaluation_utterances_that_were_learned_are_refused_or_shown(
+    run_sparsewav: Run, small: list[str], method: list[str], tmp_path: Path
+) -> None:
+    """By the terminal, the metrics, the summary and the model's card; and audio without a transcript in a line."""
+    corpus = shutil.copytree(small[2].partition("=")[2], tmp_path / "corpus")
+    soundfile.write(corpus / "test/100/7/more.wav", np.zeros(8000), 16_000)
+    arguments = [*small, *method, f"data.root={corpus}", "data.calibration_subset=test", "calibration.utterances=4"]
+    seen, kind = (6, "training") if "data.training_subset=test" in method else (4, "calibration")
+    _assert_one_sentence(
+        run_sparsewav(*arguments),
+        rf"{seen} of 6 evaluation utterances are in the {kind} set, .* allow it with data\.allow_overlap=true",
+    )
+    result = run_sparsewav(*arguments, "data.allow_overlap=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{seen} of its utterances are in the calibration or training set, too" in result.stdout
+    assert result.stdout.count("! audio without a transcript in test is left out: 1 files") == 1
+    metrics = json.loads((_folder(tmp_path) / "metrics.json").read_text())
+    assert metrics["evaluation_overlap"] == seen
+    assert [note for note in metrics["warnings"] if "data.allow_overlap=true" in note or "more.wav" in note]
+    card = (_folder(tmp_path) / "model/README.md").read_text()
+    assert f"| evaluation utterances that the model was made from, too | {seen} |\n" in card
+    assert "evaluated on seen" in run_sparsewav("outputs", command="sparsewav-summary").stdout
 
 
 def test_missing_values_and_broken_files_get_one_sentence(
@@ -668,7 +697,7 @@ def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
-    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    tracker = ["tracker=wandb", "tracker.mode=offline", "data.evaluation_utterances=6"]
     result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
     assert result.returncode == 0, result.stdout + result.stderr
     folder = _folder(tmp_path)

@@ -1,6 +1,9 @@
 """Utterances, their audio and their batches."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,17 +18,24 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsewav.data import demo
-from sparsewav.data.batches import SpeechBatches, check_transcripts, collate, plan_batches
+from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths, collate, plan_batches
 from sparsewav.data.demo import TEST_VOICES, TRAINING_VOICES
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.data.sentences import draw_sentence, vocabulary
-from sparsewav.data.sets import calibration_set, evaluation_set
+from sparsewav.data.sets import (
+    calibration_set,
+    evaluation_set,
+    find_overlap,
+    left_out,
+    training_set,
+    whole_subset,
+)
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio, sample_utterances
 from sparsewav.errors import UserError
 from sparsewav.inference.wer import transcribe
 from sparsewav.models.load import load_processor, load_speech_model
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.run import LibriSpeechHub
+from sparsewav.settings.run import DemoData, LibriSpeechFolder, LibriSpeechHub
 
 REAL_SPEECH = Path(os.environ.get("SPARSEWAV_REAL_SPEECH", "/nowhere"))
 """A folder with real recordings in LibriSpeech's layout, for whoever has one: ``<corpus>/<subset>/``."""
@@ -58,6 +68,118 @@ def test_contents_of_a_file_are_read_as_the_file(corpus: Path) -> None:
     np.testing.assert_array_equal(
         read_audio(utterance), read_audio(Utterance(utterance.id, utterance.text, utterance.audio.read_bytes()))
     )
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".WAV"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.replace(" ", "\t").encode(),
+        lambda text: text.replace(" ", "\xa0 \t").encode(),
+        lambda text: text.replace(" ", "\u2028").encode(),
+        lambda text: text.replace(" ", " \x0b\x0c\x85 ").encode(),
+        lambda text: text.replace("\n", "  \r\n\r\n").lower().encode(),
+    ],
+    ids=["byte-order mark", "tabs", "no-break spaces", "line separators", "control characters", "CRLF"],
+)
+def test_any_white_space_is_a_space_and_any_utf_8_is_read(
+    own_corpus: Path, write: Callable[[str], bytes], suffix: str
+) -> None:
+    expected = [(u.id, u.text) for u in read_librispeech_folder(own_corpus, "test")]
+    for path in (own_corpus / "test").rglob("*.trans.txt"):
+        path.write_bytes(write(path.read_text()))
+    for path in (own_corpus / "test").rglob("*.flac"):
+        path.rename(path.with_suffix(suffix))
+    assert [(u.id, u.text) for u in read_librispeech_folder(own_corpus, "test")] == expected
+
+
+def test_names_that_occur_twice_are_told_apart(own_corpus: Path) -> None:
+    """The same names under two speakers: every utterance keeps its own audio and text, and gets an id of its own."""
+    before = {(u.contents(), u.text) for u in read_librispeech_folder(own_corpus, "test")}
+    for speaker in ("100", "101"):
+        folder = own_corpus / "test" / speaker / "7"
+        transcript = folder / f"{speaker}-7.trans.txt"
+        for number, path in enumerate(sorted(folder.glob("*.flac"))):
+            transcript.write_text(transcript.read_text().replace(path.stem, f"{number:04}"))
+            path.rename(folder / f"{number:04}.flac")
+    utterances = read_librispeech_folder(own_corpus, "test")
+    assert [u.id for u in utterances] == [f"{speaker}/7/{number:04}" for speaker in (100, 101) for number in range(3)]
+    assert {(u.contents(), u.text) for u in utterances} == before
+
+
+def _without_length(path: Path, kind: str) -> Path:
+    """Write a second of a file as a pipe writes it, which cannot go back and correct the header."""
+    samples = np.random.default_rng(0).integers(-9999, 9999, 16_000, dtype=np.int16)
+    soundfile.write(path, samples, 16_000)
+    content = bytearray(path.read_bytes())
+    if kind == "flac":
+        content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    elif kind != "whole":
+        size = {"wav-0": 0, "wav-max": 0xFFFFFFFF}[kind].to_bytes(4, "little")
+        data = content.index(b"data")
+        content[4:8] = content[data + 4 : data + 8] = size
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["flac", "wav-0", "wav-max"])
+def test_audio_without_a_length_is_read_to_its_end(tmp_path: Path, kind: str) -> None:
+    utterance = Utterance("a", "TEN", _without_length(tmp_path / f"a.{kind[:4].rstrip('-')}", kind))
+    whole = Utterance("b", "TEN", _without_length(tmp_path / "whole.wav", "whole"))
+    assert audio_seconds(utterance) == 1
+    np.testing.assert_array_equal(read_audio(utterance), read_audio(whole))
+    np.testing.assert_array_equal(read_audio(replace(utterance, audio=utterance.contents())), read_audio(whole))
+    assert plan_batches([utterance, whole], 2, padding=True) == [[0, 1]]
+
+
+def test_the_evaluation_sample_is_of_the_whole_subset_and_always_the_same(corpus: Path) -> None:
+    data = LibriSpeechFolder(root=str(corpus), evaluation_subset="train", evaluation_utterances=6)
+    drawn, everyone = evaluation_set(data), read_librispeech_folder(corpus, "train")
+    assert drawn == evaluation_set(data)
+    assert [u for u in everyone if u in drawn] == drawn, "in the order of the subset"
+    assert {u.id[:3] for u in drawn} == {"100", "101"}, "the first 6 are of one speaker"
+    with pytest.raises(UserError, match=r"data\.evaluation_utterances=13 asks for more than the 12"):
+        evaluation_set(replace(data, evaluation_utterances=13))
+
+
+def test_a_missing_subset_is_named_with_its_key(corpus: Path) -> None:
+    data = LibriSpeechFolder(root=str(corpus), training_subset="trian", development_subset="dve")
+    with pytest.raises(UserError, match=r"data\.training_subset=trian is not in .*; it holds test, train"):
+        training_set(data, 0)
+    with pytest.raises(UserError, match=r"data\.development_subset=dve is not in"):
+        whole_subset(data, "development_subset")
+    with pytest.raises(UserError, match=r"data\.evaluation_subset=tset is not in the demo corpus; it has train"):
+        evaluation_set(DemoData(evaluation_subset="tset"))
+    with pytest.raises(UserError, match=r"data\.evaluation_subset=clean of data=librispeech must be"):
+        evaluation_set(LibriSpeechHub(evaluation_subset="clean"))
+
+
+def test_audio_without_a_transcript_is_mentioned(own_corpus: Path) -> None:
+    data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", calibration_subset="train")
+    assert not left_out(data, ["evaluation_subset", "calibration_subset"])
+    next((own_corpus / "test").rglob("101*.trans.txt")).unlink()
+    (note,) = left_out(data, ["evaluation_subset", "calibration_subset"])
+    assert re.match(r"audio without a transcript in test is left out: 3 files, e\.g\. .*101-7-0001\.flac", note)
+
+
+def test_evaluation_utterances_in_another_set_are_found_by_their_content(own_corpus: Path) -> None:
+    """Also under another name, and as the contents of a file; not where the length alone is equal."""
+    test, train = (read_librispeech_folder(own_corpus, name) for name in ("test", "train"))
+    data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", training_subset="train")
+    assert find_overlap(data, test, {"training": train}) == (0, [])
+    copy = shutil.copy(str(test[4].audio), own_corpus / "other.flac")
+    copies = [*train, Utterance("x", "SEA", Path(copy)), Utterance("y", "SEA", test[1].contents())]
+    with pytest.raises(
+        UserError,
+        match=rf"2 of 6 evaluation utterances are in the training set, e\.g\. .*{test[1].id}\.flac: .*"
+        r"data\.training_subset=train, or allow it with data\.allow_overlap=true",
+    ):
+        find_overlap(data, test, {"training": copies})
+    data.allow_overlap = True
+    count, notes = find_overlap(data, test, {"training": copies, "calibration": test[4:]})
+    assert count == 3
+    assert [note[:34] for note in notes] == ["2 of 6 evaluation utterances are i"] * 2
 
 
 def test_calibration_sample_is_seeded_and_without_replacement(corpus: Path) -> None:
@@ -122,6 +244,8 @@ def test_batched_transcripts_equal_single_ones(
     hypotheses = transcribe(model, processor, utterances, seconds_per_batch=60)
     assert len(set(hypotheses)) > 3, "the model has to say different things for this test to see a leak"
     assert hypotheses == transcribe(model, processor, utterances, seconds_per_batch=0.1)
+    nameless = [replace(utterance, id="x") for utterance in utterances]
+    assert hypotheses == transcribe(model, processor, nameless, seconds_per_batch=1)
 
 
 def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,11 +320,56 @@ def test_demo_sentences_are_split_and_varied() -> None:
 
 def test_transcripts_that_cannot_be_written_are_refused(model_folder: Path) -> None:
     processor = load_processor(str(model_folder))
-    check_transcripts([Utterance("a", "IT'S FINE", b"")], processor)
-    with pytest.raises(UserError, match=r"utterance b .*: 1 É"):
-        check_transcripts([Utterance("b", "CAFÉ 1", b"")], processor)
-    with pytest.raises(UserError, match="utterance c has an empty transcript"):
-        check_transcripts([Utterance("c", " ", b"")], processor)
+    check_labels([Utterance("a", "IT'S  FINE", b"")], processor)
+    with pytest.raises(UserError, match=r"utterance b \(b\) .*: 1 É;"):
+        check_labels([Utterance("a", "FINE", b""), Utterance("b", "FINE 1CAFÉ", b"")], processor)
+    with pytest.raises(UserError, match=r"utterance b .*: U\+200B;"):
+        check_labels([Utterance("b", "A\u200bB", b"")], processor)
+    with pytest.raises(UserError, match=r"utterance c \(c\.wav\) has an empty transcript"):
+        check_labels([Utterance("c", " ", Path("c.wav"))], processor)
+
+
+def test_labels_that_are_not_the_transcript_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    """Although every character is in the vocabulary: ``do_lower_case`` makes capitals of letters, whatever it holds."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tokens = json.loads((folder / "vocab.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
+    check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))  # its vocabulary has capitals
+    (folder / "vocab.json").write_text(json.dumps({token.lower(): index for token, index in tokens.items()}))
+    with pytest.raises(
+        UserError, match=r"turns sea in the transcript of utterance a .*do_lower_case in tokenizer_config"
+    ):
+        check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
+    # A letter as the blank: the loss takes it for silence.
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "s"}))
+    with pytest.raises(UserError, match=r"labels of sea .* read 'EA'"):
+        check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
+
+
+def test_utterances_too_short_for_their_transcript_are_refused(
+    tiny_model: Callable[..., PreTrainedModel], model_folder: Path, tmp_path: Path
+) -> None:
+    """TEN and TEEN take 3 and 5 frames: CTC needs a blank between equal letters (160 samples are a frame)."""
+    model = tiny_model("wav2vec2", vocab_size=32, conv_kernel=(20, 8), conv_stride=(20, 8))
+    processor = load_processor(str(model_folder))
+
+    def utterance(text: str, frames: int) -> Utterance:
+        path = tmp_path / f"{text}-{frames}.wav"
+        soundfile.write(path, np.zeros(160 * frames), 16_000)
+        return Utterance(text, text, path)
+
+    fitting = [utterance("TEN", 3), utterance("TEEN", 5)]
+    check_lengths(fitting, model, processor, labels=True)
+    short = utterance("TEEN", 4)
+    with pytest.raises(
+        UserError, match=r"utterance TEEN \(.*TEEN-4\.wav\) .* 4 frames, and its transcript needs 5.*\(1 m"
+    ):
+        check_lengths([*fitting, short, utterance("A B", 2)], model, processor, labels=True)
+    check_lengths([short], model, processor, labels=False)
+    soundfile.write(tmp_path / "click.wav", np.zeros(159), 16_000)
+    with pytest.raises(UserError, match="0 frames, and the model needs 1"):
+        check_lengths([Utterance("click", "A", tmp_path / "click.wav")], model, processor, labels=False)
 
 
 def _break(corpus: Path, fault: str) -> None:
@@ -213,6 +382,27 @@ def _break(corpus: Path, fault: str) -> None:
     elif fault == "nan":
         audio.unlink()
         soundfile.write(audio.with_suffix(".wav"), np.full(8000, np.nan), 16_000, subtype="FLOAT")
+    elif fault == "empty":
+        audio.unlink()
+        soundfile.write(audio.with_suffix(".wav"), np.zeros(0), 16_000)
+    elif fault == "truncated WAV":  # libsndfile reads what there is and says nothing
+        audio.unlink()
+        soundfile.write(audio.with_suffix(".WAV"), np.zeros(8000), 16_000)
+        audio.with_suffix(".WAV").write_bytes(audio.with_suffix(".WAV").read_bytes()[:9000])
+    elif fault == "two recordings":  # libsndfile ends with the first
+        audio.write_bytes(2 * audio.read_bytes())
+    elif fault == "two files":
+        shutil.copy(audio, audio.with_suffix(".FLAC"))
+    elif fault == "same line twice":
+        transcript.write_text(transcript.read_text() + transcript.read_text().splitlines()[1])
+    elif fault == "two transcripts":
+        shutil.copy(transcript, transcript.with_name("other.trans.txt"))
+    elif fault == "UTF-16":
+        transcript.write_text(transcript.read_text(), encoding="utf-16")
+    elif fault == "Latin-1":
+        transcript.write_text(transcript.read_text() + f"{audio.stem} É\n", encoding="latin-1")
+    elif fault == "carriage returns":
+        transcript.write_bytes(transcript.read_bytes().replace(b"\n", b"\r"))
     elif fault == "empty transcript":
         transcript.write_text(f"{audio.stem} \n")
     elif fault == "no audio":
@@ -228,6 +418,15 @@ def _break(corpus: Path, fault: str) -> None:
         ("truncated", r"\.flac is (truncated|damaged)"),
         ("not audio", r"\.flac is not readable audio"),
         ("nan", r"\.wav holds samples that are NaN"),
+        ("empty", r"\.wav holds no samples"),
+        ("truncated WAV", r"\.WAV is truncated: 8956 of 16000 bytes"),
+        ("two recordings", r"\.flac is 2 recordings one after the other"),
+        ("two files", r"100-7\.trans\.txt, line 1: there are .*\.FLAC and .*\.flac; keep one"),
+        ("same line twice", r"line 4: .*\.flac has a transcript already, in .*100-7\.trans\.txt, line 2"),
+        ("two transcripts", r"other\.trans\.txt, line 1: .*\.flac has a transcript already, in .*100-7\.trans"),
+        ("UTF-16", r"100-7\.trans\.txt, line 1: the file is UTF-16"),
+        ("Latin-1", r"100-7\.trans\.txt, line 4: byte 0xc9 is not UTF-8"),
+        ("carriage returns", r"100-7\.trans\.txt, line 1: there is a carriage return within"),
         ("empty transcript", r"100-7\.trans\.txt, line 1: .* empty transcript"),
         ("no audio", r"there is no audio file .*\.flac"),
         ("no transcripts", r"has no transcripts"),
@@ -253,7 +452,7 @@ def test_real_recordings_are_read_without_a_warning(model_folder: Path) -> None:
     for subset in subsets:
         utterances = read_librispeech_folder(subset.parent, subset.name)
         assert len(utterances) == len(list(subset.rglob("*.flac")))
-        check_transcripts(utterances, processor)
+        check_labels(utterances, processor)
         for utterance in utterances:
             assert len(read_audio(utterance)) == round(audio_seconds(utterance) * 16_000)
 

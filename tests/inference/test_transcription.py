@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from sparsewav.data.sets import evaluation_set
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
+from sparsewav.inference import transcription
 from sparsewav.inference.transcription import (
     Transcript,
     Word,
@@ -104,8 +107,7 @@ def test_chunks_read_what_the_whole_recording_reads(demo: SpeechModel, utterance
 def test_one_chunk_is_the_evaluation(demo: SpeechModel, utterances: list[Utterance]) -> None:
     """A short recording reads as the evaluation reads it."""
     expected = transcribe(demo.model, demo.processor, utterances[:3])
-    for utterance in utterances[:3]:
-        assert transcribe_recording(demo, utterance).text == expected[utterance.id]
+    assert [transcribe_recording(demo, utterance).text for utterance in utterances[:3]] == expected
 
 
 def test_words_are_where_they_are_said(demo: SpeechModel, utterances: list[Utterance], tmp_path: Path) -> None:
@@ -135,6 +137,98 @@ def test_refusals(demo: SpeechModel, utterances: list[Utterance], tmp_path: Path
         transcribe_recording(demo, Utterance("click", "", tmp_path / "click.wav"))
     with pytest.raises(UserError, match="below half a chunk"):
         transcribe_recording(demo, utterances[0], chunk_seconds=4, overlap_seconds=2)
+    whole = transcribe_recording(demo, utterances[0])
+    assert transcribe_recording(demo, utterances[0], chunk_seconds=1e308, overlap_seconds=1e307) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chunk", "inf"], "a chunk of inf seconds has no meaning"),
+        (["--chunk", "nan"], "a chunk of nan seconds has no meaning"),
+        (["--chunk", "0"], "a chunk of 0 seconds has no meaning"),
+        (["--chunk", "-1"], "a chunk of -1 seconds has no meaning"),
+        (["--overlap", "nan"], "an overlap of nan seconds must be"),
+        (["--device", "gpu"], "--device=gpu is not known; choose auto, cpu, cuda or cuda:1"),
+        (["./talk.wav", "--output", "t"], r"talk.wav and ./talk.wav would be written to one file"),
+        (["TALK.WAV", "--output", "t"], r"talk.wav and TALK.WAV would be written to one file"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(
+    run_sparsewav: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    """In one sentence, although the audio does not exist."""
+    done = run_sparsewav("talk.wav", *arguments, command="sparsewav-transcribe")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_file_gets_its_own_transcript(
+    run_sparsewav: Callable[..., Any], utterances: list[Utterance], tmp_path: Path
+) -> None:
+    """Whatever the folders and suffixes are; and what is wrong with one file does not stop the others."""
+    for name, utterance in zip(("a/talk.wav", "b/talk.wav", "b/talk.flac", "pause.wav"), utterances, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, read_audio(utterance), 16_000)
+    (tmp_path / "folder.wav").mkdir()
+    names = ["folder.wav", "a/talk.wav", "b/talk.wav", "missing.wav", "b/talk.flac", "/dev/zero", "pause.wav"]
+    done = run_sparsewav(*names, "--output", "t", command="sparsewav-transcribe")
+    assert done.returncode == 1
+    assert "error: folder.wav is neither a file nor a pipe" in done.stderr
+    assert "error: missing.wav does not exist" in done.stderr
+    assert "error: /dev/zero is neither a file nor a pipe" in done.stderr
+    assert "Traceback" not in done.stderr
+    written = {str(path.relative_to(tmp_path / "t")): path.read_text() for path in (tmp_path / "t").rglob("*.txt")}
+    assert set(written) == {"a/talk.txt", "b/talk.txt", "talk.flac.txt", "pause.txt"}
+    assert len(set(written.values())) == 4
+    assert written["b/talk.txt"].startswith("b/talk.wav: ")
+
+
+def test_an_error_that_nobody_expected_does_not_stop_the_other_files(
+    run_sparsewav: Callable[..., Any], utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = transcription.read_audio
+
+    def read_or_fail(utterance: Utterance, rate: int) -> Any:
+        if utterance.id == str(utterances[0].audio):
+            raise MemoryError("cannot allocate")
+        return read(utterance, rate)
+
+    monkeypatch.setattr(transcription, "read_audio", read_or_fail)
+    done = run_sparsewav(*(str(item.audio) for item in utterances[:2]), command="sparsewav-transcribe")
+    assert done.returncode == 1
+    assert f"error: {utterances[0].audio}: MemoryError: cannot allocate\n" in done.stderr
+    assert done.stdout.startswith(f"{utterances[1].audio}: ")
+
+
+def _write(output: Path | int, content: bytes) -> None:
+    with open(output, "wb") as file:
+        file.write(content)
+
+
+def test_audio_from_a_pipe(
+    demo: SpeechModel, utterances: list[Utterance], run_sparsewav: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A FLAC without a length through the standard input, and a named pipe, which can be read once."""
+    expected = transcribe_recording(demo, utterances[0]).text
+    content = bytearray(utterances[0].contents())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    os.mkfifo(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    for output in (tmp_path / "pipe", writing):
+        threading.Thread(target=_write, args=(output, bytes(content)), daemon=True).start()
+    ours = os.dup(0)
+    try:
+        os.dup2(reading, 0)
+        done = run_sparsewav("-", "pipe", command="sparsewav-transcribe")
+    finally:
+        os.dup2(ours, 0)
+        os.close(ours)
+        os.close(reading)
+    assert done.stdout == f"-: {expected}\npipe: {expected}\n", done.stderr
+    assert done.returncode == 0
 
 
 def test_command(run_sparsewav: Callable[..., Any], talk: Path, tmp_path: Path) -> None:

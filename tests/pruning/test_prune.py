@@ -335,16 +335,20 @@ def without_labels(batch: Batch) -> Batch:
 
 def with_nan(batch: Batch) -> Batch:
     values = batch["input_values"].clone()
-    values[0, 5] = float("nan")
+    values[1, 5] = float("nan")
     return batch | {"input_values": values}
 
 
 def too_short(batch: Batch) -> Batch:
-    return batch | {"input_values": batch["input_values"][:, :9], "attention_mask": batch["attention_mask"][:, :9]}
+    mask = batch["attention_mask"].clone()
+    mask[1, 9:] = 0
+    return batch | {"attention_mask": mask}
 
 
 def outside_the_vocabulary(batch: Batch) -> Batch:
-    return batch | {"labels": batch["labels"].clone().fill_(50)}
+    labels = batch["labels"].clone()
+    labels[1, 0] = 50
+    return batch | {"labels": labels}
 
 
 @pytest.mark.parametrize(
@@ -361,6 +365,7 @@ def outside_the_vocabulary(batch: Batch) -> Batch:
         ({}, outside_the_vocabulary),
         ({}, too_short),
         ({"allocation": "uniform"}, too_short),
+        ({"allocation": "error_curves"}, too_short),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -369,8 +374,9 @@ def test_what_cannot_be_done_is_refused(
     """A wrong argument or broken calibration data is a user's error, and the model is as it was."""
     model = tiny_model("wav2vec2").train()
     before = copy.deepcopy(model)
-    faulty = [batches[0], spoil(batches[1]) if spoil else batches[1]]
-    with pytest.raises(UserError):
+    faulty = [batches[1], spoil(batches[0]) if spoil else batches[0]]
+    place = "^row 1 of calibration batch 1 " if spoil in (with_nan, outside_the_vocabulary, too_short) else None
+    with pytest.raises(UserError, match=place):
         sparsewav.prune(model, faulty, **({"sparsity": 0.6} | options))
     assert same_bytes(model, before)
     assert model.training

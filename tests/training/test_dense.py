@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
+import soundfile
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -43,6 +45,31 @@ def arguments(corpus: Path) -> list[str]:
     training = ["training.epochs=20", "training.batch_size=4", "training.warmup_steps=2"]
     training += ["training.precision=float32", "training.checkpoint_updates=3"]
     return [*data, *subsets, *training, *ARCHITECTURE, "device=cpu"]
+
+
+@pytest.mark.parametrize("measured", ["development", "evaluation"])
+def test_measuring_on_the_training_set_is_refused_or_recorded(
+    run_sparsewav: Run, arguments: list[str], measured: str, tmp_path: Path
+) -> None:
+    arguments = [*arguments, f"data.{measured}_subset=train", "training.epochs=1", "output=model"]
+    result = run_sparsewav(*arguments, command="sparsewav-train")
+    assert result.returncode == 1
+    assert f"error: 12 of 12 {measured} utterances are in the training set, e.g. " in result.stdout
+    result = run_sparsewav(*arguments, "data.allow_overlap=true", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads((tmp_path / "model/training.json").read_text())
+    assert record["training_overlap"] == {"development": 0, "evaluation": 0} | {measured: 12}
+    assert len(record["warnings"]) == 1
+
+
+def test_an_utterance_without_enough_frames_is_refused_by_name(
+    run_sparsewav: Run, arguments: list[str], own_corpus: Path
+) -> None:
+    audio = next((own_corpus / "train").rglob("*.flac"))
+    soundfile.write(audio, np.zeros(1600), 16_000)
+    result = run_sparsewav(*arguments, f"data.root={own_corpus}", "output=model", command="sparsewav-train")
+    assert result.returncode == 1
+    assert f"utterance {audio.stem} ({audio}) is too short: its audio has 2 frames, and its tran" in result.stdout
 
 
 def test_training_leaves_a_model_that_can_be_pruned(

@@ -53,8 +53,8 @@ class OutputDivergence:
         self._front: nn.Module = base_of(model).feature_extractor
         self._parts = [
             {name: value for name, value in part.items() if name != "labels"}
-            for batch in batches
-            for part in model_batches(model, batch)
+            for number, batch in enumerate(batches)
+            for part in model_batches(model, batch, number)
         ]
         if not self._parts:
             raise UserError("the output divergence has no utterance to be measured on; give at least one")

@@ -97,7 +97,7 @@ def estimate_traces(
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
 
         def sample(index: int) -> tuple[int, list[list[float]]]:
-            parts = list(model_batches(model, sized[index]))
+            parts = list(model_batches(model, sized[index], index))
             utterances = sum(len(part["input_values"]) for part in parts)
             found = []
             for probe in range(probes):
