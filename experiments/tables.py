@@ -16,7 +16,8 @@ def write_table(
     table: pandas.DataFrame,
     notes: list[str],
     values: pandas.DataFrame,
-    in_paper: Sequence[str] = (),
+    in_paper: Sequence[str],
+    beside: Sequence[str] = (),
 ) -> Result:
     """Write ``<item>.csv``, ``<item>.md`` and ``<item>.tex``.
 
@@ -26,20 +27,22 @@ def write_table(
         table: Cells as they are to be printed; a missing one becomes a dash.
         notes: Sentences below the table.
         values: The rows of the CSV: every number in a column of its own, and the runs that it is from.
-        in_paper: The columns that the LaTeX table has, which must fit a page; all of them if none are named.
+        in_paper: The columns that the LaTeX table has, which must fit a page.
+        beside: Notes on the other columns.
 
     Returns:
         The printed table with its notes and files.
     """
+    everything = [*notes, *beside]
     printed = table.astype(object).where(table.notna(), "–")
     files = item.files(scale, "csv", "md", "tex")
     _, markdown, latex = files
     write_values(item, scale, values)
     with write_file(markdown) as path:
-        path.write_text(_markdown(item.title, printed, notes), encoding="utf-8")
+        path.write_text(_markdown(item.title, printed, everything), encoding="utf-8")
     with write_file(latex) as path:
-        path.write_text(latex_table(item.name, item.caption, printed[list(in_paper or table)], notes), encoding="utf-8")
-    return Result(notes, files, table)
+        path.write_text(latex_table(item.name, item.caption, printed[list(in_paper)], notes), encoding="utf-8")
+    return Result(everything, files, table)
 
 
 def write_values(item: Item, scale: Scale, values: pandas.DataFrame) -> None:

@@ -73,12 +73,14 @@ def make(item: Item, scale: Scale) -> Result:
         f"brackets the difference to the first row in points, and its interval. {describe_interval(edits)}",
         *(["† Not at the sparsity that the first row reaches."] if unequal.any() else []),
         "A dash: not run at this sparsity. Reached − asked: sparsity, in points.",
+        *_what_did_not_help(numbers[~unequal].dropna(subset=["high"])),
+    ]
+    beside = [
         "Layer error: mean over the matrices of ||WX − ŴX||² / ||WX||² on the calibration set.",
         "Evaluations: how often the allocation measured the output divergence of a pruned model.",
         "Seconds: calibration, allocation and solving, those of pieces out of the cache included.",
-        *_what_did_not_help(numbers[~unequal].dropna(subset=["high"])),
     ]
-    return write_table(item, scale, frame, notes, numbers, SHOWN_IN_PAPER)
+    return write_table(item, scale, frame, notes, numbers, SHOWN_IN_PAPER, beside)
 
 
 def _what_did_not_help(frame: pandas.DataFrame) -> list[str]:

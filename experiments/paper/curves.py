@@ -68,7 +68,8 @@ def point_notes(table: pandas.DataFrame) -> list[str]:
     if max(off.max(), -off.min()) < EQUAL:
         axis += ", which is the one that was asked for"
     else:
-        axis += f", {signed(100 * off.min(), 1)} to {signed(100 * off.max(), 1)} points from the one that was asked for"
+        span = " to ".join(dict.fromkeys((signed(100 * off.min(), 1), signed(100 * off.max(), 1))))
+        axis += f", {span} points from the one that was asked for"
     notes = [f"{axis}. Bands: one standard deviation over the seeds."]
     for strategy, points in table.groupby("finetune_strategy", sort=False):
         counts = sorted(set(points["seeds"]))

@@ -4,7 +4,7 @@ import math
 
 from experiments.paper.curves import increase, point_notes, write_points
 from experiments.plots import Curve, plot_curves
-from experiments.results import Item, Result, describe, percent, signed
+from experiments.results import EQUAL, Item, Result, describe, percent, signed
 from experiments.sweeps import Scale, Sweep, read
 
 ROLES = {"large_10m": "10m", "large_100h": "100h", "large_960h": "960h"}
@@ -44,6 +44,10 @@ def make(item: Item, scale: Scale) -> Result:
             for sparsity in sparsities
             if math.isclose(sparsity, EXAMPLE)
         )
-        + f". At one asked sparsity the models reach up to {100 * apart:.1f} points different ones.",
+        + (
+            "."
+            if apart < EQUAL
+            else f". At one asked sparsity the models reach sparsities up to {100 * apart:.1f} points apart."
+        ),
     ]
     return Result(notes, item.files(scale, "png", "pdf", "csv"))

@@ -62,7 +62,7 @@ def make(item: Item, scale: Scale) -> Result:
     same = compressed["updates"].nunique() == 1
     notes = [
         *describe(runs, scale),
-        "Params: those that are not zero; left: of the dense model's. Reached: zeros and weights that were cut, of the "
+        "Reached: zeros and weights that were cut, of the "
         "transformer's matrices; "
         + (
             "the same for all methods."
@@ -73,13 +73,16 @@ def make(item: Item, scale: Scale) -> Result:
         f"{'all' if same else 'NOT all'} with as many updates. WER: mean, with ± and standard "
         "deviation over the seeds where there are several; a seed draws the calibration sample, or the order of the "
         "compression. The tuning sees the same utterances in the same order.",
-        "Training: updates x utterances of the compression + the tuning. GMAC/s: multiply-accumulates for a second of "
-        "audio in an utterance of ten; in brackets without the zeros, which only hardware made for that leaves out.",
+        "Training: updates x utterances of the compression + the tuning.",
         baselines.note(runs),
         *_orderings(numbers),
         "A dash: not run here. Models and speech of the demo scale are not the paper's: compare within a column.",
     ]
-    return write_table(item, scale, frame, notes, numbers, SHOWN_IN_PAPER)
+    beside = [
+        "Params: those that are not zero; left: of the dense model's. GMAC/s: multiply-accumulates for a second of "
+        "audio in an utterance of ten; in brackets without the zeros, which only hardware made for that leaves out.",
+    ]
+    return write_table(item, scale, frame, notes, numbers, SHOWN_IN_PAPER, beside)
 
 
 def _strategies(runs: pandas.DataFrame, *, ours: bool) -> str:

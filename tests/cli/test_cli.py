@@ -494,9 +494,11 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     found = _read_wandb(tmp_path / "outputs")
     run = found["run"]
     assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
-    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= set(
-        run["tags"].split()
-    )
+    tags = set(run["tags"].split())
+    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= tags
+    # The model that was pruned, where the group's option is still the default one.
+    assert [tag for tag in tags if tag.startswith("model=")] == [f"model={metrics['model']}"]
+    assert metrics["model"] != "demo"
     assert "finetune_strategy=one_pass" in run["name"]
     assert run["id"] == folder.name.rpartition("-")[2]
     assert json.loads(found["config"]["allocation"])["alpha"] == 0.1

@@ -19,7 +19,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from wandb_workspaces.reports.v2 import Config, PanelGrid
+from wandb_workspaces.reports.v2 import Config, PanelGrid, SummaryMetric
 
 import sparsewav
 from experiments.__main__ import main, needed_by
@@ -241,7 +241,7 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     markdown = (tmp_path / "table1.md").read_text()
     verdicts = [line.rstrip("| ").rpartition("|")[2].strip() for line in markdown.splitlines() if line[:2] == "| "]
     assert verdicts[4:] == ["yes", "no", "yes", "not separated"]
-    assert "Its ordering holds in 2 of 4 steps, is reversed in 1, and is not separated from noise in 1." in markdown
+    assert "Its ordering holds in 2 of 4 steps, is reversed in 1, and is not separated from noise in 1," in markdown
     assert "in points: after tuning +3.00, after progressive tuning +2.67; both had the same number of" in markdown
     assert "samples that draw 3 seeds, 6 speakers and 30 utterances anew" in markdown
 
@@ -498,6 +498,7 @@ def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
     assert [len(grid.panels) for grid in grids] == [3, 3, 1]
     assert "'paper/ablation_one_shot', 'paper/ablation_finetune'" in str(grids[0].runsets[0].filters)
     assert grids[0].panels[0].groupby == Config("saliency.name")
+    assert grids[1].panels[0].x == SummaryMetric("achieved_sparsity")
 
 
 def test_dry_run_at_paper_scale_lists_every_job(
