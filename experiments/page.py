@@ -25,23 +25,26 @@ nav a { margin-right: .8rem; white-space: nowrap }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
-td { white-space: nowrap } td:last-child { white-space: normal; min-width: 7rem }
+td { white-space: nowrap } td.long { white-space: normal; min-width: 8rem }
 img { width: 100%; max-width: 46rem; height: auto; background: white }
 ul { color: var(--quiet); font-size: .88rem; padding-left: 1.2rem; overflow-wrap: anywhere }
-pre { background: var(--back); padding: .6rem; overflow-x: auto; font-size: .8rem }
+pre { background: var(--back); padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .8rem }
 @media (max-width: 48rem) { /* every row becomes a list of its cells: nothing is cut off, nothing has to be scrolled */
   thead { display: none }
   table, tbody, tr, td { display: block; min-width: 0 }
   tr { border: 1px solid var(--line); border-radius: .3rem; margin: .6rem 0; padding: .3rem .6rem }
-  td, td:first-child, td:last-child { display: flex; justify-content: space-between; gap: 1rem; min-width: 0;
+  td, td.long, td:first-child { display: flex; justify-content: space-between; gap: 1rem; min-width: 0;
     padding: .15rem 0; border: 0; text-align: right; white-space: normal; overflow-wrap: anywhere }
   td::before { content: attr(data-column); color: var(--quiet); text-align: left; overflow-wrap: normal }
   td:first-child { font-weight: 600; text-align: left }
   td:first-child::before { content: none }
   td.missing { display: none }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere }
 }
 """
+
+LONG = 24
+"""Letters of a cell that may be broken into lines."""
 
 
 def write_page(scale: Scale, results: list[tuple[Item, Result]]) -> Path:
@@ -116,8 +119,9 @@ def _table(table: pandas.DataFrame) -> str:
     for row in table.astype(object).where(table.notna(), "–").itertuples(index=False):
         rows += "<tr>"
         for column, cell in zip(columns, row, strict=True):
-            missing = ' class="missing"' if cell == "–" else ""
-            rows += f'<td data-column="{column}"{missing}>{escape(str(cell))}</td>'
+            kind = "missing" if cell == "–" else "long" if len(str(cell)) > LONG else ""
+            text = escape(str(cell)).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+            rows += f'<td data-column="{column}" class="{kind}">{text}</td>'
         rows += "</tr>\n"
     head = "".join(f"<th>{column}</th>" for column in columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table>"
