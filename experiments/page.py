@@ -98,18 +98,16 @@ def _folders(item: Item, scale: Scale) -> list[Path]:
 
 def _cost(item: Item, scale: Scale) -> str:
     """What the runs of an item cost, and what sharing their statistics saved."""
-    spent, saved, at_most, at_least = 0.0, 0.0, "", ""
+    spent, saved = 0.0, 0.0
     for folder in _folders(item, scale):
         metrics = json.loads((folder / run_folder.METRICS).read_text())
-        seconds = metrics["seconds"]
-        shared = sum(seconds[piece] for piece in metrics["cached"])
-        if shared and len(metrics["stages"]) > 1:  # its seconds are of all stages, of which the first alone was shared
-            shared, at_most, at_least = 0.0, "at most ", "at least "
+        seconds, cached = metrics["seconds"], metrics["seconds_cached"]
+        shared = sum(cached[piece] for piece in metrics["cached"])
         spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared
         saved += shared
     return (
-        f"Pruning and tuning took {at_most}{spent:,.0f} s; Hessians and sensitivities shared between runs saved "
-        f"{at_least}{saved:,.0f} s more."
+        f"Pruning and tuning took {spent:,.0f} s; Hessians and sensitivities shared between runs saved {saved:,.0f} s "
+        "more."
     )
 
 

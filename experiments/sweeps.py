@@ -235,7 +235,9 @@ def model_source(config: DictConfig) -> str:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read the metrics of a finished run; adds ``run``, its folder, and ``evaluation_set``, a hash of its utterances.
+    """Read the metrics of a finished run; adds ``run``, its folder, and what it read.
+
+    ``evaluation_set`` is a hash of the utterances, ``model_files`` are the hashes of the dense model's files.
 
     Raises:
         UserError: A file of the run is damaged, or lacks a key, or a figure is no finite number.
@@ -261,7 +263,9 @@ def read_run(folder: Path) -> dict[str, Any]:
         )
     texts = json.dumps([[row["id"], row["reference"]] for row in rows])
     evaluation_set = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
-    return metrics | {"run": str(folder), "evaluation_set": evaluation_set}
+    content = (metrics.get("inputs") or {}).get("content", {})
+    model_files = json.dumps({name: content[name] for name in sorted(content) if name.startswith("model/")})
+    return metrics | {"run": str(folder), "evaluation_set": evaluation_set, "model_files": model_files}
 
 
 def read_predictions(folder: Path) -> list[dict[str, str]]:
@@ -280,7 +284,11 @@ def read_predictions(folder: Path) -> list[dict[str, str]]:
     raise UserError(f"{path} is missing or damaged; delete {run_folder.METRICS} beside it, and launch the run again")
 
 
-MODEL_KEYS = {"model": "the model", "wer_dense": "the dense model's WER"}
+MODEL_KEYS = {
+    "model": "the model",
+    "model_files": "the content of the model's files",
+    "wer_dense": "the dense model's WER",
+}
 DATA_KEYS = {
     "n_utterances": "the number of evaluated utterances",
     "evaluation_set": "the evaluated utterances or their transcripts",
@@ -296,7 +304,7 @@ def check_comparable(runs: pandas.DataFrame, keys: dict[str, str]) -> None:
     """
     for key, what in keys.items():
         for _, other in runs[runs[key] != runs[key].iloc[0]].iloc[:1].iterrows():
-            shown = "" if key == "evaluation_set" else f" ({runs[key].iloc[0]} and {other[key]})"
+            shown = "" if key in ("evaluation_set", "model_files") else f" ({runs[key].iloc[0]} and {other[key]})"
             raise UserError(
                 f"two runs differ in {what}{shown} and are not compared: {runs['run'].iloc[0]} and {other['run']}; "
                 "make those of them again that are out of date (force=true), or keep them in another folder"

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
-from sparsewav.files import cache_folder, locked, write_folder
+from sparsewav.errors import UserError
+from sparsewav.files import cache_folder, damage, locked, write_checksums, write_folder
+from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Hessians
 
 
@@ -48,9 +51,9 @@ def code_files() -> list[Path]:
 def cached_folder(
     kind: str, identity: dict[str, Any], make: Callable[[Path], None], *, enabled: bool
 ) -> tuple[Path, bool]:
-    """Give the folder of a cached result, which is made if it does not exist.
+    """Give the folder of a cached result, which is made if it does not exist or is damaged.
 
-    Processes that need the same result wait for the first one to make it.
+    Processes that need the same result wait for the first one to make it. Every file is checked each time.
 
     Args:
         kind: Kind of the result, e.g. ``hessians``.
@@ -59,17 +62,35 @@ def cached_folder(
         enabled: Use an existing result; otherwise it is made again.
 
     Returns:
-        The folder, and whether it existed.
+        The folder, and whether it existed and was whole.
     """
     key = hashlib.blake2b(json.dumps([kind, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / kind / key
     with locked(folder.with_suffix(".lock")):
         if enabled and folder.is_dir():
-            return folder, True
+            damaged = damage(folder)
+            if damaged is None:
+                return folder, True
+            print_warning(f"{folder / damaged} is damaged; it is made again")
         with write_folder(folder) as temporary:
             make(temporary)
             (temporary / "identity.json").write_text(json.dumps(identity, indent=1, sort_keys=True))
+            write_checksums(temporary)
     return folder, False
+
+
+def check_finite(values: Mapping[str, Tensor | float], what: str) -> None:
+    """Refuse statistics with NaN or infinite numbers.
+
+    Raises:
+        UserError: It names the first matrix with one.
+    """
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise UserError(
+                f"{what} of {name} is not finite; look for NaN and infinite numbers in the model's weights and for "
+                "damaged calibration audio, then run again with cache=false"
+            )
 
 
 def save_hessians(hessians: Hessians, folder: Path) -> None:
@@ -82,8 +103,13 @@ def save_hessians(hessians: Hessians, folder: Path) -> None:
 
 
 def load_hessians(folder: Path, device: torch.device) -> Hessians:
-    """Read what :func:`save_hessians` wrote."""
+    """Read what :func:`save_hessians` wrote.
+
+    Raises:
+        UserError: One has a number that is not finite.
+    """
     record = json.loads((folder / "hessians.json").read_text())
     by_input = load_file(folder / "hessians.safetensors", device=str(device))
+    check_finite(by_input, f"the Hessian in {folder}")
     order = dict.fromkeys(record["reads"].values())
     return Hessians({name: by_input[name] for name in order}, record["reads"], record["frames"], record["sampled"])

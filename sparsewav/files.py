@@ -3,9 +3,12 @@
 What cannot be written (a full disk, a read-only folder) raises :class:`UserError`; see :func:`writing`.
 """
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 import time
@@ -14,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
@@ -82,10 +85,95 @@ def _known_hashes(folder: Path) -> dict[str, str]:
     return known
 
 
+CHECKSUMS = "checksums.json"
+"""Lies in a folder of the cache with a hash of every other file, by which damage is noticed."""
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Hash the bytes of every file in a folder; what is named in :data:`CHECKSUMS` has to match when it is read."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the hashes of all files of a folder into it."""
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
+
+
+def damage(folder: Path, expected: dict[str, str] | None = None, *, remember: bool = False) -> str | None:
+    """Say which file of a folder is missing or not as it was written; None if all are.
+
+    Args:
+        folder: A folder of the cache, or of a step of a run.
+        expected: What :func:`checksums` gave; by default it is read from the folder.
+        remember: Do not read a file again that was not changed since the last time; see :func:`content_hash`.
+    """
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")) if expected is None else expected
+        if not isinstance(expected, dict):
+            return CHECKSUMS
+        if remember:
+            present = {name: content_hash(folder / name) for name in expected if (folder / name).is_file()}
+        else:
+            present = checksums(folder)
+    except (OSError, ValueError):
+        return CHECKSUMS
+    return next((name for name, digest in expected.items() if present.get(name) != digest), None)
+
+
+def temporary_name(stem: str) -> str:
+    """Give the start of a name that says which process of which machine uses it: see :func:`remove_leftovers`."""
+    return f"{stem}{platform.node()}-{os.getpid()}-"
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Delete what killed processes left in folders, in the cache and in ``$TMPDIR``.
+
+    Temporary files and folders that name a process of this machine go when that process is gone. All others may be in
+    use on another machine that shares the folder, and go when they have not been changed for a day; so do locks that
+    are free.
+    """
+    cached = [cache_folder(), *cache_folder().glob("*/"), *cache_folder().glob("*/*/")]
+    temporary = [path for path in Path(tempfile.gettempdir()).glob("sparsewav-*") if path.is_dir()]
+    parts = [path for folder in (*folders, *cached) for path in folder.glob(".*.part")]
+    for path in temporary + parts:
+        with suppress(OSError):
+            if _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [path for folder in (*folders, *cached) for path in (*folder.glob("*.lock"), *folder.glob(".*.lock"))]:
+        with suppress(OSError, Timeout):
+            if time.time() - path.stat().st_mtime > _DAY:
+                with FileLock(path, timeout=0):
+                    path.unlink()
+
+
+_DAY = 24 * 3600.0
+
+
+def _is_abandoned(path: Path) -> bool:
+    named = re.search(r"[.-](?P<node>[^ ]+?)-(?P<pid>\d+)-\w*(\.part)?$", path.name)
+    if named is None or path.is_symlink() or path.stat().st_uid != os.getuid():
+        return False
+    if not named["node"].endswith(platform.node()):
+        return time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _DAY
+    try:
+        os.kill(int(named["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's process
+        pass
+    return False
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which is renamed to ``path`` if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{temporary_name(f'.{path.name}.')}.part")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +188,8 @@ def write_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill, which replaces the folder ``path`` if the block ends without an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        prefix = temporary_name(f".{path.name}.")
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=path.parent))
         try:
             yield temporary
             make_readable(temporary)
@@ -133,12 +222,46 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within the block, turn an error of the system that prevents writing ``path`` into one sentence."""
+    """Within the block, turn an error of the system that prevents writing ``path`` into one sentence.
+
+    An error that names a file elsewhere, such as a recording that cannot be read, stays what it is.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # safetensors wraps the message of the system: "Error while serializing: I/O error: No space left on device"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rpartition(": ")[2]
-        raise UserError(
-            f"cannot write {path}: {reason}; free some space, or choose another folder (output_root, $SPARSEWAV_CACHE)"
-        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        sentence = cannot_write(error, path)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def cannot_write(error: Exception, path: Path) -> str | None:
+    """Say in one sentence that a file cannot be written, if that is what an error means; otherwise None.
+
+    Args:
+        error: An error of the system, of safetensors or of ``torch.save``.
+        path: What was being written; an error that names a file on a full disk elsewhere is about that file.
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        here = named is not None and (named.is_relative_to(path.parent) or path.is_relative_to(named))
+        if error.errno not in _FULL and not here:
+            return None
+        path = path if here or named is None else named
+        reason = error.strerror or text
+    elif isinstance(error, SafetensorError) and "I/O error" in text:
+        reason = text.rpartition(": ")[2]  # "Error while serializing: I/O error: No space left on device"
+    elif isinstance(error, RuntimeError) and re.search(
+        r"inline_container|PytorchStreamWriter|iostream error", text
+    ):  # torch.save does not say why
+        reason = "it could not be written in full, as on a full disk"
+    else:
+        return None
+    return (
+        f"cannot write {path}: {reason}; free some space, or choose another folder (output_root, $SPARSEWAV_CACHE, "
+        "$TMPDIR)"
+    )

@@ -1,14 +1,22 @@
 """Results are kept between runs for as long as nothing that they depend on has changed."""
 
+import errno
 import os
+import platform
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsewav
 from sparsewav import cache
-from sparsewav.files import content_hash
+from sparsewav.errors import UserError
+from sparsewav.files import CHECKSUMS, cannot_write, content_hash, locked, remove_leftovers, write_folder
+from sparsewav.pruning import Hessians
 
 
 @pytest.mark.parametrize("place", ["new.py", "pruning/new.py", "a/folder/within/another/new.py", "kernel.cpp"])
@@ -51,3 +59,143 @@ def test_content_that_changed_is_noticed_whatever_the_time_of_change_says(
     path.write_bytes(b"two")
     os.utime(path, ns=(10**18, 10**18))
     assert content_hash(path) != first
+
+
+def _flip(path: Path) -> None:
+    """Change one bit, and neither the size nor the time of change."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-10] ^= 0x40
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("hessians.safetensors", _flip),
+        ("hessians.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+        ("hessians.safetensors", Path.unlink),
+        ("hessians.json", lambda path: path.write_text("{}")),
+        (CHECKSUMS, Path.unlink),
+        (CHECKSUMS, lambda path: path.write_text("[]")),
+    ],
+    ids=["flipped", "truncated", "missing", "edited", "no checksums", "other checksums"],
+)
+def test_what_is_damaged_in_the_cache_is_made_again(
+    name: str,
+    harm: Callable[[Path], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "500")
+    hessians = Hessians({"q": torch.eye(40)}, {"q": "q", "k": "q"}, 7, {"q": 7})
+
+    def cached() -> tuple[Path, bool]:
+        return cache.cached_folder("hessians", {"of": 1}, lambda to: cache.save_hessians(hessians, to), enabled=True)
+
+    folder, _ = cached()
+    assert cached() == (folder, True)
+    assert capsys.readouterr().out == ""
+    harm(folder / name)
+    assert cached() == (folder, False)
+    assert capsys.readouterr().out == f"! {folder / name} is damaged; it is made again\n"
+    assert "is damaged" in caplog.text
+    assert cached() == (folder, True)
+    found = cache.load_hessians(folder, torch.device("cpu"))
+    assert torch.equal(found.by_input["q"], torch.eye(40))
+    assert found.reads == hessians.reads
+
+
+def test_statistics_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    broken = torch.eye(3)
+    broken[1, 2] = float("nan")
+    cache.save_hessians(Hessians({"layers.0.q": torch.eye(3), "layers.1.q": broken}, {"k": "layers.1.q"}), tmp_path)
+    with pytest.raises(UserError, match=r"^the Hessian in .* of layers\.1\.q is not finite; .*cache=false$"):
+        cache.load_hessians(tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"^the Hessian's trace of k is not finite"):
+        cache.check_finite({"q": -1.0, "k": float("inf")}, "the Hessian's trace")
+
+
+def test_what_killed_processes_left_goes_and_what_others_use_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, name in (("SPARSEWAV_CACHE", "cache"), ("TMPDIR", "tmp")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    script = (
+        "import os, signal, sys, tempfile; from pathlib import Path; from sparsewav.files import *;"
+        "from sparsewav.pruning.hidden_states import temporary_folder; temporary = temporary_folder();"
+        "a = write_folder(cache_folder() / 'hessians' / 'key'); a.__enter__().joinpath('h').touch();"
+        "b = write_file(Path(sys.argv[1], 'metrics.json')); b.__enter__().touch();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "out").mkdir()
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
+
+    def found() -> list[str]:
+        paths = [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.lock"), *(tmp_path / "tmp").glob("*")]
+        return sorted(path.name for path in paths)
+
+    left = found()
+    assert len(left) == 3
+    assert all(f"{platform.node()}-" in name for name in left)
+    kept = [f".model.{platform.node()}-{os.getpid()}-abc.part", ".model.elsewhere-1-abc.part", "held.lock", "new.lock"]
+    gone = [".model.elsewhere-2-abc.part", ".old.lock"]
+    others = ["sparsewav-demo-2026-07-best", ".part", ".notes.part"]  # whose names are not ours
+    for name in [*kept, *gone, *others]:
+        (tmp_path / "out" / name).touch()
+        if name not in (kept[1], "new.lock"):
+            os.utime(tmp_path / "out" / name, (time.time() - 100_000,) * 2)
+    with locked(tmp_path / "out" / "held.lock"):
+        os.utime(tmp_path / "out" / "held.lock", (time.time() - 100_000,) * 2)
+        remove_leftovers(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*kept, *others])
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert str(cannot_write(full, path)).startswith(f"cannot write {path}: No space left on device; free some space")
+    full.filename = "/other/tensor"
+    assert str(cannot_write(full, path)).startswith("cannot write /other/tensor: No space left")
+    assert cannot_write(FileNotFoundError(errno.ENOENT, "No such file", "/data/a.flac"), path) is None
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    assert str(cannot_write(denied, path)).startswith(f"cannot write {path}: Permission denied")
+    assert cannot_write(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), path) is None
+    with pytest.raises(FileNotFoundError), write_folder(path):
+        (tmp_path / "elsewhere" / "speech.flac").read_bytes()
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors", "pandas", "json"])
+def test_what_libraries_raise_on_a_full_disk_is_one_sentence(library: str, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for a full disk."""
+    save = {
+        "torch": "torch.save(torch.zeros(100_000), path)",
+        "safetensors": "save_file({'a': torch.zeros(100_000)}, path)",
+        "pandas": "pandas.DataFrame({'a': range(100_000)}).to_csv(path)",
+        "json": "path.write_text(json.dumps([0] * 100_000))",
+    }[library]
+    script = f"""
+import json, resource, sys, pandas, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from sparsewav.errors import UserError
+from sparsewav.files import writing
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+path = Path(sys.argv[1])
+try:
+    with writing(path):
+        {save}
+except UserError as error:
+    print(error)
+"""
+    path = tmp_path / "file"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"cannot write {path}: "), done.stderr
+    assert done.stdout.endswith("choose another folder (output_root, $SPARSEWAV_CACHE, $TMPDIR)\n")

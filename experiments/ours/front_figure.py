@@ -18,6 +18,7 @@ Runs from elsewhere are named by the folder that holds them:
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable, j
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder
-from sparsewav.pipeline.naming import identifying_settings
+from sparsewav.settings.run import Config
 
 PAPER, BEST_ONESHOT, BEST = (variant for variant in VARIANTS if variant.curve)
 LABELS = {PAPER: "the paper's method", BEST_ONESHOT: "best_oneshot, no labels", BEST: "best, no labels"}
@@ -94,7 +95,8 @@ def read_runs(variant: Variant, folder: Path | None) -> pandas.DataFrame:
     config = jobs(variant.one_shot, SCALE)[0].config
     wanted = {group: config[group].name for group in METHOD}
     found = [read_run(path.parent) for path in sorted(folder.glob(f"*/{run_folder.METRICS}"))]
-    runs = pandas.DataFrame([run for run in found if all(run[key] == value for key, value in wanted.items())])
+    # ALPS uses no saliency.
+    runs = pandas.DataFrame([run for run in found if all(run[key] in (value, None) for key, value in wanted.items())])
     described = ", ".join(f"{key}={value}" for key, value in wanted.items())
     if runs.empty:
         raise UserError(f"{folder} has no finished run of {described}")
@@ -117,10 +119,12 @@ def own_settings(run: Path) -> dict[str, Any]:
         UserError: The run has no record of its settings.
     """
     try:
-        settings = identifying_settings(DictConfig(OmegaConf.load(run / RECORD)))
+        settings = dict(DictConfig(OmegaConf.load(run / RECORD)))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{run / RECORD} is missing or damaged ({error}); run it again with force=true") from None
-    return {key: value for key, value in settings.items() if key not in ("sparsity", "seed")}
+    identifying = {item.name for item in fields(Config) if item.metadata["identifies"]}
+    identifying -= {"sparsity", "seed", "training"}  # nothing is tuned
+    return {key: value for key, value in settings.items() if key in identifying}
 
 
 def mean_over_seeds(runs: pandas.DataFrame, folder: Path) -> pandas.DataFrame:

@@ -6,6 +6,7 @@ from transcripts.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCTC, PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import PreTrainedModel, Wav2Vec2Processor, set_seed
 
 from sparsewav.baselines.cut import cut
 from sparsewav.baselines.distillation import no_masking
@@ -32,12 +33,14 @@ from sparsewav.baselines.gates import Gates, encoder_parameters, meet_target
 from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
-from sparsewav.files import write_folder
+from sparsewav.errors import UserError
+from sparsewav.files import damage, write_checksums, write_folder
+from sparsewav.models.bitmask import load
+from sparsewav.models.checkpoint import not_finite
+from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import Gated
-from sparsewav.training.trainer import ParameterGroup, train
-
-Log = list[dict[str, float]]
+from sparsewav.training.trainer import Log, ParameterGroup, train
 
 MISSED = 0.02
 """A warning is given where the expected sparsity misses the target by more than this."""
@@ -69,12 +72,16 @@ def compress(
     objective: Objective = ctc_loss
     if settings.teacher:
         objective = Distillation(dense, distilled_layers(dense.config.num_hidden_layers)).to(dense.device)
+    if (folder / "cut").is_dir() and (damaged := damage(folder / "cut")):
+        print_warning(f"{folder / 'cut' / damaged} is damaged; the model is cut again")
+        shutil.rmtree(folder / "cut")
     if not (folder / "cut").is_dir():
         _train_and_cut(dense, settings, objective, partial(learn, seed=seed, done=0), folder / "cut")
     record = torch.load(folder / "cut" / "record.pt", weights_only=True)
     if isinstance(objective, nn.Module):
         objective.load_state_dict(record["objective"])
-    smaller = AutoModelForCTC.from_pretrained(folder / "cut").to(dense.device)
+    smaller: Any = load(folder / "cut")
+    smaller.to(dense.device)
     facts, log = record["facts"], record["log"]
     if settings.final_updates:
         rate, warmup = settings.final_learning_rate, settings.final_warmup_steps
@@ -108,6 +115,8 @@ def _train_and_cut(
     expected = float(trained.expected_sparsity().detach())
     moved = meet_target(student, gates, (1 - settings.target) * encoder_parameters(student))
     smaller = cut(student, gates)
+    if broken := not_finite(smaller.state_dict()):
+        raise UserError(f"{broken} of the cut model has numbers that are not finite; lower method.learning_rate")
     config: Any = smaller.config
     facts = {
         "target": settings.target,
@@ -125,3 +134,4 @@ def _train_and_cut(
     with write_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         torch.save({"objective": state, "facts": facts, "log": log}, temporary / "record.pt")
+        write_checksums(temporary)

@@ -1,10 +1,12 @@
 """The entry points ``sparsewav`` and ``sparsewav-train``: the one place that knows Hydra."""
 
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +25,16 @@ from rich.markup import escape
 from sparsewav.cli.explain import explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
-from sparsewav.files import conf_folder
+from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
 from sparsewav.pipeline.naming import run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.options import MISSING
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 T = TypeVar("T")
+
+SETTINGS = ".hydra"
+"""Folder of a run's composed configuration; Hydra's name for it."""
 
 
 class RememberSweep(Callback):
@@ -114,7 +119,7 @@ def _run_job(settings: DictConfig) -> float | None:
         from sparsewav.pipeline.tracking import RunDescription, make_tracker
 
         console.print(f"[bold]{folder.name}[/bold]")
-        metrics = run(config, folder, console)
+        metrics = run(config, folder, console, begin=lambda: _write_settings(settings, folder))
         description = RunDescription(
             name=folder.name,
             settings=OmegaConf.to_container(settings, resolve=True),  # type: ignore[arg-type]
@@ -127,15 +132,25 @@ def _run_job(settings: DictConfig) -> float | None:
             show_result(metrics, folder, console)
         return metrics["wer"]
     except Exception as error:
-        _record_failure(error, folder, console)
+        _record_failure(error, settings, folder, console)
         if is_sweep:
             return None
         raise SystemExit(1) from None
 
 
-def _record_failure(error: Exception, folder: Path, console: Console) -> None:
+def _write_settings(settings: DictConfig, folder: Path) -> None:
+    """Write what Hydra writes at every launch, when the work begins: a launch that does nothing changes no record."""
+    texts = {"config": settings, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    with write_folder(folder / SETTINGS) as temporary:
+        for name, content in texts.items():
+            (temporary / f"{name}.yaml").write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+
+
+def _record_failure(error: Exception, settings: DictConfig, folder: Path, console: Console) -> None:
     if isinstance(error, OmegaConfBaseException):
         error = UserError(explain(error, str(HydraConfig.get().job.config_name)))
+    elif sentence := cannot_write(error, folder):
+        error = UserError(sentence)
     expected = isinstance(error, UserError)
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
@@ -147,16 +162,19 @@ def _record_failure(error: Exception, folder: Path, console: Console) -> None:
         "traceback": trace,
     }
     console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
-    try:
-        (folder / "error.json").write_text(json.dumps(record, indent=2) + "\n")
-        with (folder / f"{HydraConfig.get().job.name}.log").open("a") as log:
-            log.write(trace)
+    # The disk that is full for the results is full for the record, too; the message is on the terminal.
+    with suppress(OSError, UserError):
+        with write_file(folder / "error.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        if not any((folder / name).is_file() for name in ("metrics.json", "training.json")):  # of a finished launch
+            with (folder / f"{HydraConfig.get().job.name}.log").open("a") as log:
+                log.write(trace)
+            if not (folder / SETTINGS).is_dir():
+                _write_settings(settings, folder)
         if not expected:
             console.print(
                 f"This is a fault of sparsewav; please report it with {folder / 'error.json'}", soft_wrap=True
             )
-    except OSError:
-        pass  # the disk that is full for the results is full for the record, too; the message is on the terminal
 
 
 def _choices() -> dict[str, str]:
@@ -184,9 +202,9 @@ def train_job(settings: DictConfig) -> None:
         config.check()
         from sparsewav.training.dense import train
 
-        train(config, folder, console)
+        train(config, folder, console, begin=lambda: _write_settings(settings, folder))
     except Exception as error:
-        _record_failure(error, folder, console)
+        _record_failure(error, settings, folder, console)
         raise SystemExit(1) from None
 
 
@@ -212,6 +230,7 @@ def train_main() -> None:
 
 
 def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no reason for a traceback
     # With this Hydra raises its errors, instead of printing them its own way and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -220,5 +239,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except OSError as error:  # of Hydra's own folders and files, which do not always say which they are
+        path = Path(error.filename) if error.filename else RememberSweep.folder or Path("the output folder")
+        raise SystemExit(f"error: {cannot_write(error, path) or explain(error, config_name)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
         raise SystemExit(f"error: {explain(error, config_name)}") from None

@@ -1,4 +1,4 @@
-"""Errors of Hydra, OmegaConf and the file system in one sentence that names the key and what to do."""
+"""Errors of Hydra and OmegaConf in one sentence that names the key and what to do."""
 
 import difflib
 import re
@@ -16,15 +16,13 @@ from sparsewav.files import conf_folder
 
 
 def explain(error: Exception, config_name: str) -> str:
-    """Turn an error of Hydra or the file system into one sentence that names the key and the nearest valid choice."""
+    """Turn an error of Hydra into one sentence that names the key and the nearest valid choice."""
     text = "\n".join(str(item) for item in (error, error.__cause__) if item)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
         folder = conf_folder() / group
         options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
         return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
-    if isinstance(error, OSError):
-        return f"cannot write {error.filename!s}: {error.strerror}; choose another output_root"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; give it: {error.full_key}=..."
     if match := re.search(r"Could not override '([\w./@-]+)'", text):

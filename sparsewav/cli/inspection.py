@@ -1,7 +1,6 @@
 """Console command ``sparsewav-inspect``: size and sparsity of a model, and whether its run reports the same."""
 
 import argparse
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -67,7 +66,7 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
     from sparsewav.pipeline import run_folder
 
     found = []
-    metrics = json.loads((run / run_folder.METRICS).read_text())
+    metrics = run_folder.read_metrics(run)
     if metrics["params_nonzero"] != nonzero:
         found.append(
             f"{run_folder.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
@@ -176,7 +175,7 @@ def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     matrices = matrix_sparsities(model)
     console.print(_summary(folder, model, matrices))
     if run:
-        console.print(_origin(json.loads((run / run_folder.METRICS).read_text())))
+        console.print(_origin(run_folder.read_metrics(run)))
     console.print(heat_map(matrices))
     plot = plot or given / "sparsity.png"
     plot_heat_map(matrices, plot)

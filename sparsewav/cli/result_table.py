@@ -39,14 +39,13 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
             "parameters, before": f"{metrics['params_total']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
             "seconds": ", ".join(
-                f"{stage} {seconds[stage]:.1f}{' (cached)' if stage in metrics['cached'] else ''}"
-                for stage in ("calibrate", "allocate", "solve", "recover")
-                if stage in seconds
+                _spent(metrics, stage) for stage in ("calibrate", "allocate", "solve", "recover") if stage in seconds
             )
             + f"; prune {seconds['prune']:.1f}",
         }
     made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
-    made["seconds"] += f"; evaluate {seconds['evaluate']:.1f}"
+    made["seconds"] += f"; {_spent(metrics, 'evaluate')}"
+    made["seconds"] += "; cached: spent by an earlier run" if metrics["seconds_cached"] else ""
     smaller = "compressed" if compression else "pruned"
     rows = {
         "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
@@ -59,10 +58,17 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     if (folder / "model").is_dir():
         rows[f"{smaller} model"] = str(folder / "model")
     later = [metrics[group] for group in LATER_CHOICES if metrics[group] not in (papers_choice(group), None)]
-    how = metrics["method"] if compression else ", ".join([metrics["saliency"], metrics["allocation"], *later])
+    first = [] if metrics["saliency"] is None else [metrics["saliency"]]  # ALPS uses none
+    how = metrics["method"] if compression else ", ".join([*first, metrics["allocation"], *later])
     table = Table(title=f"{metrics['model']}: {how}", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _spent(metrics: dict[str, Any], piece: str) -> str:
+    """Say how long a piece of the work took, and how much of that an earlier run spent, whose result was cached."""
+    seconds, cached = metrics["seconds"][piece], metrics["seconds_cached"].get(piece)
+    return f"{piece} {seconds:.1f}" + ("" if cached is None else f" ({cached:.1f} cached)")

@@ -10,9 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
+from sparsewav.progress import print_warning
 from sparsewav.settings.baselines import OURS
 
 SUMMARY = "summary.csv"
@@ -33,21 +35,28 @@ _SHOWN = {
 
 
 def collect(folder: Path) -> pandas.DataFrame:
-    """Read the finished and failed runs in a folder into a table with a row for each."""
+    """Read the finished and failed runs in a folder into a table with a row for each; damaged records are named."""
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob(f"*/{run_folder.METRICS}")):
-        metrics = json.loads(path.read_text())
+        try:
+            metrics = run_folder.read_metrics(path.parent)
+        except UserError as error:
+            print_warning(f"left out: {error}")
+            continue
         seconds = metrics.pop("seconds")
         flat = {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))}
         rows.append(
             {"run": path.parent.name, "status": "done"} | flat | {f"{k}_seconds": v for k, v in seconds.items()}
         )
     for path in sorted(folder.glob(f"*/{run_folder.ERROR}")):
-        error = json.loads(path.read_text())
-        target = [item.partition("=")[2] for item in error["overrides"] if item.startswith("sparsity.target=")]
-        asked = {"target_sparsity": float(target[0])} if target else {}
-        row = {"run": path.parent.name, "status": "failed", "error": error["error"]}
-        rows.append(row | error["choices"] | asked)
+        row = {"run": path.parent.name, "status": "failed"}
+        try:
+            failure = json.loads(path.read_text(encoding="utf-8"))
+            target = [item.partition("=")[2] for item in failure["overrides"] if item.startswith("sparsity.target=")]
+            asked = {"target_sparsity": float(target[0])} if target else {}
+            rows.append(row | {"error": failure["error"]} | failure["choices"] | asked)
+        except (OSError, ValueError, KeyError, TypeError):
+            rows.append(row | {"error": f"{path} is damaged; launch the run again"})
     return pandas.DataFrame(rows)
 
 
@@ -84,10 +93,10 @@ def summarize(folder: Path, console: Console) -> int:
 
 
 def _show(column: str, value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
     if pandas.isna(value):
         return "-"
+    if not isinstance(value, float):
+        return str(value)
     return f"{100 * value:.2f} %" if column.startswith("wer") else f"{value:.4g}"
 
 

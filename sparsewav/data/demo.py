@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from rich.progress import track
+from rich.console import Console
 
 from sparsewav.data import espeak
 from sparsewav.data.sentences import draw_sentence
 from sparsewav.errors import UserError
-from sparsewav.files import cache_folder, locked, write_folder
+from sparsewav.files import CHECKSUMS, cache_folder, damage, locked, write_checksums, write_folder
+from sparsewav.progress import print_warning, stage
 
 SAMPLE_RATE = 16_000
 UTTERANCES_PER_SHARD = 500
@@ -74,9 +75,17 @@ def demo_root(subsets: tuple[str, ...], seed: int = 0, processes: int = 2) -> Pa
     root = cache_folder() / f"demo-speech-v{VERSION}-seed{seed}"
     with locked(root / "lock"):  # parallel jobs wait for the first one
         for name in subsets:
-            if not (root / name).is_dir():
-                with write_folder(root / name) as folder:
-                    _speak_subset(SUBSETS[name], folder, seed, processes)
+            made = root / name
+            if made.is_dir():
+                if not (made / CHECKSUMS).is_file():
+                    write_checksums(made)
+                damaged = damage(made, remember=True)
+                if damaged is None:
+                    continue
+                print_warning(f"{made / damaged} is damaged; the demo's {name} set is spoken again")
+            with write_folder(made) as folder:
+                _speak_subset(SUBSETS[name], folder, seed, processes)
+                write_checksums(folder)
     return root
 
 
@@ -89,10 +98,12 @@ def _speak_subset(subset: DemoSubset, folder: Path, seed: int, processes: int) -
             raise UserError(f"the demo's speech could not be made in {folder.parent}: {reason}; is there room?")
 
     shards = range(-(-subset.utterances // UTTERANCES_PER_SHARD))
-    with ThreadPoolExecutor(processes) as pool:
-        description = f"Speaking the demo's {subset.name} set (first use only)"
-        for _ in track(pool.map(speak, shards), description=description, total=len(shards)):
-            pass
+    with (
+        stage(Console(), f"Speaking the demo's {subset.name} set (first use only)") as progress,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        for number, _ in enumerate(pool.map(speak, shards)):
+            progress(number + 1, len(shards))
 
 
 def _speak_shard(subset: DemoSubset, folder: Path, seed: int, shard: int) -> None:

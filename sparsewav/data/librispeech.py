@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.progress import stage
 
 AUDIO_SUFFIXES = (".flac", ".wav")
 
@@ -72,7 +75,8 @@ def stream_librispeech(configuration: str, split: str, count: int | None, seed: 
         stream = stream.cast_column("audio", datasets.Audio(decode=False))
         if count is not None:
             stream = stream.shuffle(seed=seed, buffer_size=4 * count).take(count)
-        return [Utterance(row["id"], row["text"].strip().upper(), row["audio"]["bytes"]) for row in stream]
+        with stage(Console(), f"Fetching {configuration} {split} of {name} from the hub"):
+            return [Utterance(row["id"], row["text"].strip().upper(), row["audio"]["bytes"]) for row in stream]
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"data=librispeech: cannot stream {name} ({configuration}, {split}) from the hub: {error}; "

@@ -6,26 +6,35 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_folder
-from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sparsewav.pruning.encoder import check_family, prunable_matrices
+from sparsewav.models.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    check_tensors,
+    checksum,
+    load_whole,
+    make_skeleton,
+    opened,
+    read_config,
+    read_headers,
+)
+from sparsewav.pruning.encoder import prunable_matrices
 
 FORMATS = ("dense", "bitmask")
 FORMAT = "sparsewav-bitmask"
-VERSION = "1"
+VERSION = 2
 BITMASK_WEIGHTS = "model.bitmask.safetensors"
 """Not ``model.safetensors``, because transformers would load that file and fill missing tensors with random numbers."""
 
@@ -98,28 +107,25 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         UserError: The folder holds no such model, or a broken one.
     """
-    folder = Path(path).expanduser()
-    skeleton, tensors = _read(folder)
+    return read_model(Path(path).expanduser(), dtype)
+
+
+def read_model(folder: Path, dtype: torch.dtype | None, *, head_optional: bool = False) -> PreTrainedModel:
+    """Do :func:`load`; :func:`~sparsewav.models.checkpoint.load_whole` describes ``head_optional``."""
+    skeleton, tensors = _read(folder, head_optional=head_optional)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(kinds) != 1:
+    if dtype is None and len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
-    from_pretrained: Any = type(skeleton).from_pretrained  # its annotation knows one result
-    model, info = from_pretrained(
+    model = load_whole(
+        type(skeleton).from_pretrained,
         None,
+        str(folder),
+        head_optional=head_optional,
         config=skeleton.config,
         state_dict=tensors,
         dtype=dtype or kinds.pop(),
-        ignore_mismatched_sizes=True,  # they are reported below
-        output_loading_info=True,
     )
-    for what, names in (
-        ("lacks", info["missing_keys"]),
-        ("has a tensor that its config.json knows nothing of:", info["unexpected_keys"]),
-        ("has another shape than its config.json says for", info["mismatched_keys"]),
-    ):
-        if names:
-            name = sorted(item if isinstance(item, str) else item[0] for item in names)[0]
-            raise UserError(f"{folder} {what} {name}; give the whole folder of one model")
+    model.config.name_or_path = str(folder)
     return model.eval()
 
 
@@ -225,41 +231,36 @@ def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedM
                 shapes[name] = list(tensor.shape)
                 continue
         stored[name] = tensor.contiguous()
-    save_file(stored, path, {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes, sort_keys=True)})
+    header = {"version": VERSION, "shapes": shapes, "checksum": _checksum(stored, shapes)}
+    # One entry, because safetensors writes several in an order that changes from process to process.
+    save_file(stored, path, {FORMAT: json.dumps(header, sort_keys=True)})
 
 
-def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Give the model that a folder in either format describes, without weights, and its tensors."""
-    found = format_of(folder)
-    skeleton = _skeleton(folder)
-    return skeleton, _read_dense(folder) if found == "dense" else _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
+def _checksum(stored: dict[str, Tensor], shapes: Any) -> str:
+    return checksum(stored, json.dumps(shapes, sort_keys=True))
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """Give the model that ``config.json`` describes, without weights."""
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-        check_family(config.model_type, str(folder))
-        with torch.device("meta"):
-            return AutoModelForCTC.from_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # a broken configuration raises almost any error
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder / 'config.json'} does not describe a model ({reason}); fetch it again") from error
+def _read(folder: Path, *, head_optional: bool = False) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Give the model that a folder in either format describes, without weights, and its tensors.
+
+    Raises:
+        UserError: The files are broken, or the tensors are not those of the model by name, shape and type.
+    """
+    is_dense = format_of(folder) == "dense"
+    config = read_config(str(folder), str(folder))
+    if is_dense:
+        checkpoint = Checkpoint(folder)
+        skeleton = make_skeleton(config, checkpoint.headers, str(folder))
+        check_tensors(skeleton, checkpoint.headers, str(folder), head_optional=head_optional)
+        return skeleton, checkpoint.read(checkpoint.files)
+    skeleton = make_skeleton(config, read_headers(folder / BITMASK_WEIGHTS), str(folder))
+    tensors = _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
+    check_tensors(skeleton, tensors, str(folder), head_optional=head_optional)
+    return skeleton, tensors
 
 
 def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return {f"{m.name}.weight": (m.module.out_features, m.module.in_features) for m in prunable_matrices(skeleton)}
-
-
-def _read_dense(folder: Path) -> dict[str, Tensor]:
-    """Give all tensors, in memory that maps the file."""
-    checkpoint = Checkpoint(folder)
-    for name, path in checkpoint.files.items():
-        if path.parent.resolve() != folder.resolve():
-            raise UserError(f"{folder / INDEX} says that {name} is in {path}, outside of its folder; fetch it again")
-    return checkpoint.read(checkpoint.files)
 
 
 def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
@@ -268,42 +269,44 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         UserError: The file violates ``BITMASK_FORMAT.md``, or belongs to another model.
     """
+    with opened(path) as file:
+        header = _header(path, (file.metadata() or {}).get(FORMAT))
+        shapes = _shapes(path, header.get("shapes"), _prunable_shapes(skeleton))
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (the file is no dictionary)
+        rest = dict(stored)
+        encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in shapes:
+            parts = (f"{name}.bitmask", f"{name}.values")
+            for part in parts:
+                _check(part in rest, f"{path} lacks {part}")
+            _check(name not in rest, f"{path} has {name} both dense and as a bitmask")
+            encoded[name] = (rest.pop(parts[0]), rest.pop(parts[1]))
+        # NumPy and the hash release the interpreter lock.
+        with ThreadPoolExecutor(torch.get_num_threads() + 1) as threads:
+            found = threads.submit(_checksum, stored, header.get("shapes"))
+            matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
+            tensors = dict(zip(shapes, matrices, strict=True)) | rest
+        _check(found.result() == header.get("checksum"), f"{path} does not have the checksum that its header says")
+        return tensors
+
+
+def _header(path: Path, text: str | None) -> dict[str, Any]:
+    """Give what the one entry in the metadata of the file says."""
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = _shapes(path, file.metadata() or {}, _prunable_shapes(skeleton))
-            names = set(file.keys())
-            encoded: dict[str, tuple[Tensor, Tensor]] = {}
-            for name in shapes:
-                parts = (f"{name}.bitmask", f"{name}.values")
-                for part in parts:
-                    _check(part in names, f"{path} lacks {part}")
-                _check(name not in names, f"{path} has {name} both dense and as a bitmask")
-                names -= set(parts)
-                encoded[name] = (file.get_tensor(parts[0]), file.get_tensor(parts[1]))
-            rest = {name: file.get_tensor(name) for name in sorted(names)}
-            # NumPy releases the interpreter lock.
-            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-                matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
-                return dict(zip(shapes, matrices, strict=True)) | rest
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from error
-
-
-def _shapes(
-    path: Path, metadata: Mapping[str, str], expected: dict[str, tuple[int, int]]
-) -> dict[str, tuple[int, int]]:
-    """Give the shapes in the metadata of the file, after comparing them with those of the model."""
-    found = metadata.get("format")
-    _check(found == FORMAT, f"{path} is of the format {found!r}, not {FORMAT}")
-    if metadata.get("version") != VERSION:
+        header = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        header = None
+    _check(isinstance(header, dict), f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
+    if header.get("version") != VERSION:
         raise UserError(
-            f"{path} is of version {metadata.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
+            f"{path} is of version {header.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
             "update SparseWAV, or write the file again with sparsewav-export"
         )
-    try:
-        shapes: Any = json.loads(metadata.get("shapes", ""))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has no readable shapes in its metadata; {_AGAIN}") from error
+    return header
+
+
+def _shapes(path: Path, shapes: Any, expected: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Give the shapes in the header of the file, after comparing them with those of the model."""
     _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
     for name, shape in shapes.items():
         known = name in expected

@@ -33,6 +33,8 @@ from transformers import (
 
 from sparsewav import cache
 from sparsewav.errors import UserError
+from sparsewav.files import content_hash
+from sparsewav.models.checkpoint import first_line, refuse_infinite, refuse_zip_bomb, some
 
 KEY = "model.fairseq_checkpoint"
 
@@ -142,9 +144,8 @@ def converted_folder(path_or_name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{called} is not a file; check the path")
     dictionary = path.with_name(DICTIONARY)
-    status = path.stat()
     identity = {
-        "file": [str(path.resolve()), status.st_size, status.st_mtime_ns],
+        "file": content_hash(path),
         "dictionary": dictionary.read_bytes().hex() if dictionary.is_file() else None,
         "code": [cache.code_fingerprint(), transformers.__version__],
     }
@@ -154,11 +155,17 @@ def converted_folder(path_or_name: str) -> Path:
 
 def _convert(path: Path, called: str, folder: Path) -> None:
     checkpoint = read_checkpoint(path, called)
-    tensors = _parameters(checkpoint, called)
-    tuning, encoder, normalize = _settings(checkpoint, called)
-    tokens = _vocabulary(checkpoint, path.with_name(DICTIONARY), tensors[f"{HEAD}.weight"].shape[0], called)
-    config = _model_config(tuning, encoder, tensors, called)
-    _fill(config, tensors, called).save_pretrained(folder)
+    try:
+        tensors = _parameters(checkpoint, called)
+        tuning, encoder, normalize = _settings(checkpoint, called)
+        tokens = _vocabulary(checkpoint, path.with_name(DICTIONARY), tensors[f"{HEAD}.weight"].shape[0], called)
+        config = _model_config(tuning, encoder, tensors, called)
+        model = _fill(config, tensors, called)
+    except UserError:
+        raise
+    except Exception as error:  # settings of a wrong type raise almost any error
+        raise UserError(f"{called} has settings that make no model: {first_line(error)}; fetch it again") from error
+    model.save_pretrained(folder)
     vocabulary = folder / "vocab.json"
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
     Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
@@ -183,6 +190,7 @@ def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
     Raises:
         UserError: The file is broken, is no dictionary, or names something else.
     """
+    refuse_zip_bomb(path, called)
     try:
         with torch.serialization.safe_globals(list(_stand_ins(path))):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -255,6 +263,15 @@ def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in tensors.items() if not str(name).startswith(dropped)}
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
         raise UserError(f"{called} is no checkpoint of fairseq: its 'model' has more than tensors")
+    for name, tensor in tensors.items():
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        # An expanded tensor would take more memory than the file.
+        if not plain or not tensor.is_floating_point() or tensor.nbytes > tensor.untyped_storage().nbytes():
+            kind = f"{tensor.layout}, {tensor.device.type}, {tensor.dtype}".replace("torch.", "")
+            raise UserError(
+                f"{called} has {name} as an unusual tensor ({kind}); save it as plain floating-point numbers"
+            )
+    refuse_infinite(tensors, called)
     if f"{HEAD}.weight" not in tensors:
         raise UserError(
             f"{called} has no CTC head ({HEAD}.weight): it was pretrained only, or writes with a decoder; take a file "
@@ -354,6 +371,15 @@ def _model_config(
     options: dict[str, Any] = {
         ours: tuning[theirs] for theirs, ours in TUNING_SETTINGS.items() if tuning.get(theirs) is not None
     }
+    for theirs, ours in TUNING_SETTINGS.items():
+        value, is_length = options.get(ours, 1), theirs.endswith("length")
+        if type(value) not in ((int,) if is_length else (int, float)) or not (
+            value >= 1 if is_length else 0 <= value <= 1
+        ):
+            belongs = "a number of frames from 1" if is_length else "a number from 0 to 1"
+            raise UserError(f"{called} has {theirs}={value}, where {belongs} belongs; fetch it again")
+    if not isinstance(encoder["layer_norm_first"], bool):
+        raise UserError(f"{called} has layer_norm_first={encoder['layer_norm_first']}, where true or false belongs")
     masked = tuning.get("apply_mask", True) and (tuning.get("mask_prob") or tuning.get("mask_channel_prob"))
     if not masked:  # transformers leaves out an unused embedding of the mask
         options = {key: value for key, value in options.items() if not key.startswith("mask_")}
@@ -388,12 +414,15 @@ def _model_config(
 
 def _sizes(tensors: dict[str, Tensor], called: str) -> dict[str, Any]:
     """Read the sizes of the encoder off the tensors, by the names of fairseq."""
-    layers = [re.match(re.escape(ENCODER) + r"encoder\.layers\.(\d+)\.", name) for name in tensors]
+    matches = [re.match(re.escape(ENCODER) + r"encoder\.layers\.(\d+)\.", name) for name in tensors]
+    layers = {match[1] for match in matches if match}
+    if missing := [str(index) for index in range(len(layers)) if str(index) not in layers]:
+        raise UserError(f"{called} lacks {ENCODER}encoder.layers.{missing[0]}; fetch it again")
     ffn, width = _shape(tensors, f"{ENCODER}encoder.layers.0.fc1.weight", 2, called)
     _, group_width, positions = _shape(tensors, f"{ENCODER}encoder.pos_conv.0.weight_v", 3, called)
     return {
         "encoder_embed_dim": width,
-        "encoder_layers": max(int(match[1]) for match in layers if match) + 1,
+        "encoder_layers": len(layers),
         "encoder_ffn_embed_dim": ffn,
         "conv_bias": ENCODER + "feature_extractor.conv_layers.0.0.bias" in tensors,
         # One group norm after the first convolution, or a layer norm after each.
@@ -424,9 +453,9 @@ def _convolutions(text: Any, called: str) -> list[tuple[int, int, int]]:
 
     try:
         layers = evaluate(ast.parse(text, mode="eval").body)
-        if layers and all(min(layer) > 0 for layer in layers):
-            return [(int(width), int(kernel), int(stride)) for width, kernel, stride in layers]
-    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        if layers and all(type(number) is int and number > 0 for layer in layers for number in layer):
+            return [(width, kernel, stride) for width, kernel, stride in layers]
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError, ArithmeticError):
         pass  # reported below
     raise UserError(f"{called} has conv_feature_layers={text}, which is no list of (width, kernel, stride)")
 
@@ -466,9 +495,9 @@ def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], cal
     """Make the model that a configuration describes out of exactly these tensors."""
     names = parameter_names(config)
     if missing := sorted(names.keys() - tensors.keys()):
-        raise UserError(f"{called} lacks {_some(missing)}; fetch it again")
+        raise UserError(f"{called} lacks {some(missing)}; fetch it again")
     if extra := sorted(tensors.keys() - names.keys()):
-        raise UserError(f"{called} has {_some(extra)}, which this kind of model does not have; it is not supported")
+        raise UserError(f"{called} has {some(extra)}, which this kind of model does not have; it is not supported")
     model: PreTrainedModel
     # Shapes take no memory, and a run that converts must draw the same random numbers as one that finds the folder.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -482,8 +511,3 @@ def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], cal
             )
     model.load_state_dict({name: tensors[theirs].float() for theirs, name in names.items()}, assign=True)
     return model
-
-
-def _some(names: list[str]) -> str:
-    """List the first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

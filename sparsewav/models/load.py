@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCTC,
     PreTrainedModel,
     Wav2Vec2CTCTokenizer,
@@ -21,9 +18,23 @@ from transformers import (
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
 from sparsewav.errors import UserError
-from sparsewav.models.bitmask import BITMASK_WEIGHTS, load
+from sparsewav.models.bitmask import (
+    BITMASK_WEIGHTS,
+    load,  # noqa: F401  (imported from here, it knows the package's own classes)
+    read_model,
+)
+from sparsewav.models.checkpoint import (
+    INDEX,
+    OPTIONAL,
+    WEIGHTS,
+    check_tensors,
+    first_line,
+    load_whole,
+    make_skeleton,
+    read_config,
+    read_pickled_headers,
+)
 from sparsewav.models.fairseq import converted_folder
-from sparsewav.pruning.encoder import check_family
 
 DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
@@ -93,15 +104,104 @@ def load_speech_model(
         UserError: There is no such model, its family is unknown, or a file is missing.
     """
     source = locate_model(name_or_path)
+    called = f"model.name_or_path={name_or_path}"
     model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
     processor = load_processor(source)
-    if len(processor.tokenizer) < model.config.vocab_size:
+    warnings = [*_agree_on_tokens(model, processor, called), *_agree_on_audio(model, processor, called)]
+    for parameter, tensor in model.named_parameters():
+        if parameter.endswith(OPTIONAL) and model.config.apply_spec_augment and not tensor.any():
+            warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
+    placed: Any = model
+    placed.to(device)
+    return SpeechModel(Path(name_or_path).name, model, processor, warnings)
+
+
+def _agree_on_tokens(model: PreTrainedModel, processor: Wav2Vec2Processor, called: str) -> list[str]:
+    """Make the model's loss write the tokens that its tokenizer reads.
+
+    Returns:
+        Sentences about what was changed.
+
+    Raises:
+        UserError: The tokenizer is of another model, or has no blank.
+    """
+    tokenizer: Any = processor.tokenizer
+    vocabulary, outputs = tokenizer.get_vocab(), model.config.vocab_size
+    if len(tokenizer) < outputs:
         raise UserError(
-            f"model.name_or_path={name_or_path}: the tokenizer has {len(processor.tokenizer)} tokens and the model "
-            f"writes {model.config.vocab_size}; take the tokenizer that the model was trained with"
+            f"{called}: the tokenizer has {len(tokenizer)} tokens and the model "
+            f"writes {outputs}; take the tokenizer that the model was trained with"
         )
-    model.eval().to(device)
-    return SpeechModel(Path(name_or_path).name, model, processor)
+    by_output: dict[int, list[str]] = {}
+    for token, index in vocabulary.items():
+        by_output.setdefault(index, []).append(token)
+    for index in range(outputs):
+        tokens = by_output.get(index, [])
+        if len(tokens) != 1:
+            raise UserError(
+                f"{called}: vocab.json names {len(tokens)} tokens for output {index} of the model "
+                f"({' '.join(tokens) or 'none'}); take the tokenizer that the model was trained with"
+            )
+    blank = tokenizer.pad_token_id
+    if blank is None or tokenizer.pad_token not in vocabulary or not 0 <= blank < outputs:
+        raise UserError(
+            f"{called}: the tokenizer's pad_token, which is the CTC blank, is {tokenizer.pad_token} and none of the "
+            f"model's {outputs} outputs; name the blank in tokenizer_config.json"
+        )
+    # Labels never have these; tokenizers add them behind the vocabulary of a model that was trained without.
+    beyond = {token for token, index in vocabulary.items() if index >= outputs} - set(tokenizer.all_special_tokens)
+    if beyond:
+        raise UserError(
+            f"{called}: the tokenizer writes {' '.join(sorted(beyond)[:5])}, which is none of the model's {outputs} "
+            "outputs; take the tokenizer that the model was trained with"
+        )
+    if model.config.pad_token_id == blank:
+        return []
+    said, model.config.pad_token_id = model.config.pad_token_id, blank
+    return [
+        f"config.json says pad_token_id={said}, and the tokenizer's blank is {blank} ({tokenizer.pad_token}); the CTC "
+        f"loss takes {blank}, as the decoding does"
+    ]
+
+
+SAMPLING_RATE = 16_000
+"""Samples a second that all published models of the supported families hear."""
+
+
+def _agree_on_audio(model: PreTrainedModel, processor: Wav2Vec2Processor, called: str) -> list[str]:
+    """Compare the feature extractor with what the model was trained on.
+
+    Returns:
+        Sentences about what was changed, and about what is suspicious.
+
+    Raises:
+        UserError: The feature extractor is of another model.
+    """
+    extractor: Any = processor.feature_extractor
+    rate = getattr(model.config, "sampling_rate", None) or SAMPLING_RATE
+    for key, value in (("sampling_rate", rate), ("feature_size", 1), ("padding_side", "right"), ("padding_value", 0)):
+        if getattr(extractor, key, value) != value:
+            raise UserError(
+                f"{called}: the preprocessor's settings say {key}={getattr(extractor, key)}, and the model takes "
+                f"{value}; correct preprocessor_config.json"
+                + (", or say sampling_rate in config.json if the model was trained so" if "rate" in key else "")
+            )
+    warnings = []
+    norm = getattr(model.config, "feat_extract_norm", None)  # data2vec-audio has none
+    if norm == "layer" and not extractor.do_normalize:
+        warnings.append(
+            "the preprocessor's settings say do_normalize=false, and models with feat_extract_norm=layer are commonly "
+            "trained on normalized audio; if the word error rate is high, set it to true"
+        )
+    wanted = norm == "layer"
+    if norm and extractor.return_attention_mask != wanted:
+        extractor.return_attention_mask = wanted
+        warnings.append(
+            f"the preprocessor's settings say return_attention_mask={str(not wanted).lower()}, and a model with "
+            f"feat_extract_norm={norm} takes {'a' if wanted else 'no'} mask; no result here depends on it, and what is "
+            "saved is corrected"
+        )
+    return warnings
 
 
 def load_fairseq_model(
@@ -118,39 +218,39 @@ def load_fairseq_model(
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, key: str, name: str | None = None, **changes: Any
+    source: str, dtype: torch.dtype, key: str, name: str | None = None, *, head_optional: bool = False
 ) -> PreTrainedModel:
-    """Load a CTC model without its processor.
+    """Load a CTC model without its processor, in evaluation mode.
 
     Args:
         source: A folder or a name on the hub.
         dtype: Type of the weights in memory.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
-        changes: Changes to the model's configuration.
+        head_optional: Take a pretrained encoder, too; the model then has no ``lm_head``.
 
     Raises:
-        UserError: There is no such model, its family is unknown, or its weights are broken.
+        UserError: There is no such model, its family is unknown, or its weights are broken or those of another model.
     """
     called = f"{key}={name or source}"
+    config = read_config(source, called)
+    folder = Path(source)
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"{called} cannot be loaded: {_first_line(error)} "
-            "(give a folder with config.json, or a name on the hub and a network to fetch it)"
-        ) from error
-    check_family(config.model_type, name or source)
-    if (Path(source) / BITMASK_WEIGHTS).is_file():
-        return load(source, dtype)
-    try:
-        return AutoModelForCTC.from_pretrained(source, dtype=dtype, **changes)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights of {called} cannot be loaded: {_first_line(error)}") from error
+        if any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS)):
+            return read_model(folder, dtype, head_optional=head_optional)
+        if headers := read_pickled_headers(folder):
+            skeleton = make_skeleton(config, headers, source)
+            check_tensors(skeleton, headers, source, head_optional=head_optional)
+        options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        return load_whole(
+            AutoModelForCTC.from_pretrained, source, source, head_optional=head_optional, **options
+        ).eval()
+    except Exception as error:  # a broken checkpoint raises almost any error
+        raise UserError(f"the weights of {called} cannot be loaded: {first_line(error)}") from error
 
 
 @torch.no_grad()
-def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequence[str] = ()) -> int:
+def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequence[str] = ()) -> list[str]:
     """Copy parameters and buffers into a model wherever shape and name (without the family's prefix) agree.
 
     Args:
@@ -159,17 +259,18 @@ def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequenc
         without: Parts of the names that are not copied.
 
     Returns:
-        How many values were copied.
+        The names of the model's parameters and buffers that nothing was copied to.
     """
     state = model.state_dict()
     prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
-    taken = 0
+    left = dict(state)
     for name, tensor in initial.state_dict().items():
-        own = state.get(prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name)
+        own_name = prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name
+        own = state.get(own_name)
         if own is not None and own.shape == tensor.shape and not any(part in name for part in without):
             own.copy_(tensor)
-            taken += tensor.numel()
-    return taken
+            del left[own_name]
+    return list(left)
 
 
 def load_processor(source: str) -> Wav2Vec2Processor:
@@ -190,7 +291,3 @@ def load_processor(source: str) -> Wav2Vec2Processor:
             "model's origin, or fine-tune the model for speech recognition first"
         ) from error
     return Wav2Vec2Processor(feature_extractor, tokenizer)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

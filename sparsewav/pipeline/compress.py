@@ -9,10 +9,11 @@ from rich.console import Console
 from sparsewav.baselines import METHODS
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.files import writing
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.resume import State
-from sparsewav.progress import stage
+from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.settings.run import Config
@@ -42,14 +43,14 @@ def compress(
     settings = config.method.scaled(config.update_divisor, config.lr_multiplier)
     prunable = sum(matrix.size for matrix in prunable_matrices(speech.model))
     total, _ = run_folder.count_parameters(speech.model)
-    with stage(console, f"Compressing with {config.method.name}") as progress:
+    with writing(checkpoints), stage(console, f"Compressing with {config.method.name}") as progress:
         started = time.perf_counter()
         speech.model, report = METHODS[config.method.name](
             speech.model, speech.processor, training, settings, checkpoints, seed=config.seed, progress=progress
         )
         seconds = time.perf_counter() - started
     for warning in report.warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
+        print_warning(warning)
     speech.model.eval()
     left = sum(int(matrix.weight.count_nonzero()) for matrix in prunable_matrices(speech.model))
     nonzero = run_folder.count_parameters(speech.model)[1]

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sparsewav.settings.baselines import OURS
+from sparsewav.settings.options import metadata_of
 from sparsewav.settings.pruning import OPTIONS
 from sparsewav.settings.run import Config
 
@@ -24,7 +25,15 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
         keys.remove("training")
     unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
     keys = [key for key in keys if key not in unused or key == "sparsity"]
+    solver: Any = OmegaConf.get_type(root, "solver")
+    if root.method.name == OURS and not solver.uses_saliency:
+        keys.remove("saliency")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
+    for group, values in settings.items():
+        schema = OmegaConf.get_type(root, group)
+        if isinstance(values, dict) and is_dataclass(schema):
+            for key in [key for key in values if not metadata_of(schema, key).get("identifies", True)]:
+                del values[key]
     # Of the two that can name the model one counts.
     del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
     return settings
@@ -34,9 +43,10 @@ def run_name(*, _root_: DictConfig) -> str:
     """Give the readable part and a hash of all that the run's results depend on."""
     settings = identifying_settings(_root_)
     model, sparsity = settings["model"], settings["sparsity"]
-    pruning = ("saliency", "allocation") if _root_.method.name == OURS else ("method",)
+    first = "saliency" if "saliency" in settings else "solver"
+    pruning = (first, "allocation") if _root_.method.name == OURS else ("method",)
     choices = [settings[group]["name"] for group in pruning]
-    later = [(group, settings[group]["name"]) for group in LATER_CHOICES if group in settings]
+    later = [(group, settings[group]["name"]) for group in LATER_CHOICES if group in settings and group != first]
     parts = (
         Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
         *choices,

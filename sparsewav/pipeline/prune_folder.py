@@ -9,6 +9,7 @@ from there.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedModel
 
 from sparsewav.cache import code_fingerprint
 from sparsewav.errors import UserError
-from sparsewav.files import make_readable, write_file, writing
-from sparsewav.models.checkpoint import INDEX, WEIGHTS, Checkpoint
-from sparsewav.models.load import load_pretrained
+from sparsewav.files import content_hash, locked, make_readable, write_file, writing
+from sparsewav.models.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    check_tensors,
+    checksum,
+    load_whole,
+    make_skeleton,
+    not_finite,
+    opened,
+    read_config,
+    refuse_infinite,
+)
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers
 from sparsewav.pruning.layerwise import Outcome, StageProgress
@@ -36,6 +46,8 @@ from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Salienc
 
 SHARED = ("attention.rel_attn_embed.weight",)
 """Parameters of the first layer that all layers read (WavLM's position embedding); they stay in memory."""
+
+logger = logging.getLogger(__name__)
 
 _FINGERPRINT = "fingerprint"
 _RESUMES = ".resume.safetensors"
@@ -126,10 +138,35 @@ def prune_checkpoint(
         )
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give the folder of a checkpoint with config.json and {WEIGHTS}")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
+    with _only_process(destination):
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
+        return _prune(source, destination, calibration_batches, settings, masks, traces, torch.device(device), progress)
+
+
+@contextmanager
+def _only_process(destination: Path) -> Iterator[None]:
+    """Let one process at a time make a destination: the next one waits, and then finds it there."""
+    lock = destination.with_name(f".{destination.name}.lock")
+    with locked(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # a process that waits for it notices, and makes it again
+
+
+def _prune(
+    source: Path,
+    destination: Path,
+    calibration_batches: Iterable[Mapping[str, Tensor]],
+    settings: Pruning,
+    masks: Mapping[str, Tensor] | None,
+    traces: Mapping[str, Trace] | None,
+    device: torch.device,
+    progress: StageProgress | None,
+) -> PruneReport:
     checkpoint = Checkpoint(source)
-    model = _model_without_layers(checkpoint, torch.device(device))
+    model = _model_without_layers(checkpoint, device)
     batches: Any = as_sequence(calibration_batches)
     identity = [settings, traces, str(device), code_fingerprint()]
     with _kept_folder(destination, _fingerprint(checkpoint, batches, masks or {}, identity)) as unfinished:
@@ -145,6 +182,7 @@ def prune_checkpoint(
             progress=progress,
         )
         layers.write_rest()
+    report.warnings.extend(layers.warnings)
     return report
 
 
@@ -157,8 +195,7 @@ def _fingerprint(
     """Hash of all that the pruned weights depend on."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=16)
     for path in sorted({*checkpoint.files.values(), checkpoint.folder / "config.json"}):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(f"{path.name} {content_hash(path)}".encode())
     for batch in chain(batches, [dict(sorted(masks.items()))]):
         for name, tensor in batch.items():
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -180,6 +217,8 @@ def _kept_folder(path: Path, fingerprint: str) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             mark.write_text(fingerprint)
+        for part in unfinished.glob(".*.part"):  # what a kill left of a file that was being written
+            part.unlink()
         try:
             yield unfinished
         except UserError:
@@ -196,20 +235,21 @@ def _kept_folder(path: Path, fingerprint: str) -> Iterator[Path]:
 def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     """Load a model in float32 and evaluation mode, whose transformer layers are on the meta device."""
     source = str(checkpoint.folder)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # or every tensor of the layers is listed as one too many
-    try:
-        model = load_pretrained(source, torch.float32, "source", num_hidden_layers=0).eval().to(device)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    checkpoint.read(["lm_head.weight"])  # or a head of random numbers would have come unnoticed
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        layers = encoder_layers(AutoModelForCTC.from_config(config, dtype=torch.float32))
-    model.config.num_hidden_layers = config.num_hidden_layers
+    config: Any = read_config(source, f"source={source}")
+    whole = make_skeleton(config, checkpoint.headers, source)
+    check_tensors(whole, checkpoint.headers, source)
+    layers = encoder_layers(whole).float()
+    front = checkpoint.read(name for name in checkpoint.files if ".encoder.layers." not in name)
+    hollow: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, num_hidden_layers=0)
+    if getattr(config, "layers", None):  # of a structured model, with an entry for every layer
+        hollow.layers = []
+    options: dict[str, Any] = {"config": hollow, "state_dict": front, "dtype": torch.float32}
+    model = load_whole(type(whole).from_pretrained, None, source, **options).eval().to(device)
+    hollow.update({"num_hidden_layers": config.num_hidden_layers})
+    if hasattr(config, "layers"):
+        hollow.layers = config.layers
     encoder_layers(model).extend(layers)
-    shared = {name: tensor for name, tensor in layers[0].named_parameters() if name in SHARED}
-    _fill(layers[0], checkpoint.read(f"{_prefix(model, 0)}{name}" for name in shared), _prefix(model, 0), device)
+    _fill(layers[0], checkpoint, [name for name, _ in layers[0].named_parameters() if name in SHARED], model, 0)
     return model
 
 
@@ -218,21 +258,22 @@ def _prefix(model: PreTrainedModel, index: int) -> str:
     return f"{model.base_model_prefix}.encoder.layers.{index}."
 
 
-def _fill(layer: nn.Module, tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> None:
+def _fill(layer: nn.Module, checkpoint: Checkpoint, names: Iterable[str], model: PreTrainedModel, index: int) -> None:
     """Put tensors of the checkpoint into a layer, in float32 where they are floating-point numbers.
 
     Raises:
-        UserError: A tensor has another shape than in the layer.
+        UserError: A number is NaN or infinite.
     """
+    prefix = _prefix(model, index)
+    tensors = checkpoint.read(f"{prefix}{name}" for name in names)
+    refuse_infinite(tensors, str(checkpoint.folder))
     copies = {
-        name.removeprefix(prefix): tensor.to(device, torch.float32 if tensor.is_floating_point() else None, copy=True)
+        name.removeprefix(prefix): tensor.to(
+            model.device, torch.float32 if tensor.is_floating_point() else None, copy=True
+        )
         for name, tensor in tensors.items()
     }
-    try:
-        layer.load_state_dict(copies, strict=False, assign=True)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"layer {prefix.rstrip('.')} does not fit the checkpoint's config.json: {reason}") from error
+    layer.load_state_dict(copies, strict=False, assign=True)
 
 
 class _Layers:
@@ -247,34 +288,52 @@ class _Layers:
         self.pruned = {f"{matrix.name}.weight": matrix for matrix in prunable_matrices(model)}
         self.weight_map: dict[str, str] = {}
         self.bytes = 0
+        self.warnings: list[str] = []
 
     @contextmanager
     def load(self, index: int, outcome: Outcome) -> Iterator[bool]:
         """Within the block the layer has its weights; after it, what has become of them is on disk, with reports."""
         layer, prefix = self.layers[index], _prefix(self.model, index)
         hollow = layer.state_dict()  # on meta, but for what all layers share
-        _fill(layer, self.checkpoint.read(f"{prefix}{name}" for name in hollow), prefix, self.model.device)
+        _fill(layer, self.checkpoint, hollow, self.model, index)
         done = self.destination / f"layer-{index}{_RESUMES}"
         own = {name: matrix for name, matrix in self.pruned.items() if name.startswith(prefix)}
-        if done.is_file():
-            with safe_open(done, framework="pt") as file:
-                for name, matrix in own.items():
-                    matrix.weight.data.copy_(file.get_tensor(name))
-                rows = json.loads(file.metadata()["reports"])
+        if found := self._read_done(done):
+            weights, rows = found
+            for name, matrix in own.items():
+                matrix.weight.data.copy_(weights[name])
             outcome.reports |= {row["name"]: MatrixReport(**row) for row in rows}
             yield True
         else:
             yield False
             # In float32, with which the layers behind were calibrated.
             weights = {name: matrix.weight.detach().cpu().contiguous() for name, matrix in own.items()}
-            rows = [asdict(outcome.reports[matrix.name]) for matrix in own.values()]
+            text = json.dumps([asdict(outcome.reports[matrix.name]) for matrix in own.values()])
+            record = json.dumps({"reports": text, "checksum": checksum(weights, text)}, sort_keys=True)
             with write_file(done) as temporary:
-                save_file(weights, temporary, {"reports": json.dumps(rows)})
+                save_file(weights, temporary, {"record": record})
         tensors = self.checkpoint.read(name for name in self.checkpoint.files if name.startswith(prefix))
         for name in tensors.keys() & own.keys():
             tensors[name] = own[name].weight.detach().to("cpu", tensors[name].dtype)
         layer.load_state_dict(hollow, assign=True)
         self._write(index + 2, tensors)
+
+    def _read_done(self, path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+        """Give the weights and reports of a layer that is done; None if it is not, or if its file was damaged."""
+        if not path.is_file():
+            return None
+        try:
+            with opened(path) as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                record = json.loads((file.metadata() or {})["record"])
+            if checksum(weights, record["reports"]) == record["checksum"]:
+                return weights, json.loads(record["reports"])
+        except (UserError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # reported below
+        sentence = f"{path.name}, which an interrupted pruning left, was damaged; its layer is pruned again"
+        logger.warning("%s", sentence)
+        self.warnings.append(sentence)
+        return None
 
     def write_rest(self) -> None:
         """Write what is not in the layers, the settings and the index."""
@@ -286,6 +345,8 @@ class _Layers:
         (self.destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        if broken := not_finite(tensors):
+            raise UserError(f"{broken} came to numbers that are not finite in {tensors[broken].dtype}; use float32")
         name = f"model-{number:05}-of-{self.shards:05}.safetensors"
         save_file(tensors, self.destination / name, {"format": "pt"})
         self.weight_map |= dict.fromkeys(tensors, name)

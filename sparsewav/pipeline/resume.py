@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from sparsewav.data.utterances import Utterance
+from sparsewav.files import checksums, damage
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
-from sparsewav.progress import stage
+from sparsewav.progress import print_warning, stage
 from sparsewav.settings.run import Config
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
@@ -31,10 +32,12 @@ class State:
         stages: A record of every stage with its sparsity, word error rates and updates.
         hypotheses: The newest model's hypotheses, in the order of the evaluation set; None until it is evaluated.
         seconds: Seconds by kind of work, over all stages.
-        cached: The kinds of work of the first stage whose results came out of the cache.
+        cached: Of the seconds, those of the first stage that were spent by an earlier run, whose results the cache
+            had, by kind of work.
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
         compression: What a baseline reports of its compression; empty for ours.
+        files: Hashes of the files of the step's model, by which damage is noticed.
     """
 
     identity: str
@@ -44,26 +47,40 @@ class State:
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )
-    cached: list[str] = field(default_factory=list)
+    cached: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def newest_step(folder: Path, identity: str) -> tuple[State, Path] | None:
-    """Give what a killed launch got to, if it came from this very model, data and code."""
+    """Give what a killed launch got to, if it came from these very settings, model, data and code, and is whole."""
     found = []
-    for path in [folder / run_folder.MODEL, *(folder / run_folder.STAGES).glob("[0-9]*")]:
-        if (path / run_folder.STEP).is_file():
-            record = json.loads((path / run_folder.STEP).read_text())
-            if record["identity"] == identity:
-                found.append((State(**record), path))
-    return max(found, key=lambda item: item[0].steps, default=None)
+    steps = [
+        path / run_folder.STEP for path in (folder / run_folder.MODEL, *(folder / run_folder.STAGES).glob("[0-9]*"))
+    ]
+    for path in steps:
+        if path.is_file():
+            try:
+                found.append((State(**json.loads(path.read_text())), path.parent))
+            except (OSError, ValueError, TypeError):
+                print_warning(f"{path} is damaged; going on from the step before it")
+    ours = [(state, path) for state, path in found if state.identity == identity]
+    for state, path in sorted(ours, key=lambda item: item[0].steps, reverse=True):
+        damaged = damage(path, state.files)
+        if damaged is None:
+            return state, path
+        print_warning(f"{path / damaged} is damaged; going on from the step before it")
+    if len(ours) < len(found):
+        print_warning("an earlier, interrupted launch had other data, another model or other code; starting over")
+    return None
 
 
 def write_step(step_folder: Path, speech: SpeechModel, state: State, card: str) -> None:
     """Write the model of a step, its card, and the state after it."""
     with run_folder.write_model(step_folder, speech.model, speech.processor, card) as temporary:
+        state.files = checksums(temporary)
         (temporary / run_folder.STEP).write_text(json.dumps(asdict(state)))
 
 
@@ -97,6 +114,16 @@ def finish_folder(config: Config, folder: Path) -> None:
         export(folder / run_folder.MODEL, exported, config.export.format, config.export.dtype)
     if not config.save_model:
         shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier run left in a folder, so that nothing of it lies beside the results of the next."""
+    for path in [folder / run_folder.STAGES, *folder.glob(f"{run_folder.MODEL}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.TRAINING_LOG, run_folder.COMPRESSION_LOG)
+    for path in [*(folder / name for name in names), *folder.glob("layers*.csv")]:
+        if path.is_file():
+            path.unlink()
 
 
 def is_done(config: Config, folder: Path) -> bool:

@@ -6,8 +6,11 @@ A baseline has its own compression in the place of calibrating, allocating and s
 import hashlib
 import json
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ from sparsewav.data.batches import SpeechBatches, check_transcripts
 from sparsewav.data.sets import calibration_set, evaluation_set, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import locked
+from sparsewav.files import locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
-from sparsewav.pipeline import compress, run_folder
+from sparsewav.pipeline import compress, inputs, run_folder
 from sparsewav.pipeline.prune_folder import prune_checkpoint
-from sparsewav.pipeline.resume import State, evaluate_step, finish_folder, is_done, newest_step, write_step
+from sparsewav.pipeline.resume import State, clear, evaluate_step, finish_folder, is_done, newest_step, write_step
 from sparsewav.pipeline.shared_statistics import (
     calibration_batches,
     evaluate_dense,
@@ -33,7 +36,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import stage
+from sparsewav.progress import collect_warnings, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -42,17 +45,21 @@ from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.recipes import load_or_train, train_if_recipe
-from sparsewav.training.schedule import Stage, plan_stages
-from sparsewav.training.trainer import choose_precision, train_ctc, write_training_log
+from sparsewav.training.schedule import Stage, plan_stages, too_short
+from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
+
+USELESS = 0.8
+"""Above this word error rate a dense model does not recognise the speech that it is given."""
 
 
-def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
-    """Run a configuration, or find it done.
+def run(config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run a configuration, or find it done; if the content of its model or data has changed, it is done again.
 
     Args:
         config: A configuration that was checked.
         folder: The run's own folder; :mod:`sparsewav.pipeline.run_folder` describes what it holds.
         console: The progress is shown there.
+        begin: Called before anything in the folder is changed, and not where the run is done already.
 
     Returns:
         The run's metrics, as in ``metrics.json``.
@@ -61,19 +68,18 @@ def run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         UserError: Something is wrong with the configuration, the model or the data.
     """
     # A launch that was killed may have left a process behind that is still on this run.
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        return _run(config, folder, console)
+    with locked(folder.with_name(f".{folder.name}.lock")), collect_warnings() as warnings:
+        remove_leftovers(folder, folder.parent)
+        return _run(config, folder, console, begin, warnings)
 
 
-def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
-    metrics_path = folder / run_folder.METRICS
+def _run(
+    config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
+) -> dict[str, Any]:
     if is_done(config, folder) and not config.force:
-        finish_folder(config, folder)  # it may have been killed right before
-        console.print(f"Done already: {folder} (force=true does it again)")
-        return json.loads(metrics_path.read_text())
-    (folder / run_folder.ERROR).unlink(missing_ok=True)
-    if config.force:
-        shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
+        metrics = _find_done(config, folder, console, warnings)
+        if metrics is not None:
+            return metrics
     device = choose_device(config.device)
     ours = config.method.name == OURS
     if config.model.offload:
@@ -83,22 +89,34 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
     with stage(console, f"Loading {config.model.source}"):
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
-    evaluation, calibration, training = _utterances(config, speech)
+        print_warning(warning)
+    with reporting("Reading and hashing model and utterances", console):
+        evaluation, calibration, training = _utterances(config, speech)
+        made_from = inputs.of_run(config)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
-    before, wer_dense, dense_seconds = evaluate_dense(config, speech, evaluation, dense, console)
+    before, wer_dense, dense_seconds, dense_cached = evaluate_dense(config, speech, evaluation, dense, console)
+    if wer_dense > USELESS:
+        print_warning(
+            f"the dense model's word error rate is {100 * wer_dense:.0f} %: check its tokenizer, sampling rate and "
+            "language, and that its CTC head was trained, before you trust what pruning does to it"
+        )
     stages = plan_stages(config, len(training))
-    state = State(_run_identity(dense, calibration, training), warnings=list(speech.warnings))
+    for warning in too_short(config.training, stages, len(training)):
+        print_warning(warning)
+    state = State(_run_identity(made_from, dense, evaluation, calibration, training))
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
-    if done:
+    begin()
+    (folder / run_folder.ERROR).unlink(missing_ok=True)
+    if done is None:
+        clear(folder)
+    else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
         if state.hypotheses is None:
             evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
-    metrics_path.unlink(missing_ok=True)  # of the run that force=true replaces
     for number, (kind, item) in enumerate(steps):
         if number < state.steps:
             continue
@@ -110,13 +128,54 @@ def _run(config: Config, folder: Path, console: Console) -> dict[str, Any]:
         elif kind == "compress":
             compress.compress(config, speech, training, state, checkpoints, console)
         else:
-            _finetune(config, speech, training, item, checkpoints, state, console)
+            _finetune(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state, (_card if ours else compress.card)(config, speech, state))
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
-    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, len(calibration))
+    replayed = state.cached | ({"evaluate": dense_seconds} if dense_cached else {})
+    about = {
+        "n_calibration_utterances": len(calibration),
+        "seconds_cached": replayed,
+        "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "inputs": made_from,
+    }
+    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
+
+
+def _find_done(config: Config, folder: Path, console: Console, warnings: list[str]) -> dict[str, Any] | None:
+    """Give the metrics of a finished run; None, after a warning, if it was made from something else or is damaged.
+
+    Raises:
+        UserError: The folder, which the user has named, was made with other settings.
+    """
+
+    def tell(sentence: str) -> None:  # not in the log, which is that of the finished run until the next one begins
+        console.print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        warnings.append(sentence)
+
+    try:
+        metrics = run_folder.read_metrics(folder)
+    except UserError as error:
+        tell(f"{error}; doing it again")
+        return None
+    before = metrics.get("inputs")
+    if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
+        tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
+        return None
+    now = inputs.of_run(config)
+    inputs.refuse_other_settings(before, now, folder, "choose another folder, or force=true to replace this one")
+    if changed := inputs.changes(before, now, config.model.source):
+        tell(f"{changed} changed since this run was made; doing it again")
+        return None
+    finish_folder(config, folder)  # it may have been killed right before
+    (folder / run_folder.ERROR).unlink(missing_ok=True)
+    code = "" if before.get("code") == now["code"] else ", and it was made by another version of the code"
+    console.print(f"Done already: {folder} (force=true does it again{code})", soft_wrap=True)
+    for part, reason in now["unread"].items():
+        tell(f"the {part} could not be compared with what this run was made from: {reason}")
+    return metrics
 
 
 def _finish(
@@ -128,9 +187,9 @@ def _finish(
     before: list[str],
     wer_dense: float,
     dense_seconds: float,
-    calibration_utterances: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write what is left to write, ``metrics.json`` last."""
+    """Write what is left to write, ``metrics.json`` last; it gets ``about`` besides what is known here."""
     assert state.hypotheses is not None
     run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before, state.hypotheses)
     if state.log:
@@ -153,6 +212,7 @@ def _finish(
             group: getattr(config, group).name if ours else None
             for group in ("saliency", "solver", "objective", "recovery", "allocation")
         },
+        **({} if config.solver.uses_saliency else {"saliency": None}),
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
@@ -172,10 +232,9 @@ def _finish(
         else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},
         "stages": state.stages,
         "n_utterances": len(evaluation),
-        "n_calibration_utterances": calibration_utterances,
         "seconds": seconds,
-        "cached": state.cached,
-        "warnings": state.warnings,
+        "cached": list(state.cached),
+        **about,
         "peak_memory_bytes": run_folder.peak_memory(device),
         "dtype": str(speech.model.dtype).removeprefix("torch."),
         **run_folder.environment(device),
@@ -185,10 +244,11 @@ def _finish(
     return metrics
 
 
-def _run_identity(dense: dict[str, Any], calibration: list[Utterance], training: list[Utterance]) -> str:
-    """Hash what a run's models come from, besides the configuration, which the folder's name has in it."""
-    parts = [dense["model"], dense["code"], *map(cache.utterances_fingerprint, (calibration, training))]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[Utterance]) -> str:
+    """Hash what a run's models and hypotheses come from: settings, model, processor, code and sets of utterances."""
+    dense = {key: value for key, value in dense.items() if key != "device"}
+    parts = [made_from["settings"], dense, *map(cache.utterances_fingerprint, sets)]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _utterances(config: Config, speech: SpeechModel) -> tuple[list[Utterance], list[Utterance], list[Utterance]]:
@@ -230,7 +290,9 @@ def _prune(
         if not recovers or piece == "recover":  # the bar shows what takes the longest
             progress(done, total)
 
-    with stage(console, f"Pruning to {settings.sparsity} with {config.saliency.name}") as progress:
+    how = config.saliency.name if config.solver.uses_saliency else config.solver.name
+    # What the engine keeps on disk lies in temporary folders.
+    with writing(Path(tempfile.gettempdir())), stage(console, f"Pruning to {settings.sparsity} with {how}") as progress:
         if config.model.offload:
             report = _prune_from_disk(config, speech, batches, settings, folder, advance)
         else:
@@ -245,7 +307,7 @@ def _prune(
                 progress=advance,
             )
     for warning in report.warnings:
-        console.print(f"[yellow]! {warning}[/yellow]")
+        print_warning(warning)
     if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
@@ -255,7 +317,10 @@ def _prune(
     for piece in ("solve", "recover"):
         if piece in report.seconds:
             state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
-    state.cached += [piece for piece, hit in (("calibrate", hessians_cached), ("allocate", traces_cached)) if hit]
+    if hessians_cached:
+        state.cached["calibrate"] = calibrate_seconds
+    if traces_cached:
+        state.cached["allocate"] = allocate_seconds
     state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
     probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
@@ -317,18 +382,24 @@ def _finetune(
     item: Stage,
     checkpoints: Path,
     state: State,
+    folder: Path,
     console: Console,
 ) -> None:
     """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
     masks = masks_of(speech.model) if state.compression.get("masked", True) else None
-    with stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates") as progress:
+    tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
+    with writing(checkpoints), tuning as progress:
         started = time.perf_counter()
         arguments = (speech.processor, training, config.training, item.updates, checkpoints)
+        shown: Any = {
+            "progress": progress,
+            "write_log": partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity),
+        }
         # Beside this process's group the Trainer would take the processes that wait in it for its own.
         if config.training.processes == 1 and distributed.world() == 1:
-            log = train_ctc(speech.model, *arguments, masks=masks, progress=progress)
+            log = train_ctc(speech.model, *arguments, masks=masks, **shown)
         else:
-            speech.model, log = train_masked_in_processes(speech.model, *arguments)
+            speech.model, log = train_masked_in_processes(speech.model, *arguments, **shown)
         state.seconds["finetune"] += time.perf_counter() - started
     for matrix in prunable_matrices(speech.model) if masks else []:
         assert masks is not None
@@ -336,6 +407,11 @@ def _finetune(
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
     state.stages[-1]["updates"] = item.updates
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
+    """Write the log of a stage so far behind that of the stages before."""
+    write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])
 
 
 def _card(config: Config, speech: SpeechModel, state: State) -> str:
@@ -359,7 +435,7 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 
 | | |
 |---|---|
-| saliency | {config.saliency.name} |
+| saliency | {config.saliency.name if config.solver.uses_saliency else "none"} |
 | solver | {config.solver.name}, objective {config.objective.name}, recovery {config.recovery.name} |
 | allocation | {config.allocation.name} |
 | sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |

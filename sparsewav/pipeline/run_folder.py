@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.pruning import MatrixReport
 
 METRICS = "metrics.json"
@@ -44,6 +46,22 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record, whole or not at all."""
     with write_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read the metrics of a finished run.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / METRICS
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); do the run again") from error
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("seconds"), dict):
+        raise UserError(f"{path} does not hold the metrics of a run; do the run again")
+    return metrics
 
 
 def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
@@ -73,7 +91,15 @@ def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor
 
     Yields:
         A temporary folder; what the block puts there appears together with the model.
+
+    Raises:
+        UserError: A tensor of the model has numbers that are not finite.
     """
+    if broken := not_finite(model.state_dict()):
+        raise UserError(
+            f"{path} was not written: {broken} has numbers that are not finite; look for them in the model that it was "
+            "made from, and use float32"
+        )
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

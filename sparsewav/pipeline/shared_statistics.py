@@ -37,8 +37,8 @@ def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
 
 def evaluate_dense(
     config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
-) -> tuple[list[str], float, float]:
-    """Give the dense model's hypotheses, its WER, and the seconds that transcribing took when it was really done."""
+) -> tuple[list[str], float, float, bool]:
+    """Give the dense model's hypotheses, its WER, the seconds that transcribing took, and whether it was cached."""
 
     def make(folder: Path) -> None:
         with stage(console, "Evaluating the dense model") as progress:
@@ -48,9 +48,9 @@ def evaluate_dense(
         (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
 
     identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
-    folder, _ = cache.cached_folder("dense", identity, make, enabled=config.cache)
+    folder, cached = cache.cached_folder("dense", identity, make, enabled=config.cache)
     record = json.loads((folder / "dense.json").read_text())
-    return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"]
+    return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"], cached
 
 
 def calibration_batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
@@ -79,7 +79,8 @@ def gather_hessians(
             hessians = in_all_processes(
                 collect_hessians, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
             )
-            return hessians, time.perf_counter() - started
+        cache.check_finite(hessians.by_input, "the Hessian")
+        return hessians, time.perf_counter() - started
 
     def make(folder: Path) -> None:
         hessians, seconds = gather()
@@ -118,7 +119,8 @@ def gather_traces(
             batches = calibration_batches(config, speech, utterances)
             settings = config.pruning(config.sparsity.fraction)
             traces = in_all_processes(traces_of, speech.model, batches, settings=settings, progress=progress)
-            return traces, time.perf_counter() - started
+        cache.check_finite({name: trace.value for name, trace in traces.items()}, "the Hessian's trace")
+        return traces, time.perf_counter() - started
 
     def make(folder: Path) -> None:
         traces, seconds = estimate()
@@ -134,4 +136,6 @@ def gather_traces(
     }
     folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)
     record = json.loads((folder / "traces.json").read_text())
-    return {name: Trace(**trace) for name, trace in record["traces"].items()}, record["seconds"], cached
+    traces = {name: Trace(**trace) for name, trace in record["traces"].items()}
+    cache.check_finite({name: trace.value for name, trace in traces.items()}, f"the Hessian's trace in {folder}")
+    return traces, record["seconds"], cached

@@ -119,7 +119,7 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
 def _used_options(description: RunDescription, metrics: dict[str, Any]) -> dict[str, str]:
     """Give the options that the run used: of its model the name that results have, whatever the group's option names.
 
-    A baseline does not use the groups of our method; the metrics have no name of them.
+    A baseline does not use the groups of our method, nor ALPS a saliency; the metrics have no name of them.
     """
     named = description.choices | {group: metrics[group] for group in description.choices if group in metrics}
     return {group: str(option) for group, option in named.items() if option not in (None, "None")}

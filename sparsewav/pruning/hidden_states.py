@@ -1,9 +1,12 @@
 """Hidden states: what each calibration batch brings to the next layer of the encoder, and how a layer is run on it."""
 
+import os
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,6 +39,11 @@ def calibration_parts(
         frames = [int(frame_counts(model, part["attention_mask"]).sum()) for part in parts]
         for number, (part, count) in enumerate(zip(parts, frames, strict=True)):
             yield 1000 * index + number, part, count / sum(frames) / len(batches)
+
+
+def temporary_folder() -> TemporaryDirectory[str]:
+    """Make a folder that is deleted in the end; its name says whose it is, should its process be killed."""
+    return TemporaryDirectory(prefix=f"sparsewav-{platform.node()}-{os.getpid()}-")
 
 
 class _StopForward(Exception):

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
 from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, InputObserver, Progress
-from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, run_layer
+from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, run_layer, temporary_folder
 from sparsewav.pruning.recovery import LayerRecovery, recover
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, prune_groups
 from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
@@ -176,7 +175,10 @@ def prune_layer_by_layer(
     settings, device = plan.settings, model.device
     recovers = not isinstance(settings.recovery, NoRecovery)
     layers, matrices = encoder_layers(model), prunable_matrices(model)
-    with projections_as_modules(model), TemporaryDirectory(prefix="sparsewav-") as folder:
+    with (
+        projections_as_modules(model),
+        temporary_folder() as folder,
+    ):
         with distributed.together():
             inputs = first_layer_inputs(model, batches, Path(folder))
             for item in inputs if settings.two_models else []:

@@ -207,7 +207,7 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
-        warnings=_warnings(plan),
+        warnings=_warnings(plan, outcome),
         recoveries=outcome.recoveries,
         allocated=allocated,
     )
@@ -289,8 +289,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(plan: Plan) -> list[str]:
-    warnings = []
+def _warnings(plan: Plan, outcome: Outcome) -> list[str]:
+    warnings = [
+        f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned (lower "
+        "recovery.learning_rate)"
+        for index, recovery in enumerate(outcome.recoveries)
+        if recovery.diverged
+    ]
     traces = plan.traces if isinstance(plan.settings.allocation, Hutchinson) else None
     emptied = [name for name, target in plan.targets.items() if target >= 1 - 1e-9]
     if emptied and traces is not None:

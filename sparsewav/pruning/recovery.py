@@ -6,6 +6,7 @@ layer are trained (``reconstruction``), or its last bias or layer norm is solved
 zero.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import ROLES
 from sparsewav.pruning.hessian import Progress
@@ -32,10 +34,12 @@ class LayerRecovery:
     Attributes:
         error_before: ||Y − Ŷ||² / ||Y||² over the calibration set, where Y are the dense model's outputs of the layer.
         error: The same after the recovery.
+        diverged: The recovery came to numbers that are not finite, and the layer stayed as it was.
     """
 
     error_before: float
     error: float
+    diverged: bool = False
 
 
 def recover(
@@ -55,6 +59,9 @@ def recover(
         settings: ``Reconstruction`` or ``Affine``.
         seed: The seed of the order of the batches.
         progress: Called after every step.
+
+    Raises:
+        UserError: The outputs of the dense or of the pruned layer are not finite, as where they overflow float16.
     """
     if isinstance(settings, Reconstruction):
         return reconstruct_layer(
@@ -83,7 +90,7 @@ def reconstruct_layer(
     learning = list(_learning(layer))
     masks = [parameter == 0 if parameter.dim() == 2 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
-    error_before = _error(run, inputs, device)
+    error_before = _finite_error(run, inputs, device)
     optimizer = torch.optim.Adam(learning, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     batches = _in_random_order(inputs, seed)
@@ -101,12 +108,7 @@ def reconstruct_layer(
             progress(step + 1, steps)
     for parameter in learning:
         parameter.grad = None
-    error = _error(run, inputs, device)
-    if not error < error_before:
-        for parameter, value in zip(learning, before, strict=True):
-            parameter.data.copy_(value)
-        error = error_before
-    return LayerRecovery(error_before, error)
+    return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) ->
     is added to the bias of the last matrix. The arguments are those of :func:`recover`.
     """
     device = next(layer.parameters()).device
-    error_before = _error(run, inputs, device)
+    error_before = _finite_error(run, inputs, device)
     norm = _last_norm(layer, run, inputs[0]) if inputs else None
     norms = [norm for norm in distributed.gather(norm) if norm]
     sums: Tensor | None = None  # of 1, t, y, y² and y·t; shape (5, width)
@@ -131,6 +133,8 @@ def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) ->
             sums = found if sums is None else sums + found
     last: Any = layer.get_submodule(norms[0] if norms else _last_matrix(layer))
     bias: Tensor = last.bias.data
+    learning = list(last.parameters())
+    before = [parameter.detach().clone() for parameter in learning]
     if sums is None:
         sums = torch.zeros(5, len(bias), dtype=torch.float64, device=device)
     distributed.add_up(sums)
@@ -143,7 +147,16 @@ def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) ->
         last.weight.data *= gain
         bias *= gain
     bias += mean_target - gain * mean_output
-    return LayerRecovery(error_before, _error(run, inputs, device))
+    return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
+
+
+def _keep_if_better(result: LayerRecovery, learned: list[nn.Parameter], before: list[Tensor]) -> LayerRecovery:
+    """Take the learned values back where the error has not fallen, or is not finite."""
+    if result.error < result.error_before:
+        return result
+    for parameter, value in zip(learned, before, strict=True):
+        parameter.data.copy_(value)
+    return LayerRecovery(result.error_before, result.error_before, diverged=not math.isfinite(result.error))
 
 
 def _last_norm(layer: nn.Module, run: RunLayer, item: LayerInputs) -> str:
@@ -212,6 +225,16 @@ def _difference(
     _, frame_mask = item.load("others", device)
     target = item.load("dense_states", device)[frame_mask]
     return run(item)[frame_mask] - target, target
+
+
+def _finite_error(run: RunLayer, inputs: list[LayerInputs], device: torch.device) -> float:
+    error = _error(run, inputs, device)
+    if not math.isfinite(error):
+        raise UserError(
+            "the outputs of the dense or of the pruned layer are not finite on the calibration set; load the model in "
+            "float32"
+        )
+    return error
 
 
 @torch.no_grad()

@@ -65,7 +65,6 @@ class PARP(TrainedMethod):
     learning_rate: float = option(3e-5)
     betas: list[float] = option([0.9, 0.98])
     max_grad_norm: float = option(0.0)
-    checkpoint_updates: int = option(500)
     sparsity: float = option(0.75, "share of the transformer's weights to remove in the end", least=0, most=1)
     first_sparsity: float = option(
         0.75, "share that is removed at first; PARP-P's ramp starts here, PARP's is flat", least=0, most=1
@@ -92,7 +91,6 @@ class DistillationMethod(TrainedMethod):
     warmup_steps: float = option(0.07)
     weight_decay: float = option(1e-6)
     max_grad_norm: float = option(5.0)
-    checkpoint_updates: int = option(500)
     front_end_gradient: float = option(0.1, "share of the gradient that reaches the convolutions", least=0, most=1)
 
 
@@ -162,7 +160,6 @@ class Gated(TrainedMethod):
     learning_rate: float = option(2e-4)
     warmup_steps: float = option(15_000)
     max_grad_norm: float = option(10.0)
-    checkpoint_updates: int = option(1000)
     gated: list[str] = option(
         ["channels", "heads", "units"],
         "some of channels (of the convolutions), heads, head_dims (of queries and keys, and of values) and units",

@@ -108,8 +108,13 @@ class FirstOrder(Saliency):
 
 @dataclass
 class Solver(Option):
-    """How the mask and the kept weights of a matrix are found, given its Hessian."""
+    """How the mask and the kept weights of a matrix are found, given its Hessian.
 
+    Attributes:
+        uses_saliency: Whether the saliency chooses the mask.
+    """
+
+    uses_saliency: ClassVar[bool] = True
     damping: float = option(0.01, "λ as a share of the Hessian's mean diagonal", least=0)
 
 
@@ -140,6 +145,7 @@ class ALPS(Solver):
     """Mask and weights together by ADMM, then the exact least squares (Meng et al. 2024); uses no saliency."""
 
     name: str = field(default="alps", init=False)
+    uses_saliency: ClassVar[bool] = False
     tolerance: float = option(1e-4, "relative tolerance of the conjugate gradients", above=0, below=1)
     max_steps: int = option(300, "steps of ADMM at most; it stops earlier when its mask has come to rest", least=1)
 
@@ -237,7 +243,9 @@ class Leveled(Allocation):
 
     step: float = option(0.05, "distance between two levels of a matrix")
     spread: float = option(0.25, "largest distance of a level from the target")
-    level_cache_gib: float = option(1.0, "memory in GiB for the matrices at all levels; more goes to disk", least=0)
+    level_cache_gib: float = option(
+        1.0, "memory in GiB for the matrices at all levels; more goes to disk", identifies=False, least=0
+    )
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

@@ -33,7 +33,7 @@ class Data(Settings):
     calibration_subset: str = option(MISSING, "where the calibration sample is drawn from")
     evaluation_subset: str = option(MISSING, "what the word error rate is measured on")
     training_subset: str = option(MISSING, "what fine-tuning and sparsewav-train learn from")
-    development_subset: str = option(MISSING, "what sparsewav-train logs its word error rate on")
+    development_subset: str = option(MISSING, "what sparsewav-train logs its word error rate on", identifies=False)
     evaluation_utterances: int | None = option(None, "the first so many of the evaluation subset; null: all", least=1)
     training_utterances: int | None = option(None, "a random sample of the training subset; null: all", least=1)
 

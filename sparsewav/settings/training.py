@@ -30,7 +30,9 @@ class Optimization(Settings):
         "auto (bfloat16 where the hardware multiplies it), float32, bfloat16 or float16",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    checkpoint_updates: int = option(50, "updates between two checkpoints", least=1)
+    checkpoint_updates: int | None = option(
+        None, "updates between two checkpoints; null: a tenth of all, and 500 at most", identifies=False, least=1
+    )
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

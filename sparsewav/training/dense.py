@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from transformers import (
 from sparsewav.data.batches import check_transcripts
 from sparsewav.data.sets import evaluation_set, training_set, whole_subset
 from sparsewav.errors import UserError
-from sparsewav.files import make_readable
+from sparsewav.files import make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
-from sparsewav.pipeline import run_folder
-from sparsewav.progress import stage
+from sparsewav.pipeline import inputs, run_folder
+from sparsewav.progress import print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
-from sparsewav.training.recipes import train_if_recipe
-from sparsewav.training.trainer import choose_precision, train_ctc, updates_of, write_training_log
+from sparsewav.training.recipes import TRAINING, train_if_recipe
+from sparsewav.training.schedule import Stage, too_short
+from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
@@ -50,52 +53,86 @@ def english_processor(folder: Path) -> Wav2Vec2Processor:
     )
 
 
-def train(config: TrainConfig, folder: Path, console: Console) -> None:
+def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[], None] = lambda: None) -> None:
     """Train a model, save it in float16, and measure the word error rate of the saved one.
 
-    The folder gets the model and processor, ``training_log.csv`` (update, loss, learning rate, gradient norm, WER of
-    the development subset) and ``training.json`` (settings, seconds, WER of both subsets). Under ``torchrun`` every
-    process trains, and the first one writes.
+    The folder gets the model and processor, ``training_log.csv`` (update, epoch, loss, learning rate, gradient norm,
+    WER of the development subset) and ``training.json`` (settings, seconds, WER of both subsets). Under ``torchrun``
+    every process trains, and the first one writes.
+
+    Args:
+        config: What is trained, and how.
+        folder: A new folder, or that of a killed training with the same settings, model and data, which goes on.
+        console: The progress is shown there.
+        begin: Called before anything in the folder is changed, and not where the training is done already.
 
     Raises:
-        UserError: The data, the architecture or the initial model is wrong.
+        UserError: The data, the architecture or the initial model is wrong, the folder holds another training, or the
+            training is not finite.
     """
-    done = folder / "training.json"
+    first = int(os.environ.get("RANK", "0")) == 0
+    done = folder / TRAINING
+    checkpoints = folder / "checkpoints"
+    started_from = checkpoints / "inputs.json"
+    with reporting("Hashing the initial model and the utterances", console):
+        made_from = inputs.of_training(config)
+    for path, key in ((done, "inputs"), (started_from, None)):
+        if path.is_file():
+            _refuse_another(path, key, made_from, config, folder)
     if done.is_file():
-        console.print(f"Done already: {folder} (delete it to train again)")
+        console.print(f"Done already: {folder} (delete it to train again)", soft_wrap=True)
+        for part, reason in made_from["unread"].items():
+            print_warning(f"the {part} could not be compared with what was trained on: {reason}")
         return
+    if first:
+        remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
     learning = training_set(config.data, config.training.seed)
     development = whole_subset(config.data, config.data.development_subset)
     evaluation = evaluation_set(config.data)
-    checkpoints = folder / "checkpoints"
     processor = english_processor(checkpoints)
     for utterances in (learning, development, evaluation):
         check_transcripts(utterances, processor)
     set_seed(config.training.seed)
-    model: Any = _initial_model(config, processor)
+    model: Any = _initial_model(config, processor, console)
     model.to(device)
+    # Beside a group norm in the front end no program may use a mask; the saved settings say so.
+    processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
+    if first:
+        begin()
+        run_folder.write_json(started_from, inputs.of_training(config))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
+    warnings = too_short(config.training, [Stage(0.0, updates)], len(learning))
+    for warning in warnings if first else []:
+        print_warning(warning)
     started = time.perf_counter()
-    with stage(console, f"Training for {updates:,} updates") as progress:
+
+    def write_log(log: Log) -> None:
+        write_training_log(folder / "training_log.csv", log)
+
+    with writing(checkpoints), stage(console, f"Training for {updates:,} updates") as progress:
         arguments = (model, processor, learning, config.training, updates, checkpoints)
-        log = train_ctc(*arguments, development_set=development, progress=progress)
-    if int(os.environ.get("RANK", "0")):
+        log = train_ctc(*arguments, development_set=development, progress=progress, write_log=write_log)
+    if not first:
         return
     seconds = time.perf_counter() - started
-    model.to("cpu", torch.float16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model.to("cpu", torch.float16)
+    if broken := not_finite(model.state_dict()):
+        raise UserError(f"{broken} has numbers above 65,504, the largest of float16; lower training.learning_rate")
+    with writing(folder):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     make_readable(folder)
     saved = load_speech_model(str(folder), device=device)  # Accelerate still wraps the one in memory
-    with stage(console, "Evaluating the trained model"):
-        wer = {
-            name: word_error_rate(utterances, transcribe(saved.model, saved.processor, utterances))
-            for name, utterances in (("development", development), ("evaluation", evaluation))
-        }
-    write_training_log(folder / "training_log.csv", log)
+    wer = {}
+    for name, utterances in (("development", development), ("evaluation", evaluation)):
+        with stage(console, f"Evaluating the trained model on the {name} set") as progress:
+            hypotheses = transcribe(saved.model, saved.processor, utterances, progress=progress)
+        wer[name] = word_error_rate(utterances, hypotheses)
+    write_log(log)
     record = {
         "wer": wer,
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
@@ -104,7 +141,9 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
         "prunable": prunable,
         "updates": updates,
         "seconds": seconds,
+        "warnings": warnings,
         "settings": asdict(config.training),
+        "inputs": json.loads(started_from.read_text()),
         "training_precision": choose_precision(config.training.precision, device),
         **run_folder.environment(device),
     }
@@ -113,7 +152,27 @@ def train(config: TrainConfig, folder: Path, console: Console) -> None:
     console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
 
 
-def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrainedModel:
+def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], config: TrainConfig, folder: Path) -> None:
+    """Refuse a folder with a training of other settings, of another initial model or on other data.
+
+    Raises:
+        UserError: It says what differs.
+    """
+    remedy = f"choose another output=, or delete {folder} to train again"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before = before if key is None else before[key]
+        inputs.refuse_other_settings(before, made_from, folder, remedy)
+        changed = inputs.changes(before, made_from, config.initial_model)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged, or does not say what was trained; {remedy}") from error
+    if changed:
+        raise UserError(f"{changed} changed since {folder} was trained; {remedy}")
+
+
+def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
     """Make a model with random weights, and copy the weights of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
     source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
@@ -135,7 +194,12 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor) -> PreTrai
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if source is not None:
-        taken = take_over(model, load_pretrained(source, torch.float32, "initial_model"))
-        if not taken:
+        left = take_over(model, load_pretrained(source, torch.float32, "initial_model", head_optional=True))
+        if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
+        if left:
+            console.print(
+                f"[yellow]! {len(left)} of {len(model.state_dict())} tensors begin with random numbers, because "
+                f"initial_model={config.initial_model} has none of their name and shape: {some(left)}[/yellow]"
+            )
     return model

@@ -3,22 +3,21 @@
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import multiprocessing
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
-from sparsewav.progress import stage
+from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
-from sparsewav.training.trainer import train_ctc
+from sparsewav.training.trainer import Log, train_ctc
 
 
 def train_masked_in_processes(
@@ -28,17 +27,21 @@ def train_masked_in_processes(
     settings: Training,
     updates: int,
     folder: Path,
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    *,
+    progress: Progress | None = None,
+    write_log: Callable[[Log], None] | None = None,
+) -> tuple[PreTrainedModel, Log]:
     """Train a pruned model in ``settings.processes`` processes that share every batch, while its zeros are kept.
 
-    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`. For a model on a GPU, the processes take
-    the first so many GPUs.
+    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`; ``write_log`` is called in the first of
+    the processes, and must be a function that pickle finds by its name. For a model on a GPU, the processes take the
+    first so many GPUs.
 
     Returns:
         The trained model, on the CPU, and the log.
 
     Raises:
-        UserError: There are fewer GPUs than processes, or a process failed.
+        UserError: There are fewer GPUs than processes, a process failed, or what ``train_ctc`` raises.
     """
     on_gpu = model.device.type == "cuda"
     if on_gpu and settings.processes > torch.cuda.device_count():
@@ -50,11 +53,17 @@ def train_masked_in_processes(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (list(training_set), settings, updates, folder, on_gpu, port)
+    done = multiprocessing.get_context("spawn").Value("q", 0)
+    arguments = (list(training_set), settings, updates, folder, on_gpu, port, done, write_log)
     try:
-        multiprocessing.spawn(_train, arguments, nprocs=settings.processes)
+        processes = multiprocessing.spawn(_train, arguments, nprocs=settings.processes, join=False)
+        while not processes.join(timeout=1):
+            if progress and done.value:
+                progress(done.value, updates)
     except multiprocessing.ProcessRaisedException as error:
-        raise UserError(f"a training process failed: {error.msg.strip().splitlines()[-1]}") from error
+        kind, _, sentence = error.msg.strip().splitlines()[-1].partition(": ")
+        known = kind == f"{UserError.__module__}.{UserError.__name__}"
+        raise UserError(sentence if known else f"a training process failed: {kind}: {sentence}") from error
     except multiprocessing.ProcessExitedException as error:
         raise UserError(f"a training process ended with code {error.exit_code}; was memory short?") from error
     log = json.loads((folder / "log.json").read_text())
@@ -69,8 +78,10 @@ def _train(
     folder: Path,
     on_gpu: bool,
     port: int,
+    done: Any,
+    write_log: Callable[[Log], None] | None,
 ) -> None:
-    """Train in one of the processes, of which the first shows the progress and writes the result."""
+    """Train in one of the processes, of which the first says how many updates are done and writes the result."""
     if settings.processes > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -81,10 +92,21 @@ def _train(
         }
     speech = load_speech_model(str(folder / "pruned"), device=f"cuda:{rank}" if on_gpu else "cpu")
     model: Any = speech.model
-    place = "a process of its own" if settings.processes == 1 else f"{settings.processes} processes"
-    with stage(Console(quiet=rank > 0), f"Training in {place}") as progress:
-        arguments = (model, speech.processor, training_set, settings, updates, folder)
-        log = train_ctc(*arguments, masks=masks_of(model), progress=progress)
+
+    def count(update: int, _: int) -> None:
+        done.value = update
+
+    log = train_ctc(
+        model,
+        speech.processor,
+        training_set,
+        settings,
+        updates,
+        folder,
+        masks=masks_of(model),
+        progress=count if rank == 0 else None,
+        write_log=write_log,
+    )
     if rank == 0:
         model.to("cpu").save_pretrained(folder / "trained")
         speech.processor.save_pretrained(folder / "trained")

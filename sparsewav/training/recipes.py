@@ -1,6 +1,7 @@
 """Recipes: models that are trained as a file in ``conf/recipe`` says on first use, and kept in the cache."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -9,11 +10,16 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from sparsewav.errors import UserError
-from sparsewav.files import cache_folder, conf_folder, locked
-from sparsewav.models.load import SpeechModel, load_fairseq_model, load_speech_model
+from sparsewav.files import CHECKSUMS, cache_folder, conf_folder, damage, locked, write_checksums
+from sparsewav.models.load import SpeechModel, load_fairseq_model, load_speech_model, locate_model
+from sparsewav.progress import print_warning
 from sparsewav.settings.run import Model
+
+TRAINING = "training.json"
+"""What a training writes last, beside its model: settings, seconds, word error rates."""
 
 
 def load_or_train(settings: Model, device: torch.device | str = "cpu") -> SpeechModel:
@@ -38,9 +44,15 @@ def train_if_recipe(name_or_path: str) -> str:
     if name_or_path not in _recipes():
         return name_or_path
     folder = trained_model_folder(name_or_path)
-    if (folder / "training.json").is_file():
-        return str(folder)
     with locked(folder.with_suffix(".lock")):  # parallel jobs wait for the first one to train
+        if (folder / TRAINING).is_file():
+            if not (folder / CHECKSUMS).is_file():  # its training was the last thing before a kill
+                write_checksums(folder)
+            damaged = damage(folder)
+            if damaged is None:
+                return str(folder)
+            print_warning(f"{folder / damaged} is damaged; {name_or_path} is trained again")
+            shutil.rmtree(folder)
         # In a subprocess, because training changes the state of PyTorch, which a run must not depend on.
         command = [sys.executable, "-m", "sparsewav.training", f"recipe={name_or_path}", f"output={folder}"]
         if subprocess.run(command, check=False).returncode:
@@ -48,7 +60,24 @@ def train_if_recipe(name_or_path: str) -> str:
                 f"the training of {name_or_path} failed (its messages are above); the same command goes on where it "
                 "stopped"
             )
+        write_checksums(folder)
     return str(folder)
+
+
+def present_folder(name_or_path: str) -> Path | None:
+    """Give the folder on this machine that a model would be loaded from, without training or fetching anything.
+
+    Raises:
+        UserError: The folder that is named does not exist.
+    """
+    if name_or_path in _recipes():
+        folder = trained_model_folder(name_or_path)
+        return folder if (folder / TRAINING).is_file() else None
+    source = locate_model(name_or_path)
+    if not Path(source).is_dir():  # a name on the hub; its files lie in the folder of a commit
+        config = try_to_load_from_cache(source, "config.json")
+        return Path(config).parent if isinstance(config, str) else None
+    return Path(source)
 
 
 def trained_model_folder(recipe: str) -> Path:

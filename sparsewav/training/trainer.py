@@ -1,6 +1,7 @@
 """Training on Hugging Face's Trainer: any module with a loss, and CTC models, dense or with masks."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pandas
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -30,16 +32,31 @@ from transformers import (
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
-from sparsewav.files import write_file
+from sparsewav.files import CHECKSUMS, checksums, damage, write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
+from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.masks import HoldMasks, masked_gradients
 
+logger = logging.getLogger(__name__)
+
 BATCHES_SORTED_TOGETHER = 50
 """Within so many batches, utterances of similar lengths share a batch."""
 
-LOG_COLUMNS = ["update", "loss", "learning_rate", "grad_norm", "eval_wer"]
+LOG_COLUMNS = ["update", "epoch", "loss", "learning_rate", "grad_norm", "eval_wer"]
+
+Log = list[dict[str, Any]]
+"""What a training writes down as it goes: entries with update, epoch and loss, or with the development set's WER."""
+
+CHECKPOINTS = 10
+"""So many checkpoints are written in a training by default, or more where they would be further apart than
+:data:`CHECKPOINT_UPDATES`."""
+CHECKPOINT_UPDATES = 500
+
+SKIPPED_IN_A_ROW = 40
+"""The scaler of float16 starts at 2¹⁶ and halves at every update that it skips: after so many no scale helps."""
 
 
 def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
@@ -105,17 +122,96 @@ class ParameterGroup:
     ascend: bool = False
 
 
-class _AfterUpdate(TrainerCallback):
-    """Calls two functions after every update, one with the trainer's state and one with (updates done, updates)."""
+class _FiniteTrainer(Trainer):
+    """A Trainer that looks at the losses and gradients of every update before the weights change.
 
-    def __init__(self, act: Callable[[TrainerState], None] | None, progress: Progress | None) -> None:
-        self.act, self.progress = act, progress
+    It also sums the losses that the log does not have yet, which the Trainer forgets when it is killed.
+
+    Attributes:
+        stop: Called where the loss or the norm of the gradients is not finite, with both; it raises an error.
+        unlogged: The sum of the losses of all updates since the log's last one.
+    """
+
+    stop: Callable[[float, float], None]
+    unlogged: Tensor | float = 0.0
+    loss: Tensor | float = 0.0  # of the passes of an update so far
+    skipped = 0  # updates in a row
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Do a forward and a backward pass, and check after the last one of an update."""
+        loss = super().training_step(model, *args, **kwargs)
+        self.loss, self.unlogged = self.loss + loss.float(), self.unlogged + loss.float()
+        if not self.accelerator.sync_gradients:
+            return loss
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        total, norm = self.loss, nn.utils.get_total_norm(gradients).to(loss.device)
+        self.loss = 0.0
+        if math.isfinite(float(total + norm)):  # one wait for a GPU, in place of that of the Trainer's filter
+            self.skipped = 0
+            return loss
+        # float16: gradients that overflow are usual at first, and the scaler skips the update.
+        self.skipped += 1
+        if self.accelerator.scaler is None or not math.isfinite(total) or self.skipped > SKIPPED_IN_A_ROW:
+            self.stop(float(total), float(norm))
+        return loss
+
+    def mean_unlogged(self) -> float:
+        """Give ``unlogged``, averaged over the processes."""
+        own = torch.as_tensor(self.unlogged, dtype=torch.float32, device=self.args.device)
+        return float(self.accelerator.reduce(own, "mean"))
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Add an entry to the log, with the mean loss of all updates since the last one."""
+        if "loss" in logs:
+            before = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
+            logs["loss"] = self.mean_unlogged() / (self.state.global_step - before)
+            self.unlogged = 0.0
+        super().log(logs, *args)
+
+
+class _AfterUpdate(TrainerCallback):
+    """Calls functions after every update and whenever the log grows, and completes the checkpoints.
+
+    Args:
+        trainer: The trainer that it is a callback of.
+        act: Called with the Trainer's state after every update.
+        progress: Called with (updates done, updates) after every update.
+        log: Called with the Trainer's state after every entry of the log.
+    """
+
+    def __init__(
+        self,
+        trainer: _FiniteTrainer,
+        act: Callable[[TrainerState], None] | None,
+        progress: Progress | None,
+        log: Callable[[TrainerState], None],
+    ) -> None:
+        self.trainer, self.act, self.progress, self.log = trainer, act, progress, log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        newest = next((entry for entry in reversed(state.log_history) if {"loss", "unlogged"} & entry.keys()), {})
+        self.trainer.unlogged = newest.get("unlogged", 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.act:
             self.act(state)
         if self.progress:
             self.progress(state.global_step, state.max_steps)
+        if control.should_save:
+            state.log_history.append({"step": state.global_step, "unlogged": self.trainer.mean_unlogged()})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.log(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes a file
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            with write_file(checkpoint / CHECKSUMS) as temporary:
+                temporary.write_text(json.dumps(checksums(checkpoint)))
 
 
 def train(
@@ -131,7 +227,8 @@ def train(
     after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
     progress: Progress | None = None,
-) -> list[dict[str, float]]:
+    write_log: Callable[[Log], None] | None = None,
+) -> Log:
     """Train any module with a loss in place, on its device.
 
     Accelerate leaves its autocast around ``model.forward``, so that measurements should use a saved and loaded copy.
@@ -151,12 +248,14 @@ def train(
         parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
             take a gradient follow ``settings``.
         progress: Called with (updates done, updates) after every update.
+        write_log: Called with the log so far whenever it grows.
 
     Returns:
-        The log, a dictionary with update and loss for every entry.
+        The log, a dictionary with update, epoch and loss for every entry.
 
     Raises:
-        UserError: The precision does not fit the device, or the processes cannot share the batch evenly.
+        UserError: The precision does not fit the device, the processes cannot share the batch evenly, or a loss, a
+            gradient or a weight is not finite; the last checkpoint before that stays.
     """
     device = next(model.parameters()).device
     precision = choose_precision(settings.precision, device)
@@ -179,9 +278,10 @@ def train(
         use_cpu=device.type == "cpu",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_steps=settings.checkpoint_updates,
+        save_steps=settings.checkpoint_updates or min(CHECKPOINT_UPDATES, math.ceil(updates / CHECKPOINTS)),
         save_total_limit=1,
         logging_steps=min(50, max(1, updates // 10)),
+        logging_nan_inf_filter=False,  # it would hide what stops the training
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -191,21 +291,82 @@ def train(
         arguments._n_gpu = 1
     arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
 
-    trainer = Trainer(
+    def log_of(state: TrainerState) -> Log:
+        # The Trainer counts epochs of the whole plan, of which there is one.
+        entries = [
+            {"update": entry["step"], **entry, "epoch": entry["step"] * settings.batch_size / len(training_set)}
+            for entry in state.log_history
+        ]
+        return [entry for entry in entries if "loss" in entry or "eval_wer" in entry]
+
+    def grow_log(state: TrainerState) -> None:
+        newest = state.log_history[-1]
+        if "loss" in newest and trainer.is_world_process_zero():  # there is none in the Trainer's summary at the end
+            logger.info("update %d of %d: loss %.4g", state.global_step, updates, newest["loss"])
+            if write_log:
+                write_log(log_of(state))
+
+    trainer = _FiniteTrainer(
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
         data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
-        callbacks=[_AfterUpdate(after_update, progress), *callbacks],
+        callbacks=list(callbacks),
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
+
+    def stop(loss: float, norm: float) -> None:
+        done = trainer.state.global_step
+        utterances = plan[done * settings.batch_size : (done + 1) * settings.batch_size]
+        key = "training" if isinstance(settings, Training) else "method"
+        raise UserError(
+            f"the training stopped at update {done + 1} of {updates}: "
+            f"{_culprit(model, read, utterances, loss, norm, key)}"
+        )
+
+    trainer.stop = stop
+    trainer.add_callback(_AfterUpdate(trainer, after_update, progress, grow_log))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     # Otherwise the Trainer expects the model to divide the loss by the accumulation steps, which CTC models do not.
     trainer.model_accepts_loss_kwargs = False
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    log = [{"update": entry["step"], **entry} for entry in trainer.state.log_history]
-    return [entry for entry in log if "loss" in entry or "eval_wer" in entry]
+    if broken := not_finite(model.state_dict()):
+        raise UserError(f"the training ended with numbers in {broken} that are not finite; lower the learning rate")
+    return log_of(trainer.state)
+
+
+def _culprit(
+    model: nn.Module,
+    read: Callable[[Sequence[Utterance]], Batch],
+    utterances: Sequence[Utterance],
+    loss: float,
+    norm: float,
+    key: str,
+) -> str:
+    """Say which weight or which of an update's utterances makes its loss or gradients not finite, and what to do."""
+    if broken := not_finite(model.state_dict()):
+        return f"{broken} has numbers that are not finite; lower {key}.learning_rate, or start from another model"
+    device = next(model.parameters()).device
+    model.eval()
+    losses = {}
+    for utterance in dict.fromkeys(utterances):  # one may end an epoch and begin the next
+        with torch.no_grad():
+            output: Any = model(**{name: tensor.to(device) for name, tensor in read([utterance]).items()})
+        losses[utterance] = float(output["loss"])
+    culprits = {item: alone for item, alone in losses.items() if not math.isfinite(alone)}
+    if not culprits or len(culprits) == len(losses) > 1:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+        return (
+            f"{what} for the utterances {', '.join(item.id for item in losses)} together, and not finite for "
+            f"{'each' if culprits else 'none'} of them alone; lower {key}.learning_rate, set {key}.precision=float32, "
+            "or remove them"
+        )
+    named = ", ".join(f"{alone} for utterance {item.id} ({item.source})" for item, alone in culprits.items())
+    return (
+        f"the loss is {named}, as CTC's is where a transcript is longer than the recording has frames; remove or "
+        "correct what is named, or set ctc_zero_infinity to true in the model's config.json to train on the others"
+    )
 
 
 def _optimizer(model: nn.Module, settings: Optimization, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
@@ -238,7 +399,8 @@ def train_ctc(
     masks: Mapping[str, Tensor] | None = None,
     development_set: Sequence[Utterance] = (),
     progress: Progress | None = None,
-) -> list[dict[str, float]]:
+    write_log: Callable[[Log], None] | None = None,
+) -> Log:
     """Train a CTC model in place; see :func:`train` for arguments, errors and the log, which also has ``eval_wer``.
 
     Args:
@@ -246,12 +408,14 @@ def train_ctc(
         masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
         development_set: Utterances whose WER is logged after every epoch, and used for nothing else.
     """
-    epoch = updates_of(1, len(training_set), settings.batch_size)
 
     def log_error_rate(state: TrainerState) -> None:
-        if state.global_step == state.max_steps or state.global_step % epoch == 0:
+        step = state.global_step
+        before, now = (update * settings.batch_size // len(training_set) for update in (step - 1, step))
+        if step == state.max_steps or now > before:  # an epoch need not end with an update
             wer = word_error_rate(development_set, transcribe(model, processor, development_set))
-            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "eval_wer": wer})
+            state.log_history.append({"step": step, "eval_wer": wer})
+            logger.info("update %d of %d: WER %.4g of the development set", step, updates, wer)
 
     if settings.freeze_feature_encoder:
         freeze: Any = model.freeze_feature_encoder
@@ -268,6 +432,7 @@ def train_ctc(
             callbacks=[HoldMasks(model, masks)] if masks else [],
             after_update=log_error_rate if development_set else None,
             progress=progress,
+            write_log=write_log,
         )
 
 
@@ -292,14 +457,35 @@ def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Give the newest complete checkpoint, and delete those that an interrupted training left incomplete."""
+    """Give the newest checkpoint that is whole, and delete those that are not."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while checkpoints:
         newest = checkpoints.pop()
-        try:
-            json.loads((newest / "trainer_state.json").read_text())  # the file that the Trainer writes last
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
-        else:
+        if not (newest / "trainer_state.json").is_file():  # the Trainer writes it last: it was killed before
+            shutil.rmtree(newest, ignore_errors=True)
+            continue
+        fault = _fault_of(newest)
+        if fault is None:
             return str(newest)
+        print_warning(f"{newest} {fault}; the training goes on from the one before, or starts anew")
+        shutil.rmtree(newest, ignore_errors=True)
     return None
+
+
+def _fault_of(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint: a file is not as it was written, or has numbers that are not finite."""
+    # It may have been killed between the Trainer's last file and the checksums.
+    if (checkpoint / CHECKSUMS).is_file() and (damaged := damage(checkpoint)):
+        return f"is damaged in {damaged}"
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
+        tensors = load_file(checkpoint / WEIGHTS) | {
+            f"optimizer {index} {name}": torch.as_tensor(value)
+            for index, state in moments.items()
+            for name, value in state.items()
+        }
+    except Exception as error:  # damaged files raise almost any error
+        return f"is damaged ({first_line(error)})"
+    broken = not_finite(tensors)
+    return f"has numbers in {broken} that are not finite" if broken else None

@@ -1,6 +1,7 @@
 """The methods that the paper compares with: their characteristic parts, their sizes, and a run by the command line."""
 
 import json
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,7 @@ class _Stopped(Exception):
 
 @pytest.mark.parametrize("method", ["dphubert", "parp"])
 def test_a_stopped_method_goes_on_to_the_same_model(
-    method: str, corpus: Path, model_folder: Path, tmp_path: Path
+    method: str, corpus: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Gates, multipliers and optimizers, or what PARP has pruned so far, come back from the last checkpoint."""
     overrides = ("method.checkpoint_updates=2", "method.batch_size=4", "method.precision=float32")
@@ -238,6 +239,53 @@ def test_a_stopped_method_goes_on_to_the_same_model(
     resumed = compress("stopped")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    if method == "dphubert":  # the cut model that it would go on from is damaged: it is cut again
+        path = tmp_path / "stopped" / "cut" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 4
+        path.write_bytes(data)
+        again = compress("stopped")
+        assert "model.safetensors is damaged; the model is cut again" in " ".join(capsys.readouterr().out.split())
+        assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "spoiled", "named"),
+    [
+        ("dphubert", "sparsewav.baselines.gated.l1_and_cosine", "for each of them alone"),
+        ("l0_finetune", "sparsewav.baselines.gated.Lagrangian.forward", "for each of them alone"),
+        ("distilhubert", "sparsewav.baselines.distilhubert.l1_and_log_cosine", "for each of them alone"),
+        ("parp", "sparsewav.baselines.parp.collate", r"the loss is nan for utterance \S+ \(\S+\.flac\)"),
+    ],
+)
+def test_a_method_whose_loss_is_not_finite_stops(
+    method: str,
+    spoiled: str,
+    named: str,
+    compressed: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A distance between hidden states, the penalty of the gates, and one utterance's audio, which becomes NaN."""
+    module, _, name = spoiled.rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    function, calls = getattr(owner, name), []
+
+    def spoil(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        calls.append(None)
+        if name == "collate":
+            result["input_values"][[item.id == "100-7-0002" for item in arguments[0]]] = torch.nan
+            return result
+        if len(calls) <= 4:  # of the first updates; each calls it up to four times
+            return result
+        return tuple(item * torch.nan for item in result) if isinstance(result, tuple) else result * torch.nan
+
+    monkeypatch.setattr(owner, name, spoil)
+    with pytest.raises(UserError, match=rf"stopped at update \d of 8: .*{named}") as stopped:
+        compressed(method)
+    assert "training.learning_rate" not in str(stopped.value)
+    assert not [path for path in (tmp_path / method).rglob("*.safetensors") if "checkpoint" not in str(path)]
 
 
 @pytest.mark.parametrize("method", ["distilhubert", "fithubert"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
@@ -115,12 +115,12 @@ def test_a_run_writes_what_it_promises(
     assert not list(folder.rglob("*.part"))
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.rglob("*")), "for others to read, too"
 
-    # Launched again it is done, and says so without touching anything.
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}
+    # Launched again it is done, and says so without touching anything, its settings and its log included.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = run_sparsewav(*small, "sparsity.target=0.6")
     assert again.returncode == 0
     assert "Done already" in again.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
     # Cached statistics give the same bytes as fresh ones, and force=true does the run again.
     weights = (folder / "model" / "model.safetensors").read_bytes()
@@ -159,6 +159,105 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     shown = run_sparsewav(str(summary_path.parent), command="sparsewav-summary")
     assert shown.returncode == 1
     assert "6 runs" in shown.stdout
+
+
+def test_a_run_is_done_again_when_what_it_was_made_from_has_other_content(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, model_folder: Path, own_corpus: Path
+) -> None:
+    """Same names, other weights or transcripts: never the old figures. What is gone leaves them, and a line."""
+    own_model = shutil.copytree(model_folder, tmp_path / "own")
+    arguments = [*small, f"model.name_or_path={own_model}", f"data.root={own_corpus}", "allocation=uniform"]
+    assert run_sparsewav(*arguments).returncode == 0
+    folder = _folder(tmp_path)
+    first = json.loads((folder / "metrics.json").read_text())
+    settings = (folder / ".hydra" / "config.yaml").read_text()
+
+    weights = own_model / "model.safetensors"
+    whole = weights.read_bytes()
+    save_file({name: 0.9 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    result = run_sparsewav(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = f"model.safetensors of {own_model} changed since this run was made; doing it again"
+    assert said in result.stdout
+    second = json.loads((folder / "metrics.json").read_text())
+    assert said in second["warnings"]
+    assert first["inputs"]["content"]["calibration set"] == second["inputs"]["content"]["calibration set"]
+    changed = load_file(folder / "model" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(changed, load_file(weights)["lm_head.weight"])
+    assert "Done already" in run_sparsewav(*arguments).stdout
+
+    # A launch that fails leaves the finished run as it was; then one whose inputs are right again finds it.
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changed_bytes = weights.read_bytes()
+    weights.write_bytes(changed_bytes[:1000])
+    _assert_one_sentence(run_sparsewav(*arguments), "weights of model.name_or_path=.* cannot be loaded")
+    assert content == {path: path.read_bytes() for path in content}
+    assert (folder / "error.json").is_file()
+    weights.write_bytes(changed_bytes)
+    assert "Done already" in run_sparsewav(*arguments).stdout
+    assert not (folder / "error.json").exists()
+
+    transcript = next((own_corpus / "test").rglob("*.trans.txt"))
+    lines = transcript.read_text().splitlines()
+    transcript.write_text("\n".join(lines[:-1]) + "\n")
+    result = run_sparsewav(*arguments)
+    assert "the evaluation set changed since this run was made; doing it again" in result.stdout
+    third = json.loads((folder / "metrics.json").read_text())
+    assert (first["n_utterances"], third["n_utterances"]) == (6, 5)
+    assert (folder / ".hydra" / "config.yaml").read_text() == settings
+
+    for gone, part in ((own_corpus, "evaluation set"), (own_model, "model")):
+        shutil.rmtree(gone)
+        result = run_sparsewav(*arguments)
+        assert result.returncode == 0
+        assert "Done already" in result.stdout
+        assert f"the {part} could not be compared" in result.stdout
+    assert json.loads((folder / "metrics.json").read_text()) == third
+    assert len(whole) == len(changed_bytes)
+
+    (folder / "metrics.json").write_text('{"model": ')
+    shown = run_sparsewav(str(folder.parent), command="sparsewav-summary")
+    assert re.search(r"left out: .*metrics\.json is damaged", shown.stdout), shown.stdout
+    assert "Traceback" not in shown.stdout + shown.stderr
+
+
+def test_a_folder_that_the_user_named_is_not_taken_for_a_run_of_other_settings(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    named = [*small, "allocation=uniform", "hydra.run.dir=mine"]
+    assert run_sparsewav(*named).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    result = run_sparsewav(*named, "sparsity.target=0.5")
+    _assert_one_sentence(result, r"mine was made with other settings \(sparsity\.target was 0\.75 and is 0\.5\)")
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_what_the_cache_gave_is_told_from_what_was_measured_now(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    first = run_sparsewav(*small, "sparsity.target=0.5", "output_root=first")
+    second = run_sparsewav(*small, "sparsity.target=0.6", "output_root=second")
+    (hessians,) = (tmp_path / "cache").glob("hessians/*/hessians.json")
+    hessians.write_text("{}")
+    third = run_sparsewav(*small, "sparsity.target=0.7", "output_root=third")
+    found = [
+        json.loads(next((tmp_path / root).glob("*/metrics.json")).read_text()) for root in ("first", "second", "third")
+    ]
+    assert found[0]["seconds_cached"] == {}
+    assert set(found[1]["seconds_cached"]) == {"calibrate", "allocate", "evaluate"}
+    for piece in ("calibrate", "allocate"):
+        assert found[1]["seconds_cached"][piece] == found[1]["seconds"][piece] == found[0]["seconds"][piece]
+    assert found[1]["seconds_cached"]["evaluate"] < found[1]["seconds"]["evaluate"]
+    assert "cached" not in first.stdout
+    assert len(re.findall(r"(?:calibrate|allocate|evaluate) [0-9.]+ \([0-9.]+ cached\)", second.stdout)) == 3
+    assert "cached: spent by an earlier run" in second.stdout
+    # What was damaged in the cache is measured now, and the record says so.
+    assert set(found[2]["seconds_cached"]) == {"allocate", "evaluate"}
+    assert f"{hessians} is damaged; it is made again" in found[2]["warnings"]
+    assert third.stdout.count("it is made again") == 1
+    # These random models recognise nothing, which is said.
+    assert re.search(r"the dense model's word error rate is \d+ %: check its tokenizer", first.stdout)
+    assert any("the dense model's word error rate" in warning for warning in found[0]["warnings"])
 
 
 @pytest.mark.slow
@@ -268,6 +367,46 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     for name in ("model/model.safetensors", "layers.csv", "predictions.jsonl"):
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
     assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+def test_a_stopped_run_whose_newest_step_is_damaged_goes_on_from_the_step_before(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=1", "data.training_subset=train"]
+    arguments = [*small, *tuning, "allocation=uniform"]
+    assert run_sparsewav(*arguments, "output_root=reference").returncode == 0
+    (reference,) = (tmp_path / "reference").glob("tiny*")
+    folder = tmp_path / "outputs" / reference.name
+    (folder / "predictions.jsonl").mkdir(parents=True)
+    _assert_one_sentence(run_sparsewav(*arguments), r"cannot write .*predictions\.jsonl")
+    (folder / "predictions.jsonl").rmdir()
+    weights = folder / "model" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 0x40
+    weights.write_bytes(damaged)
+    result = run_sparsewav(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{weights} is damaged; going on from the step before it" in result.stdout.replace("\n", "")
+    assert "Going on from 0-prune-0.75" in result.stdout
+    for name in ("model/model.safetensors", "predictions.jsonl", "training_log.csv"):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+def test_a_stopped_run_does_not_score_the_words_of_another_evaluation_set(
+    run_sparsewav: Run, small: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    arguments = [*small, f"data.root={own_corpus}", "allocation=uniform", "hydra.run.dir=mine"]
+    (tmp_path / "mine" / "predictions.jsonl").mkdir(parents=True)
+    _assert_one_sentence(run_sparsewav(*arguments), r"cannot write .*predictions\.jsonl")
+    (tmp_path / "mine" / "predictions.jsonl").rmdir()
+    first, *others = sorted((own_corpus / "test").rglob("*.flac"))
+    first.write_bytes(others[0].read_bytes())
+    result = run_sparsewav(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "starting over" in result.stdout
+    rows = [json.loads(line) for line in (tmp_path / "mine" / "predictions.jsonl").read_text().splitlines()]
+    hypotheses = {row["id"]: row["after"] for row in rows}
+    assert hypotheses[first.stem] == hypotheses[others[0].stem]
 
 
 @pytest.mark.slow
@@ -383,6 +522,33 @@ def test_a_full_disk_loses_nothing_computed(
     assert not list((tmp_path / "outputs").rglob("error.json"))
 
 
+@pytest.mark.parametrize(
+    ("limit", "arguments", "message"),
+    [
+        (24, ["calibration.propagation=sequential"], "cannot write {tmp}: it could not be written in full"),
+        (1, ["-m", "sparsity.target=0.5,0.6"], r"cannot write {here}/outputs/sweep-\w+: File too large"),
+    ],
+    ids=["temporary", "output"],
+)
+def test_a_full_disk_is_named_wherever_it_is(
+    small: list[str], tmp_path: Path, environment: dict[str, str], limit: int, arguments: list[str], message: str
+) -> None:
+    """A limit on the size of a file, in KiB, stands for a full disk."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$0" "$@"', str(Path(sys.executable).parent / "sparsewav")]
+    limited = subprocess.run(
+        [*command, *arguments, *small, "allocation=uniform", f"output_root={tmp_path}/outputs"],
+        cwd=tmp_path,
+        env=environment | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _assert_one_sentence(limited, message.format(tmp=temporary, here=tmp_path))
+    assert not list(temporary.iterdir())
+
+
 def test_n_m_and_sequential_runs(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     result = run_sparsewav(*small, "sparsity=n_m", "allocation=uniform", "calibration.propagation=sequential")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -402,13 +568,16 @@ def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, sma
     others = ["solver=alps", "objective=asymmetric", "recovery=reconstruction", "recovery.steps=15"]
     result = run_sparsewav(*small, *settings, *others)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("alps", "asymmetric", "reconstruction", "recover"):
-        assert name in result.stdout
-    (folder,) = (tmp_path / "out").glob("tiny*-alps-asymmetric-reconstruction-*")
+    for words in ("Pruning to 0.75 with alps", "uniform, alps, asymmetric, reconstruction", "recover"):
+        assert words in result.stdout
+    assert "obs_first_order" not in result.stdout  # ALPS uses no saliency
+    (folder,) = (tmp_path / "out").glob("tiny*-alps-uniform-0.75-asymmetric-reconstruction-*")
     (plain_folder,) = set((tmp_path / "out").glob("tiny*")) - {folder}
     metrics, before = (json.loads((path / "metrics.json").read_text()) for path in (folder, plain_folder))
     assert (metrics["solver"], metrics["objective"], metrics["recovery"]) == ("alps", "asymmetric", "reconstruction")
     assert (before["solver"], before["objective"], before["recovery"]) == ("obs", "symmetric", "none")
+    assert (metrics["saliency"], before["saliency"]) == (None, "obs_first_order")
+    assert "| saliency | none |" in (folder / "model" / "README.md").read_text()
     seconds = metrics["seconds"]
     assert seconds["recover"] > 0
     assert seconds["prune"] == pytest.approx(sum(seconds[key] for key in ("calibrate", "allocate", "solve", "recover")))

@@ -169,6 +169,7 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
             "warnings": [],
             "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0, "finetune": 4.0},
             "cached": [],
+            "seconds_cached": {},
             "device": "cpu",
             "threads": 2,
         }
@@ -272,6 +273,10 @@ DAMAGE = {
     "another seed": (lambda path: _change(path.parent, seed=7), "is of another run (seed=7 instead of 1)"),
     "another method": (lambda path: _change(path.parent, saliency="wanda"), "saliency=wanda instead of obs"),
     "another dense model": (lambda path: _change(path.parent, wer_dense=0.06), "the dense model's WER (0.05 and 0.06)"),
+    "other weights of the same name": (
+        lambda path: _change(path.parent, inputs={"content": {"model/model.safetensors": "0"}}),
+        "two runs differ in the content of the model's files",
+    ),
     "another model": (
         lambda path: _change(path.parent, model="other"),
         "two runs differ in the model (demo and other)",

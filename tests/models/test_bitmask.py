@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from transformers import AutoModelForCTC, PreTrainedModel
 
 import sparsewav
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, decode, encode, export
+from sparsewav.models.checkpoint import checksum
 from sparsewav.pruning.encoder import prunable_matrices
 
 Q_PROJ = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
+NORM, NORM_BIAS = (f"wav2vec2.encoder.layers.0.layer_norm.{kind}" for kind in ("weight", "bias"))
+BIAS = "lm_head.bias"
 Tensors = dict[str, Tensor]
-Metadata = dict[str, str]
+Header = dict[str, Any]
 
 
 def _prune(model: PreTrainedModel, sparsity: float = 0.8) -> None:
@@ -88,50 +92,112 @@ def test_float16_rounds_once_and_halves(dense_folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "inf").exists()
 
 
-def _shape(rows: object, cols: object) -> Callable[[Tensors, Metadata], object]:
-    def tamper(tensors: Tensors, metadata: Metadata) -> None:
-        metadata["shapes"] = json.dumps(json.loads(metadata["shapes"]) | {Q_PROJ: [rows, cols]})
-
-    return tamper
+def _shape(rows: object, cols: object) -> Callable[[Tensors, Header], object]:
+    return lambda tensors, header: header["shapes"].update({Q_PROJ: [rows, cols]})
 
 
-TAMPERED: dict[str, tuple[Callable[[Tensors, Metadata], object], str]] = {
-    "count": (lambda t, m: t[f"{Q_PROJ}.bitmask"].bitwise_xor_(1), "counts"),
-    "trailing": (lambda t, m: t[f"{Q_PROJ}.bitmask"][-1].bitwise_or_(128), "behind its last weight"),
-    "short": (lambda t, m: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"][:-1].clone()}), "bytes"),
-    "integers": (lambda t, m: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].int()}), "floating-point"),
-    "mixed": (lambda t, m: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].half()}), "floating-point types"),
-    "wide bits": (lambda t, m: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"].int()}), "bytes"),
+# What contradicts the model is refused also where somebody has made the checksum fit.
+TAMPERED: dict[str, tuple[Callable[[Tensors, Header], object], str]] = {
+    "count": (lambda t, h: t[f"{Q_PROJ}.bitmask"].bitwise_xor_(1), "counts"),
+    "trailing": (lambda t, h: t[f"{Q_PROJ}.bitmask"][-1].bitwise_or_(128), "behind its last weight"),
+    "short": (lambda t, h: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"][:-1].clone()}), "bytes"),
+    "integers": (lambda t, h: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].int()}), "floating-point"),
+    "mixed": (lambda t, h: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].half()}), "floating-point types"),
+    "wide bits": (lambda t, h: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"].int()}), "bytes"),
+    "relabelled bias": (
+        lambda t, h: t.update({"lm_head.bias": t["lm_head.bias"].view(torch.int32)}),
+        "lm_head.bias in",
+    ),
+    "relabelled norm": (lambda t, h: t.update({NORM: t[NORM].view(torch.int32)}), f"{NORM} in int32"),
+    "infinite": (lambda t, h: t[NORM].fill_(float("inf")), f"{NORM} that are NaN or infinite"),
     "overflow": (_shape(2**62, 2**62), "the shape"),
     "negative": (_shape(-15, -15), "the shape"),
     "transposed size": (_shape(225, 1), "the shape"),
     "fraction": (_shape(15.0, 15.0), "the shape"),
-    "no shapes": (lambda t, m: m.pop("shapes"), "shapes"),
-    "list": (lambda t, m: m.update(shapes="[]"), "shapes"),
-    "nested": (lambda t, m: m.update(shapes="[" * 100_000), "shapes"),
-    "version": (lambda t, m: m.update(version="2"), "version '2'"),
-    "format": (lambda t, m: m.update(format="pt"), "format 'pt'"),
-    "no values": (lambda t, m: t.pop(f"{Q_PROJ}.values"), f"lacks {Q_PROJ}.values"),
-    "no head": (lambda t, m: t.pop("lm_head.weight"), "lacks lm_head.weight"),
-    "extra": (lambda t, m: t.update(more=torch.zeros(1)), "more"),
-    "twice": (lambda t, m: t.update({Q_PROJ: torch.zeros(15, 15)}), "both"),
-    "bias": (lambda t, m: t.update({"lm_head.bias": torch.zeros(3)}), "lm_head.bias"),
+    "no shapes": (lambda t, h: h.pop("shapes"), "shapes"),
+    "list": (lambda t, h: h.update(shapes=[]), "shapes"),
+    "version": (lambda t, h: h.update(version=3), "version 3"),
+    "no values": (lambda t, h: t.pop(f"{Q_PROJ}.values"), f"lacks {Q_PROJ}.values"),
+    "no head": (lambda t, h: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+    "extra": (lambda t, h: t.update(more=torch.zeros(1)), "more"),
+    "twice": (lambda t, h: t.update({Q_PROJ: torch.zeros(15, 15)}), "both"),
+    "bias": (lambda t, h: t.update({"lm_head.bias": torch.zeros(3)}), "lm_head.bias"),
 }
+
+
+def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, sealed: bool) -> str:
+    """Change a file, with the checksum that fits or with the one it had; give the message with which it is refused."""
+    path = folder / BITMASK_WEIGHTS
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["sparsewav-bitmask"])
+    tamper(tensors, header)
+    if sealed:
+        header["checksum"] = checksum(tensors, json.dumps(header.get("shapes"), sort_keys=True))
+    save_file(tensors, path, {"sparsewav-bitmask": json.dumps(header)})
+    with pytest.raises(sparsewav.UserError) as refused:
+        sparsewav.load(folder)
+    assert str(folder) in str(refused.value)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_a_tampered_file_is_refused_by_name(kind: str, dense_folder: Path, tmp_path: Path) -> None:
     export(dense_folder, tmp_path / "small")
-    path = tmp_path / "small" / BITMASK_WEIGHTS
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
     tamper, message = TAMPERED[kind]
-    tamper(tensors, metadata)
-    save_file(tensors, path, metadata)
-    with pytest.raises(sparsewav.UserError, match=message) as refused:
+    assert re.search(message, _tampered(tmp_path / "small", tamper, sealed=True))
+
+
+def _move_a_bit(tensors: Tensors, header: Header) -> None:
+    """Keep another weight of the first eight than the one that was kept; the count stays."""
+    bits = tensors[f"{Q_PROJ}.bitmask"]
+    byte = next(index for index, value in enumerate(bits.tolist()) if value not in (0, 255))
+    value = int(bits[byte])
+    kept, lost = (next(bit for bit in range(8) if value >> bit & 1 == wanted) for wanted in (1, 0))
+    bits[byte] = value ^ (1 << kept) ^ (1 << lost)
+
+
+CORRUPTED: dict[str, Callable[[Tensors, Header], object]] = {
+    "mask": _move_a_bit,
+    "value": lambda t, h: t[f"{Q_PROJ}.values"].view(torch.int32)[0].bitwise_xor_(1 << 23),
+    "bias": lambda t, h: t["lm_head.bias"].view(torch.int32)[0].bitwise_xor_(1),
+    "swapped": lambda t, h: t.update(
+        {NORM: t[NORM.replace("weight", "bias")], NORM.replace("weight", "bias"): t[NORM]}
+    ),
+    "checksum": lambda t, h: h.update(checksum="0" * 64),
+    "no checksum": lambda t, h: h.pop("checksum"),
+}
+
+
+@pytest.mark.parametrize("kind", CORRUPTED)
+def test_a_flipped_bit_is_refused(kind: str, dense_folder: Path, tmp_path: Path) -> None:
+    """Names, shapes, types and counts are those of the model, and the numbers are not."""
+    export(dense_folder, tmp_path / "small")
+    assert "does not have the checksum" in _tampered(tmp_path / "small", CORRUPTED[kind], sealed=False)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"format": "sparsewav-bitmask", "version": "1", "shapes": "{}"},
+        {"format": "pt"},
+        {"sparsewav-bitmask": "[" * 100_000},
+        {"sparsewav-bitmask": "[]"},
+    ],
+)
+def test_another_header_is_refused(metadata: dict[str, str], dense_folder: Path, tmp_path: Path) -> None:
+    export(dense_folder, tmp_path / "small")
+    path = tmp_path / "small" / BITMASK_WEIGHTS
+    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata)
+    with pytest.raises(sparsewav.UserError, match=f"{BITMASK_WEIGHTS} has no readable header .* version 2"):
         sparsewav.load(tmp_path / "small")
-    assert str(tmp_path / "small") in str(refused.value)
+
+
+def test_exports_of_a_model_are_the_same_bytes(dense_folder: Path, tmp_path: Path) -> None:
+    """In both formats: safetensors writes several entries of a header in another order every time."""
+    for format, name in (("bitmask", BITMASK_WEIGHTS), ("dense", "model.safetensors")):
+        folders = [export(dense_folder, tmp_path / f"{format}-{number}", format) for number in range(5)]
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])

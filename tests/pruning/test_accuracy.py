@@ -314,15 +314,23 @@ def test_closed_form_recovery_is_the_least_squares_solution(
     )
 
 
-def test_a_recovery_that_diverges_is_undone(tiny_model: Factory, batches: list[Batch]) -> None:
+@pytest.mark.parametrize(("learning_rate", "finite"), [(100.0, True), (1e30, False)])
+def test_a_recovery_that_diverges_is_undone(
+    tiny_model: Factory, batches: list[Batch], learning_rate: float, finite: bool
+) -> None:
+    """Where it leaves the finite numbers it says so, too."""
     plain, model = (tiny_model("wav2vec2") for _ in range(2))
     options: dict[str, Any] = {"allocation": "uniform", "calibration": layer_by_layer()}
     sparsewav.prune(plain, batches, 0.6, **options)
-    recovery = Reconstruction(steps=3, learning_rate=100.0)
+    recovery = Reconstruction(steps=3, learning_rate=learning_rate)
     report = sparsewav.prune(model, batches, 0.6, **options, recovery=recovery)
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(recovery.error == recovery.error_before for recovery in report.recoveries)
+    assert [recovery.diverged for recovery in report.recoveries] == [not finite] * 2
+    said = [warning for warning in report.warnings if "not finite" in warning]
+    assert len(said) == (0 if finite else 2)
+    assert finite or said[1].startswith("the recovery of layer 1 came to numbers that are not finite")
 
 
 @pytest.mark.parametrize("family", ["wavlm", "data2vec-audio", "wav2vec2-conformer"])

@@ -53,6 +53,7 @@ def test_training_leaves_a_model_that_can_be_pruned(
     folder = tmp_path / "model"
     log = pandas.read_csv(folder / "training_log.csv")
     assert log["eval_wer"].notna().sum() == 20
+    assert log.loc[log["eval_wer"].notna(), "epoch"].tolist() == list(range(1, 21))
     assert log["loss"].notna().sum() == 10  # of 60 updates every sixth, those with a WER among them
     record = json.loads((folder / "training.json").read_text())
     assert record["settings"]["epochs"] == 20
@@ -60,7 +61,34 @@ def test_training_leaves_a_model_that_can_be_pruned(
     assert not (folder / "checkpoints").exists()
     assert all(tensor.dtype == torch.float16 for tensor in load_file(folder / "model.safetensors").values())
     assert load_speech_model(str(folder)).model.dtype == torch.float32
-    assert "Done already" in run_sparsewav(*arguments, "output=model", command="sparsewav-train").stdout
+
+    # Launched again it changes nothing; with other settings it is refused, finished or killed.
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(path.parent.name == ".hydra" for path in content)
+    same = [*arguments, "output=model", "training.checkpoint_updates=7"]
+    assert "Done already" in run_sparsewav(*same, command="sparsewav-train").stdout
+    killed = tmp_path / "killed" / "checkpoints"
+    killed.mkdir(parents=True)
+    (killed / "inputs.json").write_text(json.dumps(record["inputs"]))
+    for output in ("model", "killed"):
+        other = run_sparsewav(*arguments, f"output={output}", "training.epochs=3", command="sparsewav-train")
+        assert other.returncode == 1
+        said = (
+            rf"{output} was made with other settings \(training\.epochs was 20\.0 and is 3\.0\); choose another output="
+        )
+        assert re.search(said, other.stdout), other.stdout + other.stderr
+    changed = shutil.copytree(corpus, tmp_path / "changed")
+    next((changed / "train").rglob("*.flac")).write_bytes(next((changed / "test").rglob("*.flac")).read_bytes())
+    shutil.move(corpus, tmp_path / "aside")
+    shutil.move(changed, corpus)
+    try:
+        other = run_sparsewav(*arguments, "output=model", command="sparsewav-train")
+    finally:
+        shutil.rmtree(corpus)
+        shutil.move(tmp_path / "aside", corpus)
+    assert re.search(r"the training set changed since .*model was trained; choose another output=", other.stdout)
+    assert all(path.read_bytes() == content[path] for path in content)
+    assert set(content) | {folder / "error.json"} == {path for path in folder.rglob("*") if path.is_file()}
 
     data = ["data=librispeech_dir", f"data.root={corpus}"]
     subsets = ["data.development_subset=test", "data.evaluation_subset=test", "data.calibration_subset=train"]
@@ -92,6 +120,8 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     weights = [tmp_path / name / "model.safetensors" for name in ("model", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    logs = [tmp_path / name / "training_log.csv" for name in ("model", "killed")]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (conf_folder() / "recipe").glob("*.yaml")))
@@ -127,6 +157,20 @@ def test_a_checkpoint_gives_what_fits_and_its_frozen_front_end_stays(
             assert torch.equal(after[name], tensor.half()), name
         else:  # two updates away from the checkpoint, not from somewhere else
             assert float((after[name].float() - tensor).abs().max()) < 0.1, name
+
+
+def test_a_training_that_leaves_the_finite_numbers_saves_no_model(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path
+) -> None:
+    """A step of Adam is as long as the learning rate: after the first one the loss is NaN for every utterance."""
+    changes = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0", "output=model")
+    result = run_sparsewav(*arguments, *changes, command="sparsewav-train")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    (error,) = (line for line in result.stdout.splitlines() if line.startswith("error: "))
+    assert re.match(r"error: the training stopped at update \d of 60: .* lower training\.learning_rate", error)
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+    assert not (tmp_path / "model" / "training.json").exists()
 
 
 @pytest.mark.parametrize(

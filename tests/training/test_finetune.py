@@ -1,21 +1,32 @@
 """Fine-tuning: masks that hold, an order that can be resumed, and the strategies."""
 
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pandas
 import pytest
+import soundfile
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Trainer
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
+from sparsewav import progress
 from sparsewav.data.librispeech import read_librispeech_folder
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
@@ -23,8 +34,16 @@ from sparsewav.settings.run import Config
 from sparsewav.settings.training import Training
 from sparsewav.training.masks import masked_gradients, masks_of
 from sparsewav.training.processes import train_masked_in_processes
-from sparsewav.training.schedule import Stage, plan_stages
-from sparsewav.training.trainer import choose_precision, plan_updates, train_ctc
+from sparsewav.training.schedule import Stage, plan_stages, too_short
+from sparsewav.training.trainer import (
+    CHECKPOINTS,
+    SKIPPED_IN_A_ROW,
+    _FiniteTrainer,
+    choose_precision,
+    plan_updates,
+    train_ctc,
+    write_training_log,
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -110,6 +129,166 @@ def test_masks_hold_through_decay_kill_and_resume(
         assert torch.equal(tensor, resumed[name]), name
 
 
+def _with_a_short_recording(corpus: Path, folder: Path) -> tuple[list[Utterance], Utterance]:
+    """The training set with one recording cut to a frame; also gives its utterance."""
+    shutil.copytree(corpus, folder)
+    training = read_librispeech_folder(folder, "train")
+    samples, rate = soundfile.read(training[5].audio)
+    soundfile.write(training[5].audio, samples[:1000], rate)
+    return training, training[5]
+
+
+def test_an_utterance_shorter_than_its_transcript_stops_the_training_by_name(
+    model_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """CTC's loss is infinite for it, and its gradient NaN; transformers trains on, and logs neither."""
+    training, short = _with_a_short_recording(corpus, tmp_path / "corpus")
+    speech = _half_pruned(model_folder)
+    assert not speech.model.config.ctc_zero_infinity
+    with pytest.raises(UserError, match=r"stopped at update \d of 3: the loss is inf for utterance ") as stopped:
+        train_ctc(speech.model, speech.processor, training, _settings(), 3, tmp_path / "run")
+    assert f"utterance {short.id} ({short.audio}), as CTC's is" in str(stopped.value)
+    assert str(stopped.value).count("inf for") == 1
+    assert all(parameter.isfinite().all() for parameter in speech.model.parameters())
+    speech.model.config.ctc_zero_infinity = True
+    log = train_ctc(speech.model, speech.processor, training, _settings(), 3, tmp_path / "other")
+    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in log)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    model_folder: Path, corpus: Path, tmp_path: Path, max_grad_norm: float
+) -> None:
+    """An infinite gradient, which clipping would make an update of zeros and NaN."""
+    speech = _half_pruned(model_folder)
+    training = read_librispeech_folder(corpus, "train")
+    settings, masks = _settings(max_grad_norm=max_grad_norm), masks_of(speech.model)
+    passes = []
+
+    def spoil(gradient: Tensor) -> Tensor:
+        passes.append(None)
+        return gradient * torch.inf if len(passes) == 3 else gradient
+
+    speech.model.lm_head.weight.register_hook(spoil)
+    message = r"at update 3 of 6: the norm of the gradients is (nan|inf) for .* none of them alone; lower training\."
+    with pytest.raises(UserError, match=message):
+        train_ctc(speech.model, speech.processor, training, settings, 6, tmp_path, masks=masks)
+    assert all(parameter.isfinite().all() for parameter in speech.model.parameters())
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(tensor, speech.model.state_dict()[name]) for name, tensor in saved.items())
+
+
+def test_float16_may_skip_updates_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients overflow until the scaler has found its scale; a loss that is not finite stops it at once."""
+    model = torch.nn.Linear(1, 1)
+    trainer: Any = object.__new__(_FiniteTrainer)
+    trainer.accelerator = SimpleNamespace(sync_gradients=True, scaler=object())
+    stops: list[tuple[float, float]] = []
+    trainer.stop = lambda *what: stops.append(what)
+
+    def step(loss: float, gradient: float) -> None:
+        model.weight.grad = torch.full((1, 1), gradient)
+        monkeypatch.setattr(Trainer, "training_step", lambda *_: torch.tensor(loss))
+        trainer.training_step(model)
+
+    for _ in range(SKIPPED_IN_A_ROW):
+        step(1.0, torch.inf)
+    step(1.0, 1.0)
+    for _ in range(SKIPPED_IN_A_ROW):
+        step(1.0, torch.inf)
+    assert not stops
+    step(1.0, torch.inf)
+    assert stops == [(1.0, torch.inf)]
+    step(1.0, 1.0)
+    step(torch.inf, 1.0)
+    assert stops[1:] == [(torch.inf, 1.0)]
+
+
+def test_a_training_killed_halfway_goes_on_from_its_last_checkpoint(
+    model_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The checkpoints come by themselves; the log on disk is that of an undisturbed training.
+
+    It has entries every 6 updates and checkpoints every 7: the mean loss of an entry spans the kill.
+    """
+    training = read_librispeech_folder(corpus, "train")
+    settings, updates = _settings(checkpoint_updates=None, batch_size=8), 66
+    calls: list[int] = []
+
+    def tune(name: str, stop_after: int | None = None) -> dict[str, Tensor]:
+        def count(done: int, total: int) -> None:
+            calls.append(done)
+            if done == stop_after:
+                raise _Killed
+
+        speech = _half_pruned(model_folder)
+        train_ctc(
+            speech.model,
+            speech.processor,
+            training,
+            settings,
+            updates,
+            tmp_path / name,
+            progress=count,
+            write_log=lambda log: write_training_log(tmp_path / f"{name}.csv", log),
+        )
+        return speech.model.state_dict()
+
+    whole = tune("whole")
+    with pytest.raises(_Killed):
+        tune("killed", stop_after=33)
+    (checkpoint,) = (tmp_path / "killed").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{4 * -(-updates // CHECKPOINTS)}"
+    assert pandas.read_csv(tmp_path / "killed.csv")["update"].tolist() == [6, 12, 18, 24, 30]
+    calls.clear()
+    resumed = tune("killed")
+    assert calls == list(range(29, 67))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    log = pandas.read_csv(tmp_path / "whole.csv")
+    assert log["epoch"].tolist() == [update * 8 / 12 for update in log["update"]]
+
+
+@pytest.mark.parametrize("fault", ["flipped", "not finite", "cut off"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    model_folder: Path, corpus: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and the training starts anew and ends as if it had not been killed."""
+    training = read_librispeech_folder(corpus, "train")
+
+    def tune(stop_after: int | None = None) -> dict[str, Tensor]:
+        def count(done: int, total: int) -> None:
+            if done == stop_after:
+                raise _Killed
+
+        speech = _half_pruned(model_folder)
+        train_ctc(speech.model, speech.processor, training, _settings(), 3, tmp_path, progress=count)
+        return speech.model.state_dict()
+
+    with pytest.raises(_Killed):
+        tune(stop_after=3)
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    if fault == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 4
+        path.write_bytes(data)
+    elif fault == "cut off":
+        path.write_bytes(path.read_bytes()[:-4])
+        (path.parent / "checksums.json").unlink()  # as if it had been killed right before they were written
+    else:
+        tensors = load_file(path)
+        tensors["lm_head.bias"][3] = torch.nan
+        save_file(tensors, path)
+        (path.parent / "checksums.json").unlink()
+    assert not capsys.readouterr().out
+    result = tune()
+    said = {"flipped": "is damaged in model.safetensors", "not finite": "in lm_head.bias that are not", "cut off": "is"}
+    assert said[fault] in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    whole = tune()
+    assert all(torch.equal(tensor, result[name]) for name, tensor in whole.items())
+
+
 def test_an_overflow_under_the_mask_is_no_nan(model_folder: Path) -> None:
     speech = _half_pruned(model_folder)
     matrix = prunable_matrices(speech.model)[0]
@@ -159,6 +338,56 @@ def test_the_order_has_every_utterance_once_an_epoch(corpus: Path) -> None:
     assert plan != plan_updates(training, batch_size=4, updates=6, seed=1)
 
 
+def test_tuning_without_a_terminal_says_how_far_it_is(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the output and in the log file; the development set's WER and the losses are in the latter."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.1)
+    arguments = [
+        "finetune_strategy=one_pass",
+        "training.epochs=20",
+        "training.batch_size=4",
+        "data.training_subset=train",
+    ]
+    result = run_sparsewav(*small, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (tmp_path / "outputs").glob("tiny*")
+    line = r"Tuning at 0\.75 for 120 updates: \d+ of 120, 0:\d\d, about 0:\d\d left"
+    log = (folder / "sparsewav.log").read_text()
+    assert re.search(f"^{line}$", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(line, log)
+    assert re.search(r"update 48 of 120: loss \d", log)
+    assert not re.search("\x1b", result.stdout)
+    table = pandas.read_csv(folder / "training_log.csv")
+    assert table["epoch"].iloc[-1] == 40  # 20, twice as many at 75 %
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "utterances", "said"),
+    [
+        (
+            {"epochs": 0.16},
+            [Stage(0.75, 10)],
+            500,
+            r"epochs=0\.16 comes to 10 updates of 16 utter.* has 500; raise",
+        ),
+        ({"epochs": 0.16}, [Stage(0.7, 5), Stage(0.8, 5)], 500, "comes to 10 updates"),
+        ({"epochs": 0.0256}, [Stage(0.5, 32)], 20_000, None),  # the demo's short preset
+        ({"epochs": 40}, [Stage(0.5, 71_348)], 28_539, None),
+        ({}, [Stage(0.5, 0)], 0, None),
+        ({"warmup_steps": 1000}, [Stage(0.7, 900), Stage(0.8, 1001)], 28_539, r"warmup_steps=1000 .* the 900 updates"),
+        ({"warmup_steps": 0.1}, [Stage(0.7, 900)], 28_539, None),
+        ({"warmup_steps": 900}, [Stage(0.7, 901)], 28_539, None),
+    ],
+)
+def test_a_training_that_is_too_short_to_be_meant_is_said_in_a_line(
+    changes: dict[str, float], stages: list[Stage], utterances: int, said: str | None
+) -> None:
+    found = too_short(_settings(batch_size=16, **changes), stages, utterances)
+    assert len(found) == (said is not None)
+    assert said is None or re.search(said, found[0])
+
+
 def _config(*overrides: str) -> Config:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return OmegaConf.to_object(compose("config", list(overrides)))  # type: ignore[return-value]
@@ -195,12 +424,28 @@ def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path:
     masks = masks_of(speech.model)
     before = {name: tensor.clone() for name, tensor in speech.model.state_dict().items()}
     tuned, log = train_masked_in_processes(
-        speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path
+        speech.model,
+        speech.processor,
+        training,
+        _settings(processes=2),
+        3,
+        tmp_path,
+        write_log=partial(write_training_log, tmp_path / "log.csv"),
     )
     after = tuned.state_dict()
     _zeros(after, masks)
     assert log[-1]["update"] == 3
+    assert pandas.read_csv(tmp_path / "log.csv")["loss"].tolist() == pytest.approx([entry["loss"] for entry in log])
     assert all(not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in masks)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_with_the_same_sentence_as_one(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    training, short = _with_a_short_recording(corpus, tmp_path / "corpus")
+    speech = _half_pruned(model_folder)
+    message = r"^the training stopped at update \d of 3: the loss is inf for utterance " + short.id
+    with pytest.raises(UserError, match=message):
+        train_masked_in_processes(speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])

@@ -13,7 +13,7 @@ from sparsewav.training import recipes
 
 
 def test_a_recipe_is_trained_once_and_other_names_are_given_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path))
     commands: list[list[str]] = []
@@ -39,4 +39,9 @@ def test_a_recipe_is_trained_once_and_other_names_are_given_back(
     assert [recipes.train_if_recipe("demo-hubert") for _ in range(2)] == [str(folder)] * 2
     train = [sys.executable, "-m", "sparsewav.training", "recipe=demo-hubert", f"output={folder}"]
     assert commands == [train, train]  # the one that failed, and the first of the two that followed
+    (folder / "training.json").write_text('{"edited": 1}')
+    assert recipes.train_if_recipe("demo-hubert") == str(folder)
+    assert commands == [train, train, train]
+    assert (folder / "training.json").read_text() == "{}"
+    assert "training.json is damaged; demo-hubert is trained again" in capsys.readouterr().out.replace("\n", "")
     assert recipes.lineage("demo-large-100h")[0] == "demo-large-100h"

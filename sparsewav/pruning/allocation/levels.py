@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import numpy as np
@@ -26,6 +25,7 @@ from torch import Tensor
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
+from sparsewav.pruning.hidden_states import temporary_folder
 from sparsewav.pruning.solvers.solve import PrunedMatrix
 
 SolveLevels = Callable[[list[PrunableMatrix], Float[Tensor, "cols cols"], list[float]], list[PrunedMatrix]]
@@ -87,7 +87,7 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         self.grid = grid
         self.row_errors: dict[str, Float[Tensor, "levels rows"]] = {}
         self.changes: dict[str, Float[Tensor, " levels"]] = {}
-        self._folder = TemporaryDirectory(prefix="sparsewav-") if on_disk else None
+        self._folder = temporary_folder() if on_disk else None
         self._weights: dict[str, list[Tensor]] = {}
 
     def __exit__(

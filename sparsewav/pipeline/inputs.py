@@ -1,0 +1,138 @@
+"""What a run or a training read, by content, and what of it has changed since."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sparsewav import cache
+from sparsewav.data.demo import VERSION
+from sparsewav.data.sets import calibration_set, evaluation_set, training_set, whole_subset
+from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
+from sparsewav.files import content_hash
+from sparsewav.models.fairseq import DICTIONARY
+from sparsewav.pipeline.naming import identifying_settings
+from sparsewav.settings.baselines import OURS
+from sparsewav.settings.run import Config, Data, DemoData, LibriSpeechHub, TrainConfig
+from sparsewav.training.recipes import present_folder
+
+MODEL_FILES = (
+    *("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("vocab.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+)
+"""What a model and its processor are loaded from, as patterns of names in its folder."""
+
+Sets = Mapping[str, Callable[[], Sequence[Utterance]]]
+
+
+def of_run(config: Config) -> dict[str, Any]:
+    """Give the record of what a run reads, without loading the model; see :func:`changes`.
+
+    Files are hashed once and known by their times afterwards. Speech of the demo is known by its version, and
+    LibriSpeech on the hub, which does not change, by its settings.
+
+    Returns:
+        ``settings`` that the results depend on, ``code`` of this package, ``content`` (a hash by what was read; the
+        model's files are called ``model/<name>``), and ``unread``: for what cannot be read now, the reason.
+    """
+    sets: dict[str, Callable[[], Sequence[Utterance]]] = {"evaluation set": lambda: evaluation_set(config.data)}
+    if config.method.name == OURS:
+        sets["calibration set"] = lambda: calibration_set(config.data, config.calibration.utterances, config.seed)
+    if config.finetune_strategy.name != "none" or config.method.name != OURS:
+        sets["training set"] = lambda: training_set(config.data, config.training.seed)
+    settings = identifying_settings(OmegaConf.structured(config))
+    return _record(settings, config.model.name_or_path, config.model.fairseq_checkpoint, config.data, sets)
+
+
+def of_training(config: TrainConfig) -> dict[str, Any]:
+    """Give the record of what a dense training reads, as :func:`of_run` does."""
+    settings = asdict(config)
+    for key in ("output", "device"):
+        del settings[key]
+    del settings["training"]["checkpoint_updates"]
+    sets: Sets = {
+        "training set": lambda: training_set(config.data, config.training.seed),
+        "development set": lambda: whole_subset(config.data, config.data.development_subset),
+        "evaluation set": lambda: evaluation_set(config.data),
+    }
+    return _record(settings, config.initial_model, None, config.data, sets)
+
+
+def _record(settings: dict[str, Any], model: str | None, fairseq: str | None, data: Data, sets: Sets) -> dict[str, Any]:
+    content: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    try:
+        content |= {f"model/{path.name}": content_hash(path) for path in _model_files(model, fairseq)}
+    except (UserError, OSError) as error:
+        unread["model"] = str(error)
+    for name, read in sets.items():
+        if isinstance(data, DemoData):
+            content[name] = f"demo {VERSION}"
+        elif not isinstance(data, LibriSpeechHub):
+            try:
+                content[name] = cache.utterances_fingerprint(read())
+            except (UserError, OSError) as error:
+                unread[name] = str(error)
+    settings = json.loads(json.dumps(settings))  # as it is read again from a file
+    return {"settings": settings, "code": cache.code_fingerprint(), "content": content, "unread": unread}
+
+
+def _model_files(model: str | None, fairseq: str | None) -> list[Path]:
+    """List the files that a model comes from.
+
+    Raises:
+        UserError: They are not on this machine.
+    """
+    if fairseq is not None:
+        path = Path(fairseq).expanduser()
+        if not path.is_file():
+            raise UserError(f"{fairseq} is not there")
+        return [item for item in (path, path.with_name(DICTIONARY)) if item.is_file()]
+    if model is None:
+        return []
+    folder = present_folder(model)
+    if folder is None:
+        raise UserError(f"{model} is not on this machine")
+    return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], model: str | None) -> str:
+    """Name what has other content now than when it was recorded; empty if nothing has.
+
+    What cannot be read now is passed over. ``model`` is what the user calls the model.
+    """
+    old, new = before["content"], now["content"]
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(
+        f"{name.removeprefix('model/')} of {model}" if name.startswith("model/") else f"the {name}"
+        for name in names
+        if name.partition("/")[0] not in now["unread"]
+    )
+
+
+def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, remedy: str) -> None:
+    """Refuse a folder whose results were made with other settings.
+
+    Raises:
+        UserError: It names the keys that differ, with their old and new values.
+    """
+    differ = [
+        f"{key} was {json.dumps(old)} and is {json.dumps(new)}"
+        for key, old, new in _differing(before["settings"], now["settings"])
+    ]
+    if differ:
+        raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); {remedy}")
+
+
+def _differing(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
