@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from experiments.estimate import estimate, training_seconds
 from experiments.items import ITEMS, OURS, PAPER
 from experiments.page import write_page
 from experiments.results import Item, Result
-from experiments.sweeps import MODELS, Scale, Sweep, jobs, launch
+from experiments.sweeps import MODELS, Scale, Sweep, check_roles, jobs, launch
 from sparsewav.errors import UserError
 
 GROUPS = {"all": [item for item in ITEMS.values() if not item.hours], "full": list(ITEMS.values())}
@@ -119,8 +118,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _run(item: Item, scale: Scale, launcher: tuple[str, ...], console: Console) -> int:
-    """Launch every sweep of an item that misses runs, then measure; returns how many runs are still missing."""
+    """Launch every sweep of an item that misses runs, then measure; returns how many runs are still missing.
+
+    Nothing is launched of an item that cannot be drawn; :func:`_draw` says why.
+    """
     missing = 0
+    try:
+        check_roles(item.sweeps, scale)
+    except UserError:
+        return len(item.sweeps)
     for sweep in item.sweeps:
         if all(job.done for job in jobs(sweep, scale)):
             continue
@@ -150,8 +156,10 @@ def _write_page(scale: Scale, drawn: dict[str, Result], console: Console) -> Non
         if item.name in drawn:
             finished.append((item, drawn[item.name]))
         elif all(job.done for sweep in item.sweeps for job in jobs(sweep, scale)):
-            with suppress(UserError):  # not measured yet
+            try:
                 finished.append((item, item.make(item, scale)))
+            except UserError as error:  # not measured yet, or damaged
+                console.print(f"{item.name} is not on the page: {escape(str(error))}", style="yellow", soft_wrap=True)
     if finished:
         console.print(f"Everything on one page: {write_page(scale, finished)}")
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -19,14 +20,31 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
 nav a { margin-right: .8rem; white-space: nowrap }
 .wide { overflow-x: auto }
+@media (min-width: 62rem) { .wide { width: fit-content; max-width: 96vw; position: relative; left: 50%;
+  transform: translateX(-50%) } }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
 th { vertical-align: bottom } th:first-child, td:first-child { text-align: left }
-td { white-space: nowrap } td:last-child { white-space: normal; min-width: 7rem }
+td { white-space: nowrap } td.long { white-space: normal; min-width: 8rem }
 img { width: 100%; max-width: 46rem; height: auto; background: white }
 ul { color: var(--quiet); font-size: .88rem; padding-left: 1.2rem; overflow-wrap: anywhere }
-pre { background: var(--back); padding: .6rem; overflow-x: auto; font-size: .8rem }
+pre { background: var(--back); padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .8rem }
+@media (max-width: 48rem) { /* every row becomes a list of its cells: nothing is cut off, nothing has to be scrolled */
+  thead { display: none }
+  table, tbody, tr, td { display: block; min-width: 0 }
+  tr { border: 1px solid var(--line); border-radius: .3rem; margin: .6rem 0; padding: .3rem .6rem }
+  td, td.long, td:first-child { display: flex; justify-content: space-between; gap: 1rem; min-width: 0;
+    padding: .15rem 0; border: 0; text-align: right; white-space: normal; overflow-wrap: anywhere }
+  td::before { content: attr(data-column); color: var(--quiet); text-align: left; overflow-wrap: normal }
+  td:first-child { font-weight: 600; text-align: left }
+  td:first-child::before { content: none }
+  td.missing { display: none }
+}
 """
+
+LONG = 24
+"""Letters of a cell that may be broken into lines."""
 
 
 def write_page(scale: Scale, results: list[tuple[Item, Result]]) -> Path:
@@ -55,25 +73,38 @@ def _section(item: Item, result: Result, scale: Scale) -> str:
     if result.table is not None:
         body += f'<div class="wide">{_table(result.table)}</div>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
-    runs = sum(len(jobs(sweep, scale)) for sweep in item.sweeps)
-    commands = "\n".join([f"./reproduce.sh {scale.name} {item.name}", *(sweep.command(scale) for sweep in item.sweeps)])
+    runs = len(_folders(item, scale))
+    commands = "\n".join([reproduce_command(item, scale), *(sweep.command(scale) for sweep in item.sweeps)])
     files = ", ".join(f'<a href="{escape(path.name)}">{escape(path.name)}</a>' for path in result.files)
     return (
         f'<section id="{item.name}"><h2>{escape(item.title)}</h2>\n{body}\n<ul>{notes}</ul>\n'
-        f"<p>Files: {files}. {_cost(item, scale)} Made of {runs} runs by</p><pre>{escape(commands)}</pre></section>\n"
+        f"<p>Files: {files}; the CSV's column <code>runs</code> has the folders of the runs behind every row. "
+        f"{_cost(item, scale)} Made of {runs} runs by the first command, which launches the others:</p>"
+        f"<pre>{escape(commands)}</pre></section>\n"
     )
+
+
+def reproduce_command(item: Item, scale: Scale) -> str:
+    """The command that makes an item, with its folder and settings, but without a launcher, which changes no result."""
+    words = ["./reproduce.sh", scale.name, item.name]
+    words += ["--output", str(scale.folder)] * (not scale.usual)
+    return shlex.join([*words, *(["--", *scale.overrides] if scale.overrides else [])])
+
+
+def _folders(item: Item, scale: Scale) -> list[Path]:
+    """The folders of an item's runs, which its sweeps may share."""
+    return list(dict.fromkeys(job.folder for sweep in item.sweeps for job in jobs(sweep, scale)))
 
 
 def _cost(item: Item, scale: Scale) -> str:
     """What the runs of an item cost, and what sharing their statistics saved."""
     spent, saved = 0.0, 0.0
-    for sweep in item.sweeps:
-        for job in jobs(sweep, scale):
-            metrics = json.loads((job.folder / run_folder.METRICS).read_text())
-            seconds = metrics["seconds"]
-            shared = sum(seconds[piece] for piece in metrics["cached"])
-            spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared
-            saved += shared
+    for folder in _folders(item, scale):
+        metrics = json.loads((folder / run_folder.METRICS).read_text())
+        seconds, cached = metrics["seconds"], metrics["seconds_cached"]
+        shared = sum(cached[piece] for piece in metrics["cached"])
+        spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared
+        saved += shared
     return (
         f"Pruning and tuning took {spent:,.0f} s; Hessians and sensitivities shared between runs saved {saved:,.0f} s "
         "more."
@@ -81,9 +112,14 @@ def _cost(item: Item, scale: Scale) -> str:
 
 
 def _table(table: pandas.DataFrame) -> str:
-    head = "".join(f"<th>{escape(str(column))}</th>" for column in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n"
-        for row in table.astype(object).where(table.notna(), "–").itertuples(index=False)
-    )
+    columns = [escape(str(column)) for column in table.columns]
+    rows = ""
+    for row in table.astype(object).where(table.notna(), "–").itertuples(index=False):
+        rows += "<tr>"
+        for column, cell in zip(columns, row, strict=True):
+            kind = "missing" if cell == "–" else "long" if len(str(cell)) > LONG else ""
+            text = escape(str(cell)).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+            rows += f'<td data-column="{column}" class="{kind}">{text}</td>'
+        rows += "</tr>\n"
+    head = "".join(f"<th>{column}</th>" for column in columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table>"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from experiments.results import counted, seeds_of
 from sparsewav.files import write_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -39,8 +40,8 @@ class Curve:
 
     Attributes:
         label: Its name in the legend.
-        points: A row a run, with the columns sparsity (0 to 1) and wer (a fraction); runs of one sparsity differ by
-            their seed.
+        points: A row a run, with the columns target_sparsity, achieved_sparsity and wer (fractions), seed and updates;
+            runs of one target differ by their seed.
         dense: WER of the dense model as a fraction; None to leave its line out.
         color: Index of its colour and marker; None for the next one.
         dotted: Whether its line is dotted, to tell it from another curve of the same colour.
@@ -54,21 +55,25 @@ class Curve:
 
 
 def plot_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
-    """Draw WER over sparsity to ``<path>.png`` and ``<path>.pdf``.
+    """Draw WER over the sparsity that was reached to ``<path>.png`` and ``<path>.pdf``.
 
-    The band around a line spans one standard deviation over the seeds. The WER has a logarithmic axis: it runs from a
-    few percent to nearly a hundred.
+    A point is the mean of the runs with one target in both directions, as seeds may reach different sparsities. The
+    band around a line spans one standard deviation over the seeds. The WER has a logarithmic axis: it runs from a few
+    percent to nearly a hundred.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         own_dense = len({curve.dense for curve in curves if curve.dense is not None}) > 1
+        shown: list[float] = []
         for index, curve in enumerate(curves):
             style = index if curve.color is None else curve.color
             color, marker = COLORS[style], MARKERS[style]
-            groups = (100 * curve.points.set_index("sparsity")["wer"]).groupby(level=0)
-            mean, deviation = groups.mean(), groups.std().fillna(0.0)
-            sparsity = 100 * mean.index
+            groups = 100 * curve.points.set_index("target_sparsity")[["achieved_sparsity", "wer"]]
+            means = groups.groupby(level=0).mean()
+            sparsity, mean = means["achieved_sparsity"], means["wer"]
+            deviation = groups["wer"].groupby(level=0).std().fillna(0.0)
+            shown += sparsity.tolist()
             if curve.dense is not None and (own_dense or index == 0):
                 axes.axhline(
                     100 * curve.dense,
@@ -79,22 +84,30 @@ def plot_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
                     zorder=2,
                 )
             line = ":" if curve.dotted else "-"
-            axes.plot(sparsity, mean, color=color, marker=marker, linestyle=line, label=curve.label, zorder=3)
+            axes.plot(sparsity, mean, color=color, marker=marker, linestyle=line, label=legend(curve), zorder=3)
             if deviation.any():
                 low = (mean - deviation).clip(lower=0.3 * mean)
                 axes.fill_between(sparsity, low, mean + deviation, color=color, alpha=0.2, linewidth=0)
-        axes.set_xlabel("Sparsity of the transformer's matrices (%)")
+        axes.set_xlabel("Sparsity reached by the transformer's matrices (%)")
         axes.set_ylabel("WER (%)")
         logarithmic_wer(axes)
-        axes.set_xticks(range(10, 100, 10))
-        axes.set_xlim(100 * min(curve.points["sparsity"].min() for curve in curves) - 5, 95)
+        axes.set_xticks(range(0, 101, 10))
+        axes.set_xlim(min(shown) - 5, max(shown) + 5)
         axes.set_title(f"{title} (dashed: dense)" if own_dense else title, fontsize=10)
         handles, labels = axes.get_legend_handles_labels()
         columns = len(labels) if sum(map(len, labels)) < 60 else 1
+        figure.set_size_inches(5.2, 3.3 + 0.2 * len(labels) / columns)
         figure.legend(
             handles, labels, loc="outside lower center", ncols=columns
         )  # below the axes, where it hides no curve
         save(figure, path)
+
+
+def legend(curve: Curve) -> str:
+    """The label of a curve with its seeds and updates."""
+    updates = sorted(set(curve.points["updates"]))
+    span = f"{updates[0]:,} to {updates[-1]:,} updates" if len(updates) > 1 else counted(updates[0], "update")
+    return f"{curve.label} ({seeds_of(curve.points, ['target_sparsity'])}, {span})"
 
 
 def logarithmic_wer(axes: Axes) -> None:

@@ -1,5 +1,6 @@
 """What a table or figure is, before and after it is drawn."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,13 @@ from typing import Any
 import pandas
 import yaml
 
-from experiments.sweeps import Scale, Sweep
+from experiments.sweeps import CHOICES, Scale, Sweep
+from sparsewav.errors import UserError
+
+WARNINGS = 3
+"""How many different warnings of the runs a table repeats."""
+EQUAL = 0.0005
+"""Sparsities that differ by less count as the same: tables print a tenth of a percent."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,8 @@ class Result:
     Attributes:
         notes: Sentences to print below it.
         files: The files that were written, with the PNG of a figure first.
-        table: The printed cells of a table, or of the table beside a figure.
+        table: The printed cells of a table, or of the table beside a figure. Every row says how many updates and seeds
+            it has and which sparsity it reached.
     """
 
     notes: list[str]
@@ -52,6 +60,12 @@ class Item:
         """The beginning of the title, for links: ``Table 1``."""
         return self.title.partition(":")[0]
 
+    @property
+    def caption(self) -> str:
+        """The title without the number, which a document gives itself."""
+        text = self.title.partition(": ")[2]
+        return text[0].upper() + text[1:]
+
     def files(self, scale: Scale, *suffixes: str) -> list[Path]:
         """Paths of the item's files with these suffixes."""
         return [scale.folder / f"{self.name}.{suffix}" for suffix in suffixes]
@@ -62,13 +76,83 @@ def paper() -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
 
 
-def describe(runs: pandas.DataFrame, scale: Scale) -> str:
-    """One sentence on the models, data and devices of some runs."""
+def summarize(runs: pandas.DataFrame, folder: Path) -> dict[str, Any]:
+    """The columns that a CSV in a folder has of the runs behind one figure, which differ in their seeds alone.
+
+    Returns:
+        Means over the seeds of the WER and of the sparsity that was reached; the WER's standard deviation (NaN of one
+        seed); dense WER; number of seeds, updates of the fine-tuning, the asked sparsity, and the runs' folders as seen
+        from the CSV's. WERs and sparsities are fractions.
+
+    Raises:
+        UserError: The runs differ in more than their seeds.
+    """
+    for key in (*CHOICES, "model", "target_sparsity", "updates", "wer_dense", "evaluation_set"):
+        if runs[key].map(str).nunique() > 1:
+            values = ", ".join(map(str, dict.fromkeys(runs[key])))
+            raise UserError(
+                f"runs that differ in {key} ({values}) are not averaged: {', '.join(runs['run'])}; make those of them "
+                "again that are out of date (force=true)"
+            )
+    if runs["seed"].duplicated().any():
+        raise UserError(f"several runs have the same seed and are not averaged: {', '.join(runs['run'])}; keep one")
+    first = runs.iloc[0]
+    return {
+        "target_sparsity": first["target_sparsity"],
+        "achieved_sparsity": runs["achieved_sparsity"].mean(),
+        "updates": int(first["updates"]),
+        "seeds": len(runs),
+        "wer_dense": first["wer_dense"],
+        "wer_mean": runs["wer"].mean(),
+        "wer_deviation": runs["wer"].std(),
+        "runs": "; ".join(relative_to(run, folder) for run in runs["run"]),
+    }
+
+
+def relative_to(run: str, folder: Path) -> str:
+    """The path of a run as seen from a folder, if it lies in it."""
+    return str(Path(run).relative_to(folder)) if Path(run).is_relative_to(folder) else run
+
+
+def reached(sparsity: float) -> str:
+    """A sparsity as tables print it."""
+    return f"{100 * sparsity:.1f} %"
+
+
+def percent(sparsity: float) -> str:
+    """A sparsity that was asked for, as tables print it."""
+    return f"{100 * sparsity:g} %"
+
+
+def signed(points: float, digits: int = 2) -> str:
+    """A difference as tables print it, with the sign that typography has for minus."""
+    text = f"{points:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def seeds_of(runs: pandas.DataFrame, keys: list[str]) -> str:
+    """How many seeds the groups of some runs have: ``3 seeds``, or ``1 to 3 seeds``."""
+    counts = sorted(set(runs.groupby(keys)["seed"].nunique()))
+    return f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def describe(runs: pandas.DataFrame, scale: Scale) -> list[str]:
+    """Sentences on the models, data and devices of some runs, and on what the runs warned of."""
     devices = ", ".join(sorted(set(runs["device"])))
     models = ", ".join(dict.fromkeys(runs["model"]))
     seeds = ", ".join(str(seed) for seed in sorted(set(runs["seed"])))
     utterances = ", ".join(str(count) for count in sorted(set(runs["n_utterances"])))
-    return (
-        f"Ours: {scale.name} scale, {models}, WER on {utterances} utterances, greedy CTC; "
-        f"calibration seeds {seeds}; {devices}."
-    )
+    settings = f", {' '.join(scale.overrides)}" if scale.overrides else ""
+    warned = Counter(warning for run in runs["warnings"] for warning in run)
+    listed = "; ".join(f"{warning} ({count} of {len(runs)} runs)" for warning, count in warned.most_common(WARNINGS))
+    rest = f"; and {counted(len(warned) - WARNINGS, 'other')}" if len(warned) > WARNINGS else ""
+    return [
+        f"Ours: {scale.name} scale{settings}, {models}, WER on {utterances} utterances, greedy CTC; "
+        f"calibration seeds {seeds}; {devices}.",
+        *([f"Warnings of the runs: {listed}{rest}."] if warned else []),
+    ]

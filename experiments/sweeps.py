@@ -1,6 +1,8 @@
 """The sweeps behind the tables and figures: which runs they have, which are missing, and how they are launched."""
 
+import hashlib
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -58,6 +60,11 @@ class Scale:
     folder: Path
     overrides: tuple[str, ...] = ()
 
+    @property
+    def usual(self) -> bool:
+        """Whether the folder is the one without ``--output``."""
+        return self.folder == Path("outputs") / self.name
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -89,7 +96,7 @@ class Sweep:
 
     def arguments(self, scale: Scale) -> list[str]:
         """Arguments of the command ``sparsewav``."""
-        root = [] if scale.folder == Path("outputs") / scale.name else [f"output_root={scale.folder}"]
+        root = [] if scale.usual else [f"output_root={scale.folder}"]
         return [*self.settings(scale), *root]
 
     def command(self, scale: Scale) -> str:
@@ -157,12 +164,24 @@ def launch(sweep: Sweep, scale: Scale, extra: Iterable[str] = ()) -> int:
     return sum(not job.done for job in jobs(sweep, scale))
 
 
+NUMBERS = ("wer", "wer_dense", "achieved_sparsity")
+"""Keys of ``metrics.json`` that every table reads, and that have to be numbers."""
+
+CHOICES = ("method", "saliency", "solver", "objective", "recovery", "allocation", "finetune_strategy")
+"""Groups of whose options ``metrics.json`` has the names; what a baseline does not use is null there."""
+
+
 def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
-    """Read the finished runs of sweeps into a table, a row a run: its metrics, and ``experiment`` and ``role``.
+    """Read the finished runs of sweeps into a table, a row a run.
+
+    Its columns are the metrics, and ``experiment``, ``role``, ``run`` (the folder), ``batch_size`` of the fine-tuning.
 
     Raises:
-        UserError: A run is missing; the message has the command that makes it.
+        UserError: A run is missing, damaged or another one than the sweep's (the message has the command that makes
+            it), or two runs differ in the evaluation set or in the dense model.
     """
+    sweeps = list(sweeps)
+    check_roles(sweeps, scale)
     rows: list[dict[str, Any]] = []
     for sweep in sweeps:
         missing = [job for job in jobs(sweep, scale) if not job.done]
@@ -174,6 +193,119 @@ def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
                 f"{missing[0].folder}{reason}; make them: {sweep.command(scale)}"
             )
         for job in jobs(sweep, scale):
-            metrics = json.loads((job.folder / run_folder.METRICS).read_text())
-            rows.append({"experiment": sweep.experiment, "role": sweep.role} | metrics)
-    return pandas.DataFrame(rows)
+            metrics = read_run(job.folder)
+            asked = {"seed": job.config.seed, "target_sparsity": job.config.sparsity.target}
+            asked |= {group: job.config[group].name for group in CHOICES if metrics[group] is not None}
+            foreign = [
+                f"{key}={metrics[key]} instead of {value}" for key, value in asked.items() if metrics[key] != value
+            ]
+            if foreign:
+                raise UserError(
+                    f"{job.folder / run_folder.METRICS} is of another run ({', '.join(foreign)}); delete it, and "
+                    f"make it again: {sweep.command(scale)}"
+                )
+            own = {"experiment": sweep.experiment, "role": sweep.role, "batch_size": job.config.training.batch_size}
+            rows.append(own | metrics)
+    runs = pandas.DataFrame(rows)
+    check_comparable(runs, DATA_KEYS)
+    for _, same in runs.groupby("role"):
+        check_comparable(same, MODEL_KEYS)
+    return runs
+
+
+def check_roles(sweeps: Iterable[Sweep], scale: Scale) -> None:
+    """Refuse to compare a model with itself under two names, as with a setting that names one model for all runs.
+
+    Raises:
+        UserError: One model stands for two of the paper's.
+    """
+    roles: dict[str, str] = {}
+    for sweep in sweeps:
+        model = model_source(jobs(sweep, scale)[0].config)
+        if roles.setdefault(model, sweep.role) != sweep.role:
+            raise UserError(
+                f"this compares several models, and {model} would stand for {roles[model]} and for {sweep.role}; leave "
+                "out the setting that names one model for all runs"
+            )
+
+
+def model_source(config: DictConfig) -> str:
+    """What the model of a run is loaded from."""
+    return str(config.model.fairseq_checkpoint or config.model.name_or_path)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the metrics of a finished run; adds ``run``, its folder, and what it read.
+
+    ``evaluation_set`` is a hash of the utterances, ``model_files`` are the hashes of the dense model's files.
+
+    Raises:
+        UserError: A file of the run is damaged, or lacks a key, or a figure is no finite number.
+    """
+    path = folder / run_folder.METRICS
+    again = "delete it, and launch the run again"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        absent = {*NUMBERS, *CHOICES, "model", "seed", "target_sparsity", "n_utterances", "updates"} - metrics.keys()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {again}") from None
+    if absent:
+        raise UserError(f"{path} has no {', '.join(sorted(absent))}: it is not of this version of sparsewav; {again}")
+    for key in NUMBERS:
+        figure = metrics[key]
+        if isinstance(figure, bool) or not isinstance(figure, int | float) or not math.isfinite(figure):
+            raise UserError(f"{path}: {key} is {figure}, which is not a finite number; {again}")
+    rows = read_predictions(folder)
+    if len(rows) != metrics["n_utterances"]:
+        raise UserError(
+            f"{folder / run_folder.PREDICTIONS} has {len(rows)} utterances and {path.name} says "
+            f"{metrics['n_utterances']}; delete both, and launch the run again"
+        )
+    texts = json.dumps([[row["id"], row["reference"]] for row in rows])
+    evaluation_set = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
+    content = (metrics.get("inputs") or {}).get("content", {})
+    model_files = json.dumps({name: content[name] for name in sorted(content) if name.startswith("model/")})
+    return metrics | {"run": str(folder), "evaluation_set": evaluation_set, "model_files": model_files}
+
+
+def read_predictions(folder: Path) -> list[dict[str, str]]:
+    """Read id, reference and hypotheses of every utterance, in the order of the evaluation set.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    path = folder / run_folder.PREDICTIONS
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        if all(isinstance(row[key], str) for row in rows for key in ("id", "reference", "after")):
+            return rows
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is missing or damaged; delete {run_folder.METRICS} beside it, and launch the run again")
+
+
+MODEL_KEYS = {
+    "model": "the model",
+    "model_files": "the content of the model's files",
+    "wer_dense": "the dense model's WER",
+}
+DATA_KEYS = {
+    "n_utterances": "the number of evaluated utterances",
+    "evaluation_set": "the evaluated utterances or their transcripts",
+}
+"""Columns in which runs that are compared agree, those of one model in the first ones too, and what they are."""
+
+
+def check_comparable(runs: pandas.DataFrame, keys: dict[str, str]) -> None:
+    """Refuse runs that were evaluated on different utterances, or that come from different dense models.
+
+    Raises:
+        UserError: Two runs differ; the message names both.
+    """
+    for key, what in keys.items():
+        for _, other in runs[runs[key] != runs[key].iloc[0]].iloc[:1].iterrows():
+            shown = "" if key in ("evaluation_set", "model_files") else f" ({runs[key].iloc[0]} and {other[key]})"
+            raise UserError(
+                f"two runs differ in {what}{shown} and are not compared: {runs['run'].iloc[0]} and {other['run']}; "
+                "make those of them again that are out of date (force=true), or keep them in another folder"
+            )

@@ -25,7 +25,7 @@ def build_report(entity: str, project: str) -> reports.Report:
         return reports.PanelGrid(runsets=[runs(*experiments)], panels=list(panels))
 
     wer = reports.SummaryMetric("wer")
-    sparsity = reports.Config("sparsity.target")
+    sparsity = reports.SummaryMetric("achieved_sparsity")
     bars = [
         reports.BarPlot(
             title=f"WER by {axis}",
@@ -38,14 +38,14 @@ def build_report(entity: str, project: str) -> reports.Report:
         for axis in ("saliency", "allocation", "finetune_strategy")
     ]
     curves = [
-        reports.ScatterPlot(title="WER over sparsity", x=sparsity, y=wer, log_y=True),
+        reports.ScatterPlot(title="WER over the sparsity that was reached", x=sparsity, y=wer, log_y=True),
         reports.LinePlot(title="Loss while tuning", x="finetune/update", y=["finetune/loss"], log_y=True),
         reports.LinePlot(title="WER of the stages", x="stage/sparsity", y=["stage/wer_pruned", "stage/wer"]),
     ]
     seconds = reports.BarPlot(
         title="Seconds to prune",
         metrics=[reports.SummaryMetric(f"seconds.{piece}") for piece in ("calibrate", "allocate", "solve")],
-        groupby=reports.Config("model.name_or_path"),
+        groupby=reports.Config("pruned_model"),
         groupby_aggfunc="mean",
         title_x="seconds",
     )

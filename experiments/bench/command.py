@@ -89,18 +89,32 @@ def run_parts(
     console.print(f"{machine}, {torch.get_num_threads()} threads, {versions}", highlight=False)
     for name in arguments.parts:
         console.rule(name)
+        path = arguments.output / f"{prefix}{name}.csv"
+        if keys and path.is_file():
+            _check_origin(path, {"machine": machine, "versions": versions})
         table = parts[name].measure(arguments)
         identifying = [key for key in keys if key in table]
         table["machine"], table["versions"] = machine, versions
         if "threads" not in table:
             table["threads"] = torch.get_num_threads()
-        path = arguments.output / f"{prefix}{name}.csv"
         table = merged(path, table, identifying)
         with write_file(path) as temporary:
             table.to_csv(temporary, index=False)
         console.print(parts[name].show(table, path), highlight=False)
         console.print(str(path), highlight=False)
     return 0
+
+
+def _check_origin(path: Path, here: dict[str, str]) -> None:
+    """Stop before anything is measured if a file has rows of another machine, which medians would mix with new ones."""
+    old = pandas.read_csv(path)
+    for key, value in here.items():
+        others = set(old[key].astype(str)) - {value}
+        if others:
+            raise SystemExit(
+                f"error: {path} has rows measured on {', '.join(sorted(others))}, and this is {value}; choose another "
+                "folder with --output"
+            )
 
 
 def merged(path: Path, table: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:

@@ -121,7 +121,7 @@ def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
     """Whole models, dense and accelerated: seconds for a second of audio, also of the transformer layers alone."""
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
-        dense = random_model(name, arguments.layers)
+        dense, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
         for sparsity in sorted(arguments.sparsities):
             for matrix in prunable_matrices(dense):
                 remove_at_random(matrix.weight, sparsity)  # the same random numbers: what is removed stays removed
@@ -132,8 +132,8 @@ def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
                 for case in arguments.cases:
                     batch, seconds = map(int, case.split("x"))
                     audio = torch.randn(batch, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
-                    subject = f"{name}, {sparsity:.0%} zero, {batch} x {seconds} s, {threads} threads"
-                    found = {"model": name, "sparsity": sparsity, "batch": batch, "audio": seconds, "threads": threads}
+                    subject = f"{shown}, {sparsity:.0%} zero, {batch} x {seconds} s, {threads} threads"
+                    found = {"model": shown, "sparsity": sparsity, "batch": batch, "audio": seconds, "threads": threads}
                     found |= {"swapped": report.swapped, "matrices": len(report.matrices)}
                     timed = alternate_models(arguments, subject, {DENSE: dense, OURS: accelerated}, audio)
                     rows += [row | found for row in timed]
@@ -252,7 +252,7 @@ def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
-        model = random_model(name, arguments.layers)
+        model, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
         for sparsity in sorted(arguments.sparsities):
             for matrix in prunable_matrices(model):
                 remove_at_random(matrix.weight, sparsity)
@@ -263,10 +263,15 @@ def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
                     command = [sys.executable, "-W", "ignore", "-c", MEASURE, folder, contestant]
                     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                     measured = {key: round(value / 2**20) for key, value in json.loads(done.stdout).items()}
-                    row = {"subject": f"{name}, {sparsity:.0%} zero", "contestant": contestant} | measured
+                    row = {"subject": f"{shown}, {sparsity:.0%} zero", "contestant": contestant} | measured
                     rows = [old for old in rows if (old["subject"], old["contestant"]) != tuple(row.values())[:2]]
                     rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def with_layers(name: str, layers: int | None) -> str:
+    """The name of a model in results: one with fewer layers is another model."""
+    return f"{name} with {layers} layers" if layers else name
 
 
 def random_model(name: str, layers: int | None = None) -> PreTrainedModel:

@@ -3,11 +3,10 @@
 import pandas
 
 from experiments.ours.variants import VARIANTS
-from experiments.paper.curves import points_of
+from experiments.paper.curves import point_notes, write_points
 from experiments.plots import Curve, plot_curves
-from experiments.results import Item, Result, describe
-from experiments.sweeps import Scale, read
-from sparsewav.files import write_file
+from experiments.results import EQUAL, Item, Result, describe
+from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable, read
 
 SHOWN = tuple(variant for variant in VARIANTS if variant.curve)
 SWEEPS = tuple(sweep for variant in SHOWN for sweep in (variant.one_shot, variant.tuned))
@@ -15,22 +14,19 @@ SWEEPS = tuple(sweep for variant in SHOWN for sweep in (variant.one_shot, varian
 
 def make(item: Item, scale: Scale) -> Result:
     """Draw the figure."""
-    runs = read(item.sweeps, scale)
+    gathered = []
     curves = []
     for color, variant in enumerate(SHOWN):
         for sweep, kind in ((variant.one_shot, "one-shot"), (variant.tuned, "tuned")):
-            own = read([sweep], scale)
-            dense = own["wer_dense"].iloc[0]
-            curves.append(Curve(f"{variant.curve}, {kind}", points_of(own), dense, color, kind == "tuned"))
-    plot_curves(scale.folder / item.name, f"{runs['model'].iloc[0]}, at the same sparsity", curves)
-    png, pdf, csv = item.files(scale, "png", "pdf", "csv")
-    with write_file(csv) as path:
-        points = [curve.points.assign(curve=curve.label) for curve in curves]
-        pandas.concat(points)[["curve", "sparsity", "wer"]].to_csv(path, index=False)
-    tuned = runs[runs["updates"] > 0]
-    notes = [
-        describe(runs, scale),
-        "Bands: one standard deviation over the seeds. All curves reach the same sparsity, to one weight.",
-        f"Tuned: one pass, {tuned['updates'].min():,} to {tuned['updates'].max():,} updates, one seed.",
-    ]
-    return Result(notes, [png, pdf, csv])
+            own = read([sweep], scale).assign(curve=f"{variant.curve}, {kind}")
+            gathered.append(own)
+            curves.append(Curve(f"{variant.curve}, {kind}", own, own["wer_dense"].iloc[0], color, kind == "tuned"))
+    runs = pandas.concat(gathered, ignore_index=True)
+    check_comparable(runs, MODEL_KEYS | DATA_KEYS)
+    plot_curves(scale.folder / item.name, runs["model"].iloc[0], curves)
+    table = write_points(item, scale, runs, curve="curve")
+    asked = table.groupby("target_sparsity")["achieved_sparsity"]
+    apart = (asked.max() - asked.min()).max()
+    equal = "the same sparsity" if apart < EQUAL else f"sparsities up to {100 * apart:.1f} points apart"
+    notes = [*describe(runs, scale), *point_notes(table), f"At one asked sparsity the curves reach {equal}."]
+    return Result(notes, item.files(scale, "png", "pdf", "csv"))

@@ -1,72 +1,90 @@
 """The accuracy table: an ablation of one-shot methods beyond the paper's."""
 
-from dataclasses import replace
+from typing import Any
 
 import pandas
 
-from experiments.ours.variants import RESAMPLES, VARIANTS, compare, layer_errors, read_edits
-from experiments.results import Item, Result, describe
-from experiments.sweeps import Scale, read
+from experiments.differences import compare, describe_interval, read_edits
+from experiments.ours.variants import VARIANTS, layer_error
+from experiments.results import EQUAL, Item, Result, describe, percent, seeds_of, signed, summarize
+from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable, read
 from experiments.tables import mean_and_deviation, write_table
-from sparsewav.files import write_file
 
 SWEEPS = tuple(variant.one_shot for variant in VARIANTS)
 ERRORS_AT = 0.75
 
 
+SHOWN_IN_PAPER = ("One-shot method", "75 %", "Reached − asked", "Seeds", "Updates")
+
+
 def make(item: Item, scale: Scale) -> Result:
-    """Write the table, and ``accuracy_table-differences.csv`` with every difference and interval."""
-    baseline = read_edits(SWEEPS[0], scale)
-    baseline_seconds = float("nan")
-    rows, differences, gathered = [], [], []
-    for variant, sweep in zip(VARIANTS, SWEEPS, strict=True):
-        runs = read([sweep], scale)
-        gathered.append(runs)
-        edits = read_edits(sweep, scale)
-        seconds = pandas.Series([run["prune"] for run in runs["seconds"]])
-        row: dict[str, object] = {"One-shot method": variant.name}
-        for sparsity, chosen in runs.groupby("target_sparsity"):
-            cell = mean_and_deviation(100 * chosen["wer"])
-            if variant is not VARIANTS[0]:
-                difference, low, high = (100 * value for value in compare(edits, baseline, float(str(sparsity))))
-                cell += f" ({difference:+.2f}; {low:+.2f} to {high:+.2f})"
-                differences.append(
-                    {"method": variant.name, "sparsity": sparsity, "difference": difference, "low": low, "high": high}
-                )
-            row[f"{float(str(sparsity)):.0%}"] = cell
+    """Write the table; its CSV has a row for every method and sparsity, with the difference and its interval."""
+    runs = {variant: read([sweep], scale) for variant, sweep in zip(VARIANTS, SWEEPS, strict=True)}
+    everything = pandas.concat(runs.values(), ignore_index=True)
+    check_comparable(everything, MODEL_KEYS | DATA_KEYS)
+    first = {target: (read_edits(chosen), chosen) for target, chosen in runs[VARIANTS[0]].groupby("target_sparsity")}
+    targets = sorted(set(everything["target_sparsity"]))
+    first_seconds = float("nan")
+    rows: list[dict[str, object]] = []
+    values: list[dict[str, Any]] = []
+    for variant, own in runs.items():
+        seconds = pandas.Series([run["prune"] for run in own["seconds"]])
         if variant is VARIANTS[0]:
-            baseline_seconds = seconds.mean()
-        row["Layer error at 75 %"] = f"{layer_errors(sweep, scale)[ERRORS_AT]:.4f}"
-        row["Sparsity reached at 75 %"] = (
-            f"{runs.loc[runs['target_sparsity'] == ERRORS_AT, 'achieved_sparsity'].mean():.4f}"
-        )
-        row["Evaluations"] = max(stages[-1].get("divergence_evaluations", 0) for stages in runs["stages"])
-        row["Seconds to prune"] = f"{seconds.mean():.1f} ({seconds.mean() / baseline_seconds:.1f} x)"
+            first_seconds = seconds.mean()
+        row: dict[str, object] = {"One-shot method": variant.name}
+        off: list[float] = []
+        for target in targets:
+            chosen = own[own["target_sparsity"] == target]
+            row[percent(target)] = None
+            if chosen.empty:
+                continue
+            value: dict[str, Any] = {"method": variant.name} | summarize(chosen, scale.folder)
+            value["layer_error"] = layer_error(chosen)
+            off.append(value["achieved_sparsity"] - value["target_sparsity"])
+            cell = mean_and_deviation(100 * chosen["wer"])
+            if variant is not VARIANTS[0] and target in first:
+                edits, compared = first[target]
+                difference, low, high = compare(read_edits(chosen), edits)
+                more = value["achieved_sparsity"] - compared["achieved_sparsity"].mean()
+                value |= {"difference": difference, "low": low, "high": high, "difference_of_sparsity": more}
+                shown = "; ".join((signed(100 * difference), f"{signed(100 * low)} to {signed(100 * high)}"))
+                cell += f" ({shown})" + ("" if abs(more) < EQUAL else " †")
+            row[percent(target)] = cell
+            values.append(value)
+        least, most = signed(100 * min(off), 1), signed(100 * max(off), 1)
+        errors = [
+            value["layer_error"]
+            for value in values
+            if (value["method"], value["target_sparsity"]) == (variant.name, ERRORS_AT)
+        ]
+        row[f"Layer error at {percent(ERRORS_AT)}"] = f"{errors[0]:.4f}" if errors else None
+        row["Reached − asked"] = least if least == most else f"{least} to {most}"
+        row["Seeds"] = seeds_of(own, ["target_sparsity"]).split(" seed")[0]
+        row["Updates"] = ", ".join(map(str, sorted(set(own["updates"]))))
+        row["Evaluations"] = max(stages[-1].get("divergence_evaluations", 0) for stages in own["stages"])
+        row["Seconds to prune"] = f"{seconds.mean():.1f} ({seconds.mean() / first_seconds:.1f} x)"
         rows.append(row)
-    runs = pandas.concat(gathered)
-    frame = pandas.DataFrame(rows)
+    frame, numbers = pandas.DataFrame(rows), pandas.DataFrame(values)
+    unequal = numbers["difference_of_sparsity"].abs() >= EQUAL
+    edits, _ = next(iter(first.values()))
     notes = [
-        describe(runs, scale),
-        f"Dense WER {100 * runs['wer_dense'].iloc[0]:.2f} %. WER as mean ± standard deviation over the calibration "
-        "seeds; in brackets the difference to the first row in points, and its 95 % interval over "
-        f"{RESAMPLES:,} bootstrap samples of the utterances, edits averaged over the seeds.",
-        "A dash: a method that shows what one part is worth was run at 75 and 85 % alone.",
-        "Every method prunes the same model with the same calibration sets; layer error: mean over the matrices of "
-        "||WX − ŴX||² / ||WX||² on the calibration set.",
+        *describe(everything, scale),
+        f"Dense WER {100 * everything['wer_dense'].iloc[0]:.2f} %. WER: mean ± standard deviation over the seeds; in "
+        f"brackets the difference to the first row in points, and its interval. {describe_interval(edits)}",
+        *(["† Not at the sparsity that the first row reaches."] if unequal.any() else []),
+        "A dash: not run at this sparsity. Reached − asked: sparsity, in points.",
+        *_what_did_not_help(numbers[~unequal].dropna(subset=["high"])),
+    ]
+    beside = [
+        "Layer error: mean over the matrices of ||WX − ŴX||² / ||WX||² on the calibration set.",
         "Evaluations: how often the allocation measured the output divergence of a pruned model.",
         "Seconds: calibration, allocation and solving, those of pieces out of the cache included.",
-        *_what_did_not_help(differences),
     ]
-    result = write_table(item, scale, frame, notes)
-    every_difference = scale.folder / f"{item.name}-differences.csv"
-    with write_file(every_difference) as path:
-        pandas.DataFrame(differences).to_csv(path, index=False)
-    return replace(result, files=[*result.files, every_difference])
+    return write_table(item, scale, frame, notes, numbers, SHOWN_IN_PAPER, beside)
 
 
-def _what_did_not_help(differences: list[dict[str, object]]) -> list[str]:
+def _what_did_not_help(frame: pandas.DataFrame) -> list[str]:
     """A sentence on the methods that are better than the first at no sparsity, with the interval below zero."""
-    frame = pandas.DataFrame(differences)
     if frame.empty:
         return []
     better = frame[frame["high"] < 0].groupby("method").size()
@@ -76,4 +94,7 @@ def _what_did_not_help(differences: list[dict[str, object]]) -> list[str]:
         return []
     run = frame.groupby("method").size()
     listed = "; ".join(f"{name} (worse at {worse.get(name, 0)} of {run[name]})" for name in names)
-    return [f"Did not help, at no sparsity better than the first row with the interval below zero: {listed}."]
+    return [
+        "Did not help, better than the first row at none of the sparsities that both reach, with the interval below "
+        f"zero: {listed}."
+    ]

@@ -3,16 +3,18 @@
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas
 from matplotlib.figure import Figure
 
 from experiments.estimate import typed
 from experiments.paper import baselines, table2
 from experiments.plots import COLORS, STYLE, logarithmic_wer, save
-from experiments.results import Item, Result, describe
-from experiments.sweeps import Job, Scale, Sweep, jobs, read
+from experiments.results import Item, Result, describe, reached, summarize
+from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Job, Scale, Sweep, check_comparable, jobs, read
+from experiments.tables import write_values
 from sparsewav.errors import UserError
-from sparsewav.files import write_file
+from sparsewav.files import content_hash, write_file
 from sparsewav.pipeline import run_folder
 
 CURVE = tuple(
@@ -29,7 +31,9 @@ METHOD_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 
 
 def measure(item: Item, scale: Scale) -> None:
-    """Measure the file and the forward pass of every model, unless that is done; writes ``size_and_speed.csv``.
+    """Measure the file and the forward pass of every model, unless that is done.
+
+    What it measured goes to ``size_and_speed-measured.csv``.
 
     Raises:
         UserError: A run has no model.
@@ -41,9 +45,17 @@ def measure(item: Item, scale: Scale) -> None:
     found = _jobs(item, scale)
     table = measure_models(typed(found[0].config).model, [job.folder for job in found])
     methods = ["dense", *(job.config.method.name for job in found)]
-    (csv,) = item.files(scale, "csv")
-    with write_file(csv) as temporary:
-        table.assign(method=methods).to_csv(temporary, index=False)
+    with write_file(_measured_file(item, scale)) as temporary:
+        table.assign(method=methods, metrics=["", *_fingerprints(found)]).to_csv(temporary, index=False)
+
+
+def _measured_file(item: Item, scale: Scale) -> Path:
+    return scale.folder / f"{item.name}-measured.csv"
+
+
+def _fingerprints(found: list[Job]) -> list[str]:
+    """Hashes of the runs' metrics, which tell whether a run was made again after it was measured."""
+    return [content_hash(job.folder / run_folder.METRICS) for job in found]
 
 
 def _jobs(item: Item, scale: Scale) -> list[Job]:
@@ -53,14 +65,15 @@ def _jobs(item: Item, scale: Scale) -> list[Job]:
 
 def _measurement(item: Item, scale: Scale) -> pandas.DataFrame | None:
     """What :func:`measure` wrote of these very runs, dense model first; None if they are still to be measured."""
-    (path,) = item.files(scale, "csv")
-    folders = [job.folder for job in _jobs(item, scale)]
-    if not path.is_file():
+    path = _measured_file(item, scale)
+    found = _jobs(item, scale)
+    try:
+        table = pandas.read_csv(path)
+        known = list(zip(table["run"], table["metrics"], strict=True))[1:]
+    except (OSError, ValueError, KeyError):
         return None
-    if any((folder / run_folder.METRICS).stat().st_mtime > path.stat().st_mtime for folder in folders):
-        return None
-    table = pandas.read_csv(path)
-    return table if table["run"].tolist()[1:] == [str(folder) for folder in folders] else None
+    wanted = zip((str(job.folder) for job in found), _fingerprints(found), strict=True)
+    return table if known == list(wanted) and np.isfinite(table[["megabytes", "faster"]]).all(axis=None) else None
 
 
 def make(item: Item, scale: Scale) -> Result:
@@ -73,29 +86,41 @@ def make(item: Item, scale: Scale) -> Result:
     measured = _measurement(item, scale)
     if measured is None:
         raise UserError(f"the models are not measured; measure them: ./reproduce.sh {scale.name} {item.name}")
+    check_comparable(runs, MODEL_KEYS | DATA_KEYS)
     names = {row.method: name for name, row in baselines.registered().items()}
     labels = [
-        f"SparseWAV, {sparsity:.0%}" if method == "sparsewav" else names[method]
-        for method, sparsity in zip(runs["method"], runs["target_sparsity"], strict=True)
+        f"SparseWAV, {reached(sparsity)}" if method == "sparsewav" else names[method]
+        for method, sparsity in zip(runs["method"], runs["achieved_sparsity"], strict=True)
     ]
     points = measured.assign(
         label=["dense", *labels], wer=[runs["wer_dense"].iloc[0], *runs["wer"]], time=1 / measured["faster"]
     )
     plot(scale.folder / item.name, points)
+    values = pandas.DataFrame(
+        [{"wer_dense": runs["wer_dense"].iloc[0]}]
+        + [summarize(runs.iloc[[index]], scale.folder) for index in range(len(runs))]
+    )
+    measurement = points[["megabytes", "time", "faster", "swapped", "milliseconds", "milliseconds_dense"]]
+    write_values(item, scale, pandas.concat([points["label"].rename("model"), measurement, values], axis=1))
     rows = [
         {
             "Model": row["label"],
             "WER %": f"{100 * row['wer']:.2f}",
+            "Reached": "–" if pandas.isna(value["achieved_sparsity"]) else reached(value["achieved_sparsity"]),
+            "Updates": "–" if pandas.isna(value["updates"]) else f"{value['updates']:.0f}",
+            "Seeds": "–" if pandas.isna(value["seeds"]) else f"{value['seeds']:.0f}",
             "MB": f"{row['megabytes']:.2f}",
             "of dense": f"{row['megabytes'] / points['megabytes'].iloc[0]:.3f}",
             "Time, of dense": f"{row['time']:.3f}",
             "Times faster": f"{row['faster']:.2f}",
         }
-        for row in points.to_dict("records")
+        for row, value in zip(points.to_dict("records"), values.to_dict("records"), strict=True)
     ]
     first = points.iloc[0]
     notes = [
-        describe(runs, scale),
+        *describe(runs, scale),
+        "One seed each; reached: the sparsity of the transformer's matrices, zeros and weights that were cut; updates: "
+        "of the fine-tuning.",
         "MB: the file of the weights, all in float16; of models with zeros in bitmask format.",
         f"Time: one forward pass of {first['audio_seconds']} s of audio in float32 (dense: "
         f"{first['milliseconds']:.1f} ms for a second of it), threads: {first['threads']}, on "

@@ -1,17 +1,13 @@
-"""The methods that the accuracy table and curves compare, and the comparison, paired by seed and by utterance."""
+"""The methods that the accuracy table and curves compare."""
 
-import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import jiwer
-import numpy as np
 import pandas
 
-from experiments.sweeps import Scale, Sweep, jobs
+from experiments.sweeps import Sweep
+from sparsewav.errors import UserError
 from sparsewav.pipeline import run_folder
-
-RESAMPLES = 10_000
-"""Bootstrap samples of the utterances."""
 
 EXACT = ("allocation=hutchinson", "allocation.exact_budget=true", "allocation.alpha=0.08")
 """The paper's allocation, shifted to the very sparsity that the others reach. At 90 % there is no room for its own α of
@@ -87,66 +83,17 @@ VARIANTS = (
 """All are compared with the first one; those whose name begins with a + add to it."""
 
 
-def read_edits(sweep: Sweep, scale: Scale) -> dict[tuple[float, int], pandas.DataFrame]:
-    """Edits and words of every utterance, by the sparsity and the seed of each finished run."""
-    edits = {}
-    for job in jobs(sweep, scale):
-        metrics = json.loads((job.folder / run_folder.METRICS).read_text())
-        with (job.folder / run_folder.PREDICTIONS).open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        outputs = [jiwer.process_words(row["reference"], row["after"]) for row in rows]
-        edits[metrics["target_sparsity"], metrics["seed"]] = pandas.DataFrame(
-            {
-                "edits": [out.substitutions + out.deletions + out.insertions for out in outputs],
-                "words": [out.hits + out.substitutions + out.deletions for out in outputs],
-            },
-            index=[row["id"] for row in rows],
-        )
-    return edits
+def layer_error(runs: pandas.DataFrame) -> float:
+    """Mean relative error of the matrices on the calibration set, over runs that differ in their seeds alone.
 
-
-def bootstrap_difference(
-    edits: np.ndarray, baseline: np.ndarray, words: np.ndarray, seed: int = 0
-) -> tuple[float, float, float]:
-    """Difference of two corpus word error rates with its 95 % interval over utterances.
-
-    Args:
-        edits: Number of edits in every utterance, or its mean over seeds, shape (utterances,).
-        baseline: The same of the other method, shape (utterances,).
-        words: Number of words in every reference, shape (utterances,).
-        seed: Seed of the resampling.
-
-    Returns:
-        Difference (fraction), and its 2.5 % and 97.5 % quantiles over :data:`RESAMPLES` samples of the utterances with
-        replacement. Every sample takes the same utterances of both methods.
+    Raises:
+        UserError: A run has no such file, or it is damaged.
     """
-    count = len(words)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    differences = (draws @ (edits - baseline)) / (draws @ words)  # (resamples,)
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return float((edits - baseline).sum() / words.sum()), float(low), float(high)
-
-
-def compare(
-    variant: dict[tuple[float, int], pandas.DataFrame],
-    baseline: dict[tuple[float, int], pandas.DataFrame],
-    sparsity: float,
-) -> tuple[float, float, float]:
-    """Apply :func:`bootstrap_difference` to the edits at one sparsity, averaged over the seeds."""
-    seeds = sorted(seed for target, seed in variant if target == sparsity)
-    words = variant[sparsity, seeds[0]]["words"]
-
-    def mean_edits(runs: dict[tuple[float, int], pandas.DataFrame]) -> np.ndarray:
-        return np.mean([runs[sparsity, seed]["edits"].loc[words.index].to_numpy() for seed in seeds], axis=0)
-
-    return bootstrap_difference(mean_edits(variant), mean_edits(baseline), words.to_numpy())
-
-
-def layer_errors(sweep: Sweep, scale: Scale) -> dict[float, float]:
-    """Mean relative error of the matrices on the calibration set, over the seeds, by sparsity."""
-    errors: dict[float, list[float]] = {}
-    for job in jobs(sweep, scale):
-        metrics = json.loads((job.folder / run_folder.METRICS).read_text())
-        layers = pandas.read_csv(job.folder / run_folder.LAYERS)
-        errors.setdefault(metrics["target_sparsity"], []).append(float(layers["relative_error"].mean()))
-    return {sparsity: float(np.mean(values)) for sparsity, values in errors.items()}
+    errors = []
+    for run in runs["run"]:
+        path = Path(run) / run_folder.LAYERS
+        try:
+            errors.append(float(pandas.read_csv(path)["relative_error"].mean()))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); run it again with force=true") from None
+    return sum(errors) / len(errors)

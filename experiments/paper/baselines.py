@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas
 
-from experiments.sweeps import Scale, Sweep
+from experiments.sweeps import Sweep
 from sparsewav.baselines import METHODS
 
 DEMO = ("training.epochs=0.08",)
@@ -68,24 +68,22 @@ SWEEPS = tuple(sweep_of(row.method, row.role) for row in registered().values())
 
 def cost(run: pandas.Series) -> str:
     """Updates and batch size of a run's compression and of its fine-tuning, as text."""
-    compression, tuning = run["compression"], f"{run['updates']:,} x 16"
+    compression, tuning = run["compression"], f"{run['updates']:,} x {run['batch_size']}"
     if not isinstance(compression, dict):
         return tuning
     own = f"{compression['updates']:,} x {compression['batch_size']} + " if compression["updates"] else ""
     return own + tuning
 
 
-def note(runs: pandas.DataFrame, scale: Scale) -> str:
+def note(runs: pandas.DataFrame) -> str:
     """Sentences on what the baselines' runs shortened, and on how they differ from their recipes."""
     factors = sorted({item["update_divisor"] for item in runs["compression"] if isinstance(item, dict)})
     shortened = " and ".join(f"{factor:g}" for factor in factors)
     rates = sorted({item["lr_multiplier"] for item in runs["compression"] if isinstance(item, dict)})
     quickened = " and ".join(f"{factor:g}" for factor in rates)
     different = "; ".join(f"{name}: {row.differs}" for name, row in registered().items())
-    warned = {warning for item in runs["warnings"] if isinstance(item, list) for warning in item if "PARP" in warning}
-    warnings = " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in sorted(warned))
     return (
         f"Published numbers of updates were divided by {shortened}, and learning rates multiplied by {quickened}, for "
         "all methods alike; batch sizes and other settings are the published ones (conf/method). What differs from the "
-        f"original recipes: {different}. {warnings}".strip()
+        f"original recipes: {different}."
     )

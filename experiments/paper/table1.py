@@ -1,10 +1,9 @@
 """Table 1: the ablation of the method's parts at 75 % sparsity."""
 
-import math
-
 import pandas
 
-from experiments.results import Item, Result, describe, paper
+from experiments.differences import Edits, compare, describe_interval, read_edits
+from experiments.results import EQUAL, Item, Result, describe, paper, reached, signed, summarize
 from experiments.sweeps import Scale, Sweep, read
 from experiments.tables import mean_and_deviation, write_table
 
@@ -20,60 +19,63 @@ ROWS = {
 """By the key in ``paper.yaml``: name, saliency, allocation and fine-tuning strategy of each row."""
 
 
+SHOWN_IN_PAPER = ("Method", "Paper WER %", "Our WER %", "Reached", "Updates")
+
+
 def make(item: Item, scale: Scale) -> Result:
     """Write the table and say whether the paper's ordering holds."""
     runs = read(item.sweeps, scale)
     published = paper()["table1"]
-    dense = 100 * runs["wer_dense"].iloc[0]
-    name = runs["model"].iloc[0]
-    table = [
-        {
-            "Method": f"{name} (paper: wav2vec2-base-100h)",
-            "Paper WER %": published["dense"],
-            "Our WER %": f"{dense:.2f}",
-        }
+    dense = runs["wer_dense"].iloc[0]
+    name = f"{runs['model'].iloc[0]}, dense"
+    rows: list[dict[str, object]] = [
+        {"Method": name, "Paper WER %": published["dense"], "Our WER %": f"{100 * dense:.2f}"}
     ]
-    above: pandas.Series | None = None
+    values: list[dict[str, object]] = [{"method": name, "paper_wer": published["dense"] / 100, "wer_dense": dense}]
+    above: tuple[Edits, float] | None = None
     steps: list[str] = []
     for key, (method, saliency, allocation, strategy) in ROWS.items():
         choices = pandas.Series({"saliency": saliency, "allocation": allocation, "finetune_strategy": strategy})
         chosen = runs[(runs[choices.index] == choices).all(axis=1)]
-        wer = 100 * chosen.set_index("seed")["wer"].sort_index()
+        value = {"method": method, "paper_wer": published[key] / 100} | summarize(chosen, scale.folder)
         row = {
             "Method": method,
             "Paper WER %": published[key],
-            "Our WER %": mean_and_deviation(wer),
-            "Seeds": len(wer),
-            "Sparsity reached": f"{chosen['achieved_sparsity'].mean():.4f}",
-            "Updates": int(chosen["updates"].iloc[0]),
+            "Our WER %": mean_and_deviation(100 * chosen["wer"]),
+            "Reached": reached(value["achieved_sparsity"]),
+            "Updates": value["updates"],
+            "Seeds": value["seeds"],
         }
+        edits = read_edits(chosen)
         if above is not None:
-            # Paired: the same seed draws the same calibration set and the same probes in both rows.
-            difference = wer - above
-            steps.append(_verdict(difference))
-            row["Against the row above"] = mean_and_deviation(difference)
-            seeds = f"{(difference < 0).sum()} of {len(wer)} seeds"
-            row["Better, as in the paper"] = f"{steps[-1]} (better in {seeds})"
-        table.append(row)
-        above = wer
-    frame = pandas.DataFrame(table).astype({"Seeds": "Int64", "Updates": "Int64"})
-    tuned = frame["Our WER %"].iloc[-2:].str.split().str[0].astype(float)
+            difference, low, high = compare(edits, above[0])
+            more = value["achieved_sparsity"] - above[1]
+            steps.append("yes" if high < 0 else "no" if low > 0 else "not separated")
+            row["Against the row above"] = (
+                f"{signed(100 * difference)} ({signed(100 * low)} to {signed(100 * high)})"
+                + ("" if abs(more) < EQUAL else f", at {signed(100 * more, 1)} points of sparsity †")
+            )
+            row["Better, as in the paper"] = steps[-1]
+            value |= {"difference": difference, "low": low, "high": high, "difference_of_sparsity": more}
+        rows.append(row)
+        values.append(value)
+        above = edits, value["achieved_sparsity"]
+    frame = pandas.DataFrame(rows).astype({"Seeds": "Int64", "Updates": "Int64"})
+    tuned = pandas.DataFrame(values).iloc[-2:]
+    after, progressive = (signed(100 * (wer - dense)) for wer in tuned["wer_mean"])
+    same = "the same number of" if tuned["updates"].nunique() == 1 else "different numbers of"
     notes = [
-        describe(runs, scale),
-        "WER as mean ± standard deviation over the calibration seeds; differences are paired by seed.",
-        f"The paper's ordering holds in {steps.count('yes')} of {len(steps)} steps, is reversed in "
-        f"{steps.count('no')}; {steps.count('not separated')} differ by less than two standard errors over the seeds.",
-        "Rows do not all reach the same sparsity: the paper's progression does not know the matrices' sizes.",
-        f"After tuning the WER is {tuned.iloc[0] - dense:.2f} points above the dense model's, after progressive tuning "
-        f"{tuned.iloc[1] - dense:.2f}; both had the same number of updates: "
-        f"{'yes' if frame['Updates'].iloc[-1] == frame['Updates'].iloc[-2] else 'no'}.",
+        *describe(runs, scale),
+        "WER: mean ± standard deviation over the seeds.",
+        f"The paper's model is wav2vec2-base-100h. Its ordering holds in {steps.count('yes')} of {len(steps)} steps, "
+        f"is reversed in {steps.count('no')}, and is not separated from noise in {steps.count('not separated')}, by "
+        f"whether the interval of the difference to the row above leaves out 0. {describe_interval(edits)}",
+        f"Asked for: {reached(runs['target_sparsity'].iloc[0])}. The paper's progression does not know the matrices' "
+        "sizes, and reaches another sparsity.",
+        f"Above the dense model's WER, in points: after tuning {after}, after progressive tuning {progressive}; both "
+        f"had {same} updates.",
     ]
-    return write_table(item, scale, frame, notes)
-
-
-def _verdict(difference: pandas.Series) -> str:
-    """Whether a row is better than the one above by more than two standard errors of the mean over the seeds."""
-    mean, error = difference.mean(), difference.std() / math.sqrt(len(difference))
-    if len(difference) > 1 and abs(mean) <= 2 * error:
-        return "not separated"
-    return "yes" if mean < 0 else "no"
+    beside = ["Differences to the row above in points, with their interval in brackets."]
+    if frame.to_string().count("†"):
+        beside.append("† Not at the same sparsity as the row above.")
+    return write_table(item, scale, frame, notes, pandas.DataFrame(values), SHOWN_IN_PAPER, beside)

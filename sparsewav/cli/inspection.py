@@ -1,6 +1,8 @@
 """Console command ``sparsewav-inspect``: size and sparsity of a model, and whether its run reports the same."""
 
 import argparse
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from sparsewav.progress import print_error, quieten_libraries
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
 _EPILOG = """examples:
@@ -35,10 +38,15 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
 
     from sparsewav.pruning.encoder import prunable_matrices
 
+    matrices = prunable_matrices(model)
+    last = [matrix.name.rpartition(".")[2] for matrix in matrices]
+    # A layer of the conformer has two feed-forward modules, whose matrices have the same last names.
+    counts = Counter((matrix.layer, name) for matrix, name in zip(matrices, last, strict=True))
     rows = []
-    for matrix in prunable_matrices(model):
+    for matrix, name in zip(matrices, last, strict=True):
+        role = name if counts[matrix.layer, name] == 1 else ".".join(matrix.name.split(".")[-2:])
         zeros = matrix.size - int(matrix.weight.count_nonzero())
-        rows.append((matrix.name, matrix.layer, matrix.name.rpartition(".")[2], *matrix.weight.shape, zeros))
+        rows.append((matrix.name, matrix.layer, role, *matrix.weight.shape, zeros))
     return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros"])
 
 
@@ -75,13 +83,21 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
     return found
 
 
+def roles_of(matrices: "pandas.DataFrame") -> dict[str, str]:
+    """Give the roles from the query to the output of the feed-forward module, and their names in headings."""
+    from sparsewav.pruning.encoder import ROLES
+
+    roles = sorted(dict.fromkeys(matrices["role"]), key=lambda role: ROLES.index(role.rpartition(".")[2]))
+    return {role: re.sub(r"linear_|_proj$|_dense$", "", role) for role in roles}
+
+
 def heat_map(matrices: "pandas.DataFrame") -> Table:
     """Make a table of the sparsity of every matrix with a row for each layer, coloured from light to dark."""
-    roles = list(dict.fromkeys(matrices["role"]))
+    roles = roles_of(matrices)
     table = Table(title="sparsity in percent", pad_edge=False)
     table.add_column("layer", justify="right")
-    for role in roles:
-        table.add_column(role.removesuffix("_proj"), justify="right")
+    for name in roles.values():
+        table.add_column(name, justify="right")
     for layer, group in matrices.groupby("layer"):
         cells = {row.role: row.zeros / (row.rows * row.cols) for row in group.itertuples()}
         table.add_row(str(layer), *(_cell(cells.get(role)) for role in roles))
@@ -97,25 +113,34 @@ def _cell(share: float | None) -> Text:
 
 def plot_heat_map(matrices: "pandas.DataFrame", path: Path) -> None:
     """Plot the sparsity of every matrix to a PNG."""
-    from matplotlib.figure import Figure
-
     from sparsewav.files import write_file
 
+    with write_file(path) as temporary:
+        draw_heat_map(matrices).savefig(temporary, format="png", dpi=150)
+
+
+def draw_heat_map(matrices: "pandas.DataFrame") -> "Figure":
+    """Draw the sparsity of every matrix, with a row for each layer and the colours over the range that there is."""
+    from matplotlib.figure import Figure
+
+    roles = roles_of(matrices)
     shares = matrices.assign(share=100 * matrices["zeros"] / (matrices["rows"] * matrices["cols"]))
-    grid = shares.pivot(index="layer", columns="role", values="share")[list(dict.fromkeys(matrices["role"]))]
-    figure = Figure(figsize=(1.2 + 0.75 * len(grid.columns), 1.6 + 0.28 * len(grid)), layout="constrained")
+    grid = shares.pivot(index="layer", columns="role", values="share")[list(roles)]
+    low, high = shares["share"].min(), shares["share"].max()
+    middle, span = (low + high) / 2, max(high - low, 1.0)  # a hundredth of a point is not worth two colours
+    figure = Figure(figsize=(1.8 + 0.9 * len(roles), 1.2 + 0.28 * len(grid)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(grid.columns)), [role.removesuffix("_proj") for role in grid.columns], rotation=30)
+    image = axes.imshow(grid, cmap="viridis", vmin=middle - span / 2, vmax=middle + span / 2, aspect="auto")
+    axes.set_xticks(range(len(roles)), [name.replace(".", "\n") for name in roles.values()], ha="center")
     axes.set_yticks(range(len(grid)), list(grid.index))
     axes.set_ylabel("Layer")
     for row, values in enumerate(grid.to_numpy()):
         for column, value in enumerate(values):
-            colour = "black" if value > 60 else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="Sparsity, %")
-    with write_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+            if value == value:  # a layer may lack a matrix
+                colour = "black" if (value - middle) / span > 0.1 else "white"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label=f"Sparsity, % (here {low:.1f} to {high:.1f})")
+    return figure
 
 
 def main() -> None:

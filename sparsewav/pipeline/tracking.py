@@ -64,12 +64,8 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
         "name": f"{metrics['model']} {' '.join(own)}".strip(),
         "id": description.name.rpartition("-")[2],
         "resume": "allow",
-        "tags": sorted(
-            f"{group}={option}"[:64]
-            for group, option in description.choices.items()
-            if option != "None" and (group != "saliency" or metrics["saliency"] is not None)  # ALPS uses none
-        ),
-        "config": description.settings,
+        "tags": sorted(f"{group}={option}"[:64] for group, option in _used_options(description, metrics).items()),
+        "config": description.settings | {"pruned_model": metrics["model"]},
         "dir": str(folder),
     }
     if config.mode is not None:
@@ -118,6 +114,15 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
         run.finish()
     except wandb.Error as error:
         raise UserError(f"tracker=wandb failed: {error}; the run's results are safe in {folder}") from error
+
+
+def _used_options(description: RunDescription, metrics: dict[str, Any]) -> dict[str, str]:
+    """Give the options that the run used: of its model the name that results have, whatever the group's option names.
+
+    A baseline does not use the groups of our method, nor ALPS a saliency; the metrics have no name of them.
+    """
+    named = description.choices | {group: metrics[group] for group in description.choices if group in metrics}
+    return {group: str(option) for group, option in named.items() if option not in (None, "None")}
 
 
 def _training_log(folder: Path, sparsity: float) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.files import conf_folder
+from sparsewav.pipeline.tracking import RunDescription, _used_options
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -705,9 +706,11 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     found = _read_wandb(tmp_path / "outputs")
     run = found["run"]
     assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
-    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= set(
-        run["tags"].split()
-    )
+    tags = set(run["tags"].split())
+    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= tags
+    # The model that was pruned, where the group's option is still the default one.
+    assert [tag for tag in tags if tag.startswith("model=")] == [f"model={metrics['model']}"]
+    assert metrics["model"] != "demo"
     assert "finetune_strategy=one_pass" in run["name"]
     assert run["id"] == folder.name.rpartition("-")[2]
     assert json.loads(found["config"]["allocation"])["alpha"] == 0.1
@@ -718,6 +721,15 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     assert {"finetune/loss", "stage/wer", "stage/wer_pruned"} <= set(logged)
     for table in ("layers", "transcripts", "stages"):
         assert any(key.startswith(table) and "table" in value for key, value in logged.items()), table
+
+
+def test_wandb_tags_are_of_what_the_run_used() -> None:
+    """A fairseq checkpoint has its own name, and a baseline no options of our method."""
+    choices = {"model": "demo", "method": "parp", "saliency": "obs", "data": "demo", "experiment": "None"}
+    description = RunDescription("name-0123", {}, choices, [], None)
+    metrics = {"model": "wav2vec_small_100h", "method": "parp", "saliency": None}
+    used = _used_options(description, metrics)
+    assert used == {"model": "wav2vec_small_100h", "method": "parp", "data": "demo"}
 
 
 def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsewav
+from sparsewav.cli.inspection import draw_heat_map, heat_map, matrix_sparsities
 from sparsewav.models.load import locate_model
 
 Run = Callable[..., Any]
@@ -63,6 +64,33 @@ def test_run_exports_and_inspect_checks(
     assert wrong.returncode == 1
     assert f"weights of {layers.loc[3, 'name']} are zero" in wrong.stdout
     assert "says 1 parameters are not zero" in wrong.stdout
+
+
+def test_heat_map_has_the_order_of_the_layer_and_the_range_of_the_data(
+    tiny_model: Callable[..., Any],
+) -> None:
+    """Columns from q to the output, labels centred below them, colours over the sparsities that there are."""
+    matrices = matrix_sparsities(tiny_model("wav2vec2", "group"))
+    matrices["zeros"] = (matrices["rows"] * matrices["cols"] * (0.7 + 0.01 * (matrices.index % 7))).astype(int)
+    shares = 100 * matrices["zeros"] / (matrices["rows"] * matrices["cols"])
+    axes, bar = draw_heat_map(matrices).axes
+    names = ["q", "k", "v", "out", "intermediate", "output"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+    assert [column.header for column in heat_map(matrices).columns] == ["layer", *names]
+    assert axes.get_xticks().tolist() == list(range(6))
+    assert {label.get_ha() for label in axes.get_xticklabels()} == {"center"}
+    assert axes.images[0].get_clim() == pytest.approx((shares.min(), shares.max()))
+    assert bar.get_ylabel() == f"Sparsity, % (here {shares.min():.1f} to {shares.max():.1f})"
+    value = shares[(matrices["layer"] == 0) & (matrices["role"] == "k_proj")].iloc[0]
+    assert axes.images[0].get_array()[0, 1] == pytest.approx(value)
+
+
+def test_heat_map_tells_the_two_feed_forward_modules_of_a_conformer_apart(tiny_model: Callable[..., Any]) -> None:
+    matrices = matrix_sparsities(tiny_model("wav2vec2-conformer", "layer"))
+    assert not matrices.duplicated(["layer", "role"]).any()
+    labels = [label.get_text() for label in draw_heat_map(matrices).axes[0].get_xticklabels()]
+    assert labels[:4] == ["q", "k", "v", "out"]
+    assert labels[4:] == ["ffn1\nintermediate", "ffn2\nintermediate", "ffn1\noutput", "ffn2\noutput"]
 
 
 def test_export_without_the_plain_model(run_sparsewav: Run, arguments: list[str], tmp_path: Path) -> None:

@@ -103,3 +103,7 @@ def test_rows_of_a_benchmark_are_replaced_when_they_are_measured_again(
     table = pandas.read_csv(tmp_path / "one.csv")
     assert table.set_index("subject")["seconds"].to_dict() == {"a": 3.0, "b": 2.0}
     assert capsys.readouterr().out.count("2 rows") == 2
+    # Rows of another machine are not mixed with new ones: it stops before it measures.
+    table.assign(machine="another one").to_csv(tmp_path / "one.csv", index=False)
+    with pytest.raises(SystemExit, match=r"one\.csv has rows measured on another one, and this is cpu"):
+        run_parts(parts, Namespace(parts=["one"], output=tmp_path, subject="a"), keys=("subject", "threads"))

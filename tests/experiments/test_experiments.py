@@ -1,10 +1,12 @@
 """The tables and figures: their sweeps, what is drawn from finished runs, and reproduce.sh as a user runs it."""
 
+import html
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,17 +19,19 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from wandb_workspaces.reports.v2 import Config, PanelGrid
+from wandb_workspaces.reports.v2 import Config, PanelGrid, SummaryMetric
 
 import sparsewav
 from experiments.__main__ import main, needed_by
 from experiments.bench.inference import remove_at_random
+from experiments.differences import bootstrap_difference, speakers_of
 from experiments.estimate import typed
 from experiments.items import ITEMS, PAPER
 from experiments.ours import model_costs
-from experiments.ours.variants import VARIANTS, bootstrap_difference
+from experiments.ours.variants import VARIANTS
 from experiments.paper.baselines import ROWS
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
+from experiments.tables import latex_table
 from experiments.wandb_report import build_report
 from sparsewav.baselines import METHODS
 from sparsewav.errors import UserError
@@ -142,11 +146,12 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
     """Write the records of finished runs."""
     for job in jobs(sweep, scale):
         config = job.config
+        ours = config.method.name == "sparsewav"
+        groups = ("saliency", "solver", "objective", "recovery", "allocation")
         metrics = {
             "model": MODELS[scale.name][sweep.role],
             "method": config.method.name,
-            "saliency": config.saliency.name,
-            "allocation": config.allocation.name,
+            **{group: config[group].name if ours else None for group in groups},
             "finetune_strategy": config.finetune_strategy.name,
             "seed": config.seed,
             "target_sparsity": config.sparsity.target,
@@ -156,7 +161,7 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
             "wer_dense": dense,
             "wer": wer(job.settings),
             "updates": 0 if config.finetune_strategy.name == "none" else 400,
-            "n_utterances": 300,
+            "n_utterances": 30,
             "n_calibration_utterances": 128,
             "macs_per_second": 200_000_000,
             "macs_per_second_nonzero": 100_000_000,
@@ -164,10 +169,11 @@ def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], 
             "warnings": [],
             "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0, "finetune": 4.0},
             "cached": [],
+            "seconds_cached": {},
             "device": "cpu",
             "threads": 2,
         }
-        if config.method.name != "sparsewav":
+        if not ours:
             metrics["compression"] = {
                 "updates": 200,
                 "batch_size": 24,
@@ -189,7 +195,9 @@ def _write_details(folder: Path, wer: float) -> None:
     for utterance in range(30):
         errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
         wrong = ["wrong"] * errors + words[errors:]
-        rows.append({"id": f"u{utterance}", "reference": " ".join(words), "after": " ".join(wrong)})
+        rows.append(
+            {"id": f"{utterance % 6}-0-{utterance:04d}", "reference": " ".join(words), "after": " ".join(wrong)}
+        )
     (folder / run_folder.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / run_folder.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
 
@@ -205,7 +213,7 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
 ) -> None:
     scale = Scale("demo", tmp_path)
     one_shot, tuned = ITEMS["table1"].sweeps
-    base = {("obs", "uniform"): 0.20, ("obs", "hutchinson"): 0.16, ("obs_first_order", "hutchinson"): 0.17}
+    base = {("obs", "uniform"): 0.20, ("obs", "hutchinson"): 0.16, ("obs_first_order", "hutchinson"): 0.20}
 
     def wer(settings: dict[str, str]) -> float:
         return base.get((settings["saliency"], settings["allocation"]), 0.5) + 0.01 * int(settings["seed"])
@@ -222,21 +230,132 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     _finish(tuned, scale, lambda at: 0.08 if at["finetune_strategy"] == "one_pass" else progressive[at["seed"]])
     assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     table = pandas.read_csv(tmp_path / "table1.csv")
-    assert table["Paper WER %"].tolist() == [6.1, 57.95, 53.79, 53.01, 7.54, 7.11]
-    assert table["Our WER %"].tolist()[:4] == ["5.00", "21.00 ± 1.00", "17.00 ± 1.00", "18.00 ± 1.00"]
-    assert table["Better, as in the paper"].tolist()[2:] == [
-        "yes (better in 3 of 3 seeds)",
-        "no (better in 0 of 3 seeds)",
-        "yes (better in 3 of 3 seeds)",
-        "not separated (better in 2 of 3 seeds)",
-    ]
-    assert table["Against the row above"].tolist()[2:4] == ["-4.00 ± 0.00", "1.00 ± 0.00"]
+    assert table["paper_wer"].tolist() == pytest.approx([0.061, 0.5795, 0.5379, 0.5301, 0.0754, 0.0711])
+    assert table["wer_mean"].tolist()[1:4] == pytest.approx([0.21, 0.17, 0.21])
+    assert table["wer_deviation"].tolist()[1:4] == pytest.approx([0.01] * 3)
+    assert table["seeds"].tolist()[1:] == [3] * 5
+    assert table["updates"].tolist()[1:] == [0, 0, 0, 400, 400]
+    assert table["achieved_sparsity"].tolist()[1:] == pytest.approx([0.74] * 5)
+    assert table["difference"].tolist()[2:4] == pytest.approx([-0.04, 0.04], abs=0.002)
+    for names in table["runs"][1:]:
+        assert all((tmp_path / name / "metrics.json").is_file() for name in names.split("; "))
     markdown = (tmp_path / "table1.md").read_text()
-    assert "holds in 2 of 4 steps, is reversed in 1; 1 differ by less" in markdown
-    assert "3.00 points above the dense model's, after progressive tuning 2.67" in markdown
-    latex = (tmp_path / "table1.tex").read_text()
-    assert r"$\pm$" in latex
-    assert r"\toprule" in latex
+    verdicts = [line.rstrip("| ").rpartition("|")[2].strip() for line in markdown.splitlines() if line[:2] == "| "]
+    assert verdicts[4:] == ["yes", "no", "yes", "not separated"]
+    assert "Its ordering holds in 2 of 4 steps, is reversed in 1, and is not separated from noise in 1," in markdown
+    assert "in points: after tuning +3.00, after progressive tuning +2.67; both had the same number of" in markdown
+    assert "samples that draw 3 seeds, 6 speakers and 30 utterances anew" in markdown
+
+
+def test_a_row_at_another_sparsity_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = Scale("demo", tmp_path)
+    for sweep in ITEMS["table1"].sweeps:
+        _finish(sweep, scale, lambda settings: 0.2)
+        for job in jobs(sweep, scale):
+            if job.config.allocation.name == "hutchinson":
+                _change(job.folder, achieved_sparsity=0.732 - 0.001 * job.config.seed)
+    assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
+    markdown = (tmp_path / "table1.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| +")]
+    assert ["at −0.9 points of sparsity †" in row for row in rows] == [True, False, False, False]
+    assert ["| 73.1 % |" in row for row in rows] == [True] * 4, "the mean of what the seeds reached"
+    assert "- † Not at the same sparsity as the row above." in markdown
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_text(path.read_text()[:100]), "is damaged"),
+    "a list": (lambda path: path.write_text("[]"), "is damaged"),
+    "without a key": (
+        lambda path: path.write_text(path.read_text().replace('"achieved_sparsity"', '"achieved"')),
+        "has no achieved_sparsity",
+    ),
+    "not a number": (lambda path: _change(path.parent, wer=math.nan), "wer is nan, which is not a finite number"),
+    "another seed": (lambda path: _change(path.parent, seed=7), "is of another run (seed=7 instead of 1)"),
+    "another method": (lambda path: _change(path.parent, saliency="wanda"), "saliency=wanda instead of obs"),
+    "another dense model": (lambda path: _change(path.parent, wer_dense=0.06), "the dense model's WER (0.05 and 0.06)"),
+    "other weights of the same name": (
+        lambda path: _change(path.parent, inputs={"content": {"model/model.safetensors": "0"}}),
+        "two runs differ in the content of the model's files",
+    ),
+    "another model": (
+        lambda path: _change(path.parent, model="other"),
+        "two runs differ in the model (demo and other)",
+    ),
+    "another length of tuning": (lambda path: _change(path.parent, updates=9), "differ in updates (0, 9)"),
+    "other transcripts": (
+        lambda path: (file := path.with_name("predictions.jsonl")).write_text(file.read_text().replace("word9", "x")),
+        "two runs differ in the evaluated utterances or their transcripts",
+    ),
+    "fewer transcripts": (
+        lambda path: (file := path.with_name("predictions.jsonl")).write_text(file.read_text().split("\n")[0]),
+        "predictions.jsonl has 1 utterances and metrics.json says 30",
+    ),
+    "no transcripts": (lambda path: path.with_name("predictions.jsonl").unlink(), "predictions.jsonl is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_runs_that_are_damaged_or_not_the_same_are_not_averaged(damage: str, tmp_path: Path) -> None:
+    """The sentence names the run."""
+    change, said = DAMAGE[damage]
+    item, scale = ITEMS["table1"], Scale("demo", tmp_path)
+    for sweep in item.sweeps:
+        _finish(sweep, scale, lambda settings: 0.2)
+    job = next(job for job in jobs(item.sweeps[0], scale) if job.config.seed == 1 and job.config.saliency.name == "obs")
+    change(job.folder / run_folder.METRICS)
+    with pytest.raises(UserError) as refused:
+        item.make(item, scale)
+    assert said in str(refused.value)
+    assert str(job.folder) in str(refused.value)
+    assert not (tmp_path / "table1.csv").exists()
+
+
+def test_one_model_for_all_runs_is_not_compared_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is run for a figure of three models that a setting makes one."""
+    words = ("figure4", "--output", str(tmp_path), "--", "model.name_or_path=/my/model")
+    assert _reproduce(*words, monkeypatch=monkeypatch) == 1
+    assert "/my/model would stand for large_10m and for large_100h" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_the_page_names_the_command_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its folder and settings, quoted so that a shell reads the same words again."""
+    folder = tmp_path / "my runs"
+    overrides = ("data=librispeech_dir", "data.root=/with space/$HOME", "training.batch_size=4")
+    scale = Scale("demo", folder, overrides)
+    for sweep in ITEMS["table1"].sweeps:
+        _finish(sweep, scale, lambda settings: 0.2)
+    words = ["table1", "--output", str(folder), "--", *overrides, "hydra/launcher=joblib"]
+    assert _reproduce("--draw", *words, monkeypatch=monkeypatch) == 0
+    (commands,) = re.findall("<pre>(.*?)</pre>", (folder / "index.html").read_text(), re.DOTALL)
+    first, *launched = html.unescape(commands).splitlines()
+    assert shlex.split(first) == ["./reproduce.sh", "demo", *words[:-1]]
+    assert [shlex.split(line)[1:] for line in launched] == [sweep.arguments(scale) for sweep in ITEMS["table1"].sweeps]
+
+
+@pytest.mark.slow
+def test_a_latex_table_compiles_and_has_its_notes_below(tmp_path: Path) -> None:
+    """Its caption is not numbered twice, minus is no hyphen, and any text is escaped."""
+    table = pandas.DataFrame({"Method": ["a_b & 100 %", "{c}^~\\#$"], "WER": ["−3.00 ± 0.10", "<5 (α, ≤, ×)"]})
+    text = latex_table("table_1", "Ablation", table, ["||WX − ŴX||² – of dense.", "† Not the same."])
+    assert r"\caption{Ablation}" in text
+    assert "$-$3.00 $\\pm$ 0.10" in text
+    assert text.index(r"\end{tabular}") < text.index("Not the same") < text.index(r"\end{table}")
+    if not shutil.which("pdflatex"):
+        pytest.skip("no LaTeX compiler")
+    document = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n"
+    (tmp_path / "paper.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "Overfull" not in result.stdout
+
+
+def _change(folder: Path, **metrics: object) -> None:
+    path = folder / run_folder.METRICS
+    run_folder.write_json(path, json.loads(path.read_text()) | metrics)
 
 
 @pytest.mark.slow
@@ -260,34 +379,40 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     points = pandas.read_csv(tmp_path / "figure1.csv")
     assert len(points) == 9 + 9 + 2
+    assert (points["achieved_sparsity"] - points["target_sparsity"]).tolist() == pytest.approx([-0.01] * 20)
     shot = points[(points["finetune_strategy"] == "none") & (points["target_sparsity"] == 0.9)].iloc[0]
     assert shot["seeds"] == 3
     assert shot["wer_mean"] == pytest.approx(0.1 + 0.9**6 * 1.1, rel=1e-5)
-    compression = pandas.read_csv(tmp_path / "table2.csv").set_index("Method")
-    assert compression.loc["HuBERT Base", "Paper WER %"] == 6.42
-    assert compression.loc["HuBERT Base", "Our WER %"] == "5.00"
-    assert pandas.isna(compression.loc["Ours, HuBERT", "Paper WER %"])
-    assert compression.loc["DistilHuBERT", "Left"] == "25.0 %"
-    assert compression.loc["DistilHuBERT", "Training"] == "200 x 24 + 400 x 16"
+    compression = pandas.read_csv(tmp_path / "table2.csv").set_index("method")
+    assert compression.loc["HuBERT Base", "paper_wer"] == 0.0642
+    assert compression.loc["HuBERT Base", "wer_dense"] == 0.05
+    assert pandas.isna(compression.loc["Ours, HuBERT", "paper_wer"])
+    assert compression.loc["DistilHuBERT", "left"] == 0.25
+    assert compression.loc["DistilHuBERT", "updates"] == 400
+    assert compression.loc["DistilHuBERT", "achieved_sparsity"] == pytest.approx(0.84)
+    assert "| 200 x 24 + 400 x 16 |" in (tmp_path / "table2.md").read_text()
     assert {row.method for row in ROWS.values()} >= set(METHODS), "every method has a row"
-    assert compression["Our WER %"].notna().sum() == 6 + sum(row.method in METHODS for row in ROWS.values())
-    assert compression.loc["SparseWAV2VEC2", "Our params (M)"] == 0.8
-    spread = 100 * (better.get("base", 0.05) + 0.05 + 0.85**6 * 1.1), 100 * 0.1 * 0.85**6
+    assert compression["wer_mean"].notna().sum() == 3 + sum(row.method in METHODS for row in ROWS.values())
+    assert compression.loc["SparseWAV2VEC2", "params"] == 800_000
+    spread = [0.05 + 0.05 + 0.85**6 * 1.1, 0.1 * 0.85**6, 3]
     for method in ("SparseWAV2VEC2", "PARP"):
-        assert compression.loc[method, "Our WER %"] == f"{spread[0]:.2f} ± {spread[1]:.2f}", "three short runs"
+        measured = compression.loc[method, ["wer_mean", "wer_deviation", "seeds"]]
+        assert measured.tolist() == pytest.approx(spread, rel=1e-5), "three short runs"
     timing = pandas.read_csv(tmp_path / "table3.csv")
-    ours = timing[timing["Method"] == "SparseWAV"]
-    assert ours["Our seconds"].tolist() == ["6.0 ± 0.0"] * 2
-    assert timing.set_index("Method").loc["DistilHuBERT", "Times as long as ours"] == 10.0
+    ours = timing[timing["method"] == "SparseWAV"]
+    assert ours[["seconds_mean", "seconds_deviation", "seeds"]].to_numpy().tolist() == [[6, 0, 3]] * 2
+    assert timing.set_index("method").loc["DistilHuBERT", "times_as_long"] == 10.0
     assert (
         "divided by 1000, and learning rates multiplied by 4, for all methods alike"
         in (tmp_path / "table3.md").read_text()
     )
 
     ours = pandas.read_csv(tmp_path / "accuracy_table.csv")
-    assert ours["One-shot method"].tolist() == [variant.name for variant in VARIANTS]
-    assert set(ours["Layer error at 75 %"]) == {0.15}
-    assert ours["90%"][1].endswith(" (+0.00; +0.00 to +0.00)"), "the same errors in every row"
+    assert ours["method"].unique().tolist() == [variant.name for variant in VARIANTS]
+    assert set(ours["layer_error"]) == {0.15}
+    assert set(ours["seeds"]) == {3}
+    same = ours[ours["method"] != VARIANTS[0].name]
+    assert not same[["difference", "low", "high"]].to_numpy().any(), "the same errors in every row"
     assert "Did not help" in (tmp_path / "accuracy_table.md").read_text()
     curves = pandas.read_csv(tmp_path / "accuracy_curves.csv")["curve"].unique().tolist()
     assert curves == [
@@ -327,35 +452,49 @@ def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(
     result = item.make(item, scale)
     assert result.table is not None
     rows = result.table.set_index("Model")
-    measured = tmp_path / "size_and_speed.csv"
+    measured = tmp_path / "size_and_speed-measured.csv"
     sizes = pandas.read_csv(measured, index_col="run")["megabytes"].set_axis(rows.index)
-    assert sizes["SparseWAV, 90%"] < sizes["SparseWAV, 85%"] < sizes["SparseWAV, 70%"] < sizes["dense"]
+    assert sizes["SparseWAV, 89.0 %"] < sizes["SparseWAV, 84.0 %"] < sizes["SparseWAV, 69.0 %"] < sizes["dense"]
     assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
     assert (rows["Times faster"].astype(float) > 0).all()
     assert (tmp_path / "size_and_speed.png").is_file()
     before = measured.read_bytes()
     item.measure(item, scale)
     assert measured.read_bytes() == before, "measured already"
-    os.utime(jobs(item.sweeps[0], scale)[0].folder / run_folder.METRICS, (time.time() + 5,) * 2)
+    assert pandas.read_csv(tmp_path / "size_and_speed.csv")["updates"].tolist()[1:] == [400] * (len(rows) - 1)
+    _change(jobs(item.sweeps[0], scale)[0].folder, wer=0.2)
     with pytest.raises(UserError, match="not measured"):
         item.make(item, scale)
 
 
-def test_bootstrap_is_the_one_over_whole_utterances_and_paired() -> None:
-    """Its interval is that of drawing utterances one by one; errors that both methods make cancel out."""
+def test_bootstrap_draws_seeds_speakers_and_utterances_in_pairs() -> None:
+    """Its interval is that of drawing them one by one in a loop; errors that both methods make cancel out."""
     generator = np.random.default_rng(1)
-    words = generator.integers(3, 20, 80)
-    baseline = generator.binomial(words, 0.3).astype(float)
-    edits = baseline + generator.integers(-2, 2, 80)
-    difference, low, high = bootstrap_difference(edits, baseline, words)
-    assert difference == pytest.approx(edits.sum() / words.sum() - baseline.sum() / words.sum())
+    speakers = [f"voice{number}" for number in generator.permutation(np.repeat(np.arange(6), [4, 8, 12, 6, 20, 10]))]
+    words = generator.integers(3, 20, 60)
+    baseline = generator.binomial(words, 0.3, (3, 60)).astype(float)
+    of_speaker = {name: np.flatnonzero(np.array(speakers) == name) for name in sorted(set(speakers))}
+    worse = np.zeros(60)
+    for number, own in enumerate(of_speaker.values()):
+        worse[own] = number - 2  # speakers differ, and seeds do
+    edits = baseline + worse + generator.integers(-1, 2, (3, 60)) + np.array([[0], [1], [2]])
+    difference, low, high = bootstrap_difference(edits, baseline, words, speakers)
+    assert difference == pytest.approx((edits - baseline).sum() / (3 * words.sum()))
     drawn = []
     for _ in range(4000):
-        chosen = generator.integers(80, size=80)
-        drawn.append(edits[chosen].sum() / words[chosen].sum() - baseline[chosen].sum() / words[chosen].sum())
-    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.002)
-    assert bootstrap_difference(baseline, baseline, words) == (0, 0, 0)
-    assert bootstrap_difference(edits, baseline, words) == (difference, low, high)
+        seeds = generator.integers(3, size=3)
+        names = generator.choice(list(of_speaker), size=6)
+        chosen = np.concatenate([generator.choice(of_speaker[name], size=len(of_speaker[name])) for name in names])
+        parts = [method[np.ix_(seeds, chosen)].sum() / (3 * words[chosen].sum()) for method in (edits, baseline)]
+        drawn.append(parts[0] - parts[1])
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.006)
+    assert high - low > 0.1, "with utterances drawn alone it is narrower than this"
+    _, narrow_low, narrow_high = bootstrap_difference(edits.mean(0)[None], baseline.mean(0)[None], words, None)
+    assert narrow_high - narrow_low < 0.6 * (high - low)
+    assert bootstrap_difference(baseline, baseline, words, speakers) == (0, 0, 0)
+    assert bootstrap_difference(edits, baseline, words, speakers) == (difference, low, high)
+    assert speakers_of(["3-0-0001", "7-1-0002"]) == ["3", "7"]
+    assert speakers_of(["3-0-0001", "call_7"]) == []
 
 
 def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
@@ -364,6 +503,7 @@ def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
     assert [len(grid.panels) for grid in grids] == [3, 3, 1]
     assert "'paper/ablation_one_shot', 'paper/ablation_finetune'" in str(grids[0].runsets[0].filters)
     assert grids[0].panels[0].groupby == Config("saliency.name")
+    assert grids[1].panels[0].x == SummaryMetric("achieved_sparsity")
 
 
 def test_dry_run_at_paper_scale_lists_every_job(
