@@ -1,8 +1,7 @@
 """The sparse product in C++, compiled for this processor on first use, cached, and called through ctypes.
 
 Loading a library runs what is in it. So it is loaded from the cache only if nobody else could have written it there:
-the file and the folders up to the cache's belong to this user, and no other may write to them. The hash beside it tells
-a file that was cut off or damaged.
+the file and the folders up to ``kernels`` belong to this user, and no other may write to them.
 """
 
 import ctypes
@@ -15,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +29,6 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("product.cpp")
 LIBRARY = "product.so"
-HASH = "product.so.blake2b"
 
 MAX_COLUMNS = 2**16
 """Column indices are stored in 16 bits, from 0."""
@@ -56,37 +53,28 @@ def sparse_product() -> Product:
     compiler = _compiler()
     try:
         return _from_cache(compiler)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, AttributeError) as error:
         log.warning("the sparse kernel is compiled for this process alone: %s", error)
     try:
         with TemporaryDirectory(prefix="sparsewav-") as folder:  # of this user alone; what is loaded stays loaded
             _compile(compiler, Path(folder))
             return _load(Path(folder))
-    except OSError as error:
-        raise NoKernel(f"the folder for temporary files cannot be used: {error}") from error
+    except (OSError, AttributeError) as error:
+        raise NoKernel(f"the compiled kernel does not load: {error}") from error
 
 
 def _from_cache(compiler: list[str]) -> Product:
-    """Load the kernel from the cache, compiling it if it is not there, or once more if it is damaged."""
+    """Load the kernel from the cache, compiling it if it is not there or damaged."""
     source = SOURCE.read_text(encoding="utf-8")
     identity = {"source": source, "compiler": compiler, "processor": processor_name(), "flags": _FLAGS}
-    root = cache_folder()
-    for folder in (root, root / "kernels"):
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _refuse_foreign(folder)
-    existed = True
-    while True:
-        folder, existed = cached_folder("kernels", identity, lambda made: _compile(compiler, made), enabled=existed)
-        for path in (folder, folder / LIBRARY, folder / HASH):
-            if path.exists():
-                _refuse_foreign(path)
-        try:
-            return _load(folder)
-        except NoKernel as error:
-            if not existed:
-                raise
-            log.warning("%s; it is compiled again", error)
-            existed = False
+    kernels = cache_folder() / "kernels"
+    kernels.parent.mkdir(parents=True, exist_ok=True)
+    kernels.mkdir(mode=0o755, exist_ok=True)  # a cache whose group may write is common: it is this user's own group
+    _refuse_foreign(kernels)
+    folder, _ = cached_folder(kernels.name, identity, lambda made: _compile(compiler, made), enabled=True)
+    for path in (folder, folder / LIBRARY):
+        _refuse_foreign(path)
+    return _load(folder)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -108,16 +96,11 @@ def _load(folder: Path) -> Product:
     """Load the kernel from a folder that :func:`_compile` filled.
 
     Raises:
-        NoKernel: The file is not what was compiled, or it does not load.
+        OSError: It does not load.
+        AttributeError: It lacks the function.
     """
-    path = folder / LIBRARY
-    try:
-        if blake2b(path.read_bytes()).hexdigest() != (folder / HASH).read_text(encoding="utf-8"):
-            raise NoKernel(f"the compiled kernel {path} is damaged")
-        library: Any = ctypes.CDLL(str(path))
-        function = library.sparsewav_product
-    except (OSError, AttributeError, UnicodeDecodeError) as error:
-        raise NoKernel(f"the compiled kernel does not load: {error}") from error
+    library: Any = ctypes.CDLL(str(folder / LIBRARY))
+    function = library.sparsewav_product
     whole, pointer = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [pointer, *[whole] * 4, *[pointer] * 6, ctypes.c_int]
     function.restype = None
@@ -153,7 +136,6 @@ def _compile(compiler: list[str], folder: Path) -> None:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             raise NoKernel(f"{shlex.join(command)} failed: {lines[0]}")
     object_file.unlink()
-    (folder / HASH).write_text(blake2b((folder / LIBRARY).read_bytes()).hexdigest(), encoding="utf-8")
 
 
 @cache

@@ -57,7 +57,7 @@ def of_training(config: TrainConfig) -> dict[str, Any]:
     del settings["training"]["checkpoint_updates"]
     sets: Sets = {
         "training set": lambda: training_set(config.data, config.training.seed),
-        "development set": lambda: whole_subset(config.data, config.data.development_subset),
+        "development set": lambda: whole_subset(config.data, "development_subset"),
         "evaluation set": lambda: evaluation_set(config.data),
     }
     return _record(settings, config.initial_model, None, config.data, sets)
