@@ -170,7 +170,7 @@ def read_pickled_headers(folder: Path) -> dict[str, Tensor] | None:
         return None
     headers: dict[str, Tensor] = {}
     for path in paths:
-        refuse_zip_bomb(path, str(path))
+        check_archive(path, str(path))
         try:
             state = torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # a broken file raises almost any error
@@ -181,24 +181,26 @@ def read_pickled_headers(folder: Path) -> dict[str, Tensor] | None:
     return headers
 
 
-def refuse_zip_bomb(path: Path, called: str) -> None:
-    """Refuse a file of PyTorch whose parts are compressed, which PyTorch never does, or larger than the file.
+def check_archive(path: Path, called: str) -> None:
+    """Check the checksums of a file of PyTorch, which itself reads past them, and that it takes no more than its size.
 
     Raises:
-        UserError: It is so.
+        UserError: A part is damaged, or compressed, which PyTorch never does, or the parts are larger than the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+            size = sum(part.file_size for part in parts)
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or size > path.stat().st_size:
+                raise UserError(
+                    f"{called} is compressed, {size:,} bytes in a file of {path.stat().st_size:,}, which PyTorch never "
+                    "does; fetch it again"
+                )
+            damaged = archive.testzip()
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # PyTorch's older format, or broken, which reading it says
-    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if packed or sum(part.file_size for part in parts) > path.stat().st_size:
-        size = sum(part.file_size for part in parts)
-        raise UserError(
-            f"{called} is compressed, {size:,} bytes in a file of {path.stat().st_size:,}, which PyTorch never does; "
-            "fetch it again"
-        )
+    if damaged:
+        raise UserError(f"{called} is damaged: {damaged} in it has another checksum; fetch it again")
 
 
 def read_config(source: str, called: str) -> PretrainedConfig:

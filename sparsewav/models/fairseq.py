@@ -34,7 +34,7 @@ from transformers import (
 from sparsewav import cache
 from sparsewav.errors import UserError
 from sparsewav.files import content_hash
-from sparsewav.models.checkpoint import first_line, refuse_infinite, refuse_zip_bomb, some
+from sparsewav.models.checkpoint import check_archive, first_line, refuse_infinite, some
 
 KEY = "model.fairseq_checkpoint"
 
@@ -190,7 +190,7 @@ def read_checkpoint(path: Path, called: str) -> dict[str, Any]:
     Raises:
         UserError: The file is broken, is no dictionary, or names something else.
     """
-    refuse_zip_bomb(path, called)
+    check_archive(path, called)
     try:
         with torch.serialization.safe_globals(list(_stand_ins(path))):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
