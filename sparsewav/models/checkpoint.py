@@ -187,18 +187,21 @@ def check_archive(path: Path, called: str) -> None:
     Raises:
         UserError: A part is damaged, or compressed, which PyTorch never does, or the parts are larger than the file.
     """
+    if not zipfile.is_zipfile(path):
+        return  # PyTorch's older format, or broken, which reading it says
+    held = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
             size = sum(part.file_size for part in parts)
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or size > path.stat().st_size:
-                raise UserError(
-                    f"{called} is compressed, {size:,} bytes in a file of {path.stat().st_size:,}, which PyTorch never "
-                    "does; fetch it again"
-                )
-            damaged = archive.testzip()
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # PyTorch's older format, or broken, which reading it says
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts) or size > held
+            damaged = None if packed else archive.testzip()
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{called} is damaged ({first_line(error)}); fetch it again") from error
+    if packed:
+        raise UserError(
+            f"{called} is compressed, {size:,} bytes in a file of {held:,}, which PyTorch never does; fetch it again"
+        )
     if damaged:
         raise UserError(f"{called} is damaged: {damaged} in it has another checksum; fetch it again")
 
