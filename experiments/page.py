@@ -102,7 +102,7 @@ def _cost(item: Item, scale: Scale) -> str:
     for folder in _folders(item, scale):
         metrics = json.loads((folder / run_folder.METRICS).read_text())
         seconds, cached = metrics["seconds"], metrics["seconds_cached"]
-        shared = sum(cached[piece] for piece in metrics["cached"])
+        shared = sum(spent for piece, spent in cached.items() if piece != "evaluate")
         spent += seconds["prune"] + seconds.get("finetune", 0.0) - shared
         saved += shared
     return (

@@ -30,7 +30,7 @@ def make(item: Item, scale: Scale) -> Result:
     """
     runs = read(item.sweeps, scale)
     runs["prune"] = [seconds["prune"] for seconds in runs["seconds"]]
-    cached = runs[runs["cached"].map(len) > 0]
+    cached = runs[runs["seconds_cached"].map(lambda pieces: bool(pieces.keys() - {"evaluate"}))]
     if len(cached):
         raise UserError(f"{cached['run'].iloc[0]} took a piece from the cache; run its sweep again with force=true")
     if runs["threads"].nunique() > 1 or runs["device"].nunique() > 1:

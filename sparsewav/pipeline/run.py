@@ -236,7 +236,6 @@ def _finish(
         "n_utterances": len(evaluation),
         "evaluation_overlap": state.overlap,
         "seconds": seconds,
-        "cached": list(state.cached),
         **about,
         "peak_memory_bytes": run_folder.peak_memory(device),
         "dtype": str(speech.model.dtype).removeprefix("torch."),
