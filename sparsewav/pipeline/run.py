@@ -320,8 +320,9 @@ def _prune(
                 traces=traces,
                 progress=advance,
             )
-    for warning in report.warnings:
-        print_warning(warning)
+    new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
+    for warning in new:
+        print_warning(warning, logged=True)  # by the engine
     if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
@@ -335,7 +336,7 @@ def _prune(
         state.cached["calibrate"] = calibrate_seconds
     if traces_cached:
         state.cached["allocate"] = allocate_seconds
-    state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
+    state.warnings += new
     probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
         {
