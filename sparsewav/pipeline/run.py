@@ -173,8 +173,8 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
         return None
     finish_folder(config, folder)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
-    code = "" if before.get("code") == now["code"] else ", and it was made by another version of the code"
-    console.print(f"Done already: {folder} (force=true does it again{code})", soft_wrap=True)
+    code = "" if before.get("code") == now["code"] else "made by another version of the code; "
+    console.print(f"Done already: {folder} ({code}force=true does it again)", soft_wrap=True)
     for part, reason in now["unread"].items():
         tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
