@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_help_does_not_wait_for_pytorch(command: str, words: str, start_sparsewa
     assert words in result.stdout
     assert re.search(r"\| +sparsewav\.cli$", result.stderr, re.MULTILINE)
     assert not re.search(r"\| +(torch|transformers)$", result.stderr, re.MULTILINE)
+
+
+def test_help_ends_without_a_word_where_its_reader_does() -> None:
+    command = f"{shlex.quote(sys.executable)} -u -m sparsewav --help | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
 
 
 @pytest.mark.slow
