@@ -107,9 +107,10 @@ def collect_warnings() -> Iterator[list[str]]:
         _collected.pop()
 
 
-def print_warning(sentence: str) -> None:
-    """Print a sentence that the user should know, log it, and give it to the record of the run."""
-    logger.warning(sentence)
+def print_warning(sentence: str, *, logged: bool = False) -> None:
+    """Print a sentence that the user should know, log it if nobody has, and give it to the record of the run."""
+    if not logged:
+        logger.warning(sentence)
     for sentences in _collected:
         sentences.append(sentence)
     Console().print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)

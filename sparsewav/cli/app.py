@@ -248,6 +248,9 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would say so at its end, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # of Hydra's own folders and files, which do not always say which they are
         path = Path(error.filename) if error.filename else RememberSweep.folder or Path("the output folder")
         raise SystemExit(f"error: {cannot_write(error, path) or explain(error, config_name)}") from None

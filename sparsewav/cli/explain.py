@@ -31,6 +31,8 @@ def explain(error: Exception, config_name: str) -> str:
     text = "\n".join(str(item) for item in (error, error.__cause__) if item)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.partition("/")
+        if not option:
+            return f"--config-name={group} does not exist; leave it out, and choose options with group=option"
         if group != "hydra":
             return _no_such_option(group, option, _options(group))
         group, _, option = error.missing_cfg_file.rpartition("/")  # of which plugins have options, too
@@ -43,7 +45,9 @@ def explain(error: Exception, config_name: str) -> str:
         return _no_such_key(match[1], config_name)
     if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, value = match[1].partition("=")
-        return f"{match[1]} has several values; add -m to run each of them, or write a list: {key}=[{value}]"
+        takes_list = key == "experiment" or key.startswith("architecture.") or "[" in _default(key, config_name)
+        listed = f", or write a list: {key}=[{value}]" if takes_list else ""
+        return f"{match[1]} has several values; add -m to run each of them{listed}"
     if match := re.search(r"Error parsing override '(.+?)'\s+missing EQUAL", text):
         return f"{match[1]} has no value; write it as {match[1]}=..."
     if match := re.search(r"Error merging override (\S+)", text):
@@ -134,7 +138,9 @@ def _no_such_key(key: str, config_name: str) -> str:
             return (
                 f"{key} is a key of {command}, and {COMMANDS[config_name][0]} has none; conf/README.md lists them all"
             )
-    return f"there is no key {key}{_nearest(key, list(keys))}; conf/README.md lists them all"
+    same = [other for other in keys if other.endswith(f".{key}")]  # given without its group
+    hint = f" (did you mean {' or '.join(same)}?)" if same else _nearest(key, list(keys))
+    return f"there is no key {key}{hint}; conf/README.md lists them all"
 
 
 def _cannot_follow(key: str, source: str, config_name: str) -> str:

@@ -169,7 +169,7 @@ def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     from sparsewav.models.load import load, locate_model
     from sparsewav.pipeline import run_folder
 
-    folder = Path(locate_model(str(given.expanduser().absolute()), "the folder"))
+    folder = Path(locate_model(str(given.expanduser().absolute()), "DIR"))
     run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
     model = load(folder)
     matrices = matrix_sparsities(model)

@@ -14,7 +14,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
-from sparsewav.progress import print_warning
+from sparsewav.progress import print_error, print_warning
 from sparsewav.settings.baselines import OURS
 
 SUMMARY = "summary.csv"
@@ -111,6 +111,6 @@ def main() -> None:
         raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     folder = Path(sys.argv[1])
     if not folder.is_dir():
-        console.print(f"{folder} is not a folder; give the folder of a sweep")
+        print_error(f"{folder} is not a folder; give the folder of a sweep")
         raise SystemExit(1)
     raise SystemExit(1 if summarize(folder, console) else 0)

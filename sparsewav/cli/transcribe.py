@@ -117,6 +117,8 @@ def _recording(name: str) -> "Utterance":
         raise UserError(f"{name} stands for audio from a pipe, and there is none; give a file, or pipe audio in")
     with open(0, "rb", closefd=False) if name in STDIN else path.open("rb") as pipe:
         contents = b"".join(islice(iter(partial(pipe.read, 2**20), b""), MOST_PIPED // 2**20 + 1))
+    if not contents:
+        raise UserError(f"{name} has brought nothing; check the command before the pipe")
     if len(contents) > MOST_PIPED:
         raise UserError(f"{name} has brought more than {MOST_PIPED / 2**30:g} GiB; write it to a file first")
     return Utterance(name, "", contents)

@@ -33,7 +33,8 @@ def read_librispeech_folder(root: Path, subset: str, key: str = "subset") -> lis
         raise UserError(f"data.root={root} is not a folder; point it at the folder that holds {subset}/")
     folder = root / subset
     if not folder.is_dir():
-        present = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders at all"
+        names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        present = ", ".join(names) or "no folders at all"
         raise UserError(f"{key}={subset} is not in data.root={root}; it holds {present}")
     texts: dict[Path, str] = {}
     places: dict[Path, str] = {}

@@ -83,8 +83,9 @@ def _open(utterance: Utterance) -> _Audio:
         if not file.frames and (contents := _with_unknown_size(utterance)):
             file = _Audio(io.BytesIO(contents))
     except (soundfile.LibsndfileError, OSError) as error:
+        reason = getattr(error, "error_string", error)  # libsndfile's own words, without the file or the bytes' address
         raise UserError(
-            f"{utterance.source} is not readable audio ({error}); replace the file or remove it and its transcript"
+            f"{utterance.source} is not readable audio ({reason}); replace the file or remove it and its transcript"
         ) from error
     missing = _MISSING_BYTES.search(file.extra_info)
     if missing and int(missing[2]) < int(missing[1]) < _STREAMED:

@@ -176,7 +176,7 @@ def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Ite
     for word in decoded.word_offsets:
         text = "".join(word["word"].upper().split())
         if text:
-            start, end = (float(word[key]) * seconds_per_frame for key in ("start_offset", "end_offset"))
+            start, end = (round(float(word[key]) * seconds_per_frame, 3) for key in ("start_offset", "end_offset"))
             yield Word(text, start, end)
 
 

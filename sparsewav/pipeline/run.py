@@ -173,8 +173,8 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
         return None
     finish_folder(config, folder)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
-    code = "" if before.get("code") == now["code"] else ", and it was made by another version of the code"
-    console.print(f"Done already: {folder} (force=true does it again{code})", soft_wrap=True)
+    code = "" if before.get("code") == now["code"] else "made by another version of the code; "
+    console.print(f"Done already: {folder} ({code}force=true does it again)", soft_wrap=True)
     for part, reason in now["unread"].items():
         tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
@@ -319,8 +319,9 @@ def _prune(
                 traces=traces,
                 progress=advance,
             )
-    for warning in report.warnings:
-        print_warning(warning)
+    new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
+    for warning in new:
+        print_warning(warning, logged=True)  # by the engine
     if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
@@ -334,7 +335,7 @@ def _prune(
         state.cached["calibrate"] = calibrate_seconds
     if traces_cached:
         state.cached["allocate"] = allocate_seconds
-    state.warnings += [warning for warning in report.warnings if warning not in state.warnings]
+    state.warnings += new
     probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
         {

@@ -67,6 +67,7 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
         "tags": sorted(f"{group}={option}"[:64] for group, option in _used_options(description, metrics).items()),
         "config": description.settings | {"pruned_model": metrics["model"]},
         "dir": str(folder),
+        "settings": wandb.Settings(quiet=True),  # without a second, partial table of the results
     }
     if config.mode is not None:
         arguments["mode"] = config.mode

@@ -55,7 +55,7 @@ def too_short(settings: Training, stages: Sequence[Stage], utterances: int) -> l
     if sum(updates) < FEW_UPDATES and one_pass < 10 * FEW_UPDATES:
         found.append(
             f"training.epochs={settings.epochs:g} comes to {sum(updates)} updates of {settings.batch_size} utterances, "
-            f"as the training set has {utterances:,}; raise training.epochs (a pass over all is {one_pass} updates)"
+            f"as the training set has {utterances:,}, a pass over which is {one_pass} updates; raise training.epochs"
         )
     if settings.warmup_steps >= max(1, min(updates)):
         found.append(

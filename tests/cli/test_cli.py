@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_help_does_not_wait_for_pytorch(command: str, words: str, start_sparsewa
     assert words in result.stdout
     assert re.search(r"\| +sparsewav\.cli$", result.stderr, re.MULTILINE)
     assert not re.search(r"\| +(torch|transformers)$", result.stderr, re.MULTILINE)
+
+
+def test_help_ends_without_a_word_where_its_reader_does() -> None:
+    command = f"{shlex.quote(sys.executable)} -u -m sparsewav --help | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.stdout.count("\n"), result.stderr) == (1, "")
 
 
 @pytest.mark.slow
@@ -116,6 +123,9 @@ def test_a_run_writes_what_it_promises(
     assert (folder / ".hydra" / "config.yaml").is_file()
     assert not list(folder.rglob("*.part"))
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.rglob("*")), "for others to read, too"
+
+    log = (folder / "sparsewav.log").read_text()
+    assert [log.count(warning) for warning in metrics["warnings"]] == [1] * len(metrics["warnings"])
 
     # Launched again it is done, and says so without touching anything, its settings and its log included.
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -610,7 +620,7 @@ def test_a_run_of_the_more_accurate_choices_records_them(run_sparsewav: Run, sma
     others = ["solver=alps", "objective=asymmetric", "recovery=reconstruction", "recovery.steps=15"]
     result = run_sparsewav(*small, *settings, *others)
     assert result.returncode == 0, result.stdout + result.stderr
-    for words in ("Pruning to 0.75 with alps", "uniform, alps, asymmetric, reconstruction", "recover"):
+    for words in ("Pruning to 0.75 with alps", "alps, uniform, asymmetric, reconstruction", "recover"):
         assert words in result.stdout
     assert "obs_first_order" not in result.stdout  # ALPS uses no saliency
     (folder,) = (tmp_path / "out").glob("tiny*-alps-uniform-0.75-asymmetric-reconstruction-*")

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from sparsewav.cli.transcribe import _recording
 from sparsewav.data.sets import evaluation_set
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
@@ -231,6 +232,17 @@ def test_audio_from_a_pipe(
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("piped", "message"),
+    [(b"", "pipe has brought nothing"), (b"no audio", r"pipe is not readable audio \(Format not recognised\.\)")],
+)
+def test_a_pipe_without_audio(piped: bytes, message: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=_write, args=(tmp_path / "pipe", piped), daemon=True).start()
+    with pytest.raises(UserError, match=message):
+        read_audio(_recording(str(tmp_path / "pipe")))
+
+
 def test_command(run_sparsewav: Callable[..., Any], talk: Path, tmp_path: Path) -> None:
     """Every format, several files, one of which is broken: the others are done, and the exit code tells."""
     (tmp_path / "broken.mp3").write_bytes(b"not audio")
@@ -242,6 +254,7 @@ def test_command(run_sparsewav: Callable[..., Any], talk: Path, tmp_path: Path) 
     record = json.loads(done.stdout)
     assert record["file"] == str(talk)
     assert record["text"] == " ".join(word["text"] for word in record["words"])
+    assert all(round(word["end"], 3) == word["end"] for word in record["words"]), "times in whole milliseconds"
     text = run_sparsewav(str(talk), command="sparsewav-transcribe")
     assert text.stdout.strip() == record["text"]
     files = run_sparsewav(str(talk), "--format", "srt", "--output", "subtitles", command="sparsewav-transcribe")

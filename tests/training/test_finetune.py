@@ -369,7 +369,7 @@ def test_tuning_without_a_terminal_says_how_far_it_is(
             {"epochs": 0.16},
             [Stage(0.75, 10)],
             500,
-            r"epochs=0\.16 comes to 10 updates of 16 utter.* has 500; raise",
+            r"epochs=0\.16 comes to 10 updates of 16 utter.* has 500, .* raise",
         ),
         ({"epochs": 0.16}, [Stage(0.7, 5), Stage(0.8, 5)], 500, "comes to 10 updates"),
         ({"epochs": 0.0256}, [Stage(0.5, 32)], 20_000, None),  # the demo's short preset
