@@ -24,7 +24,7 @@ def main() -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="folder of a model, in either format")
+    parser.add_argument("source", metavar="SRC", help="folder of a run or a model, in either format")
     parser.add_argument("destination", metavar="DST", help="folder to write; must not be there yet")
     parser.add_argument("--format", choices=("dense", "bitmask"), default="bitmask", help="default: bitmask")
     parser.add_argument(
@@ -33,9 +33,10 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     from sparsewav.models.bitmask import export  # imported here, so that --help does not wait for PyTorch
+    from sparsewav.models.load import locate_model
 
     try:
-        folder = export(arguments.source, arguments.destination, arguments.format, arguments.dtype)
+        folder = export(locate_model(arguments.source, "SRC"), arguments.destination, arguments.format, arguments.dtype)
     except UserError as error:
         print_error(error)
         raise SystemExit(1) from None

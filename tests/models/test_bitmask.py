@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,9 @@ def test_a_pickle_is_never_opened(name: str, dense_folder: Path, tmp_path: Path)
 
 
 def test_the_command_exports_and_refuses(run_sparsewav: Callable[..., Any], dense_folder: Path) -> None:
-    done = run_sparsewav("dense", "small", command="sparsewav-export")
+    run = dense_folder.parent / "run"
+    shutil.copytree(dense_folder, run / "model")
+    done = run_sparsewav("run", "small", command="sparsewav-export")
     assert done.returncode == 0, done.stderr
     assert "bitmask" in done.stdout
     again = run_sparsewav("dense", "small", command="sparsewav-export")
