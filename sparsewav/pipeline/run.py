@@ -21,13 +21,22 @@ from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
 from sparsewav.data.sets import calibration_set, evaluation_set, find_overlap, left_out, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import locked, remove_leftovers, writing
+from sparsewav.files import damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
 from sparsewav.pipeline import compress, inputs, run_folder
 from sparsewav.pipeline.prune_folder import prune_checkpoint
-from sparsewav.pipeline.resume import State, clear, evaluate_step, finish_folder, is_done, newest_step, write_step
+from sparsewav.pipeline.resume import (
+    State,
+    clear,
+    evaluate_step,
+    finish_folder,
+    missing,
+    newest_step,
+    refuse_to_replace,
+    write_step,
+)
 from sparsewav.pipeline.shared_statistics import (
     calibration_batches,
     evaluate_dense,
@@ -44,7 +53,7 @@ from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
-from sparsewav.training.recipes import load_or_train, train_if_recipe
+from sparsewav.training.recipes import load_or_train, present_folder, train_if_recipe
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
 
@@ -76,10 +85,11 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
 def _run(
     config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
 ) -> dict[str, Any]:
-    if is_done(config, folder) and not config.force:
+    if (folder / run_folder.METRICS).is_file() and not config.force:
         metrics = _find_done(config, folder, console, warnings)
         if metrics is not None:
             return metrics
+    refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
     device = choose_device(config.device)
     ours = config.method.name == OURS
     if config.model.offload:
@@ -142,6 +152,7 @@ def _run(
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
         "inputs": made_from,
+        "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
     }
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
 
@@ -171,6 +182,12 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
         return None
+    if gone := missing(config, folder):
+        tell(f"{gone} is missing or has no weights; doing this run again")
+        return None
+    model = folder / run_folder.MODEL
+    if model.is_dir() and (damaged := damage(model, metrics.get("model_files", {}), remember=True)):
+        tell(f"{model / damaged} is not as this run wrote it; force=true writes it again")
     finish_folder(config, folder)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
     code = "" if before.get("code") == now["code"] else ", and it was made by another version of the code"

@@ -42,6 +42,12 @@ def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
     return folder / "-".join([MODEL, *parts]) if parts else None
 
 
+def model_folders(folder: Path) -> list[Path]:
+    """List the folders that a run may write its model to, in every format."""
+    formats = ((format, dtype) for format in ("dense", "bitmask") for dtype in ("model", "float16"))
+    return [export_folder(folder, *names) or folder / MODEL for names in formats]
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record, whole or not at all."""
     with write_file(path) as temporary:
