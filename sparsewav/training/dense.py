@@ -79,6 +79,8 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
+    if not done.is_file() and not started_from.is_file():
+        _refuse_to_replace(folder, checkpoints)
     if first:
         (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done.is_file():
@@ -160,6 +162,19 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     run_folder.write_json(done, record)
     shutil.rmtree(checkpoints)
     console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
+
+
+def _refuse_to_replace(folder: Path, checkpoints: Path) -> None:
+    """Refuse a folder with a model, or with checkpoints, of something else than a training by this function.
+
+    Raises:
+        UserError: It names what would be replaced.
+    """
+    # A training that was refused before it began has left the vocabulary.
+    found = [path for path in checkpoints.glob("*") if path.name != "vocab.json"]
+    found += [path for name in ("config.json", "*.safetensors") for path in folder.glob(name)]
+    if found:
+        raise UserError(f"{found[0]} was not written by a training and would be replaced; choose another output=")
 
 
 def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], config: TrainConfig, folder: Path) -> None:

@@ -200,6 +200,22 @@ def test_a_training_that_leaves_the_finite_numbers_saves_no_model(
     assert not (tmp_path / "model" / "training.json").exists()
 
 
+def test_a_training_replaces_no_model_that_is_not_its_own(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    """Nor checkpoints of another program, and not the initial model itself."""
+    own = shutil.copytree(model_folder, tmp_path / "own")
+    (tmp_path / "mine" / "checkpoints" / "best").mkdir(parents=True)
+    for output, named in ((own, "config.json"), (tmp_path / "mine", "checkpoints/best")):
+        for _ in range(2):  # the record of a failure makes it no folder of a training
+            words = [*arguments, f"initial_model={own}", f"output={output}"]
+            result = run_sparsewav(*words, command="sparsewav-train")
+            assert result.returncode == 1
+            assert f"error: {output}/{named} was not written by a training and would be replaced" in result.stdout
+    assert (own / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "mine" / "checkpoints" / "best").is_dir()
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
