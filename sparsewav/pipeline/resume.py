@@ -18,6 +18,7 @@ from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import print_warning, stage
+from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
@@ -155,6 +156,9 @@ def refuse_to_replace(folder: Path, source: Path | None) -> None:
 
 def missing(config: Config, folder: Path) -> Path | None:
     """Give what a finished run was to leave, and neither is there nor can be made from what is."""
+    tables = [run_folder.PREDICTIONS, *([run_folder.LAYERS] if config.method.name == OURS else [])]
+    if gone := [folder / name for name in tables if not (folder / name).is_file()]:
+        return gone[0]
     model = folder / run_folder.MODEL
     if any(model.glob("*.safetensors")):
         return None

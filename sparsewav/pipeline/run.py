@@ -183,7 +183,8 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
         tell(f"{changed} changed since this run was made; doing it again")
         return None
     if gone := missing(config, folder):
-        tell(f"{gone} is missing or has no weights; doing this run again")
+        what = "has no weights" if gone.is_dir() else "is missing"
+        tell(f"{gone} {what}; doing this run again")
         return None
     model = folder / run_folder.MODEL
     if model.is_dir() and (damaged := damage(model, metrics.get("model_files", {}), remember=True)):

@@ -275,8 +275,11 @@ def test_the_model_of_a_finished_run_is_kept_and_its_loss_or_damage_is_noticed(
     assert "Done already" in result.stdout
     assert f"{weights} is not as this run wrote it; force=true writes it again" in result.stdout
     weights.unlink()
-    assert f"{weights.parent} is missing or has no weights; doing this run again" in run_sparsewav(*arguments).stdout
+    assert f"{weights.parent} has no weights; doing this run again" in run_sparsewav(*arguments).stdout
     assert weights.read_bytes() == whole
+    (_folder(tmp_path) / "layers.csv").unlink()
+    assert "layers.csv is missing; doing this run again" in run_sparsewav(*arguments).stdout
+    assert (_folder(tmp_path) / "layers.csv").is_file()
 
 
 def test_what_the_cache_gave_is_told_from_what_was_measured_now(

@@ -122,6 +122,11 @@ def test_training_leaves_a_model_that_can_be_pruned(
     pruned = run_sparsewav(*data, *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
     assert pruned.returncode == 0, pruned.stdout + pruned.stderr
 
+    (folder / "model.safetensors").unlink()
+    gone = run_sparsewav(*same, command="sparsewav-train")
+    assert gone.returncode == 1
+    assert "model has training.json and no weights any more; delete it to train again" in gone.stdout
+
 
 @pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_bytes(
