@@ -142,14 +142,17 @@ def refuse_to_replace(folder: Path, source: Path | None) -> None:
     Raises:
         UserError: It names what would be replaced.
     """
-    ours = any((folder / name).is_file() for name in (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.LAYERS))
+    finished = any(
+        (folder / name).is_file() for name in (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.LAYERS)
+    )
     for path in run_folder.model_folders(folder):
         if source is not None and source.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{folder} holds the model that is to be pruned, {source}; choose another folder")
-        if path.exists() and not ours and not (path / run_folder.STEP).is_file():
+        if path.exists() and not finished and not (path / run_folder.STEP).is_file():
             raise UserError(f"{path} was not written by a run and would be replaced; choose another folder, or move it")
     stages = folder / run_folder.STAGES
-    strangers = [path for path in stages.glob("*") if not re.match(r"\d+-|checkpoints-|offloaded|\.", path.name)]
+    ours = re.compile(r"\d+-|checkpoints-|offloaded|inputs\.json|\.")
+    strangers = [path for path in stages.glob("*") if not ours.match(path.name)]
     if strangers:
         raise UserError(f"{strangers[0]} was not written by a run and would be deleted; choose another folder")
 

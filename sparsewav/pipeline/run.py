@@ -57,6 +57,8 @@ from sparsewav.training.recipes import load_or_train, present_folder, train_if_r
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
 
+OTHER_SETTINGS = "choose another folder, or force=true to replace this one"
+
 USELESS = 0.8
 """Above this word error rate a dense model does not recognise the speech that it is given."""
 
@@ -103,6 +105,9 @@ def _run(
     with reporting("Reading and hashing model and utterances", console):
         evaluation, calibration, training, overlap, notes = _utterances(config, speech)
         made_from = inputs.of_run(config)
+    started_from = folder / run_folder.STAGES / run_folder.INPUTS
+    if not config.force:
+        _refuse_interrupted(started_from, made_from, folder)
     for note in notes:
         print_warning(note)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
@@ -123,6 +128,7 @@ def _run(
     (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done is None:
         clear(folder)
+        run_folder.write_json(started_from, made_from)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
@@ -178,7 +184,7 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
     now = inputs.of_run(config)
-    inputs.refuse_other_settings(before, now, folder, "choose another folder, or force=true to replace this one")
+    inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
         return None
@@ -196,6 +202,16 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
     for part, reason in now["unread"].items():
         tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
+
+
+def _refuse_interrupted(started_from: Path, made_from: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder with an interrupted run of other settings, which the user has named."""
+    try:
+        before = json.loads(started_from.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is damaged: it decides nothing but this
+        return
+    if isinstance(before, dict) and isinstance(before.get("settings"), dict):
+        inputs.refuse_other_settings(before, made_from, folder, OTHER_SETTINGS)
 
 
 def _finish(

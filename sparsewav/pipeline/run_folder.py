@@ -32,6 +32,8 @@ COMPRESSION_LOG = "compression_log.csv"
 """The trainer's log of a baseline's compression, before the fine-tuning."""
 STAGES = "stages"
 """Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
+INPUTS = "inputs.json"
+"""Lies beside them and says what the run is made from."""
 STEP = "step.json"
 """Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
 

@@ -449,6 +449,8 @@ def test_a_stopped_run_does_not_score_the_words_of_another_evaluation_set(
     (tmp_path / "mine" / "predictions.jsonl").mkdir(parents=True)
     _assert_one_sentence(run_sparsewav(*arguments), r"cannot write .*predictions\.jsonl")
     (tmp_path / "mine" / "predictions.jsonl").rmdir()
+    other = run_sparsewav(*arguments, "sparsity.target=0.5")
+    _assert_one_sentence(other, r"mine was made with other settings \(sparsity\.target was 0\.75 and is 0\.5\)")
     first, *others = sorted((own_corpus / "test").rglob("*.flac"))
     first.write_bytes(others[0].read_bytes())
     result = run_sparsewav(*arguments)
