@@ -177,7 +177,7 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
     try:
         metrics = run_folder.read_metrics(folder)
     except UserError as error:
-        tell(f"{error}; doing it again")
+        tell(f"{str(error).removesuffix('; do the run again')}; doing it again")
         return None
     before = metrics.get("inputs")
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
