@@ -156,6 +156,9 @@ def remove_leftovers(*folders: Path) -> None:
 
 _DAY = 24 * 3600.0
 
+_QUIETLY = 5.0
+"""Seconds that waiting for another process may take without a word."""
+
 
 def _is_abandoned(path: Path) -> bool:
     named = re.search(r"\.(?P<node>\w*)-(?P<pid>\d+)-\w*\.part$", path.name)
@@ -211,11 +214,15 @@ def make_readable(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time run the block, while the others wait."""
+    """Let one process at a time run the block, while the others wait, and say so if it takes longer than seconds."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=_QUIETLY)
+        except Timeout:
+            print(f"Waiting for another process that is making the same; it holds {path}", flush=True)
+            lock.acquire(timeout=-1)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,26 @@ def test_what_killed_processes_left_goes_and_what_others_use_stays(
         remove_leftovers(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*kept, *others])
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_process_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sparsewav.files, "_QUIETLY", 0.05)
+
+    def wait() -> None:
+        with locked(tmp_path / "a.lock"):
+            pass
+
+    with ThreadPoolExecutor() as threads:
+        with locked(tmp_path / "a.lock"):
+            waiting = threads.submit(wait)
+            time.sleep(0.5)
+            assert not waiting.done()
+        waiting.result(timeout=5)
+    assert capsys.readouterr().out.splitlines() == [
+        f"Waiting for another process that is making the same; it holds {tmp_path / 'a.lock'}"
+    ]
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:

@@ -241,6 +241,10 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, is no reason for a traceback
     # With this Hydra raises its errors, instead of printing them its own way and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Python's parser stops at an option behind a key=value (seed=1 -m sparsity.target=0.5,0.7): options go first.
+    sys.argv[1:] = sorted(
+        sys.argv[1:], key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~"))
+    )
     try:
         check_overrides(sys.argv[1:], config_name)
         hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()

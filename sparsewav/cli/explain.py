@@ -133,6 +133,9 @@ def _no_such_key(key: str, config_name: str) -> str:
     if owners := keys.get(key):
         group, _, name = key.rpartition(".")
         return f"{group} has the key {name} with {group}={' or '.join(owners)} alone; choose that, or drop {key}"
+    if key in keys:
+        group, _, name = key.rpartition(".")
+        return f"the chosen {group} does not have the key {name}; choose another {group}, or drop {key}"
     for other, (command, _) in COMMANDS.items():
         if other != config_name and key in _all_keys(other):
             return (

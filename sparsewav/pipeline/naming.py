@@ -20,6 +20,9 @@ LATER_CHOICES = ("solver", "objective", "recovery")
 WITHOUT_SALIENCY = [solver().name for solver in OPTIONS["solver"] if not getattr(solver, "uses_saliency", True)]
 """Solvers that choose the mask by themselves, so that the saliency changes nothing."""
 
+REFUSED_BESIDE = [saliency().name for saliency in OPTIONS["saliency"] if not getattr(saliency, "updates", True)]
+"""Saliencies that such a solver refuses: the failure is recorded in another folder than that of a run it accepts."""
+
 
 def identifying_settings(root: DictConfig) -> dict[str, Any]:
     """Give the settings that a run's results depend on, resolved."""
@@ -28,7 +31,8 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
         keys.remove("training")
     unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
     keys = [key for key in keys if key not in unused or key == "sparsity"]
-    if root.method.name == OURS and root.solver.name in WITHOUT_SALIENCY:
+    without = root.solver.name in WITHOUT_SALIENCY and root.saliency.name not in REFUSED_BESIDE
+    if root.method.name == OURS and without:
         keys.remove("saliency")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
     for group, values in settings.items():

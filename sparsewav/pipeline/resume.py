@@ -1,6 +1,7 @@
 """The steps of a run: each leaves a model and what is known after it, from which a killed run goes on."""
 
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -10,12 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.files import checksums, damage
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
 from sparsewav.progress import print_warning, stage
+from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
@@ -108,19 +111,24 @@ def evaluate_step(
 
 
 def finish_folder(config: Config, folder: Path) -> None:
-    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need."""
+    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need.
+
+    The model that an earlier launch kept stays, whatever ``save_model`` is now.
+    """
     shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
-    (folder / run_folder.MODEL / run_folder.STEP).unlink(missing_ok=True)
+    model = folder / run_folder.MODEL
+    unfinished = (model / run_folder.STEP).is_file()
+    (model / run_folder.STEP).unlink(missing_ok=True)
     exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
     if exported and not exported.exists():
-        export(folder / run_folder.MODEL, exported, config.export.format, config.export.dtype)
-    if not config.save_model:
-        shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)
+        export(model, exported, config.export.format, config.export.dtype)
+    if unfinished and not config.save_model:
+        shutil.rmtree(model, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left in a folder, so that nothing of it lies beside the results of the next."""
-    for path in [folder / run_folder.STAGES, *folder.glob(f"{run_folder.MODEL}*")]:
+    for path in [folder / run_folder.STAGES, *run_folder.model_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
     names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.TRAINING_LOG, run_folder.COMPRESSION_LOG)
     for path in [*(folder / name for name in names), *folder.glob("layers*.csv")]:
@@ -128,12 +136,36 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def is_done(config: Config, folder: Path) -> bool:
-    """Tell whether everything that a run is to leave is there, or can be made from what is."""
-    model = (folder / run_folder.MODEL).is_dir()
-    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
-    return (
-        (folder / run_folder.METRICS).is_file()
-        and (model or not config.save_model)
-        and (model or exported is None or exported.is_dir())
+def refuse_to_replace(folder: Path, source: Path | None) -> None:
+    """Refuse a folder where a run would replace what no run wrote, or the model that it reads.
+
+    Raises:
+        UserError: It names what would be replaced.
+    """
+    finished = any(
+        (folder / name).is_file() for name in (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.LAYERS)
     )
+    for path in run_folder.model_folders(folder):
+        if source is not None and source.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{folder} holds the model that is to be pruned, {source}; choose another folder")
+        if path.exists() and not finished and not (path / run_folder.STEP).is_file():
+            raise UserError(f"{path} was not written by a run and would be replaced; choose another folder, or move it")
+    stages = folder / run_folder.STAGES
+    ours = re.compile(r"\d+-|checkpoints-|offloaded|inputs\.json|\.")
+    strangers = [path for path in stages.glob("*") if not ours.match(path.name)]
+    if strangers:
+        raise UserError(f"{strangers[0]} was not written by a run and would be deleted; choose another folder")
+
+
+def missing(config: Config, folder: Path) -> Path | None:
+    """Give what a finished run was to leave, and neither is there nor can be made from what is."""
+    tables = [run_folder.PREDICTIONS, *([run_folder.LAYERS] if config.method.name == OURS else [])]
+    if gone := [folder / name for name in tables if not (folder / name).is_file()]:
+        return gone[0]
+    model = folder / run_folder.MODEL
+    if any(model.glob("*.safetensors")):
+        return None
+    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
+    if config.save_model:
+        return model
+    return exported if exported and not exported.is_dir() else None

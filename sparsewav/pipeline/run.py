@@ -21,13 +21,22 @@ from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
 from sparsewav.data.sets import calibration_set, evaluation_set, find_overlap, left_out, training_set
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import locked, remove_leftovers, writing
+from sparsewav.files import damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
 from sparsewav.pipeline import compress, inputs, run_folder
 from sparsewav.pipeline.prune_folder import prune_checkpoint
-from sparsewav.pipeline.resume import State, clear, evaluate_step, finish_folder, is_done, newest_step, write_step
+from sparsewav.pipeline.resume import (
+    State,
+    clear,
+    evaluate_step,
+    finish_folder,
+    missing,
+    newest_step,
+    refuse_to_replace,
+    write_step,
+)
 from sparsewav.pipeline.shared_statistics import (
     calibration_batches,
     evaluate_dense,
@@ -44,9 +53,11 @@ from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
-from sparsewav.training.recipes import load_or_train, train_if_recipe
+from sparsewav.training.recipes import load_or_train, present_folder, train_if_recipe
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
+
+OTHER_SETTINGS = "choose another folder, or force=true to replace this one"
 
 USELESS = 0.8
 """Above this word error rate a dense model does not recognise the speech that it is given."""
@@ -76,10 +87,11 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
 def _run(
     config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
 ) -> dict[str, Any]:
-    if is_done(config, folder) and not config.force:
+    if (folder / run_folder.METRICS).is_file() and not config.force:
         metrics = _find_done(config, folder, console, warnings)
         if metrics is not None:
             return metrics
+    refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
     device = choose_device(config.device)
     ours = config.method.name == OURS
     if config.model.offload:
@@ -93,6 +105,9 @@ def _run(
     with reporting("Reading and hashing model and utterances", console):
         evaluation, calibration, training, overlap, notes = _utterances(config, speech)
         made_from = inputs.of_run(config)
+    started_from = folder / run_folder.STAGES / run_folder.INPUTS
+    if not config.force:
+        _refuse_interrupted(started_from, made_from, folder)
     for note in notes:
         print_warning(note)
     dense = identity_of(config, speech)  # of the dense model, before anything changes it
@@ -113,6 +128,7 @@ def _run(
     (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done is None:
         clear(folder)
+        run_folder.write_json(started_from, made_from)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
@@ -142,6 +158,7 @@ def _run(
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
         "inputs": made_from,
+        "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
     }
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
 
@@ -160,17 +177,24 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
     try:
         metrics = run_folder.read_metrics(folder)
     except UserError as error:
-        tell(f"{error}; doing it again")
+        tell(f"{str(error).removesuffix('; do the run again')}; doing it again")
         return None
     before = metrics.get("inputs")
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
     now = inputs.of_run(config)
-    inputs.refuse_other_settings(before, now, folder, "choose another folder, or force=true to replace this one")
+    inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
         return None
+    if gone := missing(config, folder):
+        what = "has no weights" if gone.is_dir() else "is missing"
+        tell(f"{gone} {what}; doing this run again")
+        return None
+    model = folder / run_folder.MODEL
+    if model.is_dir() and (damaged := damage(model, metrics.get("model_files", {}), remember=True)):
+        tell(f"{model / damaged} is not as this run wrote it; force=true writes it again")
     finish_folder(config, folder)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
     code = "" if before.get("code") == now["code"] else "made by another version of the code; "
@@ -178,6 +202,16 @@ def _find_done(config: Config, folder: Path, console: Console, warnings: list[st
     for part, reason in now["unread"].items():
         tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
+
+
+def _refuse_interrupted(started_from: Path, made_from: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder with an interrupted run of other settings, which the user has named."""
+    try:
+        before = json.loads(started_from.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is damaged: it decides nothing but this
+        return
+    if isinstance(before, dict) and isinstance(before.get("settings"), dict):
+        inputs.refuse_other_settings(before, made_from, folder, OTHER_SETTINGS)
 
 
 def _finish(

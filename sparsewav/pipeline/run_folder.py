@@ -32,6 +32,8 @@ COMPRESSION_LOG = "compression_log.csv"
 """The trainer's log of a baseline's compression, before the fine-tuning."""
 STAGES = "stages"
 """Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
+INPUTS = "inputs.json"
+"""Lies beside them and says what the run is made from."""
 STEP = "step.json"
 """Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
 
@@ -40,6 +42,12 @@ def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
     """Give the folder of a run's model in another format than that of ``model/``; None for that format."""
     parts = [part for part, plain in ((format, "dense"), (dtype, "model")) if part != plain]
     return folder / "-".join([MODEL, *parts]) if parts else None
+
+
+def model_folders(folder: Path) -> list[Path]:
+    """List the folders that a run may write its model to, in every format."""
+    formats = ((format, dtype) for format in ("dense", "bitmask") for dtype in ("model", "float16"))
+    return [export_folder(folder, *names) or folder / MODEL for names in formats]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

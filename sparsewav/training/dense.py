@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
 from sparsewav.data.batches import check_labels, check_lengths
 from sparsewav.data.sets import evaluation_set, find_overlap, left_out, training_set, whole_subset
 from sparsewav.errors import UserError
-from sparsewav.files import make_readable, remove_leftovers, writing
+from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
@@ -71,6 +72,11 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
             training is not finite.
     """
     first = int(os.environ.get("RANK", "0")) == 0
+    with locked(folder.with_name(f".{folder.name}.lock")) if first else nullcontext():
+        _train(config, folder, console, begin, first)
+
+
+def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[], None], first: bool) -> None:
     done = folder / TRAINING
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
@@ -79,9 +85,15 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
+    if not done.is_file() and not started_from.is_file():
+        _refuse_to_replace(folder, checkpoints)
     if first:
         (folder / run_folder.ERROR).unlink(missing_ok=True)
     if done.is_file():
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} has {TRAINING} and no weights any more; delete it to train again")
+        if first:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # it may have been killed right before
         console.print(f"Done already: {folder} (delete it to train again)", soft_wrap=True)
         for part, reason in made_from["unread"].items():  # not in the log, which is that of the training
             said = f"! the {part} could not be compared with what was trained on: {reason}"
@@ -160,6 +172,19 @@ def train(config: TrainConfig, folder: Path, console: Console, begin: Callable[[
     run_folder.write_json(done, record)
     shutil.rmtree(checkpoints)
     console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
+
+
+def _refuse_to_replace(folder: Path, checkpoints: Path) -> None:
+    """Refuse a folder with a model, or with checkpoints, of something else than a training by this function.
+
+    Raises:
+        UserError: It names what would be replaced.
+    """
+    # A training that was refused before it began has left the vocabulary.
+    found = [path for path in checkpoints.glob("*") if path.name != "vocab.json"]
+    found += [path for name in ("config.json", "*.safetensors") for path in folder.glob(name)]
+    if found:
+        raise UserError(f"{found[0]} was not written by a training and would be replaced; choose another output=")
 
 
 def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], config: TrainConfig, folder: Path) -> None:

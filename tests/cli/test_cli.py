@@ -247,6 +247,49 @@ def test_a_folder_that_the_user_named_is_not_taken_for_a_run_of_other_settings(
     result = run_sparsewav(*named, "sparsity.target=0.5")
     _assert_one_sentence(result, r"mine was made with other settings \(sparsity\.target was 0\.75 and is 0\.5\)")
     assert before == {path: path.read_bytes() for path in before}
+    # Nor without its model, which would be a reason to do the run again.
+    shutil.rmtree(tmp_path / "mine" / "model")
+    _assert_one_sentence(run_sparsewav(*named, "sparsity.target=0.5"), "mine was made with other settings")
+
+
+def test_a_run_replaces_no_model_that_is_not_its_own(
+    run_sparsewav: Run, small: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    arguments = [*small, "allocation=uniform", "hydra.run.dir=mine"]
+    shutil.copytree(model_folder, tmp_path / "mine" / "models" / "own")
+    assert run_sparsewav(*arguments).returncode == 0
+    assert (tmp_path / "mine" / "models" / "own" / "model.safetensors").is_file()
+
+    itself = [*arguments, f"model.name_or_path={tmp_path / 'mine'}", "force=true"]
+    _assert_one_sentence(run_sparsewav(*itself), "mine holds the model that is to be pruned, .*mine/model;")
+    shutil.copytree(model_folder, tmp_path / "other" / "model")
+    for _ in range(2):  # the record of a failure makes it no folder of a run
+        result = run_sparsewav(*arguments, "hydra.run.dir=other")
+        _assert_one_sentence(result, "other/model was not written by a run and would be replaced")
+    weights = (tmp_path / "other" / "model" / "model.safetensors").read_bytes()
+    assert weights == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_the_model_of_a_finished_run_is_kept_and_its_loss_or_damage_is_noticed(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    arguments = [*small, "allocation=uniform"]
+    assert run_sparsewav(*arguments).returncode == 0
+    weights = _folder(tmp_path) / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    assert "Done already" in run_sparsewav(*arguments, "save_model=false").stdout
+    assert weights.read_bytes() == whole
+
+    weights.write_bytes(whole[:-5] + bytes([whole[-5] ^ 0x40]) + whole[-4:])
+    result = run_sparsewav(*arguments)
+    assert "Done already" in result.stdout
+    assert f"{weights} is not as this run wrote it; force=true writes it again" in result.stdout
+    weights.unlink()
+    assert f"{weights.parent} has no weights; doing this run again" in run_sparsewav(*arguments).stdout
+    assert weights.read_bytes() == whole
+    (_folder(tmp_path) / "layers.csv").unlink()
+    assert "layers.csv is missing; doing this run again" in run_sparsewav(*arguments).stdout
+    assert (_folder(tmp_path) / "layers.csv").is_file()
 
 
 def test_what_the_cache_gave_is_told_from_what_was_measured_now(
@@ -416,6 +459,8 @@ def test_a_stopped_run_does_not_score_the_words_of_another_evaluation_set(
     (tmp_path / "mine" / "predictions.jsonl").mkdir(parents=True)
     _assert_one_sentence(run_sparsewav(*arguments), r"cannot write .*predictions\.jsonl")
     (tmp_path / "mine" / "predictions.jsonl").rmdir()
+    other = run_sparsewav(*arguments, "sparsity.target=0.5")
+    _assert_one_sentence(other, r"mine was made with other settings \(sparsity\.target was 0\.75 and is 0\.5\)")
     first, *others = sorted((own_corpus / "test").rglob("*.flac"))
     first.write_bytes(others[0].read_bytes())
     result = run_sparsewav(*arguments)

@@ -51,6 +51,7 @@ MISTAKES = [
     ),
     (["target=0.5"], "there is no key target (did you mean sparsity.target or method.target?)"),
     (["--config-name=foo"], "--config-name=foo does not exist; leave it out"),
+    (["saliency=obs", "-m", "sparsity.target=2"], "sparsity.target=2 is not between 0 and 1"),
     (["sparsity.target"], "sparsity.target has no value; write it as sparsity.target=..."),
     (["sparsity.target=[0.5"], "sparsity.target=[0.5 cannot be read"),
     (
@@ -63,6 +64,7 @@ TRAIN_MISTAKES = [
     (["experiment=best"], "experiment is a key of sparsewav, and sparsewav-train has none"),
     (["sparsity.target=0.5"], "sparsity.target is a key of sparsewav, and sparsewav-train has none"),
     (["architecture.hiden_size=3"], "no key architecture.hiden_size (did you mean architecture.hidden_size?)"),
+    (["architecture=same", "architecture.hidden_size=3"], "the chosen architecture does not have the key hidden_size;"),
     (["recipe=demo-hubrt"], "recipe=demo-hubrt does not exist (did you mean demo-hubert?)"),
     (["output="], "output= is empty; give a value"),
 ]

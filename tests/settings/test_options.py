@@ -175,13 +175,14 @@ def test_the_name_of_a_runs_folder_tells_apart_what_changes_its_results(
     [
         ([], "demo-obs_first_order-hutchinson-0.75"),
         (["solver=alps", "sparsity=n_m", "allocation=uniform"], "demo-alps-uniform-2of4"),
+        (["solver=alps", "saliency=wanda"], "demo-wanda-hutchinson-0.75-alps"),  # refused, beside no run's results
         (
             ["model.fairseq_checkpoint=/models/my w2v.pt", "sparsity.target=0.5"],
             "my_w2v-obs_first_order-hutchinson-0.5",
         ),
         (["method=parp", "finetune_strategy=one_pass"], "demo-parp-0.75-one_pass"),
     ],
-    ids=["default", "pattern", "fairseq", "baseline"],
+    ids=["default", "pattern", "refused", "fairseq", "baseline"],
 )
 def test_the_name_of_a_runs_folder_can_be_read(overrides: list[str], expected: str) -> None:
     name, _, digest = run_name(_root_=composed(*overrides)).rpartition("-")

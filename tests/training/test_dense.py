@@ -122,6 +122,11 @@ def test_training_leaves_a_model_that_can_be_pruned(
     pruned = run_sparsewav(*data, *subsets, "model.name_or_path=./model", "calibration.utterances=12", "device=cpu")
     assert pruned.returncode == 0, pruned.stdout + pruned.stderr
 
+    (folder / "model.safetensors").unlink()
+    gone = run_sparsewav(*same, command="sparsewav-train")
+    assert gone.returncode == 1
+    assert "model has training.json and no weights any more; delete it to train again" in gone.stdout
+
 
 @pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_bytes(
@@ -198,6 +203,22 @@ def test_a_training_that_leaves_the_finite_numbers_saves_no_model(
     assert re.match(r"error: the training stopped at update \d of 60: .* lower training\.learning_rate", error)
     assert not list((tmp_path / "model").glob("*.safetensors"))
     assert not (tmp_path / "model" / "training.json").exists()
+
+
+def test_a_training_replaces_no_model_that_is_not_its_own(
+    run_sparsewav: Run, arguments: list[str], tmp_path: Path, model_folder: Path
+) -> None:
+    """Nor checkpoints of another program, and not the initial model itself."""
+    own = shutil.copytree(model_folder, tmp_path / "own")
+    (tmp_path / "mine" / "checkpoints" / "best").mkdir(parents=True)
+    for output, named in ((own, "config.json"), (tmp_path / "mine", "checkpoints/best")):
+        for _ in range(2):  # the record of a failure makes it no folder of a training
+            words = [*arguments, f"initial_model={own}", f"output={output}"]
+            result = run_sparsewav(*words, command="sparsewav-train")
+            assert result.returncode == 1
+            assert f"error: {output}/{named} was not written by a training and would be replaced" in result.stdout
+    assert (own / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "mine" / "checkpoints" / "best").is_dir()
 
 
 @pytest.mark.parametrize(
