@@ -57,7 +57,25 @@ class _Audio(soundfile.SoundFile):
 
 
 UNKNOWN_LENGTH = 2**63 - 1
-"""The frames that libsndfile reports for a FLAC file without a length, as a pipe writes it."""
+"""What libsndfile takes for no length: the frames that it reports for a FLAC file without one, as a pipe writes it."""
+
+
+class _Unmeasured(io.BytesIO):
+    """A file whose length is not told.
+
+    libsndfile takes the length of an MP3 file without a count of its frames from the size of the file and the bits of
+    the first frame, and reads no further: half of a recording at a variable rate. Without the size it counts them.
+    """
+
+    _asked_for_end = False
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._asked_for_end = whence == io.SEEK_END
+        return super().seek(offset, whence)
+
+    def tell(self) -> int:
+        return UNKNOWN_LENGTH if self._asked_for_end else super().tell()
+
 
 BLOCK = 2**16
 """Samples that are decoded at once, so that the memory does not grow with the number of channels."""
@@ -82,6 +100,8 @@ def _open(utterance: Utterance) -> _Audio:
         file = _Audio(utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.audio))
         if not file.frames and (contents := _with_unknown_size(utterance)):
             file = _Audio(io.BytesIO(contents))
+        if file.format == "MP3":
+            file = _Audio(_Unmeasured(utterance.contents()))
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(
             f"{utterance.source} is not readable audio ({error}); replace the file or remove it and its transcript"
