@@ -100,11 +100,12 @@ def _open(utterance: Utterance) -> _Audio:
         file = _Audio(utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.audio))
         if not file.frames and (contents := _with_unknown_size(utterance)):
             file = _Audio(io.BytesIO(contents))
-        if file.format == "MP3":
-            file = _Audio(_Unmeasured(utterance.contents()))
+        if file.format == "MP3" and not _has_count(mp3 := utterance.contents()):
+            file = _Audio(_Unmeasured(mp3))
     except (soundfile.LibsndfileError, OSError) as error:
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
         raise UserError(
-            f"{utterance.source} is not readable audio ({error}); replace the file or remove it and its transcript"
+            f"{utterance.source} is not readable audio ({reason}); replace the file or remove it and its transcript"
         ) from error
     missing = _MISSING_BYTES.search(file.extra_info)
     if missing and int(missing[2]) < int(missing[1]) < _STREAMED:
@@ -118,6 +119,12 @@ def _open(utterance: Utterance) -> _Audio:
             "header or remove it"
         )
     return file
+
+
+def _has_count(mp3: bytes) -> bool:
+    """Tell whether the first frame of an MP3 file, which a tag may precede, counts the others."""
+    tag = 10 + sum(byte << shift for byte, shift in zip(mp3[6:10], (21, 14, 7, 0), strict=True))
+    return bool(_STARTS["MP3"].match(mp3, tag if mp3.startswith(b"ID3") else 0))
 
 
 def _with_unknown_size(utterance: Utterance) -> bytes | None:
