@@ -59,7 +59,7 @@ def main() -> None:
             raise UserError(f"--{fault}")
         speech = load_or_train(Model(arguments.model), choose_device(arguments.device))
         if arguments.accelerate:
-            errors.print(accelerate(speech.model), markup=False, highlight=False)
+            errors.print(str(accelerate(speech.model)), markup=False, highlight=False)
     except UserError as error:
         print_error(error)
         raise SystemExit(1) from None
@@ -67,6 +67,9 @@ def main() -> None:
     for name, output in zip(arguments.files, outputs, strict=True):
         try:
             _transcribe(name, output, speech, arguments, errors)
+        except BrokenPipeError:  # as with | head: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes at its end
+            raise SystemExit(1) from None
         except Exception as error:  # whatever is wrong with one file, the others are transcribed nevertheless
             reason = " ".join(str(error).split())
             print_error(reason if isinstance(error, UserError) else f"{name}: {type(error).__name__}: {reason}")
@@ -117,6 +120,8 @@ def _recording(name: str) -> "Utterance":
         raise UserError(f"{name} stands for audio from a pipe, and there is none; give a file, or pipe audio in")
     with open(0, "rb", closefd=False) if name in STDIN else path.open("rb") as pipe:
         contents = b"".join(islice(iter(partial(pipe.read, 2**20), b""), MOST_PIPED // 2**20 + 1))
+    if not contents:
+        raise UserError(f"{name} has brought nothing; look at what the program before the pipe says")
     if len(contents) > MOST_PIPED:
         raise UserError(f"{name} has brought more than {MOST_PIPED / 2**30:g} GiB; write it to a file first")
     return Utterance(name, "", contents)
