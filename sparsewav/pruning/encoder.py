@@ -194,7 +194,7 @@ def pieces_of(batch: Any) -> dict[str, Tensor]:
         raise UserError(f"a calibration batch has no input_values, but {', '.join(map(str, batch)) or 'nothing'}")
     for key, value in pieces.items():
         if not isinstance(value, Tensor) or value.dim() != 2:
-            found = f"of shape {tuple(value.shape)}" if hasattr(value, "shape") else "no tensor"
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             what = "characters" if key == "labels" else "samples"
             raise UserError(f"{key} of a calibration batch is {found}; give a tensor of shape (batch, {what})")
     values, mask, labels = pieces["input_values"], pieces.get("attention_mask"), pieces.get("labels")
