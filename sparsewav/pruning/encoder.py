@@ -125,6 +125,25 @@ def check_model(model: Any, *, by_output: bool) -> None:
         raise UserError(f"{kind} has no layer with a matrix that may be pruned")
 
 
+@contextmanager
+def in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, no module of the model is in training mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def whatever_modes(device: torch.device) -> Iterator[None]:
+    """Within the block, PyTorch computes the same in whatever modes the caller is: inference, automatic precision."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def base_of(model: PreTrainedModel) -> Any:
     """Give the model below the CTC head."""
     return getattr(model, model.base_model_prefix)
