@@ -113,6 +113,8 @@ def _open(utterance: Utterance) -> _Audio:
             f"{utterance.source} is truncated: {missing[2]} of {missing[1]} bytes of samples are there; fetch or "
             "record it again"
         )
+    if file.format == "OGG" and _ends_within_a_page(utterance.contents()):
+        raise UserError(f"{utterance.source} is truncated: its last page is cut; fetch or record it again")
     if not 1000 <= file.samplerate <= 1_000_000:
         raise UserError(
             f"{utterance.source} says that it has {file.samplerate} samples a second, which is no speech; correct its "
@@ -125,6 +127,12 @@ def _has_count(mp3: bytes) -> bool:
     """Tell whether the first frame of an MP3 file, which a tag may precede, counts the others."""
     tag = 10 + sum(byte << shift for byte, shift in zip(mp3[6:10], (21, 14, 7, 0), strict=True))
     return bool(_STARTS["MP3"].match(mp3, tag if mp3.startswith(b"ID3") else 0))
+
+
+def _ends_within_a_page(ogg: bytes) -> bool:
+    """Tell whether the last page of an Ogg file ends behind the file; libsndfile reads the pages before it."""
+    page = ogg[ogg.rfind(b"OggS") :]
+    return len(page) < 27 or 27 + page[26] + sum(page[27 : 27 + page[26]]) > len(page)
 
 
 def _with_unknown_size(utterance: Utterance) -> bytes | None:

@@ -405,6 +405,10 @@ def _break(corpus: Path, fault: str) -> None:
         audio.unlink()
         soundfile.write(audio.with_suffix(".WAV"), np.zeros(8000), 16_000)
         audio.with_suffix(".WAV").write_bytes(audio.with_suffix(".WAV").read_bytes()[:9000])
+    elif fault == "truncated Ogg":  # so it does here
+        audio.unlink()
+        soundfile.write(audio.with_suffix(".wav"), np.random.default_rng(0).random(80_000), 16_000, format="OGG")
+        audio.with_suffix(".wav").write_bytes(audio.with_suffix(".wav").read_bytes()[:-2000])
     elif fault == "two recordings":  # libsndfile ends with the first
         audio.write_bytes(2 * audio.read_bytes())
     elif fault == "two files":
@@ -436,6 +440,7 @@ def _break(corpus: Path, fault: str) -> None:
         ("nan", r"\.wav holds samples that are NaN"),
         ("empty", r"\.wav holds no samples"),
         ("truncated WAV", r"\.WAV is truncated: 8956 of 16000 bytes"),
+        ("truncated Ogg", r"\.wav is truncated: its last page is cut"),
         ("two recordings", r"\.flac is 2 recordings one after the other"),
         ("two files", r"100-7\.trans\.txt, line 1: there are .*\.FLAC and .*\.flac; keep one"),
         ("same line twice", r"line 4: .*\.flac has a transcript already, in .*100-7\.trans\.txt, line 2"),
