@@ -270,7 +270,6 @@ def cannot_write(error: Exception, path: Path) -> str | None:
         reason = "it could not be written in full, as on a full disk"
     else:
         return None
-    return (
-        f"cannot write {path}: {reason}; free some space, or choose another folder (output_root, $SPARSEWAV_CACHE, "
-        "$TMPDIR)"
-    )
+    blocked = isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError | PermissionError)
+    remedy = "" if blocked else "free some space, or "
+    return f"cannot write {path}: {reason}; {remedy}choose another folder (output_root, $SPARSEWAV_CACHE, $TMPDIR)"

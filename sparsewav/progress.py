@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ def stage(console: Console, description: str) -> Iterator[Callable[[int, int], N
         Progress(*columns, console=console, transient=True, disable=hidden) as progress,
         reporting(description, console if hidden else None, calls),
     ):
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(escape(description), total=None)
         yield advance
     seconds = time.perf_counter() - started
     logger.info("%s: %.2f s", description, seconds)
-    console.print(f"[green]✓[/green] {description} [dim]{seconds:.1f} s[/dim]")
+    console.print(f"[green]✓[/green] {escape(description)} [dim]{seconds:.1f} s[/dim]")
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
     assert str(cannot_write(full, path)).startswith("cannot write /other/tensor: No space left")
     assert cannot_write(FileNotFoundError(errno.ENOENT, "No such file", "/data/a.flac"), path) is None
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
-    assert str(cannot_write(denied, path)).startswith(f"cannot write {path}: Permission denied")
+    assert str(cannot_write(denied, path)).startswith(f"cannot write {path}: Permission denied; choose another folder")
     assert cannot_write(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), path) is None
     with pytest.raises(FileNotFoundError), write_folder(path):
         (tmp_path / "elsewhere" / "speech.flac").read_bytes()

@@ -59,7 +59,7 @@ def main() -> None:
             raise UserError(f"--{fault}")
         speech = load_or_train(Model(arguments.model), choose_device(arguments.device))
         if arguments.accelerate:
-            errors.print(accelerate(speech.model), markup=False, highlight=False)
+            errors.print(str(accelerate(speech.model)), markup=False, highlight=False)
     except UserError as error:
         print_error(error)
         raise SystemExit(1) from None
@@ -67,6 +67,9 @@ def main() -> None:
     for name, output in zip(arguments.files, outputs, strict=True):
         try:
             _transcribe(name, output, speech, arguments, errors)
+        except BrokenPipeError:  # as with | head: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes at its end
+            raise SystemExit(1) from None
         except Exception as error:  # whatever is wrong with one file, the others are transcribed nevertheless
             reason = " ".join(str(error).split())
             print_error(reason if isinstance(error, UserError) else f"{name}: {type(error).__name__}: {reason}")

@@ -57,7 +57,25 @@ class _Audio(soundfile.SoundFile):
 
 
 UNKNOWN_LENGTH = 2**63 - 1
-"""The frames that libsndfile reports for a FLAC file without a length, as a pipe writes it."""
+"""What libsndfile takes for no length: the frames that it reports for a FLAC file without one, as a pipe writes it."""
+
+
+class _Unmeasured(io.BytesIO):
+    """A file whose length is not told.
+
+    libsndfile takes the length of an MP3 file without a count of its frames from the size of the file and the bits of
+    the first frame, and reads no further: half of a recording at a variable rate. Without the size it counts them.
+    """
+
+    _asked_for_end = False
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._asked_for_end = whence == io.SEEK_END
+        return super().seek(offset, whence)
+
+    def tell(self) -> int:
+        return UNKNOWN_LENGTH if self._asked_for_end else super().tell()
+
 
 BLOCK = 2**16
 """Samples that are decoded at once, so that the memory does not grow with the number of channels."""
@@ -82,6 +100,8 @@ def _open(utterance: Utterance) -> _Audio:
         file = _Audio(utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.audio))
         if not file.frames and (contents := _with_unknown_size(utterance)):
             file = _Audio(io.BytesIO(contents))
+        if file.format == "MP3" and not _has_count(mp3 := utterance.contents()):
+            file = _Audio(_Unmeasured(mp3))
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", error)  # libsndfile's own words, without the file or the bytes' address
         raise UserError(
@@ -93,12 +113,26 @@ def _open(utterance: Utterance) -> _Audio:
             f"{utterance.source} is truncated: {missing[2]} of {missing[1]} bytes of samples are there; fetch or "
             "record it again"
         )
+    if file.format == "OGG" and _ends_within_a_page(utterance.contents()):
+        raise UserError(f"{utterance.source} is truncated: its last page is cut; fetch or record it again")
     if not 1000 <= file.samplerate <= 1_000_000:
         raise UserError(
             f"{utterance.source} says that it has {file.samplerate} samples a second, which is no speech; correct its "
             "header or remove it"
         )
     return file
+
+
+def _has_count(mp3: bytes) -> bool:
+    """Tell whether the first frame of an MP3 file, which a tag may precede, counts the others."""
+    tag = 10 + sum(byte << shift for byte, shift in zip(mp3[6:10], (21, 14, 7, 0), strict=True))
+    return bool(_STARTS["MP3"].match(mp3, tag if mp3.startswith(b"ID3") else 0))
+
+
+def _ends_within_a_page(ogg: bytes) -> bool:
+    """Tell whether the last page of an Ogg file ends behind the file; libsndfile reads the pages before it."""
+    page = ogg[ogg.rfind(b"OggS") :]
+    return len(page) < 27 or 27 + page[26] + sum(page[27 : 27 + page[26]]) > len(page)
 
 
 def _with_unknown_size(utterance: Utterance) -> bytes | None:

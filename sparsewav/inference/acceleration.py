@@ -86,6 +86,7 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
 def accelerate(
     model: PreTrainedModel,
     *,

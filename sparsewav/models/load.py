@@ -108,8 +108,9 @@ def load_speech_model(
     model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
     processor = load_processor(source)
     warnings = [*_agree_on_tokens(model, processor, called), *_agree_on_audio(model, processor, called)]
+    masks = getattr(model.config, "apply_spec_augment", True)  # as in transformers: data2vec-audio need not say it
     for parameter, tensor in model.named_parameters():
-        if parameter.endswith(OPTIONAL) and model.config.apply_spec_augment and not tensor.any():
+        if parameter.endswith(OPTIONAL) and masks and not tensor.any():
             warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
     placed: Any = model
     placed.to(device)

@@ -39,10 +39,12 @@ from sparsewav.models.checkpoint import (
     read_config,
     refuse_infinite,
 )
+from sparsewav.models.load import choose_device
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
-from sparsewav.pruning.encoder import as_sequence, encoder_layers
+from sparsewav.pruning.encoder import as_sequence, encoder_layers, whatever_modes
 from sparsewav.pruning.layerwise import Outcome, StageProgress
 from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Saliency, Solver, Sparsity, Uniform, resolve
+from sparsewav.settings.run import device_faults
 
 SHARED = ("attention.rel_attn_embed.weight",)
 """Parameters of the first layer that all layers read (WavLM's position embedding); they stay in memory."""
@@ -102,6 +104,8 @@ def prune_folder(
         UserError: A file of the source is missing or broken, the destination is there already or cannot be written, or
             what :func:`sparsewav.prune` refuses.
     """
+    if not isinstance(calibration, Calibration | None):
+        raise UserError(f"calibration={calibration} is no Calibration; give Calibration(propagation='sequential')")
     settings = Pruning(
         sparsity=resolve("sparsity", sparsity),
         saliency=resolve("saliency", saliency),
@@ -136,12 +140,15 @@ def prune_checkpoint(
             f"allocation {settings.allocation.name!r} takes gradients of the whole model, which is not in memory here; "
             "choose allocation='uniform', or give traces that estimate_traces found on the whole model"
         )
+    for fault in device_faults(str(device)):
+        raise UserError(fault)
+    device = choose_device(str(device))
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give the folder of a checkpoint with config.json and {WEIGHTS}")
-    with _only_process(destination):
+    with _only_process(destination), whatever_modes(device):
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise UserError(f"{destination} is there already; remove it, or choose another folder for the pruned model")
-        return _prune(source, destination, calibration_batches, settings, masks, traces, torch.device(device), progress)
+        return _prune(source, destination, calibration_batches, settings, masks, traces, device, progress)
 
 
 @contextmanager

@@ -125,6 +125,25 @@ def check_model(model: Any, *, by_output: bool) -> None:
         raise UserError(f"{kind} has no layer with a matrix that may be pruned")
 
 
+@contextmanager
+def in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, no module of the model is in training mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def whatever_modes(device: torch.device) -> Iterator[None]:
+    """Within the block, PyTorch computes the same in whatever modes the caller is: inference, automatic precision."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def base_of(model: PreTrainedModel) -> Any:
     """Give the model below the CTC head."""
     return getattr(model, model.base_model_prefix)
@@ -194,7 +213,7 @@ def pieces_of(batch: Any) -> dict[str, Tensor]:
         raise UserError(f"a calibration batch has no input_values, but {', '.join(map(str, batch)) or 'nothing'}")
     for key, value in pieces.items():
         if not isinstance(value, Tensor) or value.dim() != 2:
-            found = f"of shape {tuple(value.shape)}" if hasattr(value, "shape") else "no tensor"
+            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             what = "characters" if key == "labels" else "samples"
             raise UserError(f"{key} of a calibration batch is {found}; give a tensor of shape (batch, {what})")
     values, mask, labels = pieces["input_values"], pieces.get("attention_mask"), pieces.get("labels")

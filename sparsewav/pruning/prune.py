@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +18,15 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.encoder import as_sequence, check_model, encoder_layers, first_utterances, prunable_matrices
+from sparsewav.pruning.encoder import (
+    as_sequence,
+    check_model,
+    encoder_layers,
+    first_utterances,
+    in_evaluation_mode,
+    prunable_matrices,
+    whatever_modes,
+)
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
     BATCHED_DEVICES,
@@ -133,8 +140,7 @@ def prune(
     )
     settings.check()
     check_model(model, by_output=not isinstance(settings.allocation, Uniform))
-    # Gradients are needed and numbers are compared, whatever modes the caller is in.
-    with _undone_by_errors(model), torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+    with _undone_by_errors(model), whatever_modes(model.device):
         return prune_model(model, calibration_batches, settings, masks=masks, progress=progress)
 
 
@@ -175,7 +181,7 @@ def prune_model(
     parallel = settings.calibration.propagation == "parallel"
     seconds = {"calibrate": 0.0, "allocate": 0.0}
     outcome = Outcome()
-    with _in_evaluation_mode(model):
+    with in_evaluation_mode(model):
         if traces is None and isinstance(settings.allocation, Traced):
             with _timed(seconds, "allocate"):
                 traces = traces_of(model, batches, settings, stage_progress(progress, "allocate"))
@@ -280,17 +286,6 @@ def allocate_levels(
 def stage_progress(progress: StageProgress | None, stage: str) -> Progress | None:
     """Turn the progress of a whole pruning into that of one stage."""
     return partial(progress, stage) if progress else None
-
-
-@contextmanager
-def _in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -78,14 +78,14 @@ def range_faults(settings: Any) -> Iterator[str]:
         if bounds["choices"] and value not in bounds["choices"]:
             yield f"{item.name}={value} does not exist; choose one of {', '.join(bounds['choices'])}"
         if bounds["above"] is not None and not value > bounds["above"]:
-            yield f"{item.name}={value:g} must be above {bounds['above']:g}"
+            yield f"{item.name}={value:g} must be above {bounds['above']:,.10g}"
         least, most = bounds["least"], bounds["most"]
         if least is not None and most is not None and not least <= value <= most:
-            yield f"{item.name}={value:g} is not between {least:g} and {most:g}"
+            yield f"{item.name}={value:g} is not between {least:,.10g} and {most:,.10g}"
         elif least is not None and most is None and not value >= least:
-            yield f"{item.name}={value:g} must be at least {least:g}"
+            yield f"{item.name}={value:g} must be at least {least:,.10g}"
         if bounds["below"] is not None and not value < bounds["below"]:
-            yield f"{item.name}={value:g} must be below {bounds['below']:g}"
+            yield f"{item.name}={value:,.10g} must be below {bounds['below']:,.10g}"
 
 
 def _type_fault(annotation: Any, value: Any) -> str | None:

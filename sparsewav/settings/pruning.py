@@ -331,7 +331,8 @@ def resolve(group: str, value: Any) -> Any:
     if value in choices.values():
         raise UserError(f"{group}={value.__name__} is the class; give an object of it, {group}={value.__name__}()")
     shown = value.name if isinstance(value, Option) else value
-    raise UserError(f"{group}={shown} does not exist; choose one of {', '.join(choices)}")
+    number = ", or give a number, e.g. 0.75" if group == "sparsity" else ""
+    raise UserError(f"{group}={shown} does not exist; choose one of {', '.join(choices)}{number}")
 
 
 @dataclass(kw_only=True)
@@ -350,6 +351,7 @@ class Pruning:
         "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "
         "data.seed and training.seed do not follow it",
         least=0,
+        below=2**32,
     )
 
     @property

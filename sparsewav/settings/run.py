@@ -52,7 +52,10 @@ class DemoData(Data):
     training_subset: str = option("train")
     development_subset: str = option("dev")
     seed: int = option(
-        0, "of the demo's sentences, voices and noise; another seed is another corpus, made on first use"
+        0,
+        "of the demo's sentences, voices and noise; another seed is another corpus, made on first use",
+        least=0,
+        below=2**32,
     )
 
 

@@ -55,6 +55,7 @@ class Training(Optimization):
         "of tuning and sparsewav-train: the sample of training utterances, their order, dropout, new weights; does not "
         "follow seed",
         least=0,
+        below=2**32,
     )
 
 

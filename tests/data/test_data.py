@@ -133,6 +133,22 @@ def test_audio_without_a_length_is_read_to_its_end(tmp_path: Path, kind: str) ->
     assert plan_batches([utterance, whole], 2, padding=True) == [[0, 1]]
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_without_a_count_of_its_frames_is_read_to_its_end(tmp_path: Path, mode: str) -> None:
+    """libsndfile takes the length from the size of the file: too long behind a tag, far too short at variable rate."""
+    path = tmp_path / "a.mp3"
+    samples = np.random.default_rng(0).standard_normal(80_000) * np.linspace(1e-4, 0.1, 80_000)
+    soundfile.write(path, samples, 16_000, bitrate_mode=mode, compression_level=0.5)
+    content = path.read_bytes()
+    counted = read_audio(Utterance("a", "TEN", content))
+    first = content.index(content[:2], 4)  # behind the frame that holds the count
+    uncounted = Utterance("a", "TEN", b"ID3\3\0\0\0\0\x4e\x10" + bytes(10_000) + content[first:])
+    whole = read_audio(uncounted)
+    assert audio_seconds(uncounted) == len(whole) / 16_000
+    delay = 1105  # of encoder and decoder, which the count says, too
+    np.testing.assert_allclose(whole[delay:][: len(counted)], counted, atol=1e-4)
+
+
 def test_the_evaluation_sample_is_of_the_whole_subset_and_always_the_same(corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(corpus), evaluation_subset="train", evaluation_utterances=6)
     drawn, everyone = evaluation_set(data), read_librispeech_folder(corpus, "train")
@@ -389,6 +405,10 @@ def _break(corpus: Path, fault: str) -> None:
         audio.unlink()
         soundfile.write(audio.with_suffix(".WAV"), np.zeros(8000), 16_000)
         audio.with_suffix(".WAV").write_bytes(audio.with_suffix(".WAV").read_bytes()[:9000])
+    elif fault == "truncated Ogg":  # so it does here
+        audio.unlink()
+        soundfile.write(audio.with_suffix(".wav"), np.random.default_rng(0).random(80_000), 16_000, format="OGG")
+        audio.with_suffix(".wav").write_bytes(audio.with_suffix(".wav").read_bytes()[:-2000])
     elif fault == "two recordings":  # libsndfile ends with the first
         audio.write_bytes(2 * audio.read_bytes())
     elif fault == "two files":
@@ -420,6 +440,7 @@ def _break(corpus: Path, fault: str) -> None:
         ("nan", r"\.wav holds samples that are NaN"),
         ("empty", r"\.wav holds no samples"),
         ("truncated WAV", r"\.WAV is truncated: 8956 of 16000 bytes"),
+        ("truncated Ogg", r"\.wav is truncated: its last page is cut"),
         ("two recordings", r"\.flac is 2 recordings one after the other"),
         ("two files", r"100-7\.trans\.txt, line 1: there are .*\.FLAC and .*\.flac; keep one"),
         ("same line twice", r"line 4: .*\.flac has a transcript already, in .*100-7\.trans\.txt, line 2"),

@@ -287,6 +287,15 @@ def test_dense_weights_are_freed(tiny_model: Any) -> None:
 
 
 @pytest.mark.usefixtures("compiled", "always_faster")
+def test_what_is_accelerated_in_inference_mode_serves_outside_of_it(tiny_model: Any) -> None:
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.9)
+    with torch.inference_mode():
+        assert sparsewav.accelerate(model, frames=8).swapped
+    assert model(torch.zeros(1, 800)).logits.isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what is mapped can be read on Linux alone")
 def test_the_checkpoint_is_let_go_of(tiny_model: Any, tmp_path: Path) -> None:
     """No tensor keeps the mapped file, and all of it, in memory once the dense weights are gone."""

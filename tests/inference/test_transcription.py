@@ -204,6 +204,38 @@ def test_an_error_that_nobody_expected_does_not_stop_the_other_files(
     assert done.stdout.startswith(f"{utterances[1].audio}: ")
 
 
+def test_what_the_terminal_says_is_short_and_true(
+    utterances: list[Utterance], run_sparsewav: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Brackets in a name are no markup, a report is a few lines, and an empty pipe is called one."""
+    (tmp_path / "talk [first].flac").write_bytes(utterances[0].contents())
+    reading, writing = os.pipe()
+    os.close(writing)
+    ours = os.dup(0)
+    try:
+        os.dup2(reading, 0)
+        done = run_sparsewav("talk [first].flac", "-", "--accelerate", command="sparsewav-transcribe")
+    finally:
+        os.dup2(ours, 0)
+        os.close(ours)
+        os.close(reading)
+    report, _, rest = done.stderr.partition("✓")
+    assert re.fullmatch(r"\d+ of 36 matrices multiply sparse .*\n\d+ left dense: .*\n", report)
+    assert re.fullmatch(r" talk \[first\]\.flac .* s\nerror: - has brought nothing; .*\n", rest)
+
+
+def test_it_ends_quietly_when_nobody_reads_on(
+    utterances: list[Utterance], run_sparsewav: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sparsewav.cli.transcribe._transcribe", broken)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    done = run_sparsewav(*(str(item.audio) for item in utterances[:2]), command="sparsewav-transcribe")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def _write(output: Path | int, content: bytes) -> None:
     with open(output, "wb") as file:
         file.write(content)

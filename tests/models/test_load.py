@@ -18,6 +18,7 @@ from sparsewav.cache import model_fingerprint
 from sparsewav.errors import UserError
 from sparsewav.models.bitmask import export
 from sparsewav.models.load import load_pretrained, load_speech_model, take_over
+from sparsewav.pruning.encoder import FAMILIES
 
 
 def test_a_snapshot_folder_loads_with_its_processor(model_folder: Path) -> None:
@@ -176,6 +177,16 @@ def test_a_checkpoint_without_the_mask_embedding_is_one_model(own_folder: Path, 
             small = sparsewav.load(export(source, tmp_path / f"{source.name}-{format}", format))
             assert small.state_dict().keys() == speech.model.state_dict().keys()
             assert not small.get_parameter(MASK).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_every_family_loads_as_it_is_saved(
+    family: str, tiny_model: Callable[..., PreTrainedModel], own_folder: Path
+) -> None:
+    model = tiny_model(family, vocab_size=32)
+    model.save_pretrained(own_folder)
+    loaded = load_speech_model(str(own_folder)).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_what_others_wrote_loads(own_folder: Path, tmp_path: Path) -> None:

@@ -235,6 +235,26 @@ def test_a_broken_checkpoint_is_refused_by_name(
     assert {path.name for path in tmp_path.iterdir()} <= {"source"}
 
 
+def test_the_modes_of_the_caller_do_not_matter(source: Path, batches: list[Batch], tmp_path: Path) -> None:
+    sparsewav.prune_folder(source, tmp_path / "expected", batches, 0.6)
+    for number, mode in enumerate((torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16))):
+        with mode:
+            sparsewav.prune_folder(source, tmp_path / str(number), batches, 0.6)
+        for file in (tmp_path / "expected").glob("*.safetensors"):
+            assert (tmp_path / str(number) / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"device": "gpu"}, "device=gpu is not known"), ({"calibration": "sequential"}, "=sequential is no Calibration")],
+)
+def test_an_option_that_does_not_exist_is_refused(
+    options: dict[str, Any], message: str, source: Path, batches: list[Batch], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sparsewav.prune_folder(source, tmp_path / "pruned", batches, 0.6, **options)
+
+
 def test_a_folder_with_files_is_not_replaced(source: Path, batches: list[Batch]) -> None:
     """Neither the source nor anything else that is there already."""
     with pytest.raises(UserError, match="is there already"):

@@ -395,7 +395,10 @@ untyped_prune: Callable[..., Any] = inspect.unwrap(sparsewav.prune)
             lambda batch: batch | {"input_values": batch["input_values"][0]},
             r"shape \(400,\); give .* \(batch, samples\)",
         ),
-        (lambda batch: batch | {"input_values": batch["input_values"].tolist()}, "input_values .* is no tensor"),
+        (
+            lambda batch: batch | {"input_values": batch["input_values"].tolist()},
+            "input_values .* is a list; give",
+        ),
         (
             lambda batch: batch | {"input_values": (3000 * batch["input_values"]).short()},
             "input_values .*int16.*extractor",

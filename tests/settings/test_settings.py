@@ -87,8 +87,9 @@ def test_an_option_goes_by_its_name_or_its_object(group: str) -> None:
         assert resolve(group, choice().name) == choice()
         assert resolve(group, item := choice()) is item
     names = ", ".join(choice().name for choice in OPTIONS[group])
+    number = ", or give a number, e.g. 0.75" if group == "sparsity" else ""
     for wrong in ("obd", None, Calibration()):
-        with pytest.raises(UserError, match=rf"^{group}=.* does not exist; choose one of {names}$"):
+        with pytest.raises(UserError, match=rf"^{group}=.* does not exist; choose one of {names}{number}$"):
             resolve(group, wrong)
     assert resolve("sparsity", 0.3) == Unstructured(0.3)
 
@@ -133,7 +134,7 @@ WRONG: list[tuple[Any, set[str]]] = [
                 checkpoint_updates=0,
                 epochs=0.0,
                 processes=0,
-                seed=-1,
+                seed=2**32,
             ),
             finetune_strategy=Progressive(stages=[0.8, 0.7]),
             method=DistilHuBERT(layers=13, predicted=[], cosine_weight=-1.0, front_end_gradient=2.0, updates=0),

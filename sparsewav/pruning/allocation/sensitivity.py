@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import PrunableMatrix, as_sequence, model_batches, prunable_matrices
+from sparsewav.pruning.encoder import (
+    PrunableMatrix,
+    as_sequence,
+    in_evaluation_mode,
+    model_batches,
+    prunable_matrices,
+    whatever_modes,
+)
 from sparsewav.pruning.hessian import Progress
 
 LEAST_BATCHES = 8
@@ -65,7 +72,7 @@ def estimate_traces(
     in random order. In a process group each process takes its share of them, and all get the same traces.
 
     Args:
-        model: A CTC model in evaluation mode, float32 or float64; its weights are bit for bit the same afterwards.
+        model: A CTC model, float32 or float64; its weights are bit for bit the same afterwards.
         batches: Calibration batches with ``labels``.
         probes: The number of vectors z for each batch.
         distribution: The distribution of z's elements: ``gaussian`` (the paper's) or ``rademacher``, which has less
@@ -86,6 +93,8 @@ def estimate_traces(
         raise UserError(
             f"sensitivities need a model in float32, this one is in {model.dtype}; load it with dtype=float32"
         )
+    if probes < 1 or distribution not in ("gaussian", "rademacher"):
+        raise UserError(f"probes={probes}, distribution={distribution}: give 1 or more, and gaussian or rademacher")
     matrices = prunable_matrices(model)
     sized = as_sequence(batches)
     order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(_seed_of(seed))).tolist()
@@ -93,7 +102,13 @@ def estimate_traces(
     weights: list[int] = []
     traces: dict[str, Trace] = {}
     done, settled = 0, False
-    with only_matrices_trainable(model, matrices), _summed_loss(model), torch.enable_grad():
+    with (
+        whatever_modes(model.device),
+        in_evaluation_mode(model),
+        only_matrices_trainable(model, matrices),
+        _summed_loss(model),
+        torch.enable_grad(),
+    ):
         step_size = epsilon * _norm([matrix.weight for matrix in matrices])
 
         def sample(index: int) -> tuple[int, list[list[float]]]:

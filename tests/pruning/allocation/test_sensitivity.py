@@ -242,3 +242,21 @@ def test_probing_stops_when_the_ranks_are_settled(tiny_model: Factory, noise_bat
     assert calls[-1] == (len(batches), len(batches))  # the bar fills up
     assert early != everything
     assert estimate_traces(model, batches, rank_tolerance=1e-9) == everything
+
+
+def test_the_modes_of_model_and_caller_do_not_matter(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
+    batches = [noise_batch([800, 640]), noise_batch([480], seed=1)]
+    expected = estimate_traces(tiny_model("wav2vec2"), batches)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = tiny_model("wav2vec2", hidden_dropout=0.5).train()
+        with mode:
+            assert estimate_traces(model, batches) == expected
+        assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{"probes": 0}, {"distribution": "cauchy"}])
+def test_probes_that_do_not_exist_are_refused(
+    options: dict[str, Any], tiny_model: Factory, noise_batch: Callable[..., Batch]
+) -> None:
+    with pytest.raises(UserError, match=r"probes=\d, distribution=\w+: give"):
+        estimate_traces(tiny_model("wav2vec2"), [noise_batch([800])], **options)
