@@ -291,4 +291,5 @@ def load_processor(source: str) -> Wav2Vec2Processor:
             f"{source} has no tokenizer (vocab.json); a CTC model needs one to write letters: copy it from the "
             "model's origin, or fine-tune the model for speech recognition first"
         ) from error
+    tokenizer.clean_up_tokenization_spaces = False  # of English text: it would join words such as 's to the one before
     return Wav2Vec2Processor(feature_extractor, tokenizer)

@@ -189,6 +189,15 @@ def test_a_model_of_every_family_loads_as_it_is_saved(
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_words_are_not_joined_as_older_tokenizers_say(own_folder: Path) -> None:
+    _change(own_folder / "tokenizer_config.json", clean_up_tokenization_spaces=True)
+    tokenizer = load_speech_model(str(own_folder)).processor.tokenizer
+    vocabulary = {token.lower(): index for token, index in tokenizer.get_vocab().items()}
+    (own_folder / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = load_speech_model(str(own_folder)).processor.tokenizer
+    assert tokenizer.decode(tokenizer("it 's").input_ids) == "it 's"
+
+
 def test_what_others_wrote_loads(own_folder: Path, tmp_path: Path) -> None:
     """Names of weight normalization before PyTorch 2.1, and a snapshot of the hub's cache, which is made of links."""
     expected = load_speech_model(str(own_folder)).model.state_dict()
