@@ -123,12 +123,12 @@ def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
         )
     if tokenizer.do_lower_case and tokenizer.unk_token_id in labels:
         raise UserError(
-            f"the tokenizer turns {word} in {transcript} into its unknown token: do_lower_case in "
+            f"the tokenizer turns {word!r} in {transcript} into its unknown token: do_lower_case in "
             "tokenizer_config.json makes capitals, which its vocabulary lacks; set it to false"
         )
     raise UserError(
-        f"the labels of {word} in {transcript} read {written.partition(' ')[0]!r}; correct the transcript, or take the "
-        "tokenizer that the model was trained with"
+        f"the labels of {word!r} in {transcript} read {written.partition(' ')[0]!r}; correct the transcript, or take "
+        "the tokenizer that the model was trained with"
     )
 
 

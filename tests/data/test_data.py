@@ -354,12 +354,12 @@ def test_labels_that_are_not_the_transcript_are_refused(model_folder: Path, tmp_
     check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))  # its vocabulary has capitals
     (folder / "vocab.json").write_text(json.dumps({token.lower(): index for token, index in tokens.items()}))
     with pytest.raises(
-        UserError, match=r"turns sea in the transcript of utterance a .*do_lower_case in tokenizer_config"
+        UserError, match=r"turns 'sea' in the transcript of utterance a .*do_lower_case in tokenizer_config"
     ):
         check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
     # A letter as the blank: the loss takes it for silence.
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "s"}))
-    with pytest.raises(UserError, match=r"labels of sea .* read 'EA'"):
+    with pytest.raises(UserError, match=r"labels of 'sea' .* read 'EA'"):
         check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
 
 
