@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import cache_folder, damage, locked, write_checksums, write_folder
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Hessians
 
@@ -85,12 +86,11 @@ def check_finite(values: Mapping[str, Tensor | float], what: str) -> None:
     Raises:
         UserError: It names the first matrix with one.
     """
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise UserError(
-                f"{what} of {name} is not finite; look for NaN and infinite numbers in the model's weights and for "
-                "damaged calibration audio, then run again with cache=false"
-            )
+    if name := not_finite({name: torch.as_tensor(value) for name, value in values.items()}):
+        raise UserError(
+            f"{what} of {name} is not finite; look for NaN and infinite numbers in the model's weights and for "
+            "damaged calibration audio, then run again with cache=false"
+        )
 
 
 def save_hessians(hessians: Hessians, folder: Path) -> None:

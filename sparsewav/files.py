@@ -57,8 +57,7 @@ def content_hash(path: Path) -> str:
     key = json.dumps([str(path.resolve()), status.st_size, status.st_dev, status.st_ino, *times])
     known = _known_hashes(cache_folder())
     if key not in known:
-        with path.open("rb") as file:
-            known[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        known[key] = _digest(path)
         # A file that was changed within the resolution of the clock may be changed again and look the same.
         if time.time_ns() - max(times) > 2_000_000_000:
             with suppress(OSError):  # without the record the file is read again
@@ -68,6 +67,11 @@ def content_hash(path: Path) -> str:
         else:
             return known.pop(key)
     return known[key]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 _HASHES = "file_hashes.jsonl"
@@ -91,13 +95,8 @@ CHECKSUMS = "checksums.json"
 
 def checksums(folder: Path) -> dict[str, str]:
     """Hash the bytes of every file in a folder; what is named in :data:`CHECKSUMS` has to match when it is read."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != CHECKSUMS:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
 
 
 def write_checksums(folder: Path) -> None:

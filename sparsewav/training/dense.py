@@ -121,6 +121,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
     if first:
         begin()
+        # Once more: the initial model of a recipe may have been trained only now.
         run_folder.write_json(started_from, inputs.of_training(config))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))

@@ -188,6 +188,19 @@ def _assert_same(path: str, model: PreTrainedModel) -> None:
         assert torch.equal(speech.model(audio).logits, model(audio).logits)
 
 
+def _assert_refused(
+    model: PreTrainedModel, change: Callable[[dict[str, Any]], Any], message: str, folder: Path
+) -> None:
+    """Convert a changed file of a model: it is refused in one sentence that names the key, and nothing is left."""
+    checkpoint = _cfg(model)
+    change(checkpoint)
+    with pytest.raises(UserError, match=message) as error:
+        converted_folder(_save(checkpoint, folder / "best.pt"))
+    assert "model.fairseq_checkpoint=" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((folder / "cache" / "fairseq").glob("*/")), "nothing half made stays"
+
+
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert"])
 @pytest.mark.parametrize("style", [_args, _cfg])
@@ -368,13 +381,7 @@ E = "w2v_encoder.w2v_model."
 def test_what_does_not_fit_is_named(
     small: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    checkpoint = _cfg(small())
-    change(checkpoint)
-    with pytest.raises(UserError, match=message) as error:
-        converted_folder(_save(checkpoint, tmp_path / "best.pt"))
-    assert "model.fairseq_checkpoint=" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "cache" / "fairseq").glob("*/")), "nothing half made stays"
+    _assert_refused(small(), change, message, tmp_path)
 
 
 def _odd(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], Any]:
@@ -415,11 +422,7 @@ def _tuning(**settings: Any) -> Callable[[dict[str, Any]], Any]:
 def test_hostile_tensors_and_settings_are_one_sentence(
     small: Make, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    checkpoint = _cfg(small())
-    change(checkpoint)
-    with pytest.raises(UserError, match=message) as error:
-        converted_folder(_save(checkpoint, tmp_path / "best.pt"))
-    assert "\n" not in str(error.value)
+    _assert_refused(small(), change, message, tmp_path)
 
 
 def test_a_zip_bomb_is_refused_by_its_directory(small: Make, tmp_path: Path) -> None:
