@@ -108,9 +108,9 @@ def collect_warnings() -> Iterator[list[str]]:
         _collected.pop()
 
 
-def print_warning(sentence: str, *, logged: bool = False) -> None:
-    """Print a sentence that the user should know, log it if nobody has, and give it to the record of the run."""
-    if not logged:
+def print_warning(sentence: str, *, log: bool = True) -> None:
+    """Print a sentence that the user should know, log it, and give it to the record of the run."""
+    if log:
         logger.warning(sentence)
     for sentences in _collected:
         sentences.append(sentence)

@@ -88,7 +88,7 @@ def _run(
     config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
 ) -> dict[str, Any]:
     if (folder / run_folder.METRICS).is_file() and not config.force:
-        metrics = _find_done(config, folder, console, warnings)
+        metrics = _find_done(config, folder, console)
         if metrics is not None:
             return metrics
     refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
@@ -163,17 +163,13 @@ def _run(
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
 
 
-def _find_done(config: Config, folder: Path, console: Console, warnings: list[str]) -> dict[str, Any] | None:
+def _find_done(config: Config, folder: Path, console: Console) -> dict[str, Any] | None:
     """Give the metrics of a finished run; None, after a warning, if it was made from something else or is damaged.
 
     Raises:
         UserError: The folder, which the user has named, was made with other settings.
     """
-
-    def tell(sentence: str) -> None:  # not in the log, which is that of the finished run until the next one begins
-        console.print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        warnings.append(sentence)
-
+    tell = partial(print_warning, log=False)  # the log is that of the finished run until the next one begins
     try:
         metrics = run_folder.read_metrics(folder)
     except UserError as error:
@@ -355,7 +351,7 @@ def _prune(
             )
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
     for warning in new:
-        print_warning(warning, logged=True)  # by the engine
+        print_warning(warning, log=False)  # by the engine
     if sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:

@@ -96,8 +96,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
             shutil.rmtree(checkpoints, ignore_errors=True)  # it may have been killed right before
         console.print(f"Done already: {folder} (delete it to train again)", soft_wrap=True)
         for part, reason in made_from["unread"].items():  # not in the log, which is that of the training
-            said = f"! the {part} could not be compared with what was trained on: {reason}"
-            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            print_warning(f"the {part} could not be compared with what was trained on: {reason}", log=False)
         return
     if first:
         remove_leftovers(folder, folder.parent)
