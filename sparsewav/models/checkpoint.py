@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCTC, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CTC_MAPPING, AutoConfig, AutoModelForCTC, PretrainedConfig, PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import check_family
+from sparsewav.pruning.families import encoder_config, family_of, known_family
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,8 +31,6 @@ OPTIONAL = "masked_spec_embed"
 """The parameter that published checkpoints may lack. It replaces masked frames in training, and nothing else reads it;
 where it is missing it is zero, to which SpecAugment's paper sets what it masks, and not a random number, which would
 make of every load another model."""
-
-HEAD = "lm_head."
 
 DTYPES = {
     "F64": torch.float64,
@@ -232,7 +231,8 @@ def read_config(source: str, called: str) -> PretrainedConfig:
             f"{called} cannot be loaded: {first_line(error)} "
             "(give a folder with config.json, or a name on the hub and a network to fetch it)"
         ) from error
-    check_family(config.model_type, called)
+    if type(config) not in MODEL_FOR_CTC_MAPPING:  # otherwise its layers may tell how it is treated
+        check_family(config.model_type, called)
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(f"{called} has {key} in its config.json, which is not supported; give a plain checkpoint")
@@ -242,7 +242,7 @@ def read_config(source: str, called: str) -> PretrainedConfig:
     if not isinstance(config.vocab_size, int) or config.vocab_size < 1:
         raise UserError(f"{called} has vocab_size={config.vocab_size} in its config.json; give the size of its head")
     for key in ("conv_kernel", "conv_stride"):
-        if min(getattr(config, key), default=0) < 1:
+        if min(getattr(config, key, (1,)), default=0) < 1:  # a model that takes features has none
             raise UserError(
                 f"{called} has {key}={getattr(config, key)} in its config.json; numbers from 1 belong there"
             )
@@ -274,13 +274,15 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
         UserError: The configuration describes no model, or another one.
     """
     # The settings that say how many modules of a kind there are: sizes take no memory here, but modules take time.
-    counts = {"num_hidden_layers": "encoder.layers", "conv_dim": "feature_extractor.conv_layers"}
+    encoder, family = encoder_config(config), known_family(config.model_type)
+    layers = family.layers if family else "layers"
+    counts = {"num_hidden_layers": layers, "conv_dim": "feature_extractor.conv_layers"}
     if getattr(config, "add_adapter", False):
         counts["num_adapter_layers"] = "adapter.layers"
     if config.model_type == "data2vec-audio":
         counts["num_conv_pos_embeddings"] = "encoder.pos_conv_embed.layers"
     for key, part in counts.items():
-        wanted: Any = getattr(config, key, None)
+        wanted: Any = getattr(encoder, key, None)
         wanted = len(wanted) if isinstance(wanted, list | tuple) else wanted
         matches = [match for name in stored if (match := re.match(rf"(.*\b{re.escape(part)})\.(\d+)\.", name))]
         found = {int(match[2]): match[1] for match in matches}
@@ -288,22 +290,24 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
             missing = next(index for index in range(wanted) if index not in found)
             raise UserError(
                 f"{where} has no tensor {next(iter(found.values()), part)}.{missing}.*, and its config.json says "
-                f"{key}={getattr(config, key)}; give the whole folder of one model"
+                f"{key}={getattr(encoder, key)}; give the whole folder of one model"
             )
     # transformers makes the embedding of masked frames in memory, also of what takes none otherwise.
     width = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    if config.hidden_size > width:
+    if encoder.hidden_size > width:
         raise UserError(
-            f"{where} has no tensor that is as wide as hidden_size={config.hidden_size} in its config.json; give the "
+            f"{where} has no tensor that is as wide as hidden_size={encoder.hidden_size} in its config.json; give the "
             "whole folder of one model"
         )
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return AutoModelForCTC.from_config(config)
+            skeleton: PreTrainedModel = AutoModelForCTC.from_config(config)
     except Exception as error:  # a broken configuration raises almost any error
         raise UserError(
             f"the config.json of {where} does not describe a model ({first_line(error)}); fetch it again"
         ) from error
+    family_of(skeleton)
+    return skeleton
 
 
 def check_tensors(
@@ -368,10 +372,12 @@ def refuse_differences(
     Raises:
         UserError: There are differences, except that :data:`OPTIONAL` may be missing.
     """
-    missing = {name for name in missing if not name.endswith(OPTIONAL)}
+    ties: Any = model._tied_weights_keys or {}  # of two names for one tensor, a file has one
+    tied = {name: other for pair in dict(ties).items() for name, other in (pair, pair[::-1])}
+    missing = {name for name in missing if not name.endswith(OPTIONAL) and tied.get(name, name) in missing}
     unexpected = set(unexpected)
     if head_optional:
-        missing = {name for name in missing if not name.startswith(HEAD)}
+        missing = {name for name in missing if not name.startswith(f"{family_of(model).head}.")}
         unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
     for what, names in (
         ("lacks", missing),
@@ -393,7 +399,7 @@ def load_whole(
         load: ``from_pretrained`` of a class.
         source: Its first argument.
         where: The folder or file, for messages.
-        head_optional: Whether it may be a pretrained encoder: then the model has no ``lm_head`` if the checkpoint has
+        head_optional: Whether it may be a pretrained encoder: then the model has no head if the checkpoint has
             none, and what only the pretraining needs is left out.
         options: Further arguments of ``from_pretrained``.
 
@@ -413,8 +419,9 @@ def load_whole(
         if name.endswith(OPTIONAL):
             state[name].zero_()
     refuse_infinite(state, where)
-    if any(name.startswith(HEAD) for name in missing):
-        model.lm_head = torch.nn.Identity()
+    head = family_of(model).head
+    if any(name.startswith(f"{head}.") for name in missing):
+        setattr(model, head, torch.nn.Identity())
     return model
 
 
