@@ -12,8 +12,7 @@ from sparsewav.data.utterances import Utterance, audio_seconds, read_audio
 from sparsewav.errors import UserError
 
 Batch = dict[str, torch.Tensor]
-"""``input_values`` (batch, samples) or ``input_features`` (batch, feature frames, bins), whichever the model takes,
-``attention_mask`` over their second axis, and ``labels`` (batch, characters)."""
+"""``input_values`` (batch, samples), ``attention_mask`` (batch, samples) and ``labels`` (batch, characters)."""
 
 
 class SpeechBatches(Sequence[Batch]):
@@ -68,15 +67,14 @@ def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, p
 def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Batch:
     """Read, normalize and pad utterances, with their transcripts as labels padded with -100."""
     sample_rate = processor.feature_extractor.sampling_rate
-    key = processor.feature_extractor.model_input_names[0]
     audio: list[np.ndarray] = [read_audio(utterance, sample_rate) for utterance in utterances]
     inputs = processor.feature_extractor(
         audio, sampling_rate=sample_rate, padding=True, return_attention_mask=True, return_tensors="pt"
     )
     labels = processor.tokenizer(_texts(utterances, processor), padding=True, return_tensors="pt")
     return {
-        key: inputs[key],
-        "attention_mask": inputs["attention_mask"].long(),
+        "input_values": inputs["input_values"],
+        "attention_mask": inputs["attention_mask"],
         "labels": labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100),
     }
 

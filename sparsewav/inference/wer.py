@@ -1,6 +1,7 @@
 """Word error rate: greedy CTC, no language model, corpus level."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jiwer
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, Wav2Vec2Processor
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.pruning.encoder import input_key, output_counts, takes_padding
+from sparsewav.pruning.encoder import takes_padding
 from sparsewav.pruning.hessian import Progress
 
 
@@ -48,10 +49,11 @@ def transcribe(
 
 def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
     """Decode one batch greedily, without padded frames."""
-    audio = batch[input_key(model)].to(model.device, model.dtype)
+    input_values = batch["input_values"].to(model.device)
     attention_mask = batch["attention_mask"].to(model.device)
-    logits = model(audio, attention_mask=attention_mask if takes_padding(model) else None).logits
-    counts = output_counts(model, attention_mask.sum(-1))
+    logits = model(input_values, attention_mask=attention_mask if takes_padding(model) else None).logits
+    lengths: Any = model._get_feat_extract_output_lengths  # it includes the stride of an adapter after the encoder
+    counts = lengths(attention_mask.sum(-1))
     tokens = [row[:count] for row, count in zip(logits.argmax(-1).cpu(), counts.tolist(), strict=True)]
     return [" ".join(text.upper().split()) for text in processor.tokenizer.batch_decode(tokens)]
 

@@ -32,6 +32,8 @@ OPTIONAL = "masked_spec_embed"
 where it is missing it is zero, to which SpecAugment's paper sets what it masks, and not a random number, which would
 make of every load another model."""
 
+HEAD = "lm_head."
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -377,7 +379,7 @@ def refuse_differences(
     missing = {name for name in missing if not name.endswith(OPTIONAL) and tied.get(name, name) in missing}
     unexpected = set(unexpected)
     if head_optional:
-        missing = {name for name in missing if not name.startswith(f"{family_of(model).head}.")}
+        missing = {name for name in missing if not name.startswith(HEAD)}
         unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
     for what, names in (
         ("lacks", missing),
@@ -399,7 +401,7 @@ def load_whole(
         load: ``from_pretrained`` of a class.
         source: Its first argument.
         where: The folder or file, for messages.
-        head_optional: Whether it may be a pretrained encoder: then the model has no head if the checkpoint has
+        head_optional: Whether it may be a pretrained encoder: then the model has no ``lm_head`` if the checkpoint has
             none, and what only the pretraining needs is left out.
         options: Further arguments of ``from_pretrained``.
 
@@ -419,9 +421,8 @@ def load_whole(
         if name.endswith(OPTIONAL):
             state[name].zero_()
     refuse_infinite(state, where)
-    head = family_of(model).head
-    if any(name.startswith(f"{head}.") for name in missing):
-        setattr(model, head, torch.nn.Identity())
+    if any(name.startswith(HEAD) for name in missing):
+        model.lm_head = torch.nn.Identity()
     return model
 
 

@@ -228,7 +228,7 @@ def load_pretrained(
         dtype: Type of the weights in memory.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
-        head_optional: Take a pretrained encoder, too; the model then has no head.
+        head_optional: Take a pretrained encoder, too; the model then has no ``lm_head``.
 
     Raises:
         UserError: There is no such model, its family is unknown, or its weights are broken or those of another model.

@@ -158,6 +158,11 @@ def base_of(model: PreTrainedModel) -> Any:
     return getattr(model, model.base_model_prefix if base is None else base, model)
 
 
+def has_head(model: PreTrainedModel) -> bool:
+    """Tell whether a model has a head; an encoder has none."""
+    return base_of(model) is not model or hasattr(model, family_of(model).head)
+
+
 def layers_name(model: PreTrainedModel) -> str:
     """Give the name of the list of a model's layers, e.g. ``wav2vec2.encoder.layers``."""
     family = family_of(model)
@@ -312,6 +317,8 @@ def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[d
         )
     mask = pieces.get("attention_mask")
     mask = values.new_ones(values.shape[:2], dtype=torch.long) if mask is None else mask.to(model.device, torch.long)
+    if values.dim() == 3:  # convolutions over features reach one frame into the padding
+        values = values * mask[:, :, None]
     short = torch.minimum(frame_counts(model, mask), output_counts(model, mask.sum(-1))) < 1
     if short.any():
         raise UserError(
