@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
+from sparsewav.data.text import Normalization, check_characters
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio
 from sparsewav.errors import UserError
 
@@ -71,7 +72,7 @@ def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Ba
     inputs = processor.feature_extractor(
         audio, sampling_rate=sample_rate, padding=True, return_attention_mask=True, return_tensors="pt"
     )
-    labels = processor.tokenizer(_texts(utterances, processor), padding=True, return_tensors="pt")
+    labels = processor.tokenizer(_texts(utterances), padding=True, return_tensors="pt")
     return {
         "input_values": inputs["input_values"],
         "attention_mask": inputs["attention_mask"],
@@ -79,31 +80,35 @@ def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Ba
     }
 
 
-def _texts(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> list[str]:
+def _texts(utterances: Sequence[Utterance]) -> list[str]:
     """Give the texts that become labels, with one space between words."""
-    return [" ".join(spell(utterance.text, processor).split()) for utterance in utterances]
+    return [" ".join(utterance.text.split()) for utterance in utterances]
 
 
-def spell(text: str, processor: Wav2Vec2Processor) -> str:
-    """Convert a transcript to the letter case of the model's vocabulary."""
-    return text.lower() if "e" in processor.tokenizer.get_vocab() else text.upper()
+def check_labels(
+    utterances: Sequence[Utterance], processor: Wav2Vec2Processor, how: Normalization | None = None
+) -> None:
+    """Check that the labels which a model learns spell the transcripts, of all sets at once.
 
-
-def check_labels(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> None:
-    """Check that the labels which a model learns spell the transcripts.
+    Args:
+        utterances: Their transcripts are normalized.
+        processor: Makes labels of them.
+        how: What they were normalized by, for the message.
 
     Raises:
         UserError: A transcript is empty or has characters that the model cannot write, or the tokenizer changes it.
     """
     words: dict[str, Utterance] = {}  # every word once, with the first utterance that has it
-    for utterance, text in zip(utterances, _texts(utterances, processor), strict=True):
+    for utterance, text in zip(utterances, _texts(utterances), strict=True):
         if not text:
+            left = f" without {how.removed}" if how and how.removed else ""
             raise UserError(
-                f"utterance {utterance.id} ({utterance.source}) has an empty transcript; write it or remove the "
+                f"utterance {utterance.id} ({utterance.source}) has an empty transcript{left}; write it or remove the "
                 "utterance"
             )
         for word in text.split():
             words.setdefault(word, utterance)
+    check_characters(utterances, processor.tokenizer, how or Normalization())
     for word, utterance in words.items():
         _check_word(word, f"the transcript of utterance {utterance.id} ({utterance.source})", processor.tokenizer)
 
@@ -111,16 +116,9 @@ def check_labels(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) 
 def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
     pair = f"{word} {word}"  # so that the space between words is checked, too
     labels = tokenizer(pair)["input_ids"]
-    written = tokenizer.decode(labels, group_tokens=False).upper()
-    if tokenizer.unk_token_id not in labels and written == pair.upper():
+    written = tokenizer.decode(labels, group_tokens=False)
+    if tokenizer.unk_token_id not in labels and written == pair:
         return
-    vocabulary = tokenizer.get_vocab()
-    unknown = sorted(set(pair.replace(" ", tokenizer.word_delimiter_token)) - set(vocabulary))
-    if unknown:
-        raise UserError(
-            f"{transcript} has characters outside the model's vocabulary: {' '.join(map(_visible, unknown))}; spell "
-            "them out in letters or choose a model that knows them"
-        )
     if tokenizer.do_lower_case and tokenizer.unk_token_id in labels:
         raise UserError(
             f"the tokenizer turns {word!r} in {transcript} into its unknown token: do_lower_case in "
@@ -150,7 +148,7 @@ def check_lengths(
     rate = processor.feature_extractor.sampling_rate
     samples = torch.tensor([round(audio_seconds(utterance) * rate) for utterance in utterances], dtype=torch.long)
     frames_of: Any = model._get_feat_extract_output_lengths
-    counts, texts = frames_of(samples).clamp(min=0).tolist(), _texts(utterances, processor)
+    counts, texts = frames_of(samples).clamp(min=0).tolist(), _texts(utterances)
     short = []
     for utterance, frames, text in zip(utterances, counts, texts, strict=True):
         needed = 1
@@ -168,8 +166,3 @@ def check_lengths(
             f"utterance {utterance.id} ({utterance.source}) is too short: its audio has {frames} frames, and "
             f"{'its transcript' if labels else 'the model'} needs {needed}; {remedy}{others}"
         )
-
-
-def _visible(character: str) -> str:
-    """Give a character, or its code point if nobody sees it."""
-    return character if character.isprintable() and not character.isspace() else f"U+{ord(character):04X}"

@@ -19,7 +19,7 @@ AGREEMENT = 3
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a transcript in upper case, with its start and end in seconds from the start of the recording."""
+    """A word of a transcript as the model writes it, with its start and end in seconds of the recording."""
 
     text: str
     start: float
@@ -28,7 +28,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A transcript in upper case, as a text and word by word, and the length of the recording in seconds."""
+    """A transcript, as a text and word by word, and the length of the recording in seconds."""
 
     text: str
     words: list[Word]
@@ -174,7 +174,7 @@ def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Ite
     tokenizer: Any = speech.processor.tokenizer
     decoded = tokenizer.decode(tokens, output_word_offsets=True)
     for word in decoded.word_offsets:
-        text = "".join(word["word"].upper().split())
+        text = "".join(word["word"].split())
         if text:
             start, end = (round(float(word[key]) * seconds_per_frame, 3) for key in ("start_offset", "end_offset"))
             yield Word(text, start, end)
