@@ -13,6 +13,7 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.load import SpeechModel
+from sparsewav.models.processor import describe
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
@@ -27,8 +28,7 @@ def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
     """Give what the dense model's shared results depend on, besides the utterances."""
     return {
         "model": cache.model_fingerprint(speech.model),
-        "processor": speech.processor.to_json_string(),
-        "vocabulary": speech.processor.tokenizer.get_vocab(),
+        "processor": describe(speech.processor),
         "code": cache.code_fingerprint(),
         "device": run_folder.device_name(speech.model.device),
         "seconds_per_batch": config.seconds_per_batch,

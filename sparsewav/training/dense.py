@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import unicodedata
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
+from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_warning, reporting, stage
-from sparsewav.pruning.encoder import check_family, prunable_matrices
+from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
@@ -43,10 +45,16 @@ LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
 
 
-def english_processor(folder: Path) -> Wav2Vec2Processor:
-    """Make the processor of wav2vec 2.0's English models: 16 kHz and upper-case letters."""
+def character_processor(folder: Path, texts: Iterable[str] = ()) -> Wav2Vec2Processor:
+    """Make a processor of audio at 16 kHz whose tokens are the characters of transcripts, in any language.
+
+    A letter with its accents is one character where Unicode has it (NFC). Transcripts in capital letters of English get
+    the vocabulary of wav2vec 2.0's English models, even if they lack some letters.
+    """
+    letters = set(unicodedata.normalize("NFC", " ".join(texts))) - {"|"}
+    letters = {letter for letter in letters if not letter.isspace()}
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *(LETTERS if letters <= {*LETTERS} else sorted(letters))]
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS]
     vocabulary = folder / "vocab.json"
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     return Wav2Vec2Processor(
@@ -104,7 +112,10 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     learning = training_set(config.data, config.training.seed)
     development = whole_subset(config.data, "development_subset")
     evaluation = evaluation_set(config.data)
-    processor = english_processor(checkpoints)
+    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
+    initial = load_pretrained(source, torch.float32, "initial_model") if source else None
+    kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
+    processor = load_processor(kept) if kept else _processor_of_transcripts(config, source, checkpoints)
     for utterances in (learning, development, evaluation):
         check_labels(utterances, processor)
     overlap, notes = {}, left_out(config.data, ["training_subset", "development_subset", "evaluation_subset"])
@@ -112,12 +123,17 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
     set_seed(config.training.seed)
-    model: Any = _initial_model(config, processor, console)
+    # The tokenizer of a model may name tokens behind its outputs.
+    outputs = initial.config.vocab_size if kept and initial is not None else len(processor.tokenizer)
+    letters = {"vocab_size": outputs, "pad_token_id": processor.tokenizer.pad_token_id}
+    model: Any = _initial_model(config, source, initial, letters, console)
     for utterances in (learning, development, evaluation):
         check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
     # Beside a group norm in the front end no program may use a mask; the saved settings say so.
     processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
+    called = f"initial_model={config.initial_model}"
+    notes += [*agree_on_tokens(model, processor, called), *agree_on_audio(model, processor, called)]
     if first:
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
@@ -207,10 +223,22 @@ def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], conf
         raise UserError(f"{changed} changed since {folder} was trained; {remedy}")
 
 
-def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
-    """Make a model with random weights, and copy the weights of the initial model that fit."""
-    letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
+def _processor_of_transcripts(config: TrainConfig, source: str | None, folder: Path) -> Processor:
+    """Make a processor with the characters of the whole training subset, also where a sample of it is learned.
+
+    The feature extractor is that of the initial model, if it has one.
+    """
+    processor = character_processor(folder, (item.text for item in whole_subset(config.data, "training_subset")))
+    if source is not None:
+        with suppress(UserError):
+            processor.feature_extractor = load_processor(source, has_head=False).feature_extractor
+    return processor
+
+
+def _initial_model(
+    config: TrainConfig, source: str | None, initial: PreTrainedModel | None, letters: dict[str, int], console: Console
+) -> PreTrainedModel:
+    """Make a model with random weights and so many outputs, and copy the weights of the initial model that fit."""
     try:
         if config.architecture:
             architecture = dict(config.architecture)
@@ -228,8 +256,8 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: C
         if isinstance(error, UserError):
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
-    if source is not None:
-        left = take_over(model, load_pretrained(source, torch.float32, "initial_model", head_optional=True))
+    if initial is not None:
+        left = take_over(model, initial)
         if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
         if left:
