@@ -102,7 +102,8 @@ def spell(text: str, vocabulary: Set[str]) -> str:
 
     A letter with its accent is one character (NFC), unless the vocabulary has its parts alone (NFD).
     """
-    composed = unicodedata.normalize("NFC", text.lower() if "e" in vocabulary else text)
+    texts = [unicodedata.normalize("NFC", case) for case in (text, text.upper(), text.lower())]
+    composed = max(texts, key=lambda case: sum(letter in vocabulary for letter in case) / max(len(case), 1))
     parts = unicodedata.normalize("NFD", composed)
     return parts if not {*composed} <= vocabulary and {*parts} <= vocabulary else composed
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sparsewav.data.batches import check_labels, check_lengths
-from sparsewav.data.sets import evaluation_set, find_overlap, left_out, training_set, whole_subset
+from sparsewav.data.sets import Sets, find_overlap
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
@@ -88,8 +88,9 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     done = folder / TRAINING
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
+    sets = Sets(config.data)
     with reporting("Hashing the initial model and the utterances", console):
-        made_from = inputs.of_training(config)
+        made_from = inputs.of_training(config, sets)
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
@@ -109,16 +110,15 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     if first:
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
-    learning = training_set(config.data, config.training.seed)
-    development = whole_subset(config.data, "development_subset")
-    evaluation = evaluation_set(config.data)
+    learning, development = sets.training(config.training.seed), sets.development()
+    (evaluation,) = sets.evaluation().values()
     source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
     initial = load_pretrained(source, torch.float32, "initial_model") if source else None
     kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
-    processor = load_processor(kept) if kept else _processor_of_transcripts(config, source, checkpoints)
+    processor = load_processor(kept) if kept else _processor_of_transcripts(sets, source, checkpoints)
     for utterances in (learning, development, evaluation):
         check_labels(utterances, processor)
-    overlap, notes = {}, left_out(config.data, ["training_subset", "development_subset", "evaluation_subset"])
+    overlap, notes = {}, sets.left_out(config.roles)
     for name, utterances in (("development", development), ("evaluation", evaluation)):
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
@@ -137,7 +137,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     if first:
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
-        run_folder.write_json(started_from, inputs.of_training(config))
+        run_folder.write_json(started_from, inputs.of_training(config, sets))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
@@ -223,12 +223,13 @@ def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], conf
         raise UserError(f"{changed} changed since {folder} was trained; {remedy}")
 
 
-def _processor_of_transcripts(config: TrainConfig, source: str | None, folder: Path) -> Processor:
+def _processor_of_transcripts(sets: Sets, source: str | None, folder: Path) -> Processor:
     """Make a processor with the characters of the whole training subset, also where a sample of it is learned.
 
     The feature extractor is that of the initial model, if it has one.
     """
-    processor = character_processor(folder, (item.text for item in whole_subset(config.data, "training_subset")))
+    texts = [item.text for subset in sets.read("training").values() for item in subset]
+    processor = character_processor(folder, texts)
     if source is not None:
         with suppress(UserError):
             processor.feature_extractor = load_processor(source, has_head=False).feature_extractor
