@@ -1,7 +1,6 @@
 """Batches of speech, bucketed by length, and padded only for models that take padding."""
 
-import unicodedata
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from sparsewav.data.text import Normalization, check_characters
 from sparsewav.data.tokens import labels_of, write_text
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio
 from sparsewav.errors import UserError
@@ -85,31 +85,24 @@ def collate(utterances: Sequence[Utterance], processor: Processor) -> Batch:
     batch = {key: inputs[key], "attention_mask": inputs["attention_mask"].long()}
     if processor.tokenizer is None:
         return batch
-    labels = [
-        torch.tensor(row, dtype=torch.long) for row in labels_of(_texts(utterances, processor), processor.tokenizer)
-    ]
+    labels = [torch.tensor(row, dtype=torch.long) for row in labels_of(_texts(utterances), processor.tokenizer)]
     return batch | {"labels": pad_sequence(labels, batch_first=True, padding_value=-100)}
 
 
-def _texts(utterances: Sequence[Utterance], processor: Processor) -> list[str]:
+def _texts(utterances: Sequence[Utterance]) -> list[str]:
     """Give the texts that become labels, with one space between words."""
-    vocabulary = processor.tokenizer.get_vocab().keys() | {" "}
-    return [" ".join(spell(utterance.text, vocabulary).split()) for utterance in utterances]
+    return [" ".join(utterance.text.split()) for utterance in utterances]
 
 
-def spell(text: str, vocabulary: Set[str]) -> str:
-    """Convert a transcript to the letter case of the model's vocabulary, and compose its characters as that does.
+def check_labels(utterances: Sequence[Utterance], processor: Processor, how: Normalization | None = None) -> None:
+    """Check that the labels which a model learns spell the transcripts, of all sets at once.
 
-    A letter with its accent is one character (NFC), unless the vocabulary has its parts alone (NFD).
-    """
-    texts = [unicodedata.normalize("NFC", case) for case in (text, text.upper(), text.lower())]
-    composed = max(texts, key=lambda case: sum(letter in vocabulary for letter in case) / max(len(case), 1))
-    parts = unicodedata.normalize("NFD", composed)
-    return parts if not {*composed} <= vocabulary and {*parts} <= vocabulary else composed
+    Without a tokenizer there are no labels, and the transcripts may be empty.
 
-
-def check_labels(utterances: Sequence[Utterance], processor: Processor) -> None:
-    """Check that the labels which a model learns spell the transcripts; without a tokenizer there are none.
+    Args:
+        utterances: Their transcripts are normalized.
+        processor: Makes labels of them.
+        how: What they were normalized by, for the message.
 
     Raises:
         UserError: A transcript is empty or has characters that the model cannot write, or the tokenizer changes it.
@@ -117,31 +110,26 @@ def check_labels(utterances: Sequence[Utterance], processor: Processor) -> None:
     if processor.tokenizer is None:
         return
     words: dict[str, Utterance] = {}  # every word once, with the first utterance that has it
-    for utterance, text in zip(utterances, _texts(utterances, processor), strict=True):
+    for utterance, text in zip(utterances, _texts(utterances), strict=True):
         if not text:
+            left = f" without {how.removed}" if how and how.removed else ""
             raise UserError(
-                f"utterance {utterance.id} ({utterance.source}) has an empty transcript; write it or remove the "
+                f"utterance {utterance.id} ({utterance.source}) has an empty transcript{left}; write it or remove the "
                 "utterance"
             )
         for word in text.split():
             words.setdefault(word, utterance)
+    check_characters(utterances, processor.tokenizer, how or Normalization())
     for word, utterance in words.items():
         _check_word(word, f"the transcript of utterance {utterance.id} ({utterance.source})", processor.tokenizer)
 
 
 def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
     pair = f"{word} {word}"  # so that the space between words is checked, too
-    labels, written = _spelling(pair, tokenizer)
-    if written == unicodedata.normalize("NFC", pair).upper():
+    labels = labels_of([pair], tokenizer)[0]
+    written = write_text(labels, tokenizer)
+    if written == pair:
         return
-    letters = sorted({*word} - tokenizer.get_vocab().keys())
-    # Bytes or pieces may spell a letter that is no token.
-    unknown = [letter for letter in letters if _spelling(letter, tokenizer)[1] != letter.upper()]
-    if unknown:
-        raise UserError(
-            f"{transcript} has characters outside the model's vocabulary: {' '.join(map(_visible, unknown))}; spell "
-            "them out in letters or choose a model that knows them"
-        )
     if getattr(tokenizer, "do_lower_case", False) and tokenizer.unk_token_id in labels:
         raise UserError(
             f"the tokenizer turns {word!r} in {transcript} into its unknown token: do_lower_case in "
@@ -151,12 +139,6 @@ def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
         f"the labels of {word!r} in {transcript} read {written.partition(' ')[0]!r}; correct the transcript, or take "
         "the tokenizer that the model was trained with"
     )
-
-
-def _spelling(text: str, tokenizer: Any) -> tuple[list[int], str]:
-    """Give the labels of a text, and what they write, in capitals; pieces may spell it as well as characters."""
-    labels = labels_of([text], tokenizer)[0]
-    return labels, unicodedata.normalize("NFC", write_text(labels, tokenizer)).upper()
 
 
 def check_lengths(
@@ -179,8 +161,7 @@ def check_lengths(
     rate = processor.feature_extractor.sampling_rate
     samples = [round(audio_seconds(utterance) * rate) for utterance in utterances]
     lengths = torch.tensor(input_lengths(samples, processor.feature_extractor))
-    counts = output_counts(model, lengths).clamp(min=0).tolist()
-    texts = _texts(utterances, processor) if labels else [""] * len(utterances)
+    counts, texts = output_counts(model, lengths).clamp(min=0).tolist(), _texts(utterances)
     short = []
     for utterance, frames, text in zip(utterances, counts, texts, strict=True):
         needed = 1
@@ -217,8 +198,3 @@ def input_lengths(samples: Sequence[int], extractor: Any) -> list[int]:
 
     of_a_second = measure(2 * rate) - measure(rate)
     return [measure(rate + count % rate) + (count // rate - 1) * of_a_second for count in samples]
-
-
-def _visible(character: str) -> str:
-    """Give a character, or its code point if nobody sees it."""
-    return character if character.isprintable() and not character.isspace() else f"U+{ord(character):04X}"

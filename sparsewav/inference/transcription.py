@@ -21,7 +21,7 @@ AGREEMENT = 3
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a transcript, with its start and end in seconds from the start of the recording."""
+    """A word of a transcript as the model writes it, with its start and end in seconds of the recording."""
 
     text: str
     start: float

@@ -22,6 +22,16 @@ class Data(Settings):
         False, "let evaluation utterances be in the calibration or training set; every result then says so"
     )
 
+    case: str = option(
+        "auto",
+        "of references, labels and hypotheses: keep (as written), lower, upper, or auto (what the model can write most "
+        "of)",
+        choices=("auto", "keep", "lower", "upper"),
+    )
+    remove_characters: str | None = option(
+        None, "characters that references, labels and hypotheses are without, e.g. '\".,?!\"'; null: none"
+    )
+
     def subset(self, role: str) -> tuple[str, Any]:
         """Give the key that names the subset of a role, as it is typed, and its value: a name, a list of names or None.
 
