@@ -2,27 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jiwer
 import numpy as np
 import torch
 from jaxtyping import Integer
 from torch import Tensor
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.text import Normalization, normalize
+from sparsewav.data.tokens import collapse, write_text
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.pruning.encoder import takes_padding
+from sparsewav.models.processor import Processor
+from sparsewav.pruning.encoder import input_key, output_counts, takes_padding
 from sparsewav.pruning.hessian import Progress
 
 
 @torch.inference_mode()
 def transcribe(
     model: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     utterances: Sequence[Utterance],
     seconds_per_batch: float = 60.0,
     progress: Progress | None = None,
@@ -53,15 +54,21 @@ def transcribe(
     return [normalize(hypotheses[position], how or Normalization()) for position in range(len(utterances))]
 
 
-def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
+def decode(model: PreTrainedModel, processor: Processor, batch: dict[str, Tensor]) -> list[str]:
     """Decode one batch greedily, without padded frames, as the tokenizer writes it."""
-    input_values = batch["input_values"].to(model.device)
+    audio = batch[input_key(model)].to(model.device, model.dtype)
     attention_mask = batch["attention_mask"].to(model.device)
-    logits = model(input_values, attention_mask=attention_mask if takes_padding(model) else None).logits
-    lengths: Any = model._get_feat_extract_output_lengths  # it includes the stride of an adapter after the encoder
-    counts = lengths(attention_mask.sum(-1))
-    tokens = [row[:count] for row, count in zip(logits.argmax(-1).cpu(), counts.tolist(), strict=True)]
-    return [" ".join(text.split()) for text in processor.tokenizer.batch_decode(tokens)]
+    lengths = attention_mask.sum(-1)
+    if takes_padding(model):
+        logits = model(audio, attention_mask=attention_mask).logits
+    else:  # the lengths are equal; an extractor may have padded all to an even number of frames
+        logits = model(audio[:, : int(lengths.max())]).logits
+    counts = output_counts(model, lengths).tolist()
+    hypotheses = []
+    for best, count in zip(logits.argmax(-1).cpu(), counts, strict=True):
+        tokens = [emission.token for emission in collapse(best[:count], processor.tokenizer)]
+        hypotheses.append(write_text(tokens, processor.tokenizer))
+    return hypotheses
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas
 import torch
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
 from sparsewav.models.checkpoint import not_finite
+from sparsewav.models.processor import Processor
 from sparsewav.pruning import MatrixReport
 
 METRICS = "metrics.json"
@@ -111,7 +112,7 @@ def write_predictions(
 
 
 @contextmanager
-def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> Iterator[Path]:
+def write_model(path: Path, model: PreTrainedModel, processor: Processor, card: str) -> Iterator[Path]:
     """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card.
 
     Yields:

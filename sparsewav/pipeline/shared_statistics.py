@@ -15,6 +15,7 @@ from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
 from sparsewav.inference.wer import ErrorRates, error_rates, transcribe
 from sparsewav.models.load import SpeechModel
+from sparsewav.models.processor import describe
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
@@ -29,8 +30,7 @@ def identity_of(speech: SpeechModel, seconds_per_batch: float) -> dict[str, Any]
     """Give what the shared results of a model depend on, besides the utterances."""
     return {
         "model": cache.model_fingerprint(speech.model),
-        "processor": speech.processor.to_json_string(),
-        "vocabulary": speech.processor.tokenizer.get_vocab(),
+        "processor": describe(speech.processor),
         "code": cache.code_fingerprint(),
         "device": run_folder.device_name(speech.model.device),
         "seconds_per_batch": seconds_per_batch,

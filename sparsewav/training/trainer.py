@@ -26,7 +26,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    Wav2Vec2Processor,
 )
 
 from sparsewav.data.batches import Batch, collate
@@ -36,6 +35,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, checksums, damage, write_file
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
+from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
@@ -391,7 +391,7 @@ def _optimizer(model: nn.Module, settings: Optimization, groups: Sequence[Parame
 
 def train_ctc(
     model: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: Training,
     updates: int,
