@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
@@ -45,7 +46,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import collect_warnings, print_warning, reporting, stage
+from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -106,6 +107,8 @@ def _run(
     with reporting("Reading and hashing model and utterances", console):
         evaluation, calibration, training, overlap, notes = _utterances(config, sets, speech)
         made_from = inputs.of_run(config, sets)
+    for sentence in sets.recognised():
+        print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
         _refuse_interrupted(started_from, made_from, folder)
@@ -130,6 +133,8 @@ def _run(
     if done is None:
         clear(folder)
         run_folder.write_json(started_from, made_from)
+        if broken := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, broken)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
@@ -158,6 +163,7 @@ def _run(
         "n_calibration_utterances": len(calibration),
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "left_out": sets.counts(),
         "inputs": made_from,
         "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
     }
@@ -295,8 +301,9 @@ def _utterances(
     calibrates, learns = "calibration" in config.roles, "training" in config.roles
     calibration = sets.calibration(config.calibration.utterances, config.seed) if calibrates else []
     training = sets.training(config.training.seed) if learns else []
+    refuse_unreadable(chain(evaluation, calibration, training))
     overlap, notes = find_overlap(config.data, evaluation, {"calibration": calibration, "training": training})
-    notes += sets.left_out(config.roles)
+    notes += sets.left_out()
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     for utterances in (evaluation, calibration, training):
         check_labels(utterances, speech.processor)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from transformers import (
 )
 
 from sparsewav.data.batches import check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.pipeline import inputs, run_folder
-from sparsewav.progress import print_warning, reporting, stage
+from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, train_if_recipe
@@ -104,10 +105,11 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     device = choose_device(config.device)
     learning, development = sets.training(config.training.seed), sets.development()
     (evaluation,) = sets.evaluation().values()
+    refuse_unreadable(chain(learning, development, evaluation))
     processor = english_processor(checkpoints)
     for utterances in (learning, development, evaluation):
         check_labels(utterances, processor)
-    overlap, notes = {}, sets.left_out(config.roles)
+    overlap, notes = {}, sets.left_out()
     for name, utterances in (("development", development), ("evaluation", evaluation)):
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
@@ -122,10 +124,14 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
         run_folder.write_json(started_from, inputs.of_training(config, sets))
+        if lost := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, lost)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
+    for sentence in sets.recognised() if first else []:
+        print_note(sentence)
     warnings = [*notes, *too_short(config.training, [Stage(0.0, updates)], len(learning))]
     for warning in warnings if first else []:
         print_warning(warning)
@@ -158,6 +164,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "wer": wer,
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
         "training_overlap": overlap,
+        "left_out": sets.counts(),
         "initial_model": config.initial_model,
         "parameters": parameters,
         "prunable": prunable,
