@@ -50,8 +50,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     seen = f"{metrics['evaluation_overlap']} of its utterances are in the calibration or training set, too"
     rows = {
         **({"evaluation set": seen} if metrics["evaluation_overlap"] else {}),
-        "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+        **(_divergences(metrics) if metrics["wer"] is None else _error_rates(metrics, smaller)),
         **tuned,
         **made,
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
@@ -69,6 +68,24 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _error_rates(metrics: dict[str, Any], smaller: str) -> dict[str, str]:
+    return {
+        "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
+        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+    }
+
+
+def _divergences(metrics: dict[str, Any]) -> dict[str, str]:
+    """Tell how far the hidden states of an encoder are from those of the dense one."""
+    layers = metrics["evaluation"][0]["layers"]
+    return {
+        "hidden states, last": f"{metrics['divergence']:.4g} relative squared error   on {metrics['n_utterances']} "
+        "utterances",
+        "hidden states, by layer": " ".join(f"{layer['relative_error']:.2g}" for layer in layers),
+        "cosine similarity, by layer": " ".join(f"{layer['cosine_similarity']:.3f}" for layer in layers),
+    }
 
 
 def _spent(metrics: dict[str, Any], piece: str) -> str:

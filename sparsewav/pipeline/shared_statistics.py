@@ -62,8 +62,10 @@ def evaluate_dense(
     identity: dict[str, Any],
     console: Console,
 ) -> DenseEvaluation:
-    """Evaluate the dense model on every set; each set's hypotheses are kept for themselves."""
+    """Evaluate the dense model on every set; each set's hypotheses are kept for themselves. An encoder writes none."""
     dense = DenseEvaluation()
+    if not speech.writes:
+        return dense
     for name, utterances in evaluation.items():
         on_set = f" on {name}" if len(evaluation) > 1 else ""
 

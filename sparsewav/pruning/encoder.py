@@ -76,8 +76,6 @@ def check_unwrapped(model: Any) -> None:
     if not hasattr(model, "base_model_prefix"):
         raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
     check_family(model.config.model_type, kind)
-    if not hasattr(model, model.base_model_prefix):
-        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
 
 
 def check_model(model: Any, *, by_output: bool) -> None:
@@ -93,7 +91,7 @@ def check_model(model: Any, *, by_output: bool) -> None:
     """
     check_unwrapped(model)
     kind = type(model).__name__
-    if by_output and not hasattr(model, "lm_head"):
+    if by_output and has_head(model) and not hasattr(model, "lm_head"):
         raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
     precisions = {str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()}
     if len(precisions) > 1:
