@@ -85,9 +85,10 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
 
 def roles_of(matrices: "pandas.DataFrame") -> dict[str, str]:
     """Give the roles from the query to the output of the feed-forward module, and their names in headings."""
-    from sparsewav.pruning.encoder import ROLES
+    from sparsewav.pruning.families import FAMILIES
 
-    roles = sorted(dict.fromkeys(matrices["role"]), key=lambda role: ROLES.index(role.rpartition(".")[2]))
+    known = list(dict.fromkeys(name for family in FAMILIES.values() for name in family.prunable))
+    roles = sorted(dict.fromkeys(matrices["role"]), key=known.index)
     return {role: re.sub(r"linear_|_proj$|_dense$", "", role) for role in roles}
 
 

@@ -24,7 +24,7 @@ from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
-from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
@@ -257,7 +257,7 @@ def _finish(
     prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
-    executed, nonzero_products = multiply_accumulates(speech.model, speech.processor.feature_extractor.sampling_rate)
+    executed, nonzero_products = multiply_accumulates(speech.model, silence(speech.processor.feature_extractor))
     first = state.evaluation[0]
     metrics = {
         "model": speech.name,

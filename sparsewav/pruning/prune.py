@@ -28,6 +28,7 @@ from sparsewav.pruning.encoder import (
     prunable_matrices,
     whatever_modes,
 )
+from sparsewav.pruning.families import untried
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
     BATCHED_DEVICES,
@@ -109,10 +110,11 @@ def prune(
 
     Args:
         model: A CTC model of transformers, or an encoder (``AutoModel``), which takes the allocations that need no
-            labels; its prunable matrices are those of :mod:`~sparsewav.pruning.encoder`.
-        calibration_batches: Dictionaries with ``input_values`` (batch, samples), ``attention_mask`` (batch, samples)
-            and, for the allocations ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is
-            none); their other keys are not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
+            labels; its prunable matrices are those of :mod:`~sparsewav.pruning.families`.
+        calibration_batches: Dictionaries with ``input_values`` (batch, samples) or ``input_features`` (batch, feature
+            frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
+            ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
+            not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``.
         saliency: Which weights are removed first.
         solver: How mask and kept weights are found.
@@ -223,7 +225,7 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
-        warnings=_warnings(plan, outcome),
+        warnings=_warnings(model, plan, outcome),
         recoveries=outcome.recoveries,
         allocated=allocated,
     )
@@ -331,8 +333,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(plan: Plan, outcome: Outcome) -> list[str]:
-    warnings = [
+def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome) -> list[str]:
+    warnings = untried(model)
+    warnings += [
         f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned (lower "
         "recovery.learning_rate)"
         for index, recovery in enumerate(outcome.recoveries)
