@@ -101,11 +101,12 @@ def _tiny_model(family: str, norm: str = "layer", *, seed: int = 0, **overrides:
         options |= {"do_stable_layer_norm": norm == "layer"}
     options |= CONFIGS[family] | overrides
     config = AutoConfig.for_model(family)
-    if encoder_config(config) is not config:
-        own = {key: options.pop(key) for key in ("vocab_size", "pad_token_id", "attn_implementation")}
-        if family == "granite_speech5_ctc":  # its encoder has a head in the middle
-            options["vocab_size"] = own["vocab_size"]
-        options = own | {"encoder_config": {key: value for key, value in options.items() if _known(config, key)}}
+    encoder = encoder_config(config)
+    own = {key: options.pop(key) for key in ("vocab_size", "pad_token_id", "attn_implementation")}
+    if family == "granite_speech5_ctc":  # its encoder has a head in the middle
+        options["vocab_size"] = own["vocab_size"]
+    options = {key: value for key, value in options.items() if hasattr(encoder, key) or key in overrides}
+    options = own | (options if encoder is config else {"encoder_config": options})
     torch.manual_seed(seed)
     model = AutoModelForCTC.from_config(AutoConfig.for_model(family, **options))
     with torch.no_grad():
@@ -113,10 +114,6 @@ def _tiny_model(family: str, norm: str = "layer", *, seed: int = 0, **overrides:
             if parameter.dim() == 1:  # biases are zero and gains one at first, which would hide a lost bias
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-def _known(config: object, key: str) -> bool:
-    return hasattr(encoder_config(config), key)
 
 
 def _model_input(model: PreTrainedModel, batch: Batch) -> Batch:

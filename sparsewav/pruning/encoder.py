@@ -192,6 +192,14 @@ def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
     ]
 
 
+def freeze_front_end(model: PreTrainedModel) -> None:
+    """Train nothing of what the audio passes before the layers: convolutions, or the projection of features."""
+    front: Any = base_of(model).get_submodule(family_of(model).front)
+    if hasattr(front, "_freeze_parameters"):  # it also keeps no activations then
+        front._freeze_parameters()
+    front.requires_grad_(False)
+
+
 def input_rows(module: nn.Module, inputs: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch rows cols"]:
     """Give the rows that a prunable module multiplies, from its input; a convolution's is (batch, cols, rows)."""
     return inputs.transpose(1, 2) if isinstance(module, nn.Conv1d) else inputs
