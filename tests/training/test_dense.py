@@ -79,7 +79,7 @@ def test_training_leaves_a_model_that_can_be_pruned(
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "model"
     log = pandas.read_csv(folder / "training_log.csv")
-    assert log["eval_wer"].notna().sum() == 20
+    assert log["eval_wer"].notna().sum() == log["eval_cer"].notna().sum() == 20
     assert log.loc[log["eval_wer"].notna(), "epoch"].tolist() == list(range(1, 21))
     assert log["loss"].notna().sum() == 10  # of 60 updates every sixth, those with a WER among them
     record = json.loads((folder / "training.json").read_text())
@@ -236,7 +236,7 @@ def test_a_training_replaces_no_model_that_is_not_its_own(
         ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
         ("+foo=1", r"^error: there is no key foo"),
         ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),
-        ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
+        ("architecture.model_type=speecht5", r"^error: .*'speecht5', which is not supported"),
     ],
 )
 def test_mistakes_get_one_sentence(run_sparsewav: Run, corpus: Path, argument: str, message: str) -> None:
