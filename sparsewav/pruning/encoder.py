@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.pruning.families import FAMILIES, family_of, is_matrix, known_family
+from sparsewav.pruning.families import FAMILIES, base_name, family_of, is_matrix, known_family
 
 INPUTS = {"input_values": "(batch, samples)", "input_features": "(batch, feature frames, bins)"}
 """The audio of a batch: the keys that models take it under, and its shape."""
@@ -152,8 +152,7 @@ def whatever_modes(device: torch.device) -> Iterator[None]:
 
 def base_of(model: PreTrainedModel) -> Any:
     """Give the model below the CTC head; a model without a head is one itself."""
-    base = family_of(model).base
-    return getattr(model, model.base_model_prefix if base is None else base, model)
+    return model.get_submodule(base_name(model))
 
 
 def has_head(model: PreTrainedModel) -> bool:
@@ -163,9 +162,7 @@ def has_head(model: PreTrainedModel) -> bool:
 
 def layers_name(model: PreTrainedModel) -> str:
     """Give the name of the list of a model's layers, e.g. ``wav2vec2.encoder.layers``."""
-    family = family_of(model)
-    base = model.base_model_prefix if family.base is None else family.base
-    return f"{base}.{family.layers}" if base and hasattr(model, base) else family.layers
+    return ".".join(filter(None, (base_name(model), family_of(model).layers)))
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -235,16 +235,29 @@ def _look_alike(layers: nn.ModuleList, family: Family) -> bool:
     return all(wanted <= {name for name, module in layer.named_modules() if is_matrix(module)} for layer in layers)
 
 
+def left_dense(model: PreTrainedModel) -> dict[str, str]:
+    """Give the names, within a layer, of the modules that multiply by a matrix and are not pruned, and why."""
+    family = family_of(model)
+    layers: Any = model.get_submodule(".".join(filter(None, (base_name(model), family.layers))))
+    names = dict.fromkeys(name for layer in layers for name, module in layer.named_modules() if is_matrix(module))
+    return {name: family.dense.get(name, "not known") for name in names if name not in family.prunable}
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Give the attribute of a model that has the model below its head; empty if it is that itself."""
+    base = family_of(model).base
+    name = model.base_model_prefix if base is None else base
+    return name if hasattr(model, name) else ""
+
+
 def untried(model: PreTrainedModel) -> list[str]:
     """Warn, in a sentence, of a model whose family is not in the table: what was found in it, and what is left."""
     family = family_of(model)
     if not family.alike:
         return []
-    layer = model.get_submodule(".".join(filter(None, (family.base, family.layers))))[0]  # type: ignore[index]
-    names = [name for name, module in layer.named_modules() if is_matrix(module)]
-    left = [name for name in names if name not in family.prunable]
+    left = ", ".join(left_dense(model)) or "none"
     return [
         f"the family {model.config.model_type!r} was never tried: its layers look like those of {family.alike}, so "
-        f"that {', '.join(name for name in names if name not in left)} are pruned, and {', '.join(left) or 'none'} of "
-        "the other matrices in a layer left dense; utterances are not padded"
+        f"that {', '.join(family.prunable)} are pruned, and {left} of the other matrices in a layer left dense; "
+        "utterances are not padded"
     ]
