@@ -112,7 +112,8 @@ def test_rows_without_audio_or_text_are_named_or_left_out(saved: Path, tmp_path:
             Sets(data).evaluation()
         sets = Sets(data.changed(skip_broken=True))
         assert len(sets.evaluation()["test"]) == 3
-        assert [row["source"].partition(" (")[0] for row in sets.broken()] == [f"row {n} of test" for n in (1, 2, 4)]
+        rows_out = sorted(row["source"].partition(" (")[0] for row in sets.broken())
+        assert rows_out == [f"row {n} of test" for n in (1, 2, 4)]
 
 
 @pytest.mark.parametrize(
