@@ -53,7 +53,7 @@ def _between_granite_layers(
         mask = arguments["attention_mask"]
         half = mask.shape[1] // 2
         arguments = arguments | {"attention_mask": mask[:, : 2 * half].unflatten(1, (half, 2)).all(2)}
-    if index + 1 == encoder.config.num_hidden_layers // 2:
+    if index + 1 == len(encoder.layers) // 2:
         hidden_states = hidden_states + encoder.out_mid(encoder.out(hidden_states).softmax(-1))
     return hidden_states, arguments
 

@@ -11,9 +11,20 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 import sparsewav
+from sparsewav import Calibration, Reconstruction
 from sparsewav.models.bitmask import export
-from sparsewav.pruning.encoder import encoder_layers, frame_counts, output_counts, prunable_matrices, takes_padding
+from sparsewav.pruning.allocation.divergence import OutputDivergence
+from sparsewav.pruning.encoder import (
+    base_of,
+    encoder_layers,
+    frame_counts,
+    freeze_front_end,
+    output_counts,
+    prunable_matrices,
+    takes_padding,
+)
 from sparsewav.pruning.families import FAMILIES, encoder_config
+from sparsewav.training.masks import masked_gradients, masks_of
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
@@ -150,3 +161,62 @@ def test_full_size_counts() -> None:
         prunable = sum(matrix.size for matrix in prunable_matrices(model))
         shares[family] = prunable / sum(parameter.numel() for parameter in model.parameters())
     assert min(shares.values()) > 0.85, shares
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_with_all_that_runs_beside(
+    family: str, tiny_model: Factory, noise_batch: Callable[..., Batch], model_input: ModelInput
+) -> None:
+    """Pruned by input within a layer, on the drifted inputs, with a recovery: exact counts, and no layer is worse."""
+    model = tiny_model(family, num_hidden_layers=3)
+    batches = [model_input(model, batch) for batch in (noise_batch([400, 307]), noise_batch([352], seed=1))]
+    report = sparsewav.prune(
+        model,
+        batches,
+        0.5,
+        allocation="uniform",
+        objective="asymmetric",
+        recovery=Reconstruction(steps=4),
+        calibration=Calibration(propagation="true_sequential", frames_per_column=None),
+    )
+    matrices = prunable_matrices(model)
+    assert [row.sparsity for row in report.matrices] == [0.5] * len(matrices)
+    assert all(int((matrix.weight == 0).sum()) == matrix.size // 2 for matrix in matrices)
+    assert len(report.recoveries) == 3
+    assert all(recovery.error <= recovery.error_before < 1 for recovery in report.recoveries)
+
+
+@pytest.mark.parametrize("family", ["sew-d", "wav2vec2-bert", "parakeet_ctc", "lasr_ctc", "granite_speech5_ctc"])
+def test_divergence_resumed_at_a_layer(
+    family: str, tiny_model: Factory, noise_batch: Callable[..., Batch], model_input: ModelInput
+) -> None:
+    """With the outputs of the layers below kept, the divergence is that of the whole model."""
+    model = tiny_model(family, num_hidden_layers=4)
+    divergence = OutputDivergence(model, [model_input(model, noise_batch([400, 307]))])
+    with divergence.resuming_at(2):
+        for matrix in prunable_matrices(model):
+            if matrix.layer == 3:
+                matrix.weight.data[:, ::2] = 0
+        resumed = divergence.measure()
+    assert resumed > 1e-3
+    assert divergence.measure() == pytest.approx(resumed, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["wav2vec2-conformer", "sew-d", "parakeet_ctc", "granite_speech5_ctc"])
+def test_masked_weights_learn_nothing(
+    family: str, tiny_model: Factory, noise_batch: Callable[..., Batch], model_input: ModelInput
+) -> None:
+    """Pruned weights, those of pointwise convolutions among them, get no gradient; others do, but not the front end."""
+    model = tiny_model(family)
+    batch = model_input(model, noise_batch([400, 400]))
+    sparsewav.prune(model, [batch], 0.5, allocation="uniform")
+    freeze_front_end(model)
+    masks = masks_of(model)
+    with masked_gradients(model, masks):
+        model(**batch).loss.backward()
+    for matrix in prunable_matrices(model):
+        gradient = matrix.parameter.grad.flatten(1)
+        assert not gradient[~masks[matrix.name]].any()
+        assert gradient[masks[matrix.name]].any(), matrix.name
+    front = base_of(model).get_submodule(FAMILIES[family].front)
+    assert all(parameter.grad is None for parameter in front.parameters())
