@@ -31,6 +31,15 @@ class Data(Settings):
     skip_broken: bool = option(
         False, "leave out utterances that cannot be read, and list them in left_out.csv; false: name the first and stop"
     )
+    case: str = option(
+        "auto",
+        "of references, labels and hypotheses: keep (as written), lower, upper, or auto (what the model can write most "
+        "of)",
+        choices=("auto", "keep", "lower", "upper"),
+    )
+    remove_characters: str | None = option(
+        None, "characters that references, labels and hypotheses are without, e.g. '\".,?!\"'; null: none"
+    )
 
     def subset(self, role: str) -> tuple[str, Any]:
         """Give the key that names the subset of a role, as it is typed, and its value: a name, a list of names or None.

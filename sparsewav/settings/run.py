@@ -167,6 +167,11 @@ class TrainConfig:
     data: Data = option(DemoData, "which speech is learned")
     architecture: dict[str, Any] = option(dict, "model_type and settings of transformers; empty: that of initial_model")
     initial_model: str | None = option(None, "model whose parameters are taken wherever name and shape agree")
+    vocabulary: str = option(
+        "initial_model",
+        "initial_model (its tokenizer, if it has a CTC head) or transcripts (their characters)",
+        choices=("initial_model", "transcripts"),
+    )
     training: Training = option(Training, "how it trains")
     output: str = option("outputs/demo-model", "folder of the trained model; a killed training goes on from there")
     device: str = option("auto", "auto (the GPU if there is one), cpu or cuda")
