@@ -133,9 +133,11 @@ def _leave_encoded(self: Any, value: Any) -> dict[str, Any]:
 def _load(data: HuggingFace, split: str) -> tuple[Any, str, str]:
     """Open a split with its audio undecoded, and give its columns of audio and transcripts, too."""
     import datasets
+    import huggingface_hub
 
+    for library in (datasets, huggingface_hub):
+        library.utils.logging.set_verbosity_error()  # else retries without a network are told line by line
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
     table = _saved(data, split)
     if table is None:
         options = {"split": split, "streaming": data.streaming, "revision": data.revision}
