@@ -1,6 +1,7 @@
 """Data sets of Hugging Face's library, saved or as folders, with torchcodec absent and nothing decoded by it."""
 
 import gc
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def test_a_saved_data_set_is_read_with_its_columns_found(saved: Path, corpus: Pa
     assert sets.recognised()[0] == f"test of {saved} is read from its columns audio and transcription"
     assert with_shared_audio(test, [*train, test[3]]) == [test[3]]
     assert len(sets.calibration(5, 1)) == 5
+    sent = pickle.dumps(train)  # to the other processes of a run
+    assert len(sent) < 100_000, "the audio stays where it is"
+    np.testing.assert_array_equal(read_audio(pickle.loads(sent)[3]), read_audio(train[3]))
     again = Sets(HuggingFace(path=str(saved))).evaluation()["test"]
     assert cache.utterances_fingerprint(again) == cache.utterances_fingerprint(test)
 
