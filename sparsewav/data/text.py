@@ -62,7 +62,7 @@ def normalize(text: str, how: Normalization) -> str:
 
 def normalized(utterances: Iterable[Utterance], how: Normalization) -> list[Utterance]:
     """Give utterances whose transcripts are normalized."""
-    return [replace(utterance, text=normalize(utterance.text, how)) for utterance in utterances]
+    return [utterance.with_text(normalize(utterance.text, how)) for utterance in utterances]
 
 
 def choose_normalization(
