@@ -90,7 +90,7 @@ def test_the_engine_knows_settings_and_errors_alone(module: str) -> None:
 def test_settings_import_nothing_heavy() -> None:
     """So that ``sparsewav --help`` does not wait for PyTorch."""
     for module in [name for name in MODULES if name.startswith("sparsewav.settings")]:
-        assert {name.split(".")[1] for name in imports_of(module)} <= {"errors", "settings"}, module
+        assert {name.split(".")[1] for name in imports_of(module)} <= {"errors", "files", "settings"}, module
 
 
 def test_the_package_has_few_modules_at_its_top() -> None:

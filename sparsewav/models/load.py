@@ -40,7 +40,7 @@ DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
 
 
-@dataclass
+@dataclass(repr=False)
 class SpeechModel:
     """A CTC model with its processor.
 
@@ -55,6 +55,15 @@ class SpeechModel:
     model: PreTrainedModel
     processor: Wav2Vec2Processor
     warnings: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        parameters = list(self.model.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        zero = total - sum(int(parameter.count_nonzero()) for parameter in parameters)
+        dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device
+        described = f"{type(self.model).__name__}, {total:,} parameters ({zero / total:.1%} zero), {dtype} on {device}"
+        lines = [f"{self.name}: {described}", *(f"! {warning}" for warning in self.warnings)]
+        return f"<{type(self).__name__} " + "\n  ".join(lines) + ">"
 
 
 def choose_device(name: str) -> torch.device:
