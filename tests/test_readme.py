@@ -91,6 +91,8 @@ def _runs(words: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         before = words[place - 1] if place else ""
         if word in configurations and (not place or before in ("-m", ".ci/venv") or re.match(r"[A-Z_]+=", before)):
             overrides = [argument for argument in words[place + 1 :] if not argument.startswith("-")]
+            if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None:  # it does not go with all others
+                overrides = [argument for argument in overrides if not re.match(r"hydra.launcher[=.]ray", argument)]
             values = []
             for item in OverridesParser.create().parse_overrides(overrides):
                 choices = [str(item.input_line)]
