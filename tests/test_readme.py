@@ -69,7 +69,7 @@ def test_the_python_example_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
     exec(compile(example, str(README), "exec"), {"__name__": "example"})
-    assert "80.0% of the weights are zero" in capsys.readouterr().out
+    assert "80.00% of the weights of 36 matrices are zero" in capsys.readouterr().out
     weight = AutoModelForCTC.from_pretrained("pruned").wav2vec2.encoder.layers[0].attention.q_proj.weight
     assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=1e-4)
 

@@ -12,11 +12,7 @@ from transformers import AutoModel, AutoModelForCTC, PreTrainedModel
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
 from sparsewav.errors import UserError
-from sparsewav.models.bitmask import (
-    BITMASK_WEIGHTS,
-    load,  # noqa: F401  (imported from here, it knows the package's own classes)
-    read_model,
-)
+from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
 from sparsewav.models.checkpoint import (
     INDEX,
     MASK_EMBEDDING,
@@ -106,6 +102,22 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     return str(folder)
 
 
+def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a model without its processor; :func:`sparsewav.load_model` loads it with one.
+
+    Args:
+        path: What :func:`locate_model` takes, in dense or bitmask format.
+        dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: There is no such model, or a broken one.
+    """
+    return load_pretrained(locate_model(str(path), "path"), dtype, "path", str(path))
+
+
 def load_speech_model(
     name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SpeechModel:
@@ -147,13 +159,13 @@ def load_fairseq_model(
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, key: str, name: str | None = None, *, notes: list[str] | None = None
+    source: str, dtype: torch.dtype | None, key: str, name: str | None = None, *, notes: list[str] | None = None
 ) -> PreTrainedModel:
     """Load a CTC model, or an encoder without a head, in evaluation mode and without its processor.
 
     Args:
         source: A folder or a name on the hub.
-        dtype: Type of the weights in memory.
+        dtype: Type of the weights in memory; None for the stored one.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
         notes: Gets a sentence about what was left out.
@@ -170,7 +182,7 @@ def load_pretrained(
         if headers := read_pickled_headers(folder):
             check_tensors(make_skeleton(config, headers, source), headers, source)
         kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC
-        options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
         return load_whole(kind.from_pretrained, source, source, notes=notes, **options).eval()
     except Exception as error:  # a broken checkpoint raises almost any error
         raise UserError(f"the weights of {called} cannot be loaded: {first_line(error)}") from error

@@ -1,5 +1,6 @@
 """The options of every group and the configuration of a run: dataclasses with defaults, documentation and checks."""
 
+from sparsewav.settings.data import DemoData, LibriSpeechFolder, LibriSpeechHub
 from sparsewav.settings.pruning import (
     ALPS,
     HAWQ,
@@ -32,9 +33,12 @@ __all__ = [
     "Affine",
     "Asymmetric",
     "Calibration",
+    "DemoData",
     "ErrorCurves",
     "FirstOrder",
     "Hutchinson",
+    "LibriSpeechFolder",
+    "LibriSpeechHub",
     "Magnitude",
     "NoRecovery",
     "OBSRefit",
