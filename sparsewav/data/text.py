@@ -14,6 +14,7 @@ from functools import cache
 from itertools import chain
 from typing import Any, Literal
 
+from sparsewav.data.tokens import labels_of, write_text
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 
@@ -134,10 +135,8 @@ def writable(tokenizer: Any) -> Callable[[str], bool]:
 
     @cache
     def writes(character: str) -> bool:
-        tokens = tokenizer(character, add_special_tokens=False)["input_ids"]
-        if not tokens or tokenizer.unk_token_id in tokens:
-            return False
-        return tokenizer.decode(tokens, group_tokens=False).strip() == character
+        (tokens,) = labels_of([character], tokenizer)
+        return write_text(tokens, tokenizer) == character
 
     return writes
 

@@ -93,5 +93,10 @@ Made by SparseWAV from `{config.model.source}`.
 
 def overlap_row(state: State) -> str:
     """Write the row of a model card which says that the error rates are not those of unseen speech alone."""
-    seen = ", ".join(f"{record['overlap']} of {record['name']}" for record in state.evaluation if record["overlap"])
+    several = len(state.evaluation) > 1
+    seen = ", ".join(
+        f"{record['overlap']} of {record['name']}" if several else str(record["overlap"])
+        for record in state.evaluation
+        if record["overlap"]
+    )
     return f"| evaluation utterances that the model was made from, too | {seen} |\n" if seen else ""

@@ -41,9 +41,9 @@ from sparsewav.pipeline.resume import (
     write_step,
 )
 from sparsewav.pipeline.shared_statistics import (
-    DenseEvaluation,
+    Evaluation,
     calibration_batches,
-    evaluate_dense,
+    evaluate_model,
     gather_hessians,
     gather_traces,
     identity_of,
@@ -120,8 +120,8 @@ def _run(
     evaluation, calibration, training, how = chosen.evaluation, chosen.calibration, chosen.training, chosen.how
     for note in chosen.notes:
         print_warning(note)
-    dense = identity_of(config, speech)  # of the dense model, before anything changes it
-    before = evaluate_dense(config, speech, evaluation, how, dense, console)
+    dense = identity_of(speech, config.seconds_per_batch)  # of the dense model, before anything changes it
+    before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
     for name, rates in before.rates.items():
         kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
         if rate > USELESS:
@@ -236,7 +236,7 @@ def _finish(
     speech: SpeechModel,
     state: State,
     evaluation: dict[str, list[Utterance]],
-    before: DenseEvaluation,
+    before: Evaluation,
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Write what is left to write, ``metrics.json`` last; it gets ``about`` besides what is known here."""
@@ -339,7 +339,8 @@ def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
     )
     evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
     calibration, training = normalized(calibration, how), normalized(training, how)
-    check_labels([*chain.from_iterable(evaluation.values()), *calibration, *training], speech.processor, how)
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)  # sets may share utterances
     for utterances in (*evaluation.values(), calibration, training):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0

@@ -1,4 +1,4 @@
-"""What runs of one model share: the dense model's hypotheses, Hessians and sensitivities, kept in the cache."""
+"""What runs of one model share: hypotheses of dense models, Hessians and sensitivities, kept in the cache."""
 
 import json
 import time
@@ -26,20 +26,20 @@ from sparsewav.settings.pruning import Traced
 from sparsewav.settings.run import Config
 
 
-def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
-    """Give what the dense model's shared results depend on, besides the utterances."""
+def identity_of(speech: SpeechModel, seconds_per_batch: float) -> dict[str, Any]:
+    """Give what the shared results of a model depend on, besides the utterances."""
     return {
         "model": cache.model_fingerprint(speech.model),
         "processor": describe(speech.processor),
         "code": cache.code_fingerprint(),
         "device": run_folder.device_name(speech.model.device),
-        "seconds_per_batch": config.seconds_per_batch,
+        "seconds_per_batch": seconds_per_batch,
     }
 
 
 @dataclass
-class DenseEvaluation:
-    """What the dense model writes on every evaluation set, by the sets' names.
+class Evaluation:
+    """What a model writes on every evaluation set, by the sets' names.
 
     Attributes:
         hypotheses: In the order of the set.
@@ -54,36 +54,47 @@ class DenseEvaluation:
     seconds_cached: float = 0.0
 
 
-def evaluate_dense(
-    config: Config,
+def evaluate_model(
     speech: SpeechModel,
+    called: str,
     evaluation: Mapping[str, list[Utterance]],
     how: Normalization,
     identity: dict[str, Any],
     console: Console,
-) -> DenseEvaluation:
-    """Evaluate the dense model on every set; each set's hypotheses are kept for themselves."""
-    dense = DenseEvaluation()
+    *,
+    enabled: bool,
+) -> Evaluation:
+    """Evaluate a model on every set; each set's hypotheses are kept for themselves.
+
+    Args:
+        speech: The model and its processor.
+        called: Its name on the terminal.
+        evaluation: Utterances with normalized transcripts, by the names of the sets.
+        how: What they are normalized by.
+        identity: From :func:`identity_of`, with the limit of the audio in a batch.
+        console: The progress is shown there.
+        enabled: Take results from the cache.
+    """
+    result = Evaluation()
     for name, utterances in evaluation.items():
         on_set = f" on {name}" if len(evaluation) > 1 else ""
 
         def make(folder: Path, utterances: list[Utterance] = utterances, on_set: str = on_set) -> None:
-            with stage(console, f"Evaluating the dense model{on_set}") as progress:
+            with stage(console, f"Evaluating {called}{on_set}") as progress:
                 started = time.perf_counter()
-                hypotheses = transcribe(
-                    speech.model, speech.processor, utterances, config.seconds_per_batch, progress, how
-                )
+                limit = identity["seconds_per_batch"]
+                hypotheses = transcribe(speech.model, speech.processor, utterances, limit, progress, how)
                 seconds = time.perf_counter() - started
-            (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
+            (folder / "hypotheses.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
 
         own = identity | {"utterances": cache.utterances_fingerprint(utterances), "normalization": asdict(how)}
-        folder, cached = cache.cached_folder("dense", own, make, enabled=config.cache)
-        record = json.loads((folder / "dense.json").read_text())
-        dense.hypotheses[name] = record["hypotheses"]
-        dense.rates[name] = error_rates(utterances, record["hypotheses"])
-        dense.seconds += record["seconds"]
-        dense.seconds_cached += record["seconds"] if cached else 0.0
-    return dense
+        folder, cached = cache.cached_folder("hypotheses", own, make, enabled=enabled)
+        record = json.loads((folder / "hypotheses.json").read_text())
+        result.hypotheses[name] = record["hypotheses"]
+        result.rates[name] = error_rates(utterances, record["hypotheses"])
+        result.seconds += record["seconds"]
+        result.seconds_cached += record["seconds"] if cached else 0.0
+    return result
 
 
 def calibration_batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:
