@@ -74,6 +74,23 @@ def test_the_python_example_runs(
     assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_the_notebook_runs_and_prints_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (said,) = re.findall(r"^It prints.*\n\n((?:    .*\n)+)", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "experiments/README.md", "exec"), {"__name__": "example"})
+    printed = re.sub("; calibrate.*", "; ...", capsys.readouterr().out)
+    number = r"\d+\.\d+"
+    assert re.sub(number, "0", printed).split() == re.sub(number, "0", said).split()
+    # Rounding of another processor may move a decision of the solver.
+    expected = [float(value) for value in re.findall(number, said)]
+    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.1)
+
+
 def _command_lines(text: str) -> Iterator[list[str]]:
     """The words of every command in the indented lines of a document."""
     lines = re.findall(r"^ {4}(?! )(.*(?:\\\n.*)*)$", _without_code(text), flags=re.MULTILINE)
