@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
-from sparsewav.progress import print_error, print_warning, quieten_libraries
+from sparsewav.progress import print_error, print_note, print_warning, quieten_libraries
 from sparsewav.settings.data import Data
 from sparsewav.settings.run import Model, device_faults
 
@@ -101,7 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import pandas
 
     from sparsewav.cli.app import data_of_words
-    from sparsewav.data.sets import Sets
+    from sparsewav.data.sets import Sets, refuse_unreadable
     from sparsewav.models.load import choose_device
     from sparsewav.training.recipes import load_or_train
 
@@ -118,8 +118,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     sets = Sets(data)
     evaluation = sets.evaluation()
-    for note in sets.left_out(["evaluation"]):
+    for note in sets.recognised():
+        print_note(note)
+    for note in sets.left_out():
         print_warning(note)
+    refuse_unreadable(utterance for utterances in evaluation.values() for utterance in utterances)
     found: list[_Errors] = []
     for name in arguments.models:
         speech = load_or_train(Model(name), device)
@@ -156,7 +159,7 @@ def _errors(
     texts = (utterance.text for utterances in evaluation.values() for utterance in utterances)
     how, notes = choose_normalization(texts, speech.processor.tokenizer, data.case, data.remove_characters)
     for note in notes:
-        print_warning(f"{name}: {note}")
+        print_note(f"{name}: {note}")
     evaluation = {of: normalized(utterances, how) for of, utterances in evaluation.items()}
     check_labels([utterance for utterances in evaluation.values() for utterance in utterances], speech.processor, how)
     for utterances in evaluation.values():

@@ -1,7 +1,7 @@
 """Speech from what a caller of Python has: files, arrays, a data set of Hugging Face's, or the settings of a source."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import soundfile
 from torch import Tensor
 
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.librispeech import audio_without_transcript, read_librispeech_folder
-from sparsewav.data.sets import Sets
+from sparsewav.data.huggingface import TEXT_COLUMNS
+from sparsewav.data.manifest import SUFFIXES as MANIFESTS
+from sparsewav.data.sets import Sets, refuse_unreadable
 from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance, sample_utterances
 from sparsewav.errors import UserError
@@ -19,7 +20,7 @@ from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import Parts, Processor
 from sparsewav.progress import print_warning
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.data import Data, DemoData
+from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder, Manifest
 
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 """What is taken for audio in a folder without transcripts; a file that is named may have any suffix."""
@@ -35,10 +36,10 @@ def calibration_batches(
     utterances: int | None = None,
     seed: int = 0,
     seconds_per_batch: float = 60.0,
-    case: str = "auto",
+    case: str | None = None,
     remove_characters: str | None = None,
     sampling_rate: int | None = None,
-    audio_column: str = "audio",
+    audio_column: str | None = None,
     text_column: str | None = None,
 ) -> SpeechBatches:
     """Make the batches that :func:`sparsewav.prune` calibrates on.
@@ -56,8 +57,9 @@ def calibration_batches(
         utterances: The size of a random sample, as ``calibration.utterances`` of the command; None for all.
         seed: Draws the sample, as the command's does.
         seconds_per_batch: Most audio in one batch in seconds, padding included; lower it when memory is short.
-        case: Of the labels: ``keep``, ``lower``, ``upper``, or ``auto`` for what the model can write most of.
-        remove_characters: Characters that the labels are without.
+        case: Of the labels: ``keep``, ``lower``, ``upper``, or ``auto`` for what the model can write most of; None for
+            that of the settings, where they are given, or ``auto``.
+        remove_characters: Characters that the labels are without; None for those of the settings, or none.
         sampling_rate: As in :func:`as_utterances`.
         audio_column: As there.
         text_column: As there.
@@ -67,10 +69,9 @@ def calibration_batches(
     """
     model = processor.model if isinstance(processor, SpeechModel) else None
     processor = processor.processor if isinstance(processor, SpeechModel) else processor
-    if isinstance(speech, str) and speech == DEMO:
-        speech = DemoData()
-    if isinstance(speech, Data) and utterances is not None:  # a stream is not read whole for a sample
-        chosen = Sets(speech).calibration(utterances, seed)
+    data = settings_of(speech, audio_column, text_column)
+    if data is not None and utterances is not None:  # a stream is not read whole for a sample
+        chosen = _from_settings(data, lambda sets: sets.calibration(utterances, seed))
     else:
         columns: Any = {"audio_column": audio_column, "text_column": text_column}
         chosen = as_utterances(speech, "calibration", sampling_rate=sampling_rate, **columns)
@@ -83,23 +84,33 @@ def calibration_batches(
         )
     if lacking:
         processor = Parts(processor.feature_extractor)
-    chosen, _ = prepared(chosen, processor, case, remove_characters)
+    chosen, _ = prepared(chosen, processor, data, case, remove_characters)
     if model is not None:
         check_lengths(chosen, model, processor, labels=False)
     return SpeechBatches(chosen, processor, seconds_per_batch, padding=model is not None and takes_padding(model))
 
 
 def prepared(
-    utterances: list[Utterance], processor: Processor, case: str, remove: str | None
+    utterances: list[Utterance], processor: Processor, data: Data | None, case: str | None, remove: str | None
 ) -> tuple[list[Utterance], Normalization]:
-    """Normalize and check the transcripts of utterances, and print what was assumed.
+    """Check utterances, normalize their transcripts, and print what was assumed.
+
+    Args:
+        utterances: Their transcripts are as in their source.
+        processor: Makes labels of them.
+        data: The settings that they were read by, if any.
+        case: As in :func:`calibration_batches`.
+        remove: Characters that the transcripts are to be without.
 
     Returns:
         The utterances, and how they were normalized.
 
     Raises:
-        UserError: A transcript is missing, or has characters that the model cannot write.
+        UserError: The audio cannot be read, or a transcript is missing or has characters that the model cannot write.
     """
+    refuse_unreadable(utterances)
+    case = case or (data.case if data else "auto")
+    remove = remove if remove is not None or data is None else data.remove_characters
     texts = (utterance.text for utterance in utterances)
     how, assumed = choose_normalization(texts, processor.tokenizer, case, remove)
     for sentence in assumed:
@@ -114,30 +125,30 @@ def as_utterances(
     role: str = "evaluation",
     *,
     sampling_rate: int | None = None,
-    audio_column: str = "audio",
+    audio_column: str | None = None,
     text_column: str | None = None,
 ) -> list[Utterance]:
     """Give utterances; where there is no transcript, the text is empty.
 
     Args:
-        source: An audio file; a folder of them, in LibriSpeech's layout or without transcripts; a list of audio, of
-            pairs (audio, text) or of utterances; a ``datasets.Dataset``; ``demo`` or an object of settings such as
-            ``LibriSpeechFolder(root=...)``, of which the subset of the role is read. Audio is a file, the bytes of one,
-            an array of shape (samples,), or a dictionary with ``array`` and ``sampling_rate``.
+        source: An audio file; a folder of them, in LibriSpeech's layout or without transcripts; a manifest (CSV, TSV,
+            JSON lines); a list of audio, of pairs (audio, text) or of utterances; a ``datasets.Dataset``; ``demo`` or
+            an object of settings such as ``HuggingFace(path=...)``. Audio is a file, the bytes of one, an array of
+            shape (samples,), or a dictionary with ``array`` and ``sampling_rate``.
         role: ``calibration`` or ``evaluation``, which settings have one of each.
         sampling_rate: Samples a second of arrays that do not say it.
-        audio_column: The column of a data set, or the key of a dictionary, that has the audio.
-        text_column: That of the transcripts; None for ``text`` or ``sentence``, if there is one.
+        audio_column: The column of a data set or manifest, or the key of a dictionary, that has the audio; None for the
+            only one of a data set, or ``audio``.
+        text_column: That of the transcripts; None for ``text``, ``sentence`` or the like, if there is one.
 
     Raises:
         UserError: Something is none of these, a file or a column is missing, or there are no utterances.
     """
-    if isinstance(source, str) and source == DEMO:
-        source = DemoData()
-    if isinstance(source, Data):
-        return _read_set(source, role)
+    if data := settings_of(source, audio_column, text_column):
+        return _from_settings(data, lambda sets: _one_set(sets, role))
     if isinstance(source, str | Path) and Path(source).expanduser().is_dir():
-        return _read_folder(Path(source).expanduser())
+        return _audio_of_folder(Path(source).expanduser())
+    audio_column = audio_column or _only_audio_column(source) or "audio"
     if isinstance(source, str | bytes | Path | np.ndarray | Tensor | Utterance):
         source = [source]
     elif isinstance(source, Mapping):
@@ -156,27 +167,59 @@ def as_utterances(
     return utterances
 
 
-def _read_set(data: Data, role: str) -> list[Utterance]:
+def settings_of(source: Any, audio_column: str | None = None, text_column: str | None = None) -> Data | None:
+    """Give the settings by which the command would read a source; None where it has none for it."""
+    if isinstance(source, Data):
+        if faults := list(source.faults()):
+            raise UserError("\n".join(f"data.{fault}" for fault in faults))
+        return source
+    if not isinstance(source, str | Path):
+        return None
+    if source == DEMO:
+        return DemoData()
+    path = Path(source).expanduser()
+    if path.is_dir() and any(path.glob("*/*/*.trans.txt")):
+        path = path.absolute()
+        return LibriSpeechFolder(root=str(path.parent), calibration_subset=path.name, evaluation_subset=path.name)
+    if (path.is_file() and path.suffix.lower() in MANIFESTS) or (path / "wav.scp").is_file():
+        return Manifest(train=str(path), test=str(path), audio_column=audio_column, text_column=text_column)
+    return None
+
+
+def _from_settings(data: Data, read: Callable[[Sets], list[Utterance]]) -> list[Utterance]:
+    """Read a set, and print what the reader should know about it."""
     sets = Sets(data)
+    utterances = read(sets)
+    for sentence in (*sets.recognised(), *sets.left_out()):
+        print_warning(sentence)
+    return utterances
+
+
+def _one_set(sets: Sets, role: str) -> list[Utterance]:
     found = sets.evaluation() if role == "evaluation" else sets.read(role)
     if len(found) > 1:
-        raise UserError(f"{data.subset(role)[0]} names {len(found)} sets; give one of them: {', '.join(found)}")
-    for sentence in sets.left_out([role]):
-        print_warning(sentence)
+        raise UserError(f"{sets.data.subset(role)[0]} names {len(found)} sets; give one of them: {', '.join(found)}")
     (utterances,) = found.values()
     return utterances
 
 
-def _read_folder(folder: Path) -> list[Utterance]:
-    if any(folder.glob("*/*/*.trans.txt")):
-        utterances = read_librispeech_folder(folder.parent, folder.name)
-        if files := audio_without_transcript(folder, utterances):
-            print_warning(f"audio without a transcript in {folder} is left out: {len(files)} files, e.g. {files[0]}")
-        return utterances
+def _audio_of_folder(folder: Path) -> list[Utterance]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise UserError(f"{folder} has no audio files ({', '.join(SUFFIXES)}); check the path")
     return [Utterance(str(path.relative_to(folder)), "", path) for path in files]
+
+
+def _only_audio_column(source: Any) -> str | None:
+    """Give the column of a data set that has audio, if it is one."""
+    if not hasattr(source, "cast_column"):
+        return None
+    import datasets
+
+    columns = [
+        name for name, kind in (getattr(source, "features", None) or {}).items() if isinstance(kind, datasets.Audio)
+    ]
+    return columns[0] if len(columns) == 1 else None
 
 
 def _undecoded(dataset: Any, audio_column: str, text_column: str | None) -> Iterator[Mapping[str, Any]]:
@@ -199,7 +242,7 @@ def _utterance(item: Any, number: int, rate: int | None, audio_column: str, text
     if isinstance(item, tuple) and len(item) == 2:
         audio, text = item
     elif isinstance(item, Mapping) and audio_column in item:
-        columns = (text_column,) if text_column is not None else ("text", "sentence")
+        columns = (text_column,) if text_column is not None else TEXT_COLUMNS
         audio, identifier = item[audio_column], item.get("id")
         text = next((item[column] for column in columns if item.get(column) is not None), "")
     if not isinstance(text, str):

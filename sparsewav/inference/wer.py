@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.data.batches import SpeechBatches, check_lengths
-from sparsewav.data.given import as_utterances, prepared
+from sparsewav.data.given import as_utterances, prepared, settings_of
 from sparsewav.data.text import Normalization, normalize
 from sparsewav.data.tokens import collapse, write_text
 from sparsewav.data.utterances import Utterance
@@ -92,10 +92,10 @@ def evaluate(
     data: Any,
     *,
     seconds_per_batch: float = 60.0,
-    case: str = "auto",
+    case: str | None = None,
     remove_characters: str | None = None,
     sampling_rate: int | None = None,
-    audio_column: str = "audio",
+    audio_column: str | None = None,
     text_column: str | None = None,
 ) -> ErrorRates:
     """Transcribe speech and compare the transcripts with what was said, as a run does.
@@ -106,11 +106,11 @@ def evaluate(
         speech: What :func:`sparsewav.load_model` gave.
         data: What :func:`~sparsewav.data.given.as_utterances` takes, with transcripts.
         seconds_per_batch: Most audio in one batch in seconds, padding included.
-        case: Of references and hypotheses: ``keep``, ``lower``, ``upper``, or ``auto``.
+        case: Of references and hypotheses; :func:`sparsewav.calibration_batches` describes it and what follows.
         remove_characters: Characters that both are without.
         sampling_rate: Samples a second of arrays that do not say it.
-        audio_column: The column of a data set that has the audio.
-        text_column: That of the transcripts; None for ``text`` or ``sentence``.
+        audio_column: The column of the audio.
+        text_column: The column of the transcripts.
 
     Raises:
         UserError: The model writes no text, or the speech or a transcript is missing, broken or too short.
@@ -120,7 +120,8 @@ def evaluate(
         raise UserError(f"{speech.name} is an encoder without a CTC head and writes no text; choose a CTC model")
     columns: Any = {"audio_column": audio_column, "text_column": text_column}
     utterances = as_utterances(data, sampling_rate=sampling_rate, **columns)
-    utterances, how = prepared(utterances, processor, case, remove_characters)
+    settings = settings_of(data)
+    utterances, how = prepared(utterances, processor, settings, case, remove_characters)
     check_lengths(utterances, speech.model, processor, labels=False)
     return error_rates(utterances, transcribe(speech.model, processor, utterances, seconds_per_batch, how=how))
 

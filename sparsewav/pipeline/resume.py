@@ -142,7 +142,7 @@ def clear(folder: Path) -> None:
     for path in [folder / run_folder.STAGES, *run_folder.model_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
     names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.TRAINING_LOG, run_folder.COMPRESSION_LOG)
-    for path in [*(folder / name for name in names), *folder.glob("layers*.csv")]:
+    for path in [*(folder / name for name in (*names, run_folder.LEFT_OUT)), *folder.glob("layers*.csv")]:
         if path.is_file():
             path.unlink()
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
@@ -49,7 +49,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import collect_warnings, print_warning, reporting, stage
+from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -114,6 +114,8 @@ def _run(
     with reporting("Reading and hashing model and utterances", console):
         chosen = _utterances(config, sets, speech)
         made_from = inputs.of_run(config, sets)
+    for sentence in [*sets.recognised(), *chosen.assumed]:
+        print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
         _refuse_interrupted(started_from, made_from, folder)
@@ -124,9 +126,10 @@ def _run(
     before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
     for name, rates in before.rates.items():
         kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
         if rate > USELESS:
             print_warning(
-                f"the dense model's {kind} error rate on {name} is {100 * rate:.0f} %: check its tokenizer, sampling "
+                f"the dense model's {kind} error rate{on_set} is {100 * rate:.0f} %: check its tokenizer, sampling "
                 "rate and language, and that its CTC head was trained, before you trust what pruning does to it"
             )
     stages = plan_stages(config, len(training))
@@ -148,6 +151,8 @@ def _run(
     if done is None:
         clear(folder)
         run_folder.write_json(started_from, made_from)
+        if broken := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, broken)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
@@ -177,6 +182,7 @@ def _run(
         "text": {"case": how.case, "removed_characters": how.removed, "unicode_form": how.form},
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "left_out": sets.counts(),
         "inputs": made_from,
         "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
     }
@@ -309,7 +315,8 @@ class _Chosen:
         calibration, training: What the smaller model is made from.
         how: What the transcripts are normalized by.
         overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
-        notes: Sentences for the user.
+        notes: Sentences for the user that belong into the record, too.
+        assumed: Sentences on how the transcripts are normalized.
     """
 
     evaluation: dict[str, list[Utterance]]
@@ -318,6 +325,7 @@ class _Chosen:
     how: Normalization
     overlap: dict[str, int]
     notes: list[str]
+    assumed: list[str]
 
 
 def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
@@ -326,26 +334,27 @@ def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
     evaluation = sets.evaluation()
     calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
     training = sets.training(config.training.seed) if "training" in roles else []
-    notes, overlap = sets.left_out(roles), {}
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
+    notes, overlap = sets.left_out(), {}
     for name, utterances in evaluation.items():
         called = name if len(evaluation) > 1 else "evaluation"
         overlap[name], found = find_overlap(
             data, utterances, {"calibration": calibration, "training": training}, called
         )
         notes += found
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
     how, assumed = choose_normalization(
         (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
     )
     evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
     calibration, training = normalized(calibration, how), normalized(training, how)
     everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
-    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)  # sets may share utterances
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
     for utterances in (*evaluation.values(), calibration, training):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return _Chosen(evaluation, calibration, training, how, overlap, notes + assumed)
+    return _Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
 
 
 def _prune(

@@ -1,6 +1,6 @@
 """The options of every group and the configuration of a run: dataclasses with defaults, documentation and checks."""
 
-from sparsewav.settings.data import DemoData, LibriSpeechFolder, LibriSpeechHub
+from sparsewav.settings.data import DemoData, HuggingFace, LibriSpeechFolder, LibriSpeechHub, Manifest
 from sparsewav.settings.pruning import (
     ALPS,
     HAWQ,
@@ -36,10 +36,12 @@ __all__ = [
     "DemoData",
     "ErrorCurves",
     "FirstOrder",
+    "HuggingFace",
     "Hutchinson",
     "LibriSpeechFolder",
     "LibriSpeechHub",
     "Magnitude",
+    "Manifest",
     "NoRecovery",
     "OBSRefit",
     "Pruning",

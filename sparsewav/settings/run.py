@@ -7,7 +7,15 @@ from typing import Any
 
 from sparsewav.errors import UserError
 from sparsewav.settings.baselines import METHODS, OURS, Method
-from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder, LibriSpeechHub, subset_faults
+from sparsewav.settings.data import (
+    Data,
+    DemoData,
+    HuggingFace,
+    LibriSpeechFolder,
+    LibriSpeechHub,
+    Manifest,
+    subset_faults,
+)
 from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.pruning import OPTIONS, Calibration, Hutchinson, Pruning, Uniform, Unstructured, alpha_faults
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
@@ -196,7 +204,7 @@ def device_faults(device: str) -> Iterator[str]:
 
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model,),
-    "data": (DemoData, LibriSpeechFolder, LibriSpeechHub),
+    "data": (DemoData, Manifest, HuggingFace, LibriSpeechFolder, LibriSpeechHub),
     "calibration": (Calibration,),
     **OPTIONS,
     "finetune_strategy": STRATEGIES,

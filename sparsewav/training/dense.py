@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from sparsewav.data.batches import check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.text import choose_normalization, normalize, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
@@ -37,7 +37,7 @@ from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.pipeline import inputs, run_folder
-from sparsewav.progress import print_warning, reporting, stage
+from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, train_if_recipe
@@ -114,11 +114,12 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
     learning, measured = sets.training(config.training.seed), _measured(sets)
+    refuse_unreadable(chain(learning, *measured.values()))
     source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
     initial = load_pretrained(source, torch.float32, "initial_model") if source else None
     kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
     processor = load_processor(kept) if kept else _processor_of_transcripts(sets, source, checkpoints)
-    overlap, notes = {}, sets.left_out(config.roles)
+    overlap, notes = {}, sets.left_out()
     for name, utterances in measured.items():
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
@@ -127,7 +128,6 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     learning = normalized(learning, how)
     measured = {name: normalized(utterances, how) for name, utterances in measured.items()}
     check_labels([*learning, *chain(*measured.values())], processor, how)
-    notes += assumed
     set_seed(config.training.seed)
     # The tokenizer of a model may name tokens behind its outputs.
     outputs = initial.config.vocab_size if kept and initial is not None else len(processor.tokenizer)
@@ -144,10 +144,14 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
         run_folder.write_json(started_from, inputs.of_training(config, sets))
+        if lost := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, lost)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
+    for sentence in [*sets.recognised(), *assumed] if first else []:
+        print_note(sentence)
     warnings = [*notes, *too_short(config.training, [Stage(0.0, updates)], len(learning))]
     for warning in warnings if first else []:
         print_warning(warning)
@@ -183,6 +187,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "cer": {name: rate.cer for name, rate in rates.items()},
         "n_utterances": {name: len(utterances) for name, utterances in {"training": learning, **measured}.items()},
         "training_overlap": overlap,
+        "left_out": sets.counts(),
         "initial_model": config.initial_model,
         "parameters": parameters,
         "prunable": prunable,

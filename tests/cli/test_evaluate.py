@@ -45,7 +45,9 @@ def test_a_run_has_all_rates_of_every_test_set_and_goes_on_where_it_stopped(
 ) -> None:
     arguments = [*small, *TUNING, f"data.root={two_sets}", "hydra.run.dir=mine"]
     both = "data.evaluation_subset=[test,other]"
-    assert "has several values; add -m" in _one_sentence(run_sparsewav(*arguments, "data.evaluation_subset=test,other"))
+    assert "add -m to run each of them, or write a list: data.evaluation_subset=[test,other]" in _one_sentence(
+        run_sparsewav(*arguments, "data.evaluation_subset=test,other")
+    )
     folder = tmp_path / "mine"
     (folder / "predictions.jsonl").mkdir(parents=True)
     assert "cannot write" in _one_sentence(run_sparsewav(*arguments, both))

@@ -49,7 +49,7 @@ FORMS: dict[str, Callable[[list[Path]], tuple[Any, dict[str, Any]]]] = {
     "rows": lambda files: (_rows(files), {}),
     "table of names": lambda files: (datasets.Dataset.from_list(_rows(files)), {}),
 }
-COLUMNS = {"audio_column": "clip", "text_column": "said"}
+COLUMNS = {"text_column": "said"}  # there is one of audio
 
 
 def _rows(files: list[Path]) -> list[dict[str, str]]:
@@ -82,6 +82,22 @@ def test_arrays_of_other_rates_are_resampled_as_files_are(tmp_path: Path) -> Non
     array, file = as_utterances({"array": samples, "sampling_rate": 22_050}), as_utterances(tmp_path)
     assert np.array_equal(read_audio(array[0]), read_audio(file[0]))
     assert len(read_audio(file[0])) == 16_000
+
+
+def test_a_manifest_is_read_as_the_command_reads_it(
+    files: list[Path], speech: SpeechModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what the settings say about it, and what was assumed in a line."""
+    lines = ["path\tsentence", *(f"{path}\tSun, tea" for path in files)]
+    (tmp_path / "dev.tsv").write_text("\n".join(lines))
+    rates = sparsewav.evaluate(speech, tmp_path / "dev.tsv", remove_characters=",")
+    assert "dev.tsv is read as Common Voice: audio in path, text in sentence" in capsys.readouterr().out
+    assert rates == sparsewav.evaluate(
+        speech, sparsewav.Manifest(test=str(tmp_path / "dev.tsv"), remove_characters=",")
+    )
+    assert rates == sparsewav.evaluate(speech, [(path, "sun tea") for path in files])
+    with pytest.raises(UserError, match="characters outside the model's vocabulary: ,"):
+        sparsewav.calibration_batches(tmp_path / "dev.tsv", speech)
 
 
 def test_python_gives_the_bytes_and_error_rates_of_the_command(
@@ -121,10 +137,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda file: [], "there are no utterances"),
     "empty folder": (lambda file: file.parents[3] / "train" / "none", "none is not a file"),
     "some": (lambda file: [(file, "SUN"), file], "flac has no transcript, and others have; give every utterance one"),
-    "column": (
-        lambda file: _table([file]).rename_column("audio", "clip"),
-        "audio_column=audio is not in the data set; it",
-    ),
+    "column": (lambda file: datasets.Dataset.from_dict({"clip": [str(file)]}), "audio_column=audio is not in the data"),
     "letters": (lambda file: [(file, "süß")], "characters outside the model's vocabulary"),
 }
 
