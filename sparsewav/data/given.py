@@ -30,7 +30,7 @@ DEMO = "demo"
 
 
 def calibration_batches(
-    speech: Any,
+    data: Any,
     processor: Processor | SpeechModel,
     *,
     utterances: int | None = None,
@@ -44,14 +44,14 @@ def calibration_batches(
 ) -> SpeechBatches:
     """Make the batches that :func:`sparsewav.prune` calibrates on.
 
-    >>> model = sparsewav.load_model("facebook/wav2vec2-base-100h")  # doctest: +SKIP
-    >>> batches = sparsewav.calibration_batches(["one.wav", "two.flac"], model)  # doctest: +SKIP
-    >>> batches = sparsewav.calibration_batches(load_dataset(...), model, utterances=128)  # doctest: +SKIP
+    >>> speech = sparsewav.load_model("facebook/wav2vec2-base-100h")  # doctest: +SKIP
+    >>> batches = sparsewav.calibration_batches(["one.wav", "two.flac"], speech)  # doctest: +SKIP
+    >>> batches = sparsewav.calibration_batches(load_dataset(...), speech, utterances=128)  # doctest: +SKIP
 
     Without transcripts the batches have no labels, and the allocations ``hutchinson`` and ``hawq`` refuse them.
 
     Args:
-        speech: What :func:`as_utterances` takes.
+        data: What :func:`as_utterances` takes.
         processor: The processor of the model, or better what :func:`sparsewav.load_model` gave: without the model
             nothing is padded, and utterances of different lengths share no batch.
         utterances: The size of a random sample, as ``calibration.utterances`` of the command; None for all.
@@ -67,14 +67,15 @@ def calibration_batches(
     Raises:
         UserError: The speech cannot be read, there is too little of it, or its transcripts cannot be labels.
     """
-    model = processor.model if isinstance(processor, SpeechModel) else None
-    processor = processor.processor if isinstance(processor, SpeechModel) else processor
-    data = settings_of(speech, audio_column, text_column)
-    if data is not None and utterances is not None:  # a stream is not read whole for a sample
-        chosen = _from_settings(data, lambda sets: sets.calibration(utterances, seed))
+    model = None
+    if isinstance(processor, SpeechModel):
+        model, processor = processor.model, processor.processor
+    settings = settings_of(data, audio_column, text_column)
+    if settings is not None and utterances is not None:  # a stream is not read whole for a sample
+        chosen = _from_settings(settings, lambda sets: sets.calibration(utterances, seed))
     else:
         columns: Any = {"audio_column": audio_column, "text_column": text_column}
-        chosen = as_utterances(speech, "calibration", sampling_rate=sampling_rate, **columns)
+        chosen = as_utterances(data, "calibration", sampling_rate=sampling_rate, **columns)
         if utterances is not None:
             chosen = sample_utterances(chosen, utterances, seed, key="utterances")
     lacking = [utterance for utterance in chosen if not utterance.text]
@@ -84,7 +85,7 @@ def calibration_batches(
         )
     if lacking:
         processor = Parts(processor.feature_extractor)
-    chosen, _ = prepared(chosen, processor, data, case, remove_characters)
+    chosen, _ = prepared(chosen, processor, settings, case, remove_characters)
     if model is not None:
         check_lengths(chosen, model, processor, labels=False)
     return SpeechBatches(chosen, processor, seconds_per_batch, padding=model is not None and takes_padding(model))
