@@ -234,6 +234,8 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     """Print the rates on one set, and what the intervals are drawn over."""
     import pandas
 
+    from sparsewav.inference.bootstrap import RESAMPLES
+
     shown = Table(title=str(table["set"].iloc[0]), box=box.SIMPLE, pad_edge=False)
     shown.add_column("model", overflow="fold")
     keys = {"wer": "WER %", "cer": "CER %"}
@@ -246,18 +248,16 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     for name, row in zip(names, table.to_dict("records"), strict=True):
         cells = []
         for key in keys:
-            value, low, high = (row[name] for name in (key, f"{key}_low", f"{key}_high"))
+            value, low, high = row[key], row[f"{key}_low"], row[f"{key}_high"]
             form = "+.2f" if key.endswith("difference") else ".2f"
             figures = [format(100 * figure, form) for figure in (value, low, high)]
             cells.append("" if pandas.isna(value) else f"{figures[0]}\n{figures[1]} to {figures[2]}")
         shown.add_row(escape(name), *cells)
     console.print(shown)
-    from sparsewav.inference.bootstrap import RESAMPLES
-
     voices = _speakers(utterances)
     drawn = f"{len(utterances):,} utterances" + (f" of {len(set(voices)):,} speakers" if voices else "")
     few = "; so few speakers make it too narrow" if voices and len(set(voices)) < FEW else ""
-    unknown = "" if voices else "; who speaks is not known, so that it is too narrow where speakers repeat"
+    unknown = "" if voices else "; speakers are not drawn, as the data names none, or one alone"
     console.print(
         f"Below each figure its 95 % interval, from {RESAMPLES:,} samples of the {drawn}{few}{unknown}", soft_wrap=True
     )

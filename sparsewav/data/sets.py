@@ -66,10 +66,16 @@ class Sets:
 
     Samples are drawn from what the filters leave. Every method raises :class:`UserError` where a subset is missing,
     broken or too small.
+
+    Attributes:
+        data: The configuration.
+        needs_text: Whether an utterance without a transcript counts as broken; for an encoder without a head it does
+            not.
     """
 
     def __init__(self, data: Data) -> None:
         self.data = data
+        self.needs_text = True
         self._subsets: dict[str, Subset] = {}
         self._samples: dict[tuple[int, int], Subset] = {}  # of a stream, by size and seed
 
@@ -136,6 +142,10 @@ class Sets:
 
     def _put(self, item: Utterance, subset: Subset) -> None:
         """Put an utterance among those that are left, or count it with those that are left out."""
+        if self.needs_text and not item.text:
+            fault = f"{item.source} has no transcript; write it or leave the utterance out"
+            subset.broken.append(Broken(item.id, item.source, fault))
+            return
         data, seconds = self.data, 0.0
         if not subset.filtered:
             subset.filtered = {key: 0 for key in FILTERS if getattr(data, key) is not None}

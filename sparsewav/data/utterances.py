@@ -1,5 +1,6 @@
 """Utterances and their audio."""
 
+import copy
 import hashlib
 import io
 import math
@@ -78,6 +79,12 @@ class Utterance:
     def content_hash(self) -> str:
         """Hash the encoded audio; see :func:`~sparsewav.files.content_hash`."""
         return content_hash(self.audio) if isinstance(self.audio, Path) else self._contents_hash
+
+    def with_text(self, text: str) -> "Utterance":
+        """Give the utterance with another text; what is known of its audio is not read again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "text", text)  # of a copy that nobody has seen yet
+        return other
 
     # What is in memory, or in a data set that does not change, is hashed and measured once.
 

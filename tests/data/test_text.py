@@ -43,7 +43,13 @@ TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
         ("ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÜ", "Straße", "upper", "STRASSE"),
         (TURKISH, "IŞIK İstanbul'da".replace("'", ""), "lower", "ışık istanbulda"),
         ("ABCÇDEFGĞHIİJKLMNOÖPRSŞTUÜVYZ", "ışık istanbul", "upper", "IŞIK İSTANBUL"),
-        (ENGLISH, "IN", "lower", "in"),
+        (ENGLISH, "I LIVE IN İSTANBUL AND IN IRELAND", "lower", "i live in istanbul and in ireland"),
+        (
+            ENGLISH + "ı",
+            "I LIVE IN İSTANBUL AND SHE IS IN IRELAND",
+            "lower",
+            "i live in istanbul and she is in ireland",
+        ),
         ("αβγδεζηθικλμνξοπρσςτυφχψω", "ΟΔΟΣ ΣΟΦΟΣ", "lower", "οδος σοφος"),
         ("abcdeu\u0308", "bu\u0308d b\xfcd", "keep", "bu\u0308d bu\u0308d"),  # the model has the dots apart
         (GERMAN, "bu\u0308d b\xfcd", "keep", "b\xfcd b\xfcd"),
