@@ -211,15 +211,32 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+class Held(Exception):
+    """Another process holds a lock that is not to be waited for."""
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time run the block, while the others wait, and say so if it takes longer than seconds."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Let one process at a time run the block, while the others wait, and say so if it takes longer than seconds.
+
+    The lock is the system's own (flock), which ends with the process that holds it, however it ends. It holds between
+    machines where their shared file system carries it from one to the other, as NFS does.
+
+    Args:
+        path: A file that is made and stays; what is locked lies beside it.
+        wait: Whether to wait for the process that holds it.
+
+    Raises:
+        Held: Another process holds it, and ``wait`` is false.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
-            lock.acquire(timeout=_QUIETLY)
+            lock.acquire(timeout=_QUIETLY if wait else 0)
         except Timeout:
+            if not wait:
+                raise Held(path) from None
             print(f"Waiting for another process that is making the same; it holds {path}", flush=True)
             lock.acquire(timeout=-1)
     try:

@@ -1,6 +1,7 @@
 """Where modules are, and which of them may import which."""
 
 import ast
+import inspect
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -90,7 +91,22 @@ def test_the_engine_knows_settings_and_errors_alone(module: str) -> None:
 def test_settings_import_nothing_heavy() -> None:
     """So that ``sparsewav --help`` does not wait for PyTorch."""
     for module in [name for name in MODULES if name.startswith("sparsewav.settings")]:
-        assert {name.split(".")[1] for name in imports_of(module)} <= {"errors", "settings"}, module
+        assert {name.split(".")[1] for name in imports_of(module)} <= {"errors", "files", "settings"}, module
+
+
+def test_the_public_names_are_listed_before_they_are_imported_and_known_to_editors() -> None:
+    assert set(sparsewav._LATER) <= set(dir(sparsewav)) == set(sparsewav.__all__)
+    for name in dir(sparsewav):
+        assert name == "__version__" or inspect.getdoc(getattr(sparsewav, name)), name
+    tree = ast.parse(MODULES["sparsewav"].read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if _is_type_checking(node))
+    imported = {
+        alias.name: node.module
+        for node in ast.walk(checked)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == sparsewav._LATER
 
 
 def test_the_package_has_few_modules_at_its_top() -> None:

@@ -35,7 +35,7 @@ from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, write_checksums, write_folder
-from sparsewav.models.bitmask import load
+from sparsewav.models.bitmask import read_model
 from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
@@ -81,7 +81,7 @@ def compress(
     record = torch.load(folder / "cut" / "record.pt", weights_only=True)
     if isinstance(objective, nn.Module):
         objective.load_state_dict(record["objective"])
-    smaller: Any = load(folder / "cut")
+    smaller: Any = read_model(folder / "cut", None)
     smaller.to(dense.device)
     facts, log = record["facts"], record["log"]
     if settings.final_updates:

@@ -11,14 +11,16 @@ from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import run_job as run_hydra_job
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -27,7 +29,7 @@ from rich.markup import escape
 from sparsewav.cli.explain import check_overrides, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
-from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
+from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
 from sparsewav.pipeline.naming import run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.data import Data, subset_faults
@@ -41,12 +43,23 @@ SETTINGS = ".hydra"
 
 
 class RememberSweep(Callback):
-    """Remembers the folder of this process's multirun: Hydra tells it to nobody but its callbacks."""
+    """Remembers what Hydra tells to nobody but its callbacks.
+
+    Attributes:
+        folder: The folder of this process's multirun.
+        job: The whole configuration of the job that is being done; None when it is done for the second time.
+        held: Those of the jobs that another launcher of the same sweep was doing when their turn came.
+    """
 
     folder: Path | None = None
+    job: DictConfig | None = None
+    held: ClassVar[list[DictConfig]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         RememberSweep.folder = Path(str(config.hydra.sweep.dir))
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        RememberSweep.job = config
 
 
 def _sweep_name() -> str:
@@ -128,8 +141,8 @@ def run_job(settings: DictConfig) -> float | None:
     """Do one job of a run or a sweep, as Hydra's task function; the tasks of one Slurm job do it together.
 
     Returns:
-        The word error rate, or the divergence of an encoder, which sweepers take; None from a failed job of a sweep,
-        which does not stop the others.
+        The word error rate, or the divergence of an encoder, which sweepers take; None from a job of a sweep that
+        failed, which does not stop the others, or that another process is on, to which :func:`_launch` comes back.
 
     Raises:
         SystemExit: The one job of a run failed; the code is 1.
@@ -166,7 +179,16 @@ def _run_job(settings: DictConfig) -> float | None:
         from sparsewav.pipeline.tracking import RunDescription, make_tracker
 
         console.print(f"[bold]{folder.name}[/bold]")
-        metrics = run(config, folder, console, begin=lambda: _write_settings(settings, folder))
+        # Hydra's own launcher does the jobs one after the other, here, and can do another one meanwhile.
+        alone = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
+        job = RememberSweep.job if is_sweep and alone else None
+        try:
+            metrics = run(config, folder, console, begin=lambda: _write_settings(settings, folder), wait=job is None)
+        except Held:
+            assert job is not None
+            RememberSweep.held.append(job)
+            console.print("Another process is on this run; going on with the next, and coming back to it")
+            return None
         description = RunDescription(
             name=folder.name,
             settings=OmegaConf.to_container(settings, resolve=True),  # type: ignore[arg-type]
@@ -288,6 +310,10 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         check_overrides(sys.argv[1:], config_name)
         hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()
+        RememberSweep.job = None
+        while RememberSweep.held:  # by now everything else is done, and what is held is waited for
+            context = HydraContext(None, Callbacks())  # type: ignore[arg-type]  # a loader is not needed
+            run_hydra_job(task, RememberSweep.held.pop(0), "hydra.sweep.dir", "hydra.sweep.subdir", context)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     except UserError as error:

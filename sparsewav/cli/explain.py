@@ -97,7 +97,9 @@ def check_overrides(words: Sequence[str], config_name: str) -> None:
         if override.is_sweep_override() and not isinstance(given, ChoiceSweep):
             continue
         for value in given.list if isinstance(given, ChoiceSweep) else [given]:
-            if isinstance(value, str | list | dict | QuotedString) and value != "":
+            # Of a dictionary or a list Hydra would take the defaults of the group, or nothing.
+            named = str | QuotedString if key in SCHEMAS else str | list | dict | QuotedString
+            if isinstance(value, named) and value != "":
                 continue
             shown = "null" if value is None else value
             raise UserError(_no_such_option(key, str(shown), _options(key), _instead(key, value)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsewav.data.batches import input_lengths
+from sparsewav.data.given import as_utterances
 from sparsewav.data.tokens import collapse, write_words
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
@@ -53,6 +54,37 @@ def plan_chunks(frames: int, chunk: int, overlap: int) -> list[Chunk]:
     step = chunk - overlap
     count = 1 if frames <= chunk else -(-(frames - overlap) // step)
     return [Chunk(index * step, min(index * step + chunk, frames)) for index in range(count)]
+
+
+def transcribe(
+    speech: SpeechModel,
+    recordings: Any,
+    *,
+    sampling_rate: int | None = None,
+    chunk_seconds: float = 30.0,
+    overlap_seconds: float = 4.0,
+) -> list[Transcript]:
+    """Transcribe recordings of any length greedily, as ``sparsewav-transcribe`` does.
+
+    >>> [transcript.text for transcript in sparsewav.transcribe(speech, ["talk.mp3"])]  # doctest: +SKIP
+
+    Args:
+        speech: What :func:`sparsewav.load_model` gave.
+        recordings: What :func:`~sparsewav.data.given.as_utterances` takes: a file, a folder, arrays, a data set.
+        sampling_rate: Samples a second of arrays that do not say it.
+        chunk_seconds: Length of the chunks that a long recording is cut into.
+        overlap_seconds: Overlap of neighbouring chunks.
+
+    Returns:
+        A transcript for every recording, with the times of its words.
+
+    Raises:
+        UserError: As :func:`transcribe_recording` does; or there are no recordings.
+    """
+    return [
+        transcribe_recording(speech, recording, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        for recording in as_utterances(recordings, sampling_rate=sampling_rate)
+    ]
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -10,11 +11,13 @@ from jaxtyping import Integer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.batches import SpeechBatches, check_lengths
+from sparsewav.data.given import as_utterances, prepared, settings_of
 from sparsewav.data.text import Normalization, normalize
 from sparsewav.data.tokens import collapse, write_text
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import input_key, output_counts, takes_padding
 from sparsewav.pruning.hessian import Progress
@@ -84,6 +87,45 @@ class ErrorRates:
 
     wer: float
     cer: float
+
+
+def evaluate(
+    speech: SpeechModel,
+    data: Any,
+    *,
+    seconds_per_batch: float = 60.0,
+    case: str | None = None,
+    remove_characters: str | None = None,
+    sampling_rate: int | None = None,
+    audio_column: str | None = None,
+    text_column: str | None = None,
+) -> ErrorRates:
+    """Transcribe speech and compare the transcripts with what was said, as a run does.
+
+    >>> sparsewav.evaluate(speech, [("one.wav", "what is said in it"), ("two.wav", "and in it")])  # doctest: +SKIP
+
+    Args:
+        speech: What :func:`sparsewav.load_model` gave.
+        data: What :func:`~sparsewav.data.given.as_utterances` takes, with transcripts.
+        seconds_per_batch: Most audio in one batch in seconds, padding included.
+        case: Of references and hypotheses; :func:`sparsewav.calibration_batches` describes it and what follows.
+        remove_characters: Characters that both are without.
+        sampling_rate: Samples a second of arrays that do not say it.
+        audio_column: The column of the audio.
+        text_column: The column of the transcripts.
+
+    Raises:
+        UserError: The model writes no text, or the speech or a transcript is missing, broken or too short.
+    """
+    processor = speech.processor
+    if processor.tokenizer is None:
+        raise UserError(f"{speech.name} is an encoder without a CTC head and writes no text; choose a CTC model")
+    columns: Any = {"audio_column": audio_column, "text_column": text_column}
+    utterances = as_utterances(data, sampling_rate=sampling_rate, **columns)
+    settings = settings_of(data)
+    utterances, how = prepared(utterances, processor, settings, case, remove_characters)
+    check_lengths(utterances, speech.model, processor, labels=False)
+    return error_rates(utterances, transcribe(speech.model, processor, utterances, seconds_per_batch, how=how))
 
 
 def error_rates(utterances: Sequence[Utterance], hypotheses: Sequence[str]) -> ErrorRates:

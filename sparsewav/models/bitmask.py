@@ -94,24 +94,17 @@ def _check(holds: bool, complaint: str) -> None:
         raise UserError(f"{complaint}; {_AGAIN}")
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a CTC model from a folder in dense or bitmask format.
+def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None = None) -> PreTrainedModel:
+    """Load a model from a folder in dense or bitmask format, in evaluation mode, on the CPU.
 
     Args:
-        path: Folder with ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
+        folder: It has ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
         dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
-
-    Returns:
-        The model in evaluation mode, on the CPU.
+        notes: As in :func:`~sparsewav.models.checkpoint.load_whole`.
 
     Raises:
         UserError: The folder holds no such model, or a broken one.
     """
-    return read_model(Path(path).expanduser(), dtype)
-
-
-def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None = None) -> PreTrainedModel:
-    """Do :func:`load`; :func:`~sparsewav.models.checkpoint.load_whole` describes ``notes``."""
     skeleton, tensors = _read(folder)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if dtype is None and len(kinds) != 1:
@@ -166,10 +159,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         UserError: The source is broken, the destination exists, or a weight is too large for float16.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
-    if format not in FORMATS or dtype not in ("model", "float16"):
-        raise UserError(f"format={format}, dtype={dtype}: give dense or bitmask, and model or float16")
-    if destination.exists():
-        raise UserError(f"{destination} is there already; delete it or choose another folder")
+    check_export(destination, format, dtype)
     skeleton, tensors = _read(source)
     if dtype == "float16":
         tensors = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
@@ -189,6 +179,18 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         else:
             _write_bitmask(tensors, temporary / BITMASK_WEIGHTS, skeleton)
     return destination
+
+
+def check_export(destination: Path, format: str, dtype: str) -> None:
+    """Check what :func:`export` is asked for.
+
+    Raises:
+        UserError: There is no such format or type, or the destination exists.
+    """
+    if format not in FORMATS or dtype not in ("model", "float16"):
+        raise UserError(f"format={format}, dtype={dtype}: give dense or bitmask, and model or float16")
+    if destination.exists():
+        raise UserError(f"{destination} is there already; delete it or choose another folder")
 
 
 def _amend_card(card: Path, format: str) -> None:

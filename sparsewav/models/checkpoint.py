@@ -68,6 +68,7 @@ class Checkpoint:
         folder: Folder of the checkpoint.
         files: The file that holds each tensor, by the name of the tensor.
         headers: Shape and type of each tensor, as a tensor on the meta device.
+        stored_names: The names in the files of those tensors that have another one now.
 
     Raises:
         UserError: There are no safetensors, they are broken, or their index names something else than their tensors.
@@ -75,6 +76,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.stored_names: dict[str, str] = {}
         if (folder / WEIGHTS).is_file():  # before the index, as in transformers
             self.headers = read_headers(folder / WEIGHTS)
             self.files = dict.fromkeys(self.headers, folder / WEIGHTS)
@@ -110,8 +112,16 @@ class Checkpoint:
         # Opened anew for every call, because pages that were read stay in memory for as long as the file is mapped.
         for path, wanted in by_file.items():
             with opened(path) as file:
-                tensors |= {name: file.get_tensor(name) for name in wanted}
+                tensors |= {name: file.get_tensor(self.stored_names.get(name, name)) for name in wanted}
         return tensors
+
+    def rename(self, model: PreTrainedModel) -> None:
+        """Call the tensors as a model does, whatever they are called in the files."""
+        expected = model.state_dict()
+        names = {name: _name_in(model, name, expected) for name in self.files}
+        self.files = {names[name]: path for name, path in self.files.items()}
+        self.headers = {names[name]: header for name, header in self.headers.items()}
+        self.stored_names = {new: old for old, new in names.items()}
 
 
 @contextmanager
@@ -231,6 +241,8 @@ def read_config(source: str, called: str) -> PretrainedConfig:
     """
     try:
         path = Path(source) / "config.json"
+        if path.parent.is_dir() and not path.is_file():
+            raise ValueError(f"{source} is no model's folder: it has no config.json")
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(settings, dict):

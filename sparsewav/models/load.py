@@ -12,11 +12,7 @@ from transformers import AutoModel, AutoModelForCTC, PreTrainedModel
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
 from sparsewav.errors import UserError
-from sparsewav.models.bitmask import (
-    BITMASK_WEIGHTS,
-    load,  # noqa: F401  (imported from here, it knows the package's own classes)
-    read_model,
-)
+from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
 from sparsewav.models.checkpoint import (
     INDEX,
     MASK_EMBEDDING,
@@ -37,7 +33,7 @@ DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
 
 
-@dataclass
+@dataclass(repr=False)
 class SpeechModel:
     """A CTC model or an encoder without a head, with its processor.
 
@@ -57,6 +53,15 @@ class SpeechModel:
     def writes(self) -> bool:
         """Whether the model writes text; an encoder does not."""
         return self.processor.tokenizer is not None
+
+    def __repr__(self) -> str:
+        parameters = list(self.model.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        zero = total - sum(int(parameter.count_nonzero()) for parameter in parameters)
+        dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device
+        described = f"{type(self.model).__name__}, {total:,} parameters ({zero / total:.1%} zero), {dtype} on {device}"
+        lines = [f"{self.name}: {described}", *(f"! {warning}" for warning in self.warnings)]
+        return f"<{type(self).__name__} " + "\n  ".join(lines) + ">"
 
 
 def choose_device(name: str) -> torch.device:
@@ -95,6 +100,22 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         return str(folder / "model")  # of a run
     return str(folder)
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a model without its processor; :func:`sparsewav.load_model` loads it with one.
+
+    Args:
+        path: What :func:`locate_model` takes, in dense or bitmask format.
+        dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: There is no such model, or a broken one.
+    """
+    return load_pretrained(locate_model(str(path), "path"), dtype, "path", str(path))
 
 
 def load_speech_model(
@@ -138,13 +159,13 @@ def load_fairseq_model(
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, key: str, name: str | None = None, *, notes: list[str] | None = None
+    source: str, dtype: torch.dtype | None, key: str, name: str | None = None, *, notes: list[str] | None = None
 ) -> PreTrainedModel:
     """Load a CTC model, or an encoder without a head, in evaluation mode and without its processor.
 
     Args:
         source: A folder or a name on the hub.
-        dtype: Type of the weights in memory.
+        dtype: Type of the weights in memory; None for the stored one.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
         notes: Gets a sentence about what was left out.
@@ -161,7 +182,7 @@ def load_pretrained(
         if headers := read_pickled_headers(folder):
             check_tensors(make_skeleton(config, headers, source), headers, source)
         kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC
-        options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False}
+        options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
         return load_whole(kind.from_pretrained, source, source, notes=notes, **options).eval()
     except Exception as error:  # a broken checkpoint raises almost any error
         raise UserError(f"the weights of {called} cannot be loaded: {first_line(error)}") from error

@@ -40,7 +40,7 @@ from sparsewav.models.checkpoint import (
     read_config,
     refuse_infinite,
 )
-from sparsewav.models.load import choose_device
+from sparsewav.models.load import choose_device, locate_model
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
 from sparsewav.pruning.families import encoder_config
@@ -82,7 +82,8 @@ def prune_folder(
     files.
 
     Args:
-        source: A folder with ``config.json`` and ``model.safetensors``, or its shards with their index.
+        source: A folder with ``config.json`` and ``model.safetensors``, or its shards with their index; or that of a
+            run.
         destination: The folder to make; it appears whole when all is done, and ``AutoModelForCTC.from_pretrained``
             loads it. The settings of tokenizer and feature extractor come along. What is done lies beside it until
             then, in float32 besides the checkpoint's own dtype.
@@ -133,7 +134,7 @@ def prune_checkpoint(
     progress: StageProgress | None = None,
 ) -> PruneReport:
     """Do :func:`prune_folder` with all options in one object."""
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(locate_model(str(source), "source")), Path(destination).expanduser()
     settings.check()
     if settings.calibration.propagation != "sequential":
         raise UserError("a checkpoint is pruned layer by layer; choose calibration.propagation=sequential")
@@ -249,6 +250,7 @@ def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTr
         raise UserError(f"{source} is an encoder without a CTC head, and not pruned from disk; use sparsewav.prune")
     whole = make_skeleton(config, checkpoint.headers, source)
     check_tensors(whole, checkpoint.headers, source)
+    checkpoint.rename(whole)
     layers = encoder_layers(whole).float()
     front = checkpoint.read(name for name in checkpoint.files if not name.startswith(f"{layers_name(whole)}."))
     hollow: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -68,7 +68,9 @@ USELESS = 0.8
 """Above this word error rate a dense model does not recognise the speech that it is given."""
 
 
-def run(config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def run(
+    config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None, *, wait: bool = True
+) -> dict[str, Any]:
     """Run a configuration, or find it done; if the content of its model or data has changed, it is done again.
 
     Args:
@@ -76,15 +78,17 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
         folder: The run's own folder; :mod:`sparsewav.pipeline.run_folder` describes what it holds.
         console: The progress is shown there.
         begin: Called before anything in the folder is changed, and not where the run is done already.
+        wait: Whether to wait for another process that is on this run.
 
     Returns:
         The run's metrics, as in ``metrics.json``.
 
     Raises:
         UserError: Something is wrong with the configuration, the model or the data.
+        Held: Another process is on this run, and ``wait`` is false.
     """
-    # A launch that was killed may have left a process behind that is still on this run.
-    with locked(folder.with_name(f".{folder.name}.lock")), collect_warnings() as warnings:
+    # Another launcher of the sweep may be on this run, or a process that a killed launch left behind.
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=wait), collect_warnings() as warnings:
         remove_leftovers(folder, folder.parent)
         return _run(config, folder, console, begin, warnings)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
+from sparsewav.models.bitmask import check_export, export
 from sparsewav.models.checkpoint import not_finite
+from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import Processor
 from sparsewav.pruning import MatrixReport
 
@@ -146,6 +149,43 @@ def write_model(path: Path, model: PreTrainedModel, processor: Processor, card: 
         processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         yield temporary
+
+
+def save(speech: SpeechModel, folder: str | Path, *, format: str = "dense", dtype: str = "model") -> Path:
+    """Write a model with its processor into a new folder, which appears whole or not at all.
+
+    Args:
+        speech: What :func:`sparsewav.load_model` gave, pruned or not.
+        folder: The folder; it must not exist.
+        format: ``dense``, which ``AutoModelForCTC.from_pretrained`` loads, or ``bitmask``: a bit for every weight and
+            the values that are not zero, which :func:`sparsewav.load_model` and :func:`sparsewav.load` read.
+        dtype: ``model`` keeps every number, and ``float16`` rounds them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The folder exists or cannot be written, or the model has numbers that are not finite or too large.
+    """
+    folder = Path(folder).expanduser()
+    check_export(folder, format, dtype)
+    total, nonzero = count_parameters(speech.model)
+    card = f"""---
+library_name: transformers
+tags: [sparsewav, speech]
+---
+# {speech.name}
+
+Written by SparseWAV. {nonzero:,} of {total:,} parameters are not zero.
+"""
+    if (format, dtype) == ("dense", "model"):
+        with write_model(folder, speech.model, speech.processor, card):
+            return folder
+    with TemporaryDirectory(prefix="sparsewav-") as temporary:
+        dense = Path(temporary) / MODEL
+        with write_model(dense, speech.model, speech.processor, card):
+            pass
+        return export(dense, folder, format, dtype)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

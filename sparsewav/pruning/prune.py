@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import pandas
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
@@ -41,6 +42,7 @@ from sparsewav.pruning.layerwise import (
     solve,
 )
 from sparsewav.pruning.recovery import LayerRecovery
+from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
     Allocation,
@@ -61,9 +63,9 @@ from sparsewav.settings.pruning import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneReport:
-    """The result of :func:`prune`.
+    """The result of :func:`prune`; :meth:`to_frame` makes a table of it.
 
     Attributes:
         matrices: A report for every matrix, in the model's order.
@@ -86,17 +88,40 @@ class PruneReport:
     recoveries: list[LayerRecovery] = field(default_factory=list)
     allocated: LevelAllocation | None = None
 
+    def to_frame(self) -> pandas.DataFrame:
+        """Give a table with a row for every matrix, whose name is the index, as in a run's ``layers.csv``."""
+        return pandas.DataFrame([asdict(matrix) for matrix in self.matrices]).set_index("name")
+
+    def __repr__(self) -> str:
+        worst = max(self.matrices, key=lambda matrix: matrix.relative_error)
+        seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        lines = [
+            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero (asked for: "
+            f"{self.target_sparsity:.2%}); {seconds}",
+            f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
+            *(f"! {warning}" for warning in self.warnings),
+        ]
+        return f"<{type(self).__name__}: " + "\n  ".join(lines) + ">"
+
+
+@runtime_checkable
+class HasModel(Protocol):
+    """What keeps a model together with its processor, such as :class:`~sparsewav.models.load.SpeechModel`."""
+
+    model: PreTrainedModel
+
 
 def prune(
-    model: PreTrainedModel,
+    model: PreTrainedModel | HasModel,
     calibration_batches: Iterable[Mapping[str, Tensor]],
     sparsity: float | Sparsity = 0.75,
     *,
-    saliency: str | Saliency = "obs_first_order",
-    solver: str | Solver = "obs",
-    objective: str | Objective = "symmetric",
-    recovery: str | Recovery = "none",
-    allocation: str | Allocation = "hutchinson",
+    preset: str = "paper",
+    saliency: str | Saliency | None = None,
+    solver: str | Solver | None = None,
+    objective: str | Objective | None = None,
+    recovery: str | Recovery | None = None,
+    allocation: str | Allocation | None = None,
     calibration: Calibration | None = None,
     seed: int = 0,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
@@ -104,24 +129,33 @@ def prune(
 ) -> PruneReport:
     """Prune a CTC model, or an encoder without a head, in place and in one shot.
 
-    Every option is an object of :mod:`sparsewav.settings`, or its name for the defaults. In a process group
-    (:mod:`torch.distributed`) all processes call it with the same arguments, share the work, and end with the same
-    model.
+    >>> speech = sparsewav.load_model("demo")  # doctest: +SKIP
+    >>> batches = sparsewav.calibration_batches("demo", speech, utterances=128)  # doctest: +SKIP
+    >>> report = sparsewav.prune(speech, batches, 0.8, preset="best_oneshot")  # doctest: +SKIP
+
+    Every option is an object of :mod:`sparsewav.settings`, or its name for the defaults; None is what the preset says.
+    In a process group (:mod:`torch.distributed`) all processes call it with the same arguments, share the work, and end
+    with the same model.
 
     Args:
         model: A CTC model of transformers, or an encoder (``AutoModel``), which takes the allocations that need no
-            labels; its prunable matrices are those of :mod:`~sparsewav.pruning.families`.
+            labels; or what has one as ``model``, such as :func:`sparsewav.load_model` gives. Its prunable matrices are
+            those of :mod:`~sparsewav.pruning.families`.
         calibration_batches: Dictionaries with ``input_values`` (batch, samples) or ``input_features`` (batch, feature
             frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
             ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
             not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``.
-        saliency: Which weights are removed first.
-        solver: How mask and kept weights are found.
-        objective: Which error is minimised.
-        recovery: What a pruned layer learns afterwards.
-        allocation: How the sparsity is shared among the matrices.
-        calibration: Which activations the Hessians are summed over; all utterances of the batches are taken.
+        preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended) or ``best``,
+            the same as ``experiment=`` of the command.
+        saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
+        solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
+        objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
+        recovery: What a pruned layer learns afterwards: ``none`` (the paper's), ``reconstruction``, ``affine``.
+        allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
+            ``error_curves``, ``search``.
+        calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
+            all utterances of the batches are taken.
         seed: The seed of the Hutchinson probes, the sample of frames, the search and the recovery's order of batches.
         masks: Masks already in force, by matrix name: what they removed stays removed and counts.
         progress: Called as the stages advance.
@@ -132,21 +166,25 @@ def prune(
     """
     if not isinstance(calibration, Calibration | None):
         raise UserError(f"calibration={calibration} is no Calibration; give e.g. Calibration(propagation='sequential')")
-    settings = Pruning(
-        sparsity=resolve("sparsity", sparsity),
-        saliency=resolve("saliency", saliency),
-        solver=resolve("solver", solver),
-        objective=resolve("objective", objective),
-        recovery=resolve("recovery", recovery),
-        allocation=resolve("allocation", allocation),
-        calibration=calibration or Calibration(),
-        seed=seed,
-    )
+    settings = read_preset(preset)
+    given = {
+        "saliency": saliency,
+        "solver": solver,
+        "objective": objective,
+        "recovery": recovery,
+        "allocation": allocation,
+    }
+    for group, value in given.items():
+        if value is not None:
+            setattr(settings, group, resolve(group, value))
+    settings.sparsity, settings.seed = resolve("sparsity", sparsity), seed
+    settings.calibration = calibration or settings.calibration
     settings.check()
-    check_model(model, by_output=not isinstance(settings.allocation, Uniform))
-    check_allocation(model, settings.allocation)
-    with _undone_by_errors(model), whatever_modes(model.device):
-        return prune_model(model, calibration_batches, settings, masks=masks, progress=progress)
+    pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform))
+    check_allocation(pruned, settings.allocation)
+    with _undone_by_errors(pruned), whatever_modes(pruned.device):
+        return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress)
 
 
 def prune_model(

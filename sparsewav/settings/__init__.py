@@ -1,5 +1,6 @@
 """The options of every group and the configuration of a run: dataclasses with defaults, documentation and checks."""
 
+from sparsewav.settings.data import DemoData, HuggingFace, LibriSpeechFolder, LibriSpeechHub, Manifest
 from sparsewav.settings.pruning import (
     ALPS,
     HAWQ,
@@ -32,10 +33,15 @@ __all__ = [
     "Affine",
     "Asymmetric",
     "Calibration",
+    "DemoData",
     "ErrorCurves",
     "FirstOrder",
+    "HuggingFace",
     "Hutchinson",
+    "LibriSpeechFolder",
+    "LibriSpeechHub",
     "Magnitude",
+    "Manifest",
     "NoRecovery",
     "OBSRefit",
     "Pruning",

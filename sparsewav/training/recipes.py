@@ -14,12 +14,46 @@ from huggingface_hub import try_to_load_from_cache
 
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, cache_folder, conf_folder, damage, locked, write_checksums
-from sparsewav.models.load import SpeechModel, load_fairseq_model, load_speech_model, locate_model
+from sparsewav.models.load import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import print_warning
-from sparsewav.settings.run import Model
+from sparsewav.settings.run import Model, device_faults
 
 TRAINING = "training.json"
 """What a training writes last, beside its model: settings, seconds, word error rates."""
+
+
+def load_model(name_or_path: str | Path, *, device: str = "auto") -> SpeechModel:
+    """Load a model with its processor, from whatever the command takes.
+
+    >>> speech = sparsewav.load_model("outputs/RUN")  # doctest: +SKIP
+
+    Args:
+        name_or_path: ``demo`` or another option of ``model=``, such as ``wav2vec2-base-100h`` (the demo's relatives are
+            trained on first use); the folder of a model, in dense or bitmask format, or of a run; a name on the Hugging
+            Face hub; or a file that fairseq saved.
+        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
+
+    Returns:
+        The model, in float32 and evaluation mode, and its processor. What was assumed is printed, and kept in
+        ``warnings``.
+
+    Raises:
+        UserError: There is no such model, it is broken, or its training failed.
+    """
+    named, path = str(name_or_path), Path(name_or_path).expanduser()
+    option = conf_folder() / "model" / f"{named}.yaml"
+    settings = Model(named)
+    if path.is_file():
+        settings = Model(fairseq_checkpoint=str(path))
+    elif option.is_file() and not path.exists():
+        values = yaml.safe_load(option.read_text(encoding="utf-8"))
+        settings = Model(**{key: value for key, value in values.items() if key != "defaults"})
+    for fault in device_faults(device):
+        raise UserError(fault)
+    speech = load_or_train(settings, choose_device(device))
+    for warning in speech.warnings:
+        print_warning(warning)
+    return speech
 
 
 def load_or_train(settings: Model, device: torch.device | str = "cpu") -> SpeechModel:

@@ -1,11 +1,13 @@
 """What a user does at the terminal: runs, sweeps, mistakes and interruptions."""
 
+import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pandas
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from safetensors.torch import load_file, save_file
@@ -292,6 +295,73 @@ def test_the_model_of_a_finished_run_is_kept_and_its_loss_or_damage_is_noticed(
     assert (_folder(tmp_path) / "layers.csv").is_file()
 
 
+def test_a_sweep_goes_on_past_a_run_that_another_launcher_is_on_and_comes_back(
+    run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    sweep = ["-m", *small, "sparsity.target=0.5,0.7", "saliency=magnitude,obs", "output_root=out"]
+    assert run_sparsewav(*sweep).returncode == 0
+    (summary,) = tmp_path.glob("out/sweep-*/summary.csv")
+    first, *others = sorted((path.parent for path in summary.parent.glob("*/metrics.json")), key=_finished)
+    for path in (first, *others):
+        shutil.rmtree(path)
+    summary.unlink()
+    held = threading.Event()
+
+    def hold_until_the_others_are_done() -> None:
+        with FileLock(summary.parent / f".{first.name}.lock"):
+            held.set()
+            while not all((path / "metrics.json").is_file() for path in others):
+                time.sleep(0.05)
+
+    holder = threading.Thread(target=hold_until_the_others_are_done, daemon=True)
+    holder.start()
+    held.wait()
+    result = run_sparsewav(*sweep)
+    holder.join()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("Another process is on this run; going on with the next") == 1
+    assert result.stdout.count("Pruning to") == 4
+    assert max((first, *others), key=_finished) == first
+    assert len(pandas.read_csv(summary)) == 4
+
+
+def _finished(folder: Path) -> int:
+    return (folder / "metrics.json").stat().st_mtime_ns
+
+
+@pytest.mark.slow
+def test_two_launchers_share_a_sweep_and_one_does_it_all_when_the_other_is_killed(
+    small: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """They share a folder, as machines that share a file system do; the locks are the system's, on both."""
+    long = ["solver=alps", "allocation=uniform", "recovery=reconstruction", "calibration.propagation=sequential"]
+    sweep = ["-m", *small, *long, "recovery.steps=60", "sparsity.target=0.4,0.5,0.6,0.7"]
+
+    def launch(root: str, number: int) -> tuple[subprocess.Popen[bytes], Path]:
+        log = tmp_path / f"{root}-{number}.log"
+        command = [str(Path(sys.executable).parent / "sparsewav"), *sweep, f"output_root={root}"]
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return process, log
+
+    both = [launch("shared", number) for number in range(2)]
+    assert [process.wait(300) for process, _ in both] == [0, 0]
+    said = [log.read_text() for _, log in both]
+    assert sum(text.count("Evaluating the pruned model") for text in said) == 4, said  # no run twice, and none lost
+    assert all(text.count("Evaluating the pruned model") > 0 for text in said), said
+    assert all("4 runs in" in text for text in said)
+    (summary,) = tmp_path.glob("shared/*/summary.csv")
+    expected = pandas.read_csv(summary)[["run", "status", "wer"]]
+
+    (killed, log), (other, _) = (launch("killed", number) for number in range(2))
+    while killed.poll() is None and log.read_text().count("Loading") < 2:  # in the middle of its second run
+        time.sleep(0.01)
+    killed.kill()
+    assert (other.wait(300), killed.wait(300)) == (0, -9)
+    (summary,) = tmp_path.glob("killed/*/summary.csv")
+    pandas.testing.assert_frame_equal(pandas.read_csv(summary)[["run", "status", "wer"]], expected)
+
+
 def test_what_the_cache_gave_is_told_from_what_was_measured_now(
     run_sparsewav: Run, small: list[str], tmp_path: Path
 ) -> None:
@@ -320,15 +390,22 @@ def test_what_the_cache_gave_is_told_from_what_was_measured_now(
     assert any("the dense model's word error rate" in warning for warning in found[0]["warnings"])
 
 
+NO_RAY = pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None,
+    reason="Ray is not installed (pip install '.[ray]', in an environment without joblib's launcher)",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        pytest.param(["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"], marks=NO_RAY),
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "hydra.launcher.tasks_per_node=2"],
     ],
-    ids=["joblib", "submitit", "submitit-two-processes"],
+    ids=["joblib", "ray", "submitit", "submitit-two-processes"],
 )
 def test_a_launcher_gives_the_same_results(
     run_sparsewav: Run, start_sparsewav: Run, small: list[str], tmp_path: Path, launcher: list[str]
@@ -346,7 +423,12 @@ def test_a_launcher_gives_the_same_results(
 
 @pytest.mark.parametrize(
     ("launcher", "class_name"),
-    [("joblib", "JoblibLauncher"), ("submitit_local", "LocalLauncher"), ("submitit_slurm", "SlurmLauncher")],
+    [
+        ("joblib", "JoblibLauncher"),
+        pytest.param("ray_cluster", "RayLauncher", marks=NO_RAY),
+        ("submitit_local", "LocalLauncher"),
+        ("submitit_slurm", "SlurmLauncher"),
+    ],
 )
 def test_the_launchers_are_there(launcher: str, class_name: str) -> None:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -14,6 +14,9 @@ MISTAKES = [
     (["sparsity=0.5"], "sparsity=0.5 does not exist; choose one of n_m, unstructured, or give .* sparsity.target=0.5"),
     (["-m", "sparsity=0.5,0.6"], "sparsity=0.5 does not exist; choose one of n_m, unstructured"),
     (["solver=null"], "solver=null does not exist; choose one of alps, obs, obs_refit"),
+    (["saliency={}"], "saliency={} does not exist; choose one of magnitude, obs, obs_first_order, wanda"),
+    (["recovery={steps:3}"], "recovery={'steps': 3} does not exist; choose one of affine, none, reconstruction"),
+    (["saliency=[obs]"], "saliency=['obs'] does not exist (did you mean obs?); choose one of"),
     (["experiment=null"], "experiment=null does not exist; .*, or leave it out"),
     (
         ["solver.damping="],

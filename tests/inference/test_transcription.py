@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+import sparsewav
 from sparsewav.cli.transcribe import _recording
 from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance, read_audio
@@ -109,6 +110,17 @@ def test_one_chunk_is_the_evaluation(demo: SpeechModel, utterances: list[Utteran
     """A short recording reads as the evaluation reads it."""
     expected = transcribe(demo.model, demo.processor, utterances[:3])
     assert [transcribe_recording(demo, utterance).text for utterance in utterances[:3]] == expected
+
+
+def test_python_transcribes_files_and_arrays_as_the_command_does(
+    demo: SpeechModel, utterances: list[Utterance], talk: Path
+) -> None:
+    expected = transcribe_recording(demo, Utterance("talk", "", talk), chunk_seconds=10)
+    samples, rate = soundfile.read(talk, dtype="float32")
+    for given in (talk, str(talk), [talk], {"array": samples.mean(1), "sampling_rate": rate}):
+        assert sparsewav.transcribe(demo, given, chunk_seconds=10) == [expected]
+    texts = [transcript.text for transcript in sparsewav.transcribe(demo, utterances[:2])]
+    assert texts == transcribe(demo.model, demo.processor, utterances[:2])
 
 
 def test_words_are_where_they_are_said(demo: SpeechModel, utterances: list[Utterance], tmp_path: Path) -> None:

@@ -144,12 +144,12 @@ def test_tensors_of_another_model_are_refused_by_name(kind: str, form: str, own_
     """By the command's loader in every format, by the package's, and by what writes the model anew."""
     change, message = OTHER_MODELS[kind]
     _rewrite(own_folder, change, form)
-    loaders: list[Callable[[], object]] = [lambda: load_speech_model(str(own_folder))]
+    loaders: list[Callable[[], object]] = [
+        lambda: load_speech_model(str(own_folder)),
+        lambda: sparsewav.load(own_folder),
+    ]
     if form != "pickle":
-        loaders += [
-            lambda: sparsewav.load(own_folder),
-            lambda: sparsewav.prune_folder(own_folder, own_folder.with_name("pruned"), [_noise()]),
-        ]
+        loaders.append(lambda: sparsewav.prune_folder(own_folder, own_folder.with_name("pruned"), [_noise()]))
     for load in loaders:
         with pytest.raises(UserError, match=message):
             load()
@@ -157,6 +157,21 @@ def test_tensors_of_another_model_are_refused_by_name(kind: str, form: str, own_
 
 def _noise() -> dict[str, Tensor]:
     return {"input_values": torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["safetensors", "shards", "pickle"])
+def test_python_loads_every_format_of_the_command_and_keeps_its_bits(
+    form: str, dtype: torch.dtype, own_folder: Path, tmp_path: Path
+) -> None:
+    sparsewav.load(own_folder, dtype).save_pretrained(own_folder)
+    expected = load_file(own_folder / "model.safetensors")
+    _rewrite(own_folder, lambda tensors: None, form)
+    for place in (own_folder, tmp_path):  # a model, and the run in whose folder it is
+        model = sparsewav.load(place)
+        assert model.dtype == dtype
+        assert not model.training
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_checkpoint_without_the_mask_embedding_is_one_model(own_folder: Path, tmp_path: Path) -> None:

@@ -104,6 +104,24 @@ def test_the_bytes_are_those_of_pruning_in_memory(
     assert all(torch.equal(before[name], after[name]) != (name in matrices) for name in before)
 
 
+def test_a_run_is_taken_and_tensors_named_as_in_a_bare_encoder(
+    source: Path, batches: list[Batch], tmp_path: Path
+) -> None:
+    """As everywhere else where a model is named."""
+    sparsewav.prune_folder(source, tmp_path / "expected", batches, 0.6)
+    tensors = load_file(source / "model.safetensors")
+    save_file(
+        {name.removeprefix("wavlm."): tensor for name, tensor in tensors.items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    source.rename(tmp_path / "model")  # of the run in the folder around it
+    sparsewav.prune_folder(tmp_path, tmp_path / "pruned", batches, 0.6)
+    states = [sparsewav.load(tmp_path / name).state_dict() for name in ("expected", "pruned")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_killed_pruning_goes_on_to_the_same_bytes(
     dtype: torch.dtype, tiny_model: Factory, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

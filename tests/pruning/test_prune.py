@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import sparsewav
-from sparsewav import ALPS, NM, OBS, Calibration, Hutchinson, Pruning, Unstructured
+from sparsewav import ALPS, NM, OBS, Calibration, Hutchinson, Pruning, Reconstruction, Unstructured
 from sparsewav.errors import UserError
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.pruning import collect_hessians, estimate_traces, layerwise, prunable_matrices, prune_matrix, prune_model
@@ -209,6 +209,41 @@ def test_report_holds_what_was_done(
     assert report.target_sparsity == 0.6
     assert set(report.seconds) == {"calibrate", "allocate", "solve"}
     assert all(seconds >= 0 for seconds in report.seconds.values())
+
+
+def test_a_preset_gives_what_its_options_give_one_by_one(tiny_model: Factory, batches: list[Batch]) -> None:
+    """And an option that is given besides goes before the preset's."""
+    unlabeled = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    models = [tiny_model("wav2vec2") for _ in range(3)]
+    reports = [
+        sparsewav.prune(models[0], unlabeled, 0.6, preset="best_oneshot"),
+        sparsewav.prune(
+            models[1],
+            batches,
+            0.6,
+            solver=ALPS(),
+            allocation="uniform",
+            recovery=Reconstruction(steps=50),
+            calibration=Calibration(propagation="sequential"),
+        ),
+        sparsewav.prune(models[2], batches, 0.6, preset="best_oneshot", recovery="none"),
+    ]
+    assert same_bytes(models[0], models[1])
+    assert not same_bytes(models[0], models[2])
+    assert [len(report.recoveries) for report in reports] == [2, 2, 0]
+
+
+def test_the_report_is_a_table_and_fits_a_screen(tiny_model: Factory, batches: list[Batch]) -> None:
+    report = sparsewav.prune(tiny_model("wav2vec2"), batches, 0.6)
+    table = report.to_frame()
+    assert list(table.index) == [matrix.name for matrix in report.matrices]
+    sizes = table["rows"] * table["cols"]
+    assert (table["sparsity"] * sizes).sum() / sizes.sum() == pytest.approx(report.sparsity)
+    shown = repr(report)
+    assert len(shown.splitlines()) <= 3 + len(report.warnings)
+    assert f"{report.sparsity:.2%} of the weights of 12 matrices are zero (asked for: 60.00%)" in shown
+    assert table["relative_error"].idxmax() in shown
+    assert all(warning in shown for warning in report.warnings)
 
 
 def test_every_matrix_is_what_the_solver_makes_of_it(tiny_model: Factory, batches: list[Batch]) -> None:

@@ -3,18 +3,22 @@
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import SchedulerType
 
 import sparsewav
+import sparsewav.cli.app
 from sparsewav.errors import UserError
+from sparsewav.files import conf_folder
 from sparsewav.settings.baselines import PARP, DistilHuBERT, Gated
 from sparsewav.settings.data import DemoData
 from sparsewav.settings.options import doc_of
+from sparsewav.settings.presets import preset_names, read_preset
 from sparsewav.settings.pruning import (
     ALPS,
     NM,
@@ -51,18 +55,29 @@ def test_every_field_is_documented(name: str) -> None:
 
 def test_prune_takes_the_settings_of_the_command_with_the_same_defaults() -> None:
     parameters = inspect.signature(sparsewav.prune).parameters
-    assert len(parameters) <= 12
-    defaults = Pruning()
+    assert len(parameters) <= 13
+    defaults = read_preset(parameters["preset"].default)
     assert [item.name for item in fields(Pruning)] == [name for name in parameters if hasattr(defaults, name)]
     assert set(parameters) - {item.name for item in fields(Pruning)} == {
         *("model", "calibration_batches"),
-        *("masks", "progress"),
+        *("preset", "masks", "progress"),
     }
-    for group in OPTIONS:
-        assert resolve(group, parameters[group].default) == getattr(defaults, group), group
-    assert parameters["calibration"].default is None  # Calibration(), which a signature cannot have as one for all
-    assert defaults.calibration == Calibration()
+    assert defaults == Pruning()
+    assert resolve("sparsity", parameters["sparsity"].default) == defaults.sparsity
     assert parameters["seed"].default == defaults.seed
+    # The others are the preset's.
+    assert {parameters[group].default for group in (*OPTIONS, "calibration") if group != "sparsity"} == {None}
+
+
+def test_presets_are_what_the_command_reads_from_the_same_files() -> None:
+    assert preset_names() == ["paper", "best", "best_oneshot"]
+    for name in preset_names():
+        overrides = ["sparsity.target=0.8", *([f"experiment={name}"] if name != "paper" else [])]
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config: Any = OmegaConf.to_object(compose("config", overrides))
+        assert config.pruning(0.8) == replace(read_preset(name), sparsity=Unstructured(0.8)), name
+    with pytest.raises(UserError, match="preset=smoke does not exist; choose one of paper, best, best_oneshot"):
+        read_preset("smoke")  # which is about the speech, too
 
 
 @pytest.mark.parametrize(
@@ -78,7 +93,10 @@ def test_the_other_functions_take_the_names_of_prune(function: Any, own: set[str
     theirs, ours = inspect.signature(sparsewav.prune).parameters, inspect.signature(function).parameters
     assert set(ours) - set(theirs) == own
     for name in set(ours) & set(theirs) - other_defaults:
-        assert ours[name].default == theirs[name].default, name
+        expected, given = theirs[name].default, ours[name].default
+        if name in OPTIONS and expected is None:
+            expected, given = getattr(Pruning(), name), resolve(name, given)
+        assert given == expected, name
         assert ours[name].kind == theirs[name].kind, name
 
 

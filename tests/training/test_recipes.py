@@ -9,6 +9,7 @@ import pytest
 
 from sparsewav.errors import UserError
 from sparsewav.models.load import locate_model
+from sparsewav.settings.run import Model
 from sparsewav.training import recipes
 
 
@@ -45,3 +46,38 @@ def test_a_recipe_is_trained_once_and_other_names_are_given_back(
     assert (folder / "training.json").read_text() == "{}"
     assert "training.json is damaged; demo-hubert is trained again" in capsys.readouterr().out.replace("\n", "")
     assert recipes.lineage("demo-large-100h")[0] == "demo-large-100h"
+
+
+@pytest.mark.parametrize(
+    ("named", "settings"),
+    [
+        ("demo", Model("demo")),
+        ("facebook/some-model", Model("facebook/some-model")),
+        ("wav2vec2-base-100h", Model("facebook/wav2vec2-base-100h")),
+        ("wav2vec2-large-10m", Model("./models/wav2vec2-large-10m", fairseq_checkpoint="./models/wav2vec_big_10m.pt")),
+        ("mine.pt", Model(fairseq_checkpoint="mine.pt")),
+        ("demo-wavlm", Model("demo-wavlm")),
+        ("hubert-base-100h", Model("hubert-base-100h")),  # a folder here goes before an option of that name
+    ],
+)
+def test_python_names_models_as_the_command_does(
+    named: str, settings: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pt").touch()
+    (tmp_path / "hubert-base-100h").mkdir()
+    found: list[Model] = []
+
+    class Enough(Exception):
+        pass
+
+    def load(settings: Model, device: object) -> None:
+        found.append(settings)
+        raise Enough
+
+    monkeypatch.setattr(recipes, "load_or_train", load)
+    with pytest.raises(Enough):
+        recipes.load_model(named, device="cpu")
+    assert found == [settings]
+    with pytest.raises(UserError, match="device=gpu is not known; choose auto, cpu, cuda or cuda:1"):
+        recipes.load_model(named, device="gpu")
