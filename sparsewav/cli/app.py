@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
+from io import StringIO
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from sparsewav.cli.explain import check_overrides, explain, refuse_added_keys
+from sparsewav import __version__
+from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
@@ -50,6 +53,13 @@ class RememberSweep(Callback):
 def _sweep_name() -> str:
     """Give the same name for the same command line, so that a second launch of a sweep finds its runs."""
     return f"sweep-{short_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
+
+
+def _complete(start: Callable[[], Any]) -> None:
+    """Print Hydra's completions without the schemas that it takes for options."""
+    with redirect_stdout(StringIO()) as said:
+        start()
+    print(re.sub(r"\S+=base_\w+\s?", "", said.getvalue()), end="")
 
 
 def _register() -> None:
@@ -245,9 +255,16 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     sys.argv[1:] = sorted(
         sys.argv[1:], key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~"))
     )
+    start = hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)
+    if "--version" in sys.argv[1:]:
+        print(f"{COMMANDS[config_name][0]} {__version__}")
+        return
     try:
         check_overrides(sys.argv[1:], config_name)
-        hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()
+        if any(word in ("-sc", "--shell-completion") for word in sys.argv[1:]):
+            _complete(start)
+        else:
+            start()
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     except UserError as error:

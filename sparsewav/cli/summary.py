@@ -1,7 +1,7 @@
 """Console command ``sparsewav-summary``: the runs of a sweep in one table."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder
@@ -105,12 +106,15 @@ def _show(column: str, value: Any) -> str:
 
 def main() -> None:
     """Console entry ``sparsewav-summary FOLDER``: write and show the summary of a sweep's folder again."""
-    console = Console()
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        console.print("usage: sparsewav-summary FOLDER    (the folder of a sweep, e.g. outputs/methods)")
-        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="sparsewav-summary",
+        description="Show the runs in a folder, finished and failed, and write summary.csv there.",
+        epilog="The exit code is 1 if a run has failed.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a sweep, e.g. outputs/methods")
+    folder = parser.parse_args().folder
     if not folder.is_dir():
         print_error(f"{folder} is not a folder; give the folder of a sweep")
         raise SystemExit(1)
-    raise SystemExit(1 if summarize(folder, console) else 0)
+    raise SystemExit(1 if summarize(folder, Console()) else 0)

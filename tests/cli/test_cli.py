@@ -70,7 +70,7 @@ def test_help_ends_without_a_word_where_its_reader_does() -> None:
 def test_summary_is_a_console_command(start_sparsewav: Run) -> None:
     result = start_sparsewav("--help", command="sparsewav-summary")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "usage: sparsewav-summary FOLDER" in result.stdout
+    assert "usage: sparsewav-summary [-h] [--version] FOLDER" in result.stdout
 
 
 def test_a_process_fails_with_one_sentence(start_sparsewav: Run) -> None:
