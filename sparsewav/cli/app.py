@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from io import StringIO
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -30,24 +32,32 @@ from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_add
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
-from sparsewav.pipeline.naming import run_name, short_hash
+from sparsewav.pipeline.naming import SETTINGS, run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.options import MISSING
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 T = TypeVar("T")
 
-SETTINGS = ".hydra"
-"""Folder of a run's composed configuration; Hydra's name for it."""
+logger = logging.getLogger(__name__)
+
+
+JOBS = "SPARSEWAV_JOBS"
+"""The environment variable that tells a sweep's jobs, in whatever process a launcher starts them, how many they are."""
 
 
 class RememberSweep(Callback):
-    """Remembers the folder of this process's multirun: Hydra tells it to nobody but its callbacks."""
+    """Remembers folder and number of jobs of this process's multirun: Hydra tells them to nobody but its callbacks."""
 
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         RememberSweep.folder = Path(str(config.hydra.sweep.dir))
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        words = [*params, *config.hydra.overrides.task]  # the command line's come after the experiment's
+        overrides = {item.key_or_group: item for item in OverridesParser.create().parse_overrides(words)}
+        sweeps = [item for item in overrides.values() if item.is_sweep_override()]
+        os.environ[JOBS] = str(prod(sum(1 for _ in item.sweep_string_iterator()) for item in sweeps))
 
 
 def _sweep_name() -> str:
@@ -128,6 +138,15 @@ def _run_job(settings: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console()
+    job = ""
+    if is_sweep:
+        job = f"job {HydraConfig.get().job.num + 1}" + (f" of {os.environ[JOBS]}: " if JOBS in os.environ else ": ")
+    console.print(f"[bold]{job}{folder.name}[/bold]", soft_wrap=True)
+
+    def begin() -> None:
+        _write_settings(settings, folder)
+        logger.info(f"{job}{folder.name}")
+
     try:
         config: Config = typed(settings)
         config.check()
@@ -135,8 +154,7 @@ def _run_job(settings: DictConfig) -> float | None:
         from sparsewav.pipeline.run import run  # imported late: --help and configuration errors need no PyTorch
         from sparsewav.pipeline.tracking import RunDescription, make_tracker
 
-        console.print(f"[bold]{folder.name}[/bold]")
-        metrics = run(config, folder, console, begin=lambda: _write_settings(settings, folder))
+        metrics = run(config, folder, console, begin=begin)
         description = RunDescription(
             name=folder.name,
             settings=OmegaConf.to_container(settings, resolve=True),  # type: ignore[arg-type]

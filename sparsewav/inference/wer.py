@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jiwer
+import numpy as np
 import torch
+from jaxtyping import Integer
 from torch import Tensor
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
@@ -68,3 +70,14 @@ def word_error_rate(utterances: Sequence[Utterance], hypotheses: Sequence[str]) 
         raise UserError("the evaluation set is empty: a word error rate over no words is not a number")
     references = [utterance.text for utterance in utterances]
     return float(jiwer.wer(references, list(hypotheses)))
+
+
+def count_edits(
+    references: Sequence[str], hypotheses: Sequence[str], *, characters: bool = False
+) -> tuple[Integer[np.ndarray, " utterances"], Integer[np.ndarray, " utterances"]]:
+    """Give the number of edits in every utterance, and of words or characters in every reference."""
+    process = jiwer.process_characters if characters else jiwer.process_words
+    outputs = [process(*pair) for pair in zip(references, hypotheses, strict=True)]
+    edits = [output.substitutions + output.deletions + output.insertions for output in outputs]
+    lengths = [output.hits + output.substitutions + output.deletions for output in outputs]
+    return np.array(edits), np.array(lengths)

@@ -150,11 +150,19 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
     assert "Traceback" not in output
-    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
+    assert output.count("error: allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
     (summary_path,) = (tmp_path / "out").glob("sweep-*/summary.csv")
     summary = pandas.read_csv(summary_path)
     assert len(summary) == 6
     assert (summary["status"] == "failed").sum() == 2
+    numbers = re.findall(r"^job (\d) of 6: (tiny\S+)$", result.stdout, re.MULTILINE)
+    assert [number for number, _ in numbers] == list("123456")
+    assert {name for _, name in numbers} == set(summary["run"])
+    assert all(
+        f"job {number} of 6: {name}" in (summary_path.parent / name / "sparsewav.log").read_text()
+        for number, name in numbers
+        if "0.95" not in name
+    )
     done = summary[summary["status"] == "done"]
     assert sorted(zip(done["saliency"], done["target_sparsity"], strict=True)) == [
         ("magnitude", 0.5),
@@ -378,7 +386,7 @@ def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str],
     several = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
     output = several.stdout + several.stderr
     assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
-    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
+    assert output.count("error: allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
     one, two = (sorted((tmp_path / root).glob("sweep-*/*/metrics.json")) for root in ("one", "two"))
     assert [path.parent.name for path in one] == [path.parent.name for path in two]
     assert len(one) == 2
