@@ -143,18 +143,14 @@ def _run_job(settings: DictConfig) -> float | None:
         job = f"job {HydraConfig.get().job.num + 1}" + (f" of {os.environ[JOBS]}: " if JOBS in os.environ else ": ")
     console.print(f"[bold]{job}{folder.name}[/bold]", soft_wrap=True)
 
-    def begin() -> None:
-        _write_settings(settings, folder)
-        logger.info(f"{job}{folder.name}")
-
     try:
         config: Config = typed(settings)
-        config.check()
+        if config.tracker.name == "none":  # else the tracker hears of what is wrong, too
+            config.check()
         quieten_libraries()
         from sparsewav.pipeline.run import run  # imported late: --help and configuration errors need no PyTorch
-        from sparsewav.pipeline.tracking import RunDescription, make_tracker
+        from sparsewav.pipeline.tracking import RunDescription, Tracking
 
-        metrics = run(config, folder, console, begin=begin)
         description = RunDescription(
             name=folder.name,
             settings=OmegaConf.to_container(settings, resolve=True),  # type: ignore[arg-type]
@@ -162,7 +158,16 @@ def _run_job(settings: DictConfig) -> float | None:
             overrides=list(HydraConfig.get().overrides.task),
             group=_group(folder, is_sweep),
         )
-        make_tracker(config.tracker, description)(metrics, folder)
+        with Tracking(config.tracker, description, folder, redo=config.force) as tracking:
+
+            def begin() -> None:
+                _write_settings(settings, folder)
+                logger.info(f"{job}{folder.name}")
+                tracking.start()
+
+            config.check()
+            metrics = run(config, folder, console, begin=begin)
+            tracking.finish(metrics)
         if not is_sweep:
             show_result(metrics, folder, console)
         return metrics["wer"]

@@ -23,7 +23,6 @@ from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.files import conf_folder
-from sparsewav.pipeline.tracking import RunDescription, _used_options
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -727,74 +726,6 @@ def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
     assert "0.7 and 15 updates, then 0.8 and 15 updates" in (folder / "model" / "README.md").read_text()
 
 
-def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
-    """What an offline run's file holds: configuration, the last value of everything logged, and the run itself.
-
-    The file is a LevelDB log (blocks of 32 KiB, records of checksum, length and type) of protocol buffers.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("*/wandb/offline-run-*/*.wandb")
-    data, position, pieces = path.read_bytes(), 7, b""
-    found: dict[str, dict[str, str]] = {"config": {}, "logged": {}, "run": {}}
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        pieces += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind not in (1, 4):  # the first or a middle part of a record
-            continue
-        record = Record.FromString(pieces)
-        pieces = b""
-        found["config"] |= {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
-        for items in (record.history.item, record.summary.update):
-            found["logged"] |= {item.key or "/".join(item.nested_key): item.value_json for item in items}
-        if record.HasField("run"):
-            run = record.run
-            found["config"] |= {item.key: item.value_json for item in run.config.update}
-            found["run"] |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
-            found["run"] |= {"project": run.project, "tags": " ".join(run.tags), "id": run.run_id}
-    return found
-
-
-def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
-    tracker = ["tracker=wandb", "tracker.mode=offline", "data.evaluation_utterances=6"]
-    result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = _folder(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    found = _read_wandb(tmp_path / "outputs")
-    run = found["run"]
-    assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
-    tags = set(run["tags"].split())
-    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= tags
-    # The model that was pruned, where the group's option is still the default one.
-    assert [tag for tag in tags if tag.startswith("model=")] == [f"model={metrics['model']}"]
-    assert metrics["model"] != "demo"
-    assert "finetune_strategy=one_pass" in run["name"]
-    assert run["id"] == folder.name.rpartition("-")[2]
-    assert json.loads(found["config"]["allocation"])["alpha"] == 0.1
-    logged = found["logged"]
-    assert json.loads(logged["eval/wer"]) == metrics["wer"]
-    assert json.loads(logged["wer_dense"]) == metrics["wer_dense"]
-    assert json.loads(logged["finetune/update"]) == metrics["updates"]
-    assert {"finetune/loss", "stage/wer", "stage/wer_pruned"} <= set(logged)
-    for table in ("layers", "transcripts", "stages"):
-        assert any(key.startswith(table) and "table" in value for key, value in logged.items()), table
-
-
-def test_wandb_tags_are_of_what_the_run_used() -> None:
-    """A fairseq checkpoint has its own name, and a baseline no options of our method."""
-    choices = {"model": "demo", "method": "parp", "saliency": "obs", "data": "demo", "experiment": "None"}
-    description = RunDescription("name-0123", {}, choices, [], None)
-    metrics = {"model": "wav2vec_small_100h", "method": "parp", "saliency": None}
-    used = _used_options(description, metrics)
-    assert used == {"model": "wav2vec_small_100h", "method": "parp", "data": "demo"}
-
-
 def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     """model.offload=true changes how much memory a run takes, and nothing that it writes."""
     options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
@@ -808,13 +739,3 @@ def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: li
     for name in ("model/model.safetensors", "model/config.json", "layers.csv", "predictions.jsonl"):
         assert (whole / name).read_bytes() == (streamed / name).read_bytes(), name
     assert not (streamed / "stages").exists()
-
-
-def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    """No key and nobody to ask for one: the run says so, is kept offline, and its results are there."""
-    nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path)}
-    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=online", **nobody)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
-    assert (_folder(tmp_path) / "metrics.json").is_file()
-    assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
