@@ -71,6 +71,8 @@ class Sweep:
 def read_sweep(folder: Path) -> Sweep:
     """Read the finished and failed runs in a folder; damaged records are named and left out."""
     rows = [*_finished(folder), *_failed(folder)]
+    if not rows:
+        return Sweep(folder, pandas.DataFrame(), [], {})
     overrides = [_overrides(row, folder / row["run"]) for row in rows]
     keys = list(dict.fromkeys(key for chosen in overrides for key in chosen))
     settings = pandas.DataFrame(

@@ -139,7 +139,7 @@ class Tracking:
             # An interrupted run goes on there, too; one that is done again takes the place of the one before.
             "resume": "allow" if (self.folder / run_folder.STAGES).is_dir() else None,
             "tags": _tags(self.description, {"model": name}),
-            "config": settings | {"pruned_model": name},
+            "config": settings | {"pruned_model": name, "options": self.description.choices},
             "dir": str(self.folder),
             # A banner before and a table of results after every run would drown what the run itself says.
             "settings": wandb.Settings(silent=True, console="off"),

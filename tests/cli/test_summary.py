@@ -15,10 +15,12 @@ import pandas
 import pytest
 import yaml
 from rich.console import Console
+from wandb_workspaces.reports.v2 import BarPlot, Config, LinePlot, PanelGrid, ScatterPlot, SummaryMetric
 
 from sparsewav.cli.summary import summarize
 from sparsewav.cli.sweep_figure import _points
 from sparsewav.cli.sweep_runs import read_sweep
+from sparsewav.cli.wandb_report import build_report, build_workspace, paper_parts, sweep_part
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -196,3 +198,46 @@ def test_the_figure_has_the_axes_of_the_sweep(
     assert points["dense"].tolist() == pytest.approx([5.76] * len(points))
     _shown(folder, 80)
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_on_wandb_compares_by_what_varies(tmp_path: Path) -> None:
+    axes = SPARSITIES | {"saliency": ["obs", "wanda"], "calibration": ["small", "paper"], "model": ["a", "b"]}
+    folder = _write_sweep(tmp_path / "sweep", axes, updates=10, cer=0.1)
+    part = sweep_part(read_sweep(folder))
+    assert part.runs == "Group in ['sweep']"
+    bars = {panel.title: panel.groupby for panel in part.panels if isinstance(panel, BarPlot)}
+    assert bars["WER by sparsity.target"] == Config("sparsity.target")
+    assert bars["WER by saliency"] == Config("options.saliency")
+    assert bars["CER by calibration"] == Config("options.calibration")
+    assert {type(panel) for panel in part.panels} == {BarPlot, ScatterPlot, LinePlot}
+    report, workspace = (build("me", "sparsewav", [part]) for build in (build_report, build_workspace))
+    (grid,) = (block for block in report.blocks if isinstance(block, PanelGrid))
+    assert len(grid.panels) == len(workspace.sections[0].panels) == len(part.panels)
+    assert "'sweep'" in str(grid.runsets[0].filters)
+    assert "'sweep'" in str(workspace.runset_settings.filters)
+    _write_sweep(tmp_path / "named", SPARSITIES | {"experiment": ["ours/methods"]})
+    assert sweep_part(read_sweep(tmp_path / "named")).groups == ("ours/methods",)
+
+
+def test_the_report_on_the_paper_has_the_ablation_the_curves_and_the_timing() -> None:
+    report = build_report("me", "sparsewav", paper_parts())
+    grids = [block for block in report.blocks if isinstance(block, PanelGrid)]
+    assert [len(grid.panels) for grid in grids] == [3, 3, 1]
+    assert "'paper/ablation_one_shot', 'paper/ablation_finetune'" in str(grids[0].runsets[0].filters)
+    assert grids[0].panels[0].groupby == Config("saliency.name")
+    assert grids[1].panels[0].x == SummaryMetric("achieved_sparsity")
+
+
+def test_a_report_that_cannot_be_saved_is_one_sentence(run_sparsewav: Run, tmp_path: Path) -> None:
+    command = "sparsewav-wandb-report"
+    result = run_sparsewav("nowhere", "--entity", "me", command=command)
+    assert (result.returncode, result.stderr) == (1, "error: nowhere is not a folder; give the folder of a sweep\n")
+    (tmp_path / "empty").mkdir()
+    assert run_sparsewav("empty", command="sparsewav-summary").stdout == "empty has no runs\n"
+    result = run_sparsewav("empty", "--entity", "me", command=command)
+    assert (result.returncode, result.stderr.count("empty has no finished runs")) == (1, 1)
+    nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    result = run_sparsewav("--entity", "me", command=command, **nobody)
+    assert result.returncode == 1
+    assert re.search(r"^error: it cannot be saved: .*; log in first", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr

@@ -123,7 +123,9 @@ def service(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         told.begun.append(arguments)
         told.events.append(("init", bool(list(Path.cwd().glob("outputs/*/metrics.json")))))
         return SimpleNamespace(
-            url="https://wandb.test/run", offline=arguments.get("mode") == "offline", disabled=False,
+            url="https://wandb.test/run",
+            offline=arguments.get("mode") == "offline",
+            disabled=False,
             log=log,
             define_metric=lambda *names, **options: None,
             summary=SimpleNamespace(update=lambda values: told.events.append(("summary", values))),
