@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, QuotedString, RangeSweep
@@ -36,6 +37,9 @@ NUMBERS = {
 }
 """The key that a number in the place of an option was meant for, by group."""
 
+MANIFESTS = (".csv", ".tsv", ".json", ".jsonl")
+"""The suffixes of files that can be meant for a manifest."""
+
 WITHOUT_SCHEMA = {"config": ("experiment", "scale"), "train": ("recipe", "architecture")}
 """Groups whose options are made of other keys."""
 
@@ -58,7 +62,7 @@ def explain(error: Exception, config_name: str) -> str:
         return _no_such_key(match[1], config_name)
     if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, value = match[1].partition("=")
-        takes_list = key == "experiment" or key.startswith("architecture.") or "[" in _default(key, config_name)
+        takes_list = key == "experiment" or key.startswith("architecture.") or _takes_list(key, config_name)
         listed = f", or write a list: {key}=[{value}]" if takes_list else ""
         return f"{match[1]} has several values; add -m to run each of them{listed}"
     if match := re.search(r"Error parsing override '(.+?)'\s+missing EQUAL", text):
@@ -144,6 +148,13 @@ def _instead(group: str, value: str) -> str:
         return ""
     if group == "model":
         return f"model.{'fairseq_checkpoint' if value.endswith('.pt') else 'name_or_path'}={value}"
+    path = Path(value)
+    if path.is_file() or path.suffix in MANIFESTS:
+        return f"data=manifest data.test={value}"
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", value) and not path.exists()
+    if saved or on_hub:
+        return f"data=hf data.path={value}"
     return f"data=librispeech_dir data.root={value}"
 
 
@@ -232,6 +243,13 @@ def _keys_of(group: str) -> dict[str, list[str]]:
         for item in fields(schema):
             keys.setdefault(item.name, []).append(option)
     return {key: [] if len(owners) == len(options) else owners for key, owners in keys.items()}
+
+
+def _takes_list(key: str, config_name: str) -> bool:
+    """Tell whether a key has a list as its default, or may have one, as the subsets of data."""
+    group, _, name = key.rpartition(".")
+    kinds = [item.type for schema in SCHEMAS.get(group, ()) for item in fields(schema) if item.name == name]
+    return Any in kinds or "[" in _default(key, config_name)
 
 
 def _default(key: str, config_name: str) -> str:

@@ -1,6 +1,7 @@
 """Console command ``sparsewav-summary``: the runs of a sweep in one table and one figure."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pandas
@@ -21,7 +22,7 @@ FIGURE = "summary.png"
 
 _ERRORS = ("wer", "cer")
 
-_FIGURES = {
+_RESULTS = {
     "achieved_sparsity": "reached",
     **{f"{rate}_dense": f"dense\n{rate.upper()} %" for rate in _ERRORS},
     **{f"{rate}_pruned": f"pruned\n{rate.upper()} %" for rate in _ERRORS},
@@ -30,16 +31,16 @@ _FIGURES = {
     "cer": "CER %",
     "cer_delta": "CER − dense\n[95 % interval]",
     "divergence": "divergence",
+}
+"""What the terminal shows of every run, with its headings."""
+
+_BESIDE = {
     "updates": "updates",
     "evaluation_overlap": "evaluated\non seen",
     "prune_seconds": "seconds",
     "seconds_cached": "cached",
-    "status": "status",
 }
-"""The figures that the terminal shows, with their headings."""
-
-_SECONDARY = ("evaluation_overlap", "prune_seconds", "seconds_cached", "updates")
-"""Those of them that a narrow terminal leaves to ``summary.csv``."""
+"""What it shows besides, if it is wide enough."""
 
 
 def summarize(folder: Path, console: Console) -> int:
@@ -50,21 +51,13 @@ def summarize(folder: Path, console: Console) -> int:
         return 0
     with write_file(folder / SUMMARY) as temporary:
         sweep.runs.convert_dtypes().to_csv(temporary, index=False)
-    figures = [
-        column
-        for column in _FIGURES
-        if sweep.any(column)
-        and (not column.endswith("_dense") or sweep.varies(column))
-        and (not column.endswith("_pruned") or sweep.any("updates"))  # without fine-tuning the two WERs are equal
-        and (column != "updates" or sweep.varies(column))
-        and (column != "status" or len(sweep.failed))
-    ]
+    figures = _figures(sweep)
     runs = "1 run" if len(sweep.runs) == 1 else f"{len(sweep.runs)} runs"
     console.print(f"[bold]{runs} in {escape(str(folder))}[/bold]", soft_wrap=True)
     console.print(_title(sweep), highlight=False, markup=False)
-    narrow = [column for column in figures if column not in _SECONDARY]
-    for columns in (figures, narrow):
-        table = _table(sweep, columns)
+    narrow = {column: heading for column, heading in figures.items() if column not in _BESIDE}
+    for shown in (figures, narrow):
+        table = _table(sweep, shown)
         if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
             console.print(table)
             break
@@ -75,6 +68,24 @@ def summarize(folder: Path, console: Console) -> int:
     drawn = draw(sweep, folder / FIGURE)
     console.print(f"Summary: {folder / SUMMARY}" + (f", {FIGURE}" if drawn else ""), soft_wrap=True)
     return len(sweep.failed)
+
+
+def _figures(sweep: Sweep) -> dict[str, str]:
+    """Give the columns of figures that say something, with their headings."""
+    others = {  # of the evaluation sets behind the first
+        column: f"{column.rpartition('/')[0]}\n{_RESULTS[column.rpartition('/')[2]]}"
+        for column in sweep.runs
+        if re.search(r"/(wer|cer|divergence)$", column)
+    }
+    return {
+        column: heading
+        for column, heading in (_RESULTS | others | _BESIDE | {"status": "status"}).items()
+        if sweep.any(column)
+        and (not column.endswith("_dense") or sweep.varies(column))
+        and (not column.endswith("_pruned") or sweep.any("updates"))  # without fine-tuning the two are equal
+        and (column != "updates" or sweep.varies(column))
+        and (column != "status" or len(sweep.failed))
+    }
 
 
 def _title(sweep: Sweep) -> str:
@@ -90,13 +101,13 @@ def _title(sweep: Sweep) -> str:
     return "; ".join(part for part in (settings, dense) if part)
 
 
-def _table(sweep: Sweep, figures: list[str]) -> Table:
+def _table(sweep: Sweep, figures: dict[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for key in sweep.axes:
         numeric = sweep.runs[key].dtype.kind in "fi"
         table.add_column(escape(key.replace(".", ".\n")), justify="right" if numeric else "left", no_wrap=True)
-    for column in figures:
-        table.add_column(escape(_FIGURES[column]), justify="left" if column == "status" else "right", no_wrap=True)
+    for column, heading in figures.items():
+        table.add_column(escape(heading), justify="left" if column == "status" else "right", no_wrap=True)
     settings = [sweep.labels(key) for key in sweep.axes]
     for index, row in sweep.runs.iterrows():
         shown = [column[index] for column in settings] + [_show(column, row) for column in figures]
@@ -104,13 +115,16 @@ def _table(sweep: Sweep, figures: list[str]) -> Table:
     return table
 
 
-def _show_records(sweep: Sweep, figures: list[str], console: Console) -> None:
+def _show_records(sweep: Sweep, figures: dict[str, str], console: Console) -> None:
     """Show a block of lines for every run: its settings, and below them its figures."""
     labels = {key: sweep.labels(key) for key in sweep.axes}
     for index, row in sweep.runs.iterrows():
         settings = [f"{key}={values[index]}" for key, values in labels.items() if values[index] != "-"]
-        known = [column for column in figures if not pandas.isna(row[column]) and row[column] != "done"]
-        shown = [f"{_FIGURES[column].splitlines()[0].rstrip(' %')} {_show(column, row)}" for column in known]
+        shown = [
+            f"{heading.partition('[')[0].replace('%', '').strip()} {_show(column, row)}"
+            for column, heading in figures.items()
+            if _show(column, row) not in ("", "-")
+        ]
         console.print()
         console.print(" ".join(settings), markup=False, highlight=False)
         console.print(Padding(escape(", ".join(shown)), (0, 0, 0, 4), expand=False))
@@ -127,7 +141,7 @@ def _show(column: str, row: pandas.Series) -> str:
     if column.endswith("_delta"):
         low, high = (100 * row[f"{column}_{end}"] for end in ("low", "high"))
         return f"{100 * value:+.2f} [{low:+.2f}, {high:+.2f}]"
-    if column.startswith(_ERRORS):
+    if re.search(r"(^|/)(wer|cer)(_|$)", column):
         return f"{100 * value:.2f}"
     if column.endswith("seconds") or column == "seconds_cached":
         return f"{value:.1f}"

@@ -112,8 +112,20 @@ def _finished(folder: Path) -> Iterable[dict[str, Any]]:
             | flat
             | {f"{piece}_seconds": value for piece, value in seconds.items()}
             | {"seconds_cached": sum(pruning)}
+            | _other_sets(metrics)
             | _delta(path.parent, metrics)
         )
+
+
+def _other_sets(metrics: dict[str, Any]) -> dict[str, float]:
+    """Give the rates of all evaluation sets but the first, whose rates are the run's, as ``name/wer`` and so on."""
+    others = (metrics.get("evaluation") or [])[1:]
+    return {
+        f"{record['name']}/{key}": record[key]
+        for record in others
+        for key in (*run_folder.RATES, "divergence")
+        if record.get(key) is not None
+    }
 
 
 def _delta(run: Path, metrics: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 TRANSCRIPTS_SHOWN = 50
 
+RESULTS = (*run_folder.RATES, "divergence")
+"""The figures of an evaluation set; an encoder without a head has the divergence alone."""
+
 INTERVAL = 10.0
 """Seconds between two looks at the training log, whose new entries are sent."""
 
@@ -203,9 +206,14 @@ class Tracking:
         for number, stage in enumerate(metrics["stages"]):
             self._run.log({"stage/number": number} | {f"stage/{key}": value for key, value in stage.items()})
         predictions = pandas.read_json(self.folder / run_folder.PREDICTIONS, lines=True, dtype=False)
-        rates = [f"{rate}{when}" for rate in ("wer", "cer") for when in ("", "_dense", "_pruned")]
         figures = {
-            **{f"eval/{key}": metrics[key] for key in (*rates, "divergence") if metrics.get(key) is not None},
+            **{f"eval/{key}": metrics[key] for key in RESULTS if metrics.get(key) is not None},
+            **{
+                f"eval/{record['name']}/{key}": record[key]
+                for record in metrics["evaluation"][1:]
+                for key in RESULTS
+                if record.get(key) is not None
+            },
             "prune/sparsity_achieved": metrics["achieved_sparsity"],
             "prune/seconds": metrics["seconds"]["prune"],
             "prune/peak_memory": metrics["peak_memory_bytes"],

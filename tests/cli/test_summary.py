@@ -116,13 +116,15 @@ def test_everything_that_varies_is_a_column_and_the_rest_the_title(tmp_path: Pat
 @pytest.mark.parametrize("count", [0, 2, len(MANY)])
 def test_what_varies_and_the_results_can_be_read_at_any_width(count: int, width: int, tmp_path: Path) -> None:
     axes = SPARSITIES | dict(list(MANY.items())[:count])
-    folder = _write_sweep(tmp_path / "sweep", axes, cer=0.0432, cer_dense=0.01, cer_pruned=0.0432)
+    rates = {"cer": 0.0432, "cer_dense": 0.01, "cer_pruned": 0.0432}
+    others = {"evaluation": [{"name": "clean"}, {"name": "noisy", "wer": 0.3333}]}
+    folder = _write_sweep(tmp_path / "sweep", axes, **rates, **others)
     lines = _shown(folder, width).splitlines()
     assert "…" not in "".join(lines)
     assert max(map(len, lines[1:-1])) <= width  # the others name the folder
     text = "\n".join(lines)
     runs = 3 * 2**count
-    for figure, times in (("12.50", runs), ("4.32", runs), ("0.6900", runs // 3)):
+    for figure, times in (("12.50", runs), ("4.32", runs), ("33.33", runs), ("0.6900", runs // 3)):
         assert text.count(figure) == times, text
     for key in axes:
         assert key in text.replace(".\n", ".") or key.partition(".")[2] in text or key in text

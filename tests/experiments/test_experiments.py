@@ -192,7 +192,12 @@ def _write_details(folder: Path, wer: float) -> None:
         errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
         wrong = ["wrong"] * errors + words[errors:]
         rows.append(
-            {"id": f"{utterance % 6}-0-{utterance:04d}", "reference": " ".join(words), "after": " ".join(wrong)}
+            {
+                "set": "test",
+                "id": f"{utterance % 6}-0-{utterance:04d}",
+                "reference": " ".join(words),
+                "after": " ".join(wrong),
+            }
         )
     (folder / run_folder.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / run_folder.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")

@@ -17,16 +17,16 @@ from torch import nn
 from transformers import AutoModelForCTC
 
 import sparsewav
-from sparsewav.data.sets import calibration_set
+from sparsewav.data.sets import Sets
 from sparsewav.files import CHECKSUMS
 from sparsewav.inference import acceleration, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import prunable_matrices
-from sparsewav.settings.run import DemoData
+from sparsewav.settings.data import DemoData
 
 
 def _has_kernel() -> str:
@@ -165,7 +165,7 @@ def test_outputs_are_those_of_the_dense_model(family: str, tiny_model: Any, nois
 def test_word_error_rate_does_not_move() -> None:
     """The demo model, half of it removed, writes the same letters before and after, on speech."""
     speech = load_speech_model("demo")
-    utterances = calibration_set(DemoData("calibration", "test", "train", "dev"), 8, 0)
+    utterances = Sets(DemoData()).calibration(8, 0)
     for matrix in prunable_matrices(speech.model):
         magnitudes = matrix.weight.detach().abs()
         matrix.weight.data[magnitudes < magnitudes.median()] = 0.0
@@ -173,7 +173,7 @@ def test_word_error_rate_does_not_move() -> None:
     sparsewav.accelerate(speech.model, frames=100)
     after = transcribe(speech.model, speech.processor, utterances)
     assert after == before
-    assert word_error_rate(utterances, after) < 0.5
+    assert error_rates(utterances, after).wer < 0.5
 
 
 @pytest.mark.usefixtures("compiled")

@@ -79,7 +79,7 @@ def test_training_leaves_a_model_that_can_be_pruned(
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "model"
     log = pandas.read_csv(folder / "training_log.csv")
-    assert log["eval_wer"].notna().sum() == 20
+    assert log["eval_wer"].notna().sum() == log["eval_cer"].notna().sum() == 20
     assert log.loc[log["eval_wer"].notna(), "epoch"].tolist() == list(range(1, 21))
     assert log["loss"].notna().sum() == 10  # of 60 updates every sixth, those with a WER among them
     record = json.loads((folder / "training.json").read_text())
