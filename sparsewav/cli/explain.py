@@ -22,7 +22,7 @@ from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 COMMANDS: dict[str, tuple[str, type]] = {"config": ("sparsewav", Config), "train": ("sparsewav-train", TrainConfig)}
 """The command and the schema of every configuration."""
 
-EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 """Hydra's launchers that come with an extra of this package, which has to be installed."""
 
 NUMBERS = {
@@ -162,8 +162,6 @@ def _no_such_plugin(group: str, option: str, options: Sequence[str]) -> str:
     """Say of a launcher or sweeper of Hydra's how it is installed, or what takes its place."""
     if group == "hydra/launcher" and option in EXTRAS:
         return f"hydra/launcher={option} is not installed; install it: pip install 'sparsewav[{EXTRAS[option]}]'"
-    if group == "hydra/launcher" and option.startswith("ray"):
-        return f"hydra/launcher={option} is not installed; install it: pip install hydra-ray-launcher"
     if group == "hydra/sweeper":
         return (
             f"{group}={option} is not offered; allocation=search takes its place: it searches the sparsities of the "

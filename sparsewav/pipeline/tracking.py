@@ -205,7 +205,6 @@ class Tracking:
 
         for number, stage in enumerate(metrics["stages"]):
             self._run.log({"stage/number": number} | {f"stage/{key}": value for key, value in stage.items()})
-        predictions = pandas.read_json(self.folder / run_folder.PREDICTIONS, lines=True, dtype=False)
         figures = {
             **{f"eval/{key}": metrics[key] for key in RESULTS if metrics.get(key) is not None},
             **{
@@ -220,8 +219,10 @@ class Tracking:
             "params/nonzero": metrics["params_nonzero"],
             "params/total": metrics["params_total"],
             "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
-            "transcripts": wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN)),
         }
+        if (self.folder / run_folder.PREDICTIONS).is_file():  # an encoder without a head has none
+            predictions = pandas.read_json(self.folder / run_folder.PREDICTIONS, lines=True, dtype=False)
+            figures["transcripts"] = wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN))
         if (self.folder / run_folder.LAYERS).is_file():  # a baseline has none
             figures["layers"] = wandb.Table(dataframe=pandas.read_csv(self.folder / run_folder.LAYERS))
         self._run.log(figures)

@@ -344,6 +344,8 @@ def test_a_launcher_gives_the_same_results(
     assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
     result = start_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
     assert result.returncode == 0, result.stdout + result.stderr
+    logs = [path.read_text() for path in (tmp_path / "parallel").glob("sweep-*/*/sparsewav.log")]
+    assert sorted(number for log in logs for number in re.findall(r"job (\d) of 2: tiny", log)) == ["1", "2"]
     serial, parallel_summary = (
         pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
     )
@@ -382,13 +384,16 @@ def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str],
     alone = start_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
     # Its own cache, or it would read Hessians instead of summing them.
     changes = {"OMP_NUM_THREADS": "1", "SPARSEWAV_CACHE": str(tmp_path / "other")}
-    several = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    several = start_sparsewav(*processes, *sweep, *tracker, "output_root=two", command="torchrun", **changes)
     output = several.stdout + several.stderr
     assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
     assert output.count("error: allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
     one, two = (sorted((tmp_path / root).glob("sweep-*/*/metrics.json")) for root in ("one", "two"))
     assert [path.parent.name for path in one] == [path.parent.name for path in two]
     assert len(one) == 2
+    tracked = [path.parents[1].name for path in (tmp_path / "two").glob("sweep-*/*/wandb/offline-run-*")]
+    assert sorted(tracked) == sorted({path.name for path in (tmp_path / "two").glob("sweep-*/tiny*")}), "by one process"
     for ours, theirs in zip(one, two, strict=True):
         metrics, others = (json.loads(path.read_text()) for path in (ours, theirs))
         for key in ("wer", "wer_pruned", "wer_dense", "achieved_sparsity", "params_nonzero", "updates"):

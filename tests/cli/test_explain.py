@@ -34,7 +34,10 @@ MISTAKES = [
     (["-m", "seed="], "seed= is empty; give a value, e.g. seed=0"),
     (["-m", "sparsity.target=0.5,half"], "sparsity.target=half has the wrong type"),
     (["-m", "seed=0,1", "hydra/sweeper=optuna"], "hydra/sweeper=optuna is not offered; allocation=search takes its"),
-    (["-m", "seed=0,1", "hydra/launcher=ray"], "hydra/launcher=ray is not installed; install it: pip install"),
+    (
+        ["-m", "seed=0,1", "hydra/launcher=ray"],
+        "hydra/launcher=ray is not installed; install it: pip install 'sparsewav[ray]'",
+    ),
     (["solver=null"], "solver=null does not exist; choose one of alps, obs, obs_refit"),
     (["experiment=null"], "experiment=null does not exist; .*, or leave it out"),
     (
