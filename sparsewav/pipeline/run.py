@@ -69,7 +69,13 @@ USELESS = 0.8
 
 
 def run(
-    config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None, *, wait: bool = True
+    config: Config,
+    folder: Path,
+    console: Console,
+    *,
+    starts: Callable[[], None] = lambda: None,
+    begin: Callable[[], None] = lambda: None,
+    wait: bool = True,
 ) -> dict[str, Any]:
     """Run a configuration, or find it done; if the content of its model or data has changed, it is done again.
 
@@ -77,7 +83,8 @@ def run(
         config: A configuration that was checked.
         folder: The run's own folder; :mod:`sparsewav.pipeline.run_folder` describes what it holds.
         console: The progress is shown there.
-        begin: Called before anything in the folder is changed, and not where the run is done already.
+        starts: Called when there is work to do, before the model is loaded; not where the run is done already.
+        begin: Called later, before anything in the folder is changed.
         wait: Whether to wait for another process that is on this run.
 
     Returns:
@@ -90,17 +97,23 @@ def run(
     # Another launcher of the sweep may be on this run, or a process that a killed launch left behind.
     with locked(folder.with_name(f".{folder.name}.lock"), wait=wait), collect_warnings() as warnings:
         remove_leftovers(folder, folder.parent)
-        return _run(config, folder, console, begin, warnings)
+        return _run(config, folder, console, starts, begin, warnings)
 
 
 def _run(
-    config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
+    config: Config,
+    folder: Path,
+    console: Console,
+    starts: Callable[[], None],
+    begin: Callable[[], None],
+    warnings: list[str],
 ) -> dict[str, Any]:
     sets = Sets(config.data)
     if (folder / run_folder.METRICS).is_file() and not config.force:
         metrics = _find_done(config, sets, folder, console)
         if metrics is not None:
             return metrics
+    starts()
     refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
     device = choose_device(config.device)
     ours = config.method.name == OURS
