@@ -34,7 +34,7 @@ from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_add
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
-from sparsewav.pipeline.naming import SETTINGS, run_name, short_hash
+from sparsewav.pipeline.naming import SETTINGS, changes_results, run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.data import Data, subset_faults
 from sparsewav.settings.options import MISSING
@@ -75,8 +75,9 @@ class RememberSweep(Callback):
 
 
 def _sweep_name() -> str:
-    """Give the same name for the same command line, so that a second launch of a sweep finds its runs."""
-    return f"sweep-{short_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
+    """Give the same name for the same runs: a second launch of a sweep finds them, also with another tracker."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-") and changes_results(word)]
+    return f"sweep-{short_hash(sorted(words))}"
 
 
 def _complete(start: Callable[[], Any]) -> None:

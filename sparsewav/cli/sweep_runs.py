@@ -2,9 +2,8 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,11 @@ from sparsewav.files import conf_folder
 from sparsewav.inference.bootstrap import bootstrap_difference
 from sparsewav.inference.wer import count_edits
 from sparsewav.pipeline import run_folder
-from sparsewav.pipeline.naming import LATER_CHOICES, SETTINGS, papers_choice
+from sparsewav.pipeline.naming import LATER_CHOICES, SETTINGS, changes_results, papers_choice
 from sparsewav.progress import print_warning
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.run import Config
 
 TARGET = "sparsity.target"
-
-_OTHERS = {item.name for item in fields(Config) if not item.metadata["identifies"]} | {"hydra"}
-"""Keys that change no result."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +163,8 @@ def _overrides(row: dict[str, Any], run: Path) -> dict[str, Any]:
     What changes no result is left out, as the folder of the output.
     """
     overrides = row.pop("overrides", None) or _read_yaml(run / SETTINGS / "overrides.yaml") or []
-    pairs = [str(item).lstrip("+").partition("=")[::2] for item in overrides]
-    return {key: _value(text) for key, text in pairs if re.split(r"[./@]", key)[0] not in _OTHERS}
+    pairs = [str(item).lstrip("+").partition("=")[::2] for item in overrides if changes_results(str(item))]
+    return {key: _value(text) for key, text in pairs}
 
 
 def _composed(run: Path, key: str) -> Any:

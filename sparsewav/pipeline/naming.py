@@ -67,6 +67,12 @@ def run_name(*, _root_: DictConfig) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
 
 
+def changes_results(override: str) -> bool:
+    """Tell whether ``key=value`` can change a run's results, as the folder of the output or the tracker cannot."""
+    others = [item.name for item in fields(Config) if not item.metadata["identifies"]]
+    return re.split(r"[./@=]", override.lstrip("+~"))[0] not in (*others, "hydra")
+
+
 def papers_choice(group: str) -> str:
     """Give the name of the paper's choice in a group."""
     return OPTIONS[group][0]().name

@@ -176,7 +176,7 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     assert "Traceback" in json.loads(failed.read_text())["traceback"]
     assert "Traceback" in (failed.parent / "sparsewav.log").read_text()
 
-    again = run_sparsewav(*sweep)
+    again = run_sparsewav(*sweep, "cache=false", "hydra/launcher=basic")  # which change no result
     assert again.stdout.count("Done already") == 4
     shown = run_sparsewav(str(summary_path.parent), command="sparsewav-summary")
     assert shown.returncode == 1
@@ -489,7 +489,7 @@ def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str],
             assert torch.equal(weight == 0, other_weights[name] == 0), name
             torch.testing.assert_close(weight, other_weights[name], rtol=1e-3, atol=1e-4)
 
-    again = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    again = start_sparsewav(*processes, *sweep, *tracker, "output_root=two", command="torchrun", **changes)
     assert again.stdout.count("Done already") == 2, again.stdout + again.stderr
 
 
