@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 import sparsewav
 from experiments.bench.command import Part, benchmark_parser, run_parts
 from experiments.bench.plain import Batch, forward, plain_hessians, plain_prune, plain_prune_matrix, plain_solve
-from experiments.plots import COLORS, MARKERS, STYLE, save
+from experiments.plots import save
 from sparsewav import Calibration, Pruning
+from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
 from sparsewav.models.load import load_speech_model

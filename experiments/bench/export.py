@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.bench.engine import OURS, alternate, random_base, summary
-from experiments.plots import COLORS, MARKERS, STYLE, save
+from experiments.plots import save
+from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.files import write_file
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import WEIGHTS

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 import sparsewav
 from experiments.bench.command import MACHINE, Part, benchmark_parser, run_parts
 from experiments.bench.engine import OURS, alternate, finished, show_summary
-from experiments.plots import COLORS, MARKERS, STYLE, save
+from experiments.plots import save
+from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.files import write_file
 from sparsewav.inference.kernel import sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear

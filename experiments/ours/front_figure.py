@@ -30,9 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.ours.variants import VARIANTS, Variant
-from experiments.plots import COLORS, MARKERS, STYLE
 from experiments.results import counted, summarize
 from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable, jobs, read, read_run
+from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.pipeline import run_folder

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 
 from experiments.estimate import typed
 from experiments.paper import baselines, table2
-from experiments.plots import COLORS, STYLE, logarithmic_wer, save
+from experiments.plots import save
 from experiments.results import Item, Result, describe, reached, summarize
 from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Job, Scale, Sweep, check_comparable, jobs, read
 from experiments.tables import write_values
+from sparsewav.cli.plots import COLORS, STYLE, logarithmic_wer
 from sparsewav.errors import UserError
 from sparsewav.files import content_hash, write_file
 from sparsewav.pipeline import run_folder

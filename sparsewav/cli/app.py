@@ -7,8 +7,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
+from io import StringIO
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,6 +19,7 @@ import hydra
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import run_job as run_hydra_job
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -26,11 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from sparsewav.cli.explain import check_overrides, explain, refuse_added_keys
+from sparsewav import __version__
+from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
-from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
-from sparsewav.pipeline.naming import run_name, short_hash
+from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
+from sparsewav.pipeline.naming import SETTINGS, run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.data import Data, subset_faults
 from sparsewav.settings.options import MISSING
@@ -38,12 +42,15 @@ from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 T = TypeVar("T")
 
-SETTINGS = ".hydra"
-"""Folder of a run's composed configuration; Hydra's name for it."""
+logger = logging.getLogger(__name__)
+
+
+JOBS = "SPARSEWAV_JOBS"
+"""The environment variable that tells a sweep's jobs, in whatever process a launcher starts them, how many they are."""
 
 
 class RememberSweep(Callback):
-    """Remembers what Hydra tells to nobody but its callbacks.
+    """Remembers what Hydra tells to nobody but its callbacks; the number of this process's jobs is :data:`JOBS`.
 
     Attributes:
         folder: The folder of this process's multirun.
@@ -57,6 +64,11 @@ class RememberSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         RememberSweep.folder = Path(str(config.hydra.sweep.dir))
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        words = [*params, *config.hydra.overrides.task]  # the command line's come after the experiment's
+        overrides = {item.key_or_group: item for item in OverridesParser.create().parse_overrides(words)}
+        sweeps = [item for item in overrides.values() if item.is_sweep_override()]
+        os.environ[JOBS] = str(prod(sum(1 for _ in item.sweep_string_iterator()) for item in sweeps))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         RememberSweep.job = config
@@ -65,6 +77,13 @@ class RememberSweep(Callback):
 def _sweep_name() -> str:
     """Give the same name for the same command line, so that a second launch of a sweep finds its runs."""
     return f"sweep-{short_hash(sorted(word for word in sys.argv[1:] if not word.startswith('-')))}"
+
+
+def _complete(start: Callable[[], Any]) -> None:
+    """Print Hydra's completions without the schemas that it takes for options."""
+    with redirect_stdout(StringIO()) as said:
+        start()
+    print(re.sub(r"\S+=base_\w+\s?", "", said.getvalue()), end="")
 
 
 def _register() -> None:
@@ -171,22 +190,25 @@ def _run_job(settings: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console()
+    job = ""
+    if is_sweep:
+        job = f"job {HydraConfig.get().job.num + 1}" + (f" of {os.environ[JOBS]}: " if JOBS in os.environ else ": ")
+    console.print(f"[bold]{job}{folder.name}[/bold]", soft_wrap=True)
+
     try:
         config: Config = typed(settings)
-        config.check()
+        if config.tracker.name == "none":  # else the tracker hears of what is wrong, too
+            config.check()
         quieten_libraries()
-        from sparsewav.pipeline.run import run  # imported late: --help and configuration errors need no PyTorch
-        from sparsewav.pipeline.tracking import RunDescription, make_tracker
+        # Imported late: --help and configuration errors need no PyTorch.
+        from sparsewav.pipeline.run import is_being_done, run
+        from sparsewav.pipeline.tracking import RunDescription, Tracking
 
-        console.print(f"[bold]{folder.name}[/bold]")
         # Hydra's own launcher does the jobs one after the other, here, and can do another one meanwhile.
         alone = HydraConfig.get().launcher._target_.endswith(".BasicLauncher")
-        job = RememberSweep.job if is_sweep and alone else None
-        try:
-            metrics = run(config, folder, console, begin=lambda: _write_settings(settings, folder), wait=job is None)
-        except Held:
-            assert job is not None
-            RememberSweep.held.append(job)
+        first_time = RememberSweep.job if is_sweep and alone else None
+        if first_time is not None and is_being_done(folder):
+            RememberSweep.held.append(first_time)
             console.print("Another process is on this run; going on with the next, and coming back to it")
             return None
         description = RunDescription(
@@ -196,7 +218,16 @@ def _run_job(settings: DictConfig) -> float | None:
             overrides=list(HydraConfig.get().overrides.task),
             group=_group(folder, is_sweep),
         )
-        make_tracker(config.tracker, description)(metrics, folder)
+        with Tracking(config.tracker, description, folder, redo=config.force) as tracking:
+
+            def begin() -> None:
+                _write_settings(settings, folder)
+                logger.info(f"{job}{folder.name}")
+                tracking.start()
+
+            config.check()
+            metrics = run(config, folder, console, begin=begin)
+            tracking.finish(metrics)
         if not is_sweep:
             show_result(metrics, folder, console)
         return metrics["wer"] if metrics["wer"] is not None else metrics["divergence"]
@@ -307,9 +338,16 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     sys.argv[1:] = sorted(
         sys.argv[1:], key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~"))
     )
+    start = hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)
+    if "--version" in sys.argv[1:]:
+        print(f"{COMMANDS[config_name][0]} {__version__}")
+        return
     try:
         check_overrides(sys.argv[1:], config_name)
-        hydra.main(config_path=str(conf_folder()), config_name=config_name, version_base="1.3")(task)()
+        if any(word in ("-sc", "--shell-completion") for word in sys.argv[1:]):
+            _complete(start)
+        else:
+            start()
         RememberSweep.job = None
         while RememberSweep.held:  # by now everything else is done, and what is held is waited for
             context = HydraContext(None, Callbacks())  # type: ignore[arg-type]  # a loader is not needed

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.progress import print_error, print_note, print_warning, quieten_libraries
@@ -63,6 +64,7 @@ def _parse() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first one is what the others are compared with")
     parser.add_argument("--data", nargs="+", default=[], metavar="KEY=VALUE", help="options of data, as of sparsewav")
     parser.add_argument(

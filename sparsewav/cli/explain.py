@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, RangeSweep
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue
@@ -21,6 +21,24 @@ from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 COMMANDS: dict[str, tuple[str, type]] = {"config": ("sparsewav", Config), "train": ("sparsewav-train", TrainConfig)}
 """The command and the schema of every configuration."""
+
+EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+"""Hydra's launchers that come with an extra of this package, which has to be installed."""
+
+NUMBERS = {
+    "sparsity": "sparsity.target",
+    "calibration": "calibration.utterances",
+    "allocation": "allocation.alpha",
+    "solver": "solver.damping",
+    "recovery": "recovery.steps",
+    "finetune_strategy": "training.epochs",
+    "training": "training.epochs",
+    "data": "data.seed",
+}
+"""The key that a number in the place of an option was meant for, by group."""
+
+MANIFESTS = (".csv", ".tsv", ".json", ".jsonl")
+"""The suffixes of files that can be meant for a manifest."""
 
 WITHOUT_SCHEMA = {"config": ("experiment", "scale"), "train": ("recipe", "architecture")}
 """Groups whose options are made of other keys."""
@@ -35,8 +53,7 @@ def explain(error: Exception, config_name: str) -> str:
             return f"--config-name={group} does not exist; leave it out, and choose options with group=option"
         if group != "hydra":
             return _no_such_option(group, option, _options(group))
-        group, _, option = error.missing_cfg_file.rpartition("/")  # of which plugins have options, too
-        return _no_such_option(group, option, sorted(error.options or _options(group)))
+        return _no_such_plugin(*error.missing_cfg_file.rpartition("/")[::2], error.options or ())
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; give it: {error.full_key}=..."
     if isinstance(error, InterpolationKeyError) and (match := re.search(r"key '([\w.]+)' not found", text)):
@@ -57,6 +74,8 @@ def explain(error: Exception, config_name: str) -> str:
             return _no_such_key(key, config_name)
         if reason.endswith("not Optional"):
             return f"{match[1]} has no meaning; give a value{_default(key, config_name)}"
+        if match[1].endswith("="):
+            return f"{match[1]} is empty; give a value{_default(key, config_name)}"
         if "is not a subclass of" in reason:
             own = [other for other in _all_keys(config_name) if other.startswith(f"{key}.")]
             return f"{match[1]} gives one value to a group of keys; give it to one of them: {', '.join(own)}"
@@ -94,15 +113,16 @@ def check_overrides(words: Sequence[str], config_name: str) -> None:
         if _keys_of(key) and key not in _all_keys(config_name):
             raise UserError(_no_such_key(key, config_name))
         given = override.value()
-        if override.is_sweep_override() and not isinstance(given, ChoiceSweep):
+        if override.is_sweep_override() and not isinstance(given, ChoiceSweep | RangeSweep):
             continue
-        for value in given.list if isinstance(given, ChoiceSweep) else [given]:
-            # Of a dictionary or a list Hydra would take the defaults of the group, or nothing.
-            named = str | QuotedString if key in SCHEMAS else str | list | dict | QuotedString
+        values = override.sweep_iterator() if isinstance(given, RangeSweep) else getattr(given, "list", [given])
+        # Of a dictionary or a list Hydra would take the defaults of the group, or nothing.
+        named = str | QuotedString if key in SCHEMAS else str | list | dict | QuotedString
+        for value in values:
             if isinstance(value, named) and value != "":
                 continue
             shown = "null" if value is None else value
-            raise UserError(_no_such_option(key, str(shown), _options(key), _instead(key, value)))
+            raise UserError(_no_such_option(key, str(shown), _options(key)))
 
 
 def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") -> None:
@@ -116,18 +136,40 @@ def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") 
             refuse_added_keys(settings[key], config_name, f"{prefix}{key}.")
 
 
-def _no_such_option(group: str, option: str, options: Sequence[str], hint: str = "") -> str:
-    return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}{hint}"
+def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    meant = f" (did you mean {instead}?)" if (instead := _instead(group, option)) else _nearest(option, options)
+    optional = ", or leave it out" if option == "null" and group not in SCHEMAS else ""
+    return f"{group}={option} does not exist{meant}; choose one of {', '.join(options)}{optional}"
 
 
-def _instead(group: str, value: Any) -> str:
-    """Say what was meant by null or a number in the place of an option."""
-    if value is None and group not in SCHEMAS:
-        return ", or leave it out"
-    if isinstance(value, int | float) and not isinstance(value, bool) and group in SCHEMAS:
-        first = next((item.name for item in fields(SCHEMAS[group][0]) if item.init), None)
-        return f", or give a key of it, e.g. {group}.{first}={value}" if first else ""
-    return ""
+def _instead(group: str, value: str) -> str:
+    """Say what was meant by a number, a path or a name on the hub in the place of an option; empty if it is none."""
+    if group in NUMBERS and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", value, re.IGNORECASE):
+        return f"{NUMBERS[group]}={value}"
+    if group not in ("model", "data") or not (re.search(r"[/\\]", value) or Path(value).exists()):
+        return ""
+    if group == "model":
+        return f"model.{'fairseq_checkpoint' if value.endswith('.pt') else 'name_or_path'}={value}"
+    path = Path(value)
+    if path.is_file() or path.suffix in MANIFESTS:
+        return f"data=manifest data.test={value}"
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", value) and not path.exists()
+    if saved or on_hub:
+        return f"data=hf data.path={value}"
+    return f"data=librispeech_dir data.root={value}"
+
+
+def _no_such_plugin(group: str, option: str, options: Sequence[str]) -> str:
+    """Say of a launcher or sweeper of Hydra's how it is installed, or what takes its place."""
+    if group == "hydra/launcher" and option in EXTRAS:
+        return f"hydra/launcher={option} is not installed; install it: pip install 'sparsewav[{EXTRAS[option]}]'"
+    if group == "hydra/sweeper":
+        return (
+            f"{group}={option} is not offered; allocation=search takes its place: it searches the sparsities of the "
+            "matrices within a run, and -m with commas runs every combination of other values"
+        )
+    return _no_such_option(group, option, sorted(options or _options(group)))
 
 
 def _no_such_key(key: str, config_name: str) -> str:
@@ -156,8 +198,9 @@ def _cannot_follow(key: str, source: str, config_name: str) -> str:
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    lower = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[matches[0]]}?)" if matches else ""
 
 
 def _options(group: str) -> list[str]:

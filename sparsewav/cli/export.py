@@ -4,6 +4,7 @@ import argparse
 
 from rich.console import Console
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.progress import print_error
 
@@ -24,6 +25,7 @@ def main() -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("source", metavar="SRC", help="folder of a run or a model, in either format")
     parser.add_argument("destination", metavar="DST", help="folder to write; must not be there yet")
     parser.add_argument("--format", choices=("dense", "bitmask"), default="bitmask", help="default: bitmask")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.progress import print_error, quieten_libraries
 
@@ -154,6 +155,7 @@ def main() -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a run or a model, in dense or bitmask format")
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="where to draw the heat map (default DIR/sparsity.png)"

@@ -1,118 +1,166 @@
-"""Console command ``sparsewav-summary``: the runs of a sweep in one table."""
+"""Console command ``sparsewav-summary``: the runs of a sweep in one table and one figure."""
 
-import json
-import sys
+import argparse
+import re
 from pathlib import Path
-from typing import Any
 
 import pandas
 from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
-from sparsewav.errors import UserError
+from sparsewav import __version__
+from sparsewav.cli.sweep_figure import draw
+from sparsewav.cli.sweep_runs import Sweep, read_sweep
 from sparsewav.files import write_file
-from sparsewav.pipeline import run_folder
-from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
-from sparsewav.progress import print_error, print_warning
-from sparsewav.settings.baselines import OURS
+from sparsewav.progress import print_error
 
 SUMMARY = "summary.csv"
+FIGURE = "summary.png"
 
-_SHOWN = {
-    **{key: key for key in ("method", "saliency", "solver", "objective", "recovery", "allocation")},
-    "finetune_strategy": "tuning",
-    "target_sparsity": "asked",
+_ERRORS = ("wer", "cer")
+
+_RESULTS = {
     "achieved_sparsity": "reached",
-    "wer_dense": "dense WER",
-    "wer_pruned": "pruned WER",
-    "wer": "WER",
+    **{f"{rate}_dense": f"dense\n{rate.upper()} %" for rate in _ERRORS},
+    **{f"{rate}_pruned": f"pruned\n{rate.upper()} %" for rate in _ERRORS},
+    "wer": "WER %",
+    "wer_delta": "WER − dense\n[95 % interval]",
+    "cer": "CER %",
+    "cer_delta": "CER − dense\n[95 % interval]",
     "divergence": "divergence",
-    "updates": "updates",
-    "evaluation_overlap": "evaluated on seen",
-    "prune_seconds": "seconds",
-    "status": "status",
 }
-"""The columns that the terminal shows, with their headings."""
+"""What the terminal shows of every run, with its headings."""
 
-
-def collect(folder: Path) -> pandas.DataFrame:
-    """Read the finished and failed runs in a folder into a table with a row for each; damaged records are named."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(folder.glob(f"*/{run_folder.METRICS}")):
-        try:
-            metrics = run_folder.read_metrics(path.parent)
-        except UserError as error:
-            print_warning(f"left out: {error}")
-            continue
-        seconds = metrics.pop("seconds")
-        flat = {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))}
-        rows.append(
-            {"run": path.parent.name, "status": "done"} | flat | {f"{k}_seconds": v for k, v in seconds.items()}
-        )
-    for path in sorted(folder.glob(f"*/{run_folder.ERROR}")):
-        row = {"run": path.parent.name, "status": "failed"}
-        try:
-            failure = json.loads(path.read_text(encoding="utf-8"))
-            target = [item.partition("=")[2] for item in failure["overrides"] if item.startswith("sparsity.target=")]
-            asked = {"target_sparsity": float(target[0])} if target else {}
-            rows.append(row | {"error": failure["error"]} | failure["choices"] | asked)
-        except (OSError, ValueError, KeyError, TypeError):
-            rows.append(row | {"error": f"{path} is damaged; launch the run again"})
-    return pandas.DataFrame(rows)
+_BESIDE = {
+    "updates": "updates",
+    "evaluation_overlap": "evaluated\non seen",
+    "prune_seconds": "seconds",
+    "seconds_cached": "cached",
+}
+"""What it shows besides, if it is wide enough."""
 
 
 def summarize(folder: Path, console: Console) -> int:
-    """Write ``summary.csv`` in the folder of a sweep, show it, and give the number of failed runs."""
-    table = collect(folder)
-    if table.empty:
+    """Write ``summary.csv`` and ``summary.png`` of a sweep in its folder, show it, and give how many runs failed."""
+    sweep = read_sweep(folder)
+    if sweep.runs.empty:
         console.print(f"{folder} has no runs")
         return 0
-    keys = ("method", "saliency", *LATER_CHOICES, "allocation", "finetune_strategy", "target_sparsity", "seed", "run")
-    order = [column for column in keys if column in table]
-    table = table.sort_values(order)
     with write_file(folder / SUMMARY) as temporary:
-        table.to_csv(temporary, index=False)
-    shown = Table(title=f"{len(table)} runs in {folder}", box=box.SIMPLE, pad_edge=False)
-    failed = int((table["status"] == "failed").sum())
-    columns = [column for column in _SHOWN if column in table and (column != "status" or failed)]
-    if "method" in table and set(table["method"]) <= {OURS}:
-        columns.remove("method")
-    if "updates" in table and not table["updates"].any():  # without fine-tuning the two WERs are equal
-        columns = [column for column in columns if column not in ("finetune_strategy", "wer_pruned", "updates")]
-    if "evaluation_overlap" in table and not table["evaluation_overlap"].any():
-        columns.remove("evaluation_overlap")
-    columns = [
-        column
-        for column in columns
-        if column not in LATER_CHOICES or set(table[column].dropna()) != {papers_choice(column)}
-    ]
-    columns = [column for column in columns if not column.startswith(("wer", "div")) or table[column].notna().any()]
-    for column in columns:
-        shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
-    for row in table[columns].itertuples(index=False):
-        shown.add_row(*(_show(column, value) for column, value in zip(columns, row, strict=True)))
-    console.print(shown)
-    console.print(f"Summary: {folder / SUMMARY}")
-    return failed
+        sweep.runs.convert_dtypes().to_csv(temporary, index=False)
+    figures = _figures(sweep)
+    runs = "1 run" if len(sweep.runs) == 1 else f"{len(sweep.runs)} runs"
+    console.print(f"[bold]{runs} in {escape(str(folder))}[/bold]", soft_wrap=True)
+    console.print(_title(sweep), highlight=False, markup=False)
+    narrow = {column: heading for column, heading in figures.items() if column not in _BESIDE}
+    for shown in (figures, narrow):
+        table = _table(sweep, shown)
+        if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+            console.print(table)
+            break
+    else:
+        _show_records(sweep, figures, console)
+    for row in sweep.failed.itertuples():
+        console.print(f"[red]failed:[/red] {escape(f'{row.run}: {row.error}')}", soft_wrap=True)
+    drawn = draw(sweep, folder / FIGURE)
+    console.print(f"Summary: {folder / SUMMARY}" + (f", {FIGURE}" if drawn else ""), soft_wrap=True)
+    return len(sweep.failed)
 
 
-def _show(column: str, value: Any) -> str:
+def _figures(sweep: Sweep) -> dict[str, str]:
+    """Give the columns of figures that say something, with their headings."""
+    others = {  # of the evaluation sets behind the first
+        column: f"{column.rpartition('/')[0]}\n{_RESULTS[column.rpartition('/')[2]]}"
+        for column in sweep.runs
+        if re.search(r"/(wer|cer|divergence)$", column)
+    }
+    return {
+        column: heading
+        for column, heading in (_RESULTS | others | _BESIDE | {"status": "status"}).items()
+        if sweep.any(column)
+        and (not column.endswith("_dense") or sweep.varies(column))
+        and (not column.endswith("_pruned") or sweep.any("updates"))  # without fine-tuning the two are equal
+        and (column != "updates" or sweep.varies(column))
+        and (column != "status" or len(sweep.failed))
+    }
+
+
+def _title(sweep: Sweep) -> str:
+    """Say what all runs share: their settings, and the dense model's errors where it is one."""
+    settings = " ".join(f"{key}={value}" for key, value in sweep.shared.items())
+    dense = ", ".join(
+        f"dense {rate.upper()} {100 * sweep.runs[f'{rate}_dense'].max():.2f} %"
+        for rate in _ERRORS
+        if sweep.any(f"{rate}_dense") and not sweep.varies(f"{rate}_dense")
+    )
+    if dense and not sweep.varies("n_utterances"):
+        dense += f" of {sweep.runs['n_utterances'].max():.0f} utterances"
+    return "; ".join(part for part in (settings, dense) if part)
+
+
+def _table(sweep: Sweep, figures: dict[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for key in sweep.axes:
+        numeric = sweep.runs[key].dtype.kind in "fi"
+        table.add_column(escape(key.replace(".", ".\n")), justify="right" if numeric else "left", no_wrap=True)
+    for column, heading in figures.items():
+        table.add_column(escape(heading), justify="left" if column == "status" else "right", no_wrap=True)
+    settings = [sweep.labels(key) for key in sweep.axes]
+    for index, row in sweep.runs.iterrows():
+        shown = [column[index] for column in settings] + [_show(column, row) for column in figures]
+        table.add_row(*map(escape, shown))
+    return table
+
+
+def _show_records(sweep: Sweep, figures: dict[str, str], console: Console) -> None:
+    """Show a block of lines for every run: its settings, and below them its figures."""
+    labels = {key: sweep.labels(key) for key in sweep.axes}
+    for index, row in sweep.runs.iterrows():
+        settings = [f"{key}={values[index]}" for key, values in labels.items() if values[index] != "-"]
+        shown = [
+            f"{heading.partition('[')[0].replace('%', '').strip()} {_show(column, row)}"
+            for column, heading in figures.items()
+            if _show(column, row) not in ("", "-")
+        ]
+        console.print()
+        console.print(" ".join(settings), markup=False, highlight=False)
+        console.print(Padding(escape(", ".join(shown)), (0, 0, 0, 4), expand=False))
+    console.print()
+
+
+def _show(column: str, row: pandas.Series) -> str:
+    """Give a figure of a run as the terminal shows it: error rates in percent."""
+    value = row[column]
+    if column == "status":
+        return "" if value == "done" else value
     if pandas.isna(value):
         return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{100 * value:.2f} %" if column.startswith("wer") else f"{value:.4g}"
+    if column.endswith("_delta"):
+        low, high = (100 * row[f"{column}_{end}"] for end in ("low", "high"))
+        return f"{100 * value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    if re.search(r"(^|/)(wer|cer)(_|$)", column):
+        return f"{100 * value:.2f}"
+    if column.endswith("seconds") or column == "seconds_cached":
+        return f"{value:.1f}"
+    if column in ("updates", "evaluation_overlap"):
+        return f"{value:.0f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     """Console entry ``sparsewav-summary FOLDER``: write and show the summary of a sweep's folder again."""
-    console = Console()
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        console.print("usage: sparsewav-summary FOLDER    (the folder of a sweep, e.g. outputs/methods)")
-        raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="sparsewav-summary",
+        description="Show the runs in a folder, finished and failed, and write summary.csv and summary.png there.",
+        epilog="The exit code is 1 if a run has failed.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a sweep, e.g. outputs/methods")
+    folder = parser.parse_args().folder
     if not folder.is_dir():
         print_error(f"{folder} is not a folder; give the folder of a sweep")
         raise SystemExit(1)
-    raise SystemExit(1 if summarize(folder, console) else 0)
+    raise SystemExit(1 if summarize(folder, Console()) else 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.progress import print_error, quieten_libraries, stage
@@ -178,6 +179,7 @@ def _parse() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio; - reads it from a pipe")
     parser.add_argument(
         "--model", default="demo", metavar="DIR", help="folder of a run or a model, or a name on the hub (default demo)"

@@ -14,6 +14,9 @@ from sparsewav.settings.options import metadata_of
 from sparsewav.settings.pruning import OPTIONS
 from sparsewav.settings.run import Config
 
+SETTINGS = ".hydra"
+"""Folder of a run's composed configuration; Hydra's name for it."""
+
 LATER_CHOICES = ("solver", "objective", "recovery")
 """Groups that a folder's name mentions only where the choice is not the paper's."""
 

@@ -23,7 +23,7 @@ from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import damage, locked, remove_leftovers, writing
+from sparsewav.files import Held, damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models.fairseq import converted_folder
@@ -68,9 +68,7 @@ USELESS = 0.8
 """Above this word error rate a dense model does not recognise the speech that it is given."""
 
 
-def run(
-    config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None, *, wait: bool = True
-) -> dict[str, Any]:
+def run(config: Config, folder: Path, console: Console, begin: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Run a configuration, or find it done; if the content of its model or data has changed, it is done again.
 
     Args:
@@ -78,19 +76,30 @@ def run(
         folder: The run's own folder; :mod:`sparsewav.pipeline.run_folder` describes what it holds.
         console: The progress is shown there.
         begin: Called before anything in the folder is changed, and not where the run is done already.
-        wait: Whether to wait for another process that is on this run.
 
     Returns:
         The run's metrics, as in ``metrics.json``.
 
     Raises:
         UserError: Something is wrong with the configuration, the model or the data.
-        Held: Another process is on this run, and ``wait`` is false.
     """
     # Another launcher of the sweep may be on this run, or a process that a killed launch left behind.
-    with locked(folder.with_name(f".{folder.name}.lock"), wait=wait), collect_warnings() as warnings:
+    with locked(_lock_of(folder)), collect_warnings() as warnings:
         remove_leftovers(folder, folder.parent)
         return _run(config, folder, console, begin, warnings)
+
+
+def is_being_done(folder: Path) -> bool:
+    """Tell whether another process is on the run of a folder."""
+    try:
+        with locked(_lock_of(folder), wait=False):
+            return False
+    except Held:
+        return True
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _run(

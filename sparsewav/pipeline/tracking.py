@@ -1,11 +1,15 @@
-"""Tracking: one sink that a run's results are handed to."""
+"""Tracking: a run is told to Weights & Biases while it is made."""
 
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any, Self
+
+import pandas
 
 from sparsewav.errors import UserError
 from sparsewav.pipeline import run_folder
@@ -15,8 +19,14 @@ logger = logging.getLogger(__name__)
 
 TRANSCRIPTS_SHOWN = 50
 
-Track = Callable[[dict[str, Any], Path], None]
-"""Called with a finished run's metrics and its folder."""
+RESULTS = (*run_folder.RATES, "divergence")
+"""The figures of an evaluation set; an encoder without a head has the divergence alone."""
+
+INTERVAL = 10.0
+"""Seconds between two looks at the training log, whose new entries are sent."""
+
+INTERRUPTED = 130
+"""The exit code of a run that the user has stopped, as shells have it."""
 
 
 @dataclass(frozen=True)
@@ -38,86 +48,192 @@ class RunDescription:
     group: str | None
 
 
-def make_tracker(config: Tracker, description: RunDescription) -> Track:
-    """Give the sink that the configuration chose."""
-    if not isinstance(config, Wandb):
-        return lambda metrics, folder: None
+@dataclass
+class Tracking:
+    """A run at Weights & Biases, from the start of the work to its end; with another tracker it does nothing.
 
-    def track(metrics: dict[str, Any], folder: Path) -> None:
-        _track_in_wandb(config, description, metrics, folder)
+    A context manager: an error that leaves the block makes the run there a failed one. A run that is done already is
+    not touched, unless :meth:`start` is called because it is done again, or it was never tracked.
 
-    return track
+    Attributes:
+        config: Which tracker, and where.
+        description: What is known of the run before it begins.
+        folder: The run's folder; the training log that appears there is followed.
+        redo: Whether a run that is done is done again.
+    """
 
+    config: Tracker
+    description: RunDescription
+    folder: Path
+    redo: bool = False
+    _run: Any = None
+    _began: float = 0.0
+    _sent: int = 0
+    _ended: Event = field(default_factory=Event)
+    _follower: Thread | None = None
 
-def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[str, Any], folder: Path) -> None:
-    import pandas
-    import wandb
+    def __enter__(self) -> Self:
+        if self.redo or not (self.folder / run_folder.METRICS).is_file():
+            self.start()
+        return self
 
-    own = [
-        item for item in description.overrides if not re.match(r"(scale|tracker|output_root|device|experiment)\b", item)
-    ]
-    arguments: dict[str, Any] = {
-        "project": config.project,
-        "entity": config.entity,
-        "group": config.group or description.group,
-        "job_type": metrics["finetune_strategy"],
-        "name": f"{metrics['model']} {' '.join(own)}".strip(),
-        "id": description.name.rpartition("-")[2],
-        "resume": "allow",
-        "tags": sorted(f"{group}={option}"[:64] for group, option in _used_options(description, metrics).items()),
-        "config": description.settings | {"pruned_model": metrics["model"]},
-        "dir": str(folder),
-        "settings": wandb.Settings(quiet=True),  # without a second, partial table of the results
-    }
-    if config.mode is not None:
-        arguments["mode"] = config.mode
-    try:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop_following()
+        if error is None or self._run is None:
+            return
         try:
-            run = wandb.init(**arguments)
+            self._run.summary.update({"error": str(error) or type(error).__name__})
+            self._run.finish(exit_code=INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        except Exception as failure:  # the run's own error is what the user has to see
+            logger.warning("W&B: %s", failure)
+
+    def start(self) -> None:
+        """Begin the run there, or go on with one that was interrupted; where W&B fails the work goes on without it."""
+        if self._run is not None or not isinstance(self.config, Wandb) or list(self.config.faults()):
+            return
+        try:
+            self._begin(self.config, self.config.mode)
+        except Exception as error:
+            self._lose(error)
+            return
+        self._began = time.time()
+        self._follower = Thread(target=self._follow, daemon=True)
+        self._follower.start()
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Tell the results of a finished run.
+
+        Raises:
+            UserError: W&B fails, even without a network; the results are in the run's folder.
+        """
+        self._stop_following()
+        if not isinstance(self.config, Wandb):
+            return
+        if self._run is None and self._began == 0 and (self.folder / "wandb").is_dir():
+            print(f"Tracked before: {self.folder / 'wandb'}")
+            return
+        try:
+            if self._run is None:
+                self._begin(self.config, self.config.mode if self._began == 0 else "offline")
+            self._send_curves()
+            self._send_results(metrics)
+            self._run.finish()
+        except Exception as error:
+            raise UserError(f"tracker=wandb failed: {error}; the run's results are safe in {self.folder}") from error
+
+    def _begin(self, config: Wandb, mode: str | None) -> None:
+        import wandb
+
+        settings = self.description.settings
+        model = settings["model"]["fairseq_checkpoint"] or settings["model"]["name_or_path"]
+        name = Path(model).stem if settings["model"]["fairseq_checkpoint"] else Path(model).name
+        words = [
+            item
+            for item in self.description.overrides
+            if not re.match(r"(scale|tracker|output_root|device|experiment)\b", item)
+        ]
+        arguments: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "group": config.group or self.description.group,
+            "job_type": settings["finetune_strategy"]["name"],
+            "name": f"{name} {' '.join(words)}".strip(),
+            "id": self.description.name.rpartition("-")[2],
+            # An interrupted run goes on there, too; one that is done again takes the place of the one before.
+            "resume": "allow" if (self.folder / run_folder.STAGES).is_dir() else None,
+            "tags": _tags(self.description, {"model": name}),
+            "config": settings | {"pruned_model": name, "options": self.description.choices},
+            "dir": str(self.folder),
+            # A banner before and a table of results after every run would drown what the run itself says.
+            "settings": wandb.Settings(silent=True, console="off"),
+        } | ({} if mode is None else {"mode": mode})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        later = f"send it later: wandb sync {self.folder}/wandb/*"
+        try:
+            self._run = wandb.init(**arguments)
         except wandb.Error as error:
             logger.warning("W&B cannot be reached (%s)", error)
-            print(
-                f"W&B cannot be reached ({error}); the run is kept offline, send it later: wandb sync {folder}/wandb/*"
-            )
-            run = wandb.init(**(arguments | {"mode": "offline"}))
+            print(f"W&B cannot be reached ({error}); the run is kept offline, {later}")
+            self._run = wandb.init(**(arguments | {"mode": "offline"}))
+        else:
+            if not self._run.disabled:
+                print(f"W&B: offline; {later}" if self._run.offline else f"W&B: {self._run.url}")
+        self._sent = 0
         for axis, curves in (("finetune/update", "finetune/*"), ("stage/sparsity", "stage/*")):
-            run.define_metric(axis)
-            run.define_metric(curves, step_metric=axis)
-        made = 0  # updates of the stages before: the curves go on over all stages
+            self._run.define_metric(axis)
+            self._run.define_metric(curves, step_metric=axis)
+
+    def _follow(self) -> None:
+        """Send what the training log gets while the run is made, by whichever process trains."""
+        path = self.folder / run_folder.TRAINING_LOG
+        while not self._ended.wait(INTERVAL):
+            try:
+                if path.is_file() and path.stat().st_mtime >= self._began:  # and not the log of a run before
+                    self._send_curves()
+            except Exception as error:
+                self._lose(error)
+                return
+
+    def _stop_following(self) -> None:
+        self._ended.set()
+        if self._follower is not None:
+            self._follower.join()
+
+    def _lose(self, error: Exception) -> None:
+        """Go on without W&B after a failure; the results are told at the end, from the files of the run."""
+        self._run, self._began = None, self._began or time.time()
+        logger.warning("W&B failed (%s)", error)
+        print(f"W&B failed ({error}); the run goes on, and its results will be kept offline in {self.folder}/wandb")
+
+    def _send_curves(self) -> None:
+        """Send the entries of the training log that were not sent; W&B drops those that an interrupted launch sent."""
+        path = self.folder / run_folder.TRAINING_LOG
+        if not path.is_file():
+            return
+        log = pandas.read_csv(path)
+        last = log.groupby("stage", sort=False)["update"].max()
+        before = last.cumsum() - last  # updates of the stages before: the curves go on over all stages
+        for number, (stage, entry) in enumerate(log.set_index("stage").iterrows(), 1):
+            if number > self._sent:
+                values = {f"finetune/{key}": value for key, value in entry.dropna().items()}
+                values["finetune/update"] = int(entry["update"] + before[stage])
+                self._run.log(values, step=number, commit=True)
+        self._sent = max(self._sent, len(log))
+
+    def _send_results(self, metrics: dict[str, Any]) -> None:
+        import wandb
+
         for number, stage in enumerate(metrics["stages"]):
-            for entry in _training_log(folder, stage["sparsity"]):
-                run.log(
-                    {"finetune/update": made + entry.pop("update")} | {f"finetune/{k}": v for k, v in entry.items()}
-                )
-            made += stage["updates"]
-            run.log({"stage/number": number} | {f"stage/{key}": value for key, value in stage.items()})
-        predictions = pandas.read_json(folder / run_folder.PREDICTIONS, lines=True, dtype=False)
-        run.log(
-            {
-                **{f"eval/{key}": metrics[key] for key in run_folder.RATES},
-                **{
-                    f"eval/{record['name']}/{key}": record[key]
-                    for record in metrics["evaluation"][1:]
-                    for key in run_folder.RATES
-                },
-                "prune/sparsity_achieved": metrics["achieved_sparsity"],
-                "prune/seconds": metrics["seconds"]["prune"],
-                "prune/peak_memory": metrics["peak_memory_bytes"],
-                "params/nonzero": metrics["params_nonzero"],
-                "params/total": metrics["params_total"],
-                **(
-                    {"layers": wandb.Table(dataframe=pandas.read_csv(folder / run_folder.LAYERS))}
-                    if (folder / run_folder.LAYERS).is_file()  # a baseline has none
-                    else {}
-                ),
-                "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
-                "transcripts": wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN)),
-            }
-        )
-        run.summary.update(metrics)
-        run.finish()
-    except wandb.Error as error:
-        raise UserError(f"tracker=wandb failed: {error}; the run's results are safe in {folder}") from error
+            self._run.log({"stage/number": number} | {f"stage/{key}": value for key, value in stage.items()})
+        figures = {
+            **{f"eval/{key}": metrics[key] for key in RESULTS if metrics.get(key) is not None},
+            **{
+                f"eval/{record['name']}/{key}": record[key]
+                for record in metrics["evaluation"][1:]
+                for key in RESULTS
+                if record.get(key) is not None
+            },
+            "prune/sparsity_achieved": metrics["achieved_sparsity"],
+            "prune/seconds": metrics["seconds"]["prune"],
+            "prune/peak_memory": metrics["peak_memory_bytes"],
+            "params/nonzero": metrics["params_nonzero"],
+            "params/total": metrics["params_total"],
+            "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
+        }
+        if (self.folder / run_folder.PREDICTIONS).is_file():  # an encoder without a head has none
+            predictions = pandas.read_json(self.folder / run_folder.PREDICTIONS, lines=True, dtype=False)
+            figures["transcripts"] = wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN))
+        if (self.folder / run_folder.LAYERS).is_file():  # a baseline has none
+            figures["layers"] = wandb.Table(dataframe=pandas.read_csv(self.folder / run_folder.LAYERS))
+        self._run.log(figures)
+        self._run.summary.update(metrics)
+        self._run.config.update({"pruned_model": metrics["model"]}, allow_val_change=True)
+        self._run.tags = _tags(self.description, metrics)
+
+
+def _tags(description: RunDescription, metrics: dict[str, Any]) -> tuple[str, ...]:
+    """Name the options of a run; W&B takes at most 64 characters."""
+    return tuple(sorted(f"{group}={option}"[:64] for group, option in _used_options(description, metrics).items()))
 
 
 def _used_options(description: RunDescription, metrics: dict[str, Any]) -> dict[str, str]:
@@ -127,15 +243,3 @@ def _used_options(description: RunDescription, metrics: dict[str, Any]) -> dict[
     """
     named = description.choices | {group: metrics[group] for group in description.choices if group in metrics}
     return {group: str(option) for group, option in named.items() if option not in (None, "None")}
-
-
-def _training_log(folder: Path, sparsity: float) -> list[dict[str, float]]:
-    """Give the entries of the trainer's log at one stage, without what is missing in them."""
-    import pandas
-
-    path = folder / run_folder.TRAINING_LOG
-    if not path.is_file():
-        return []
-    log = pandas.read_csv(path)
-    rows = log[log["stage"] == sparsity].drop(columns="stage").to_dict("records")
-    return [{str(key): value for key, value in row.items() if pandas.notna(value)} for row in rows]

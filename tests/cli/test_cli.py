@@ -26,7 +26,6 @@ from transformers import AutoModelForCTC
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.files import conf_folder
-from sparsewav.pipeline.tracking import RunDescription, _used_options
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -73,7 +72,7 @@ def test_help_ends_without_a_word_where_its_reader_does() -> None:
 def test_summary_is_a_console_command(start_sparsewav: Run) -> None:
     result = start_sparsewav("--help", command="sparsewav-summary")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "usage: sparsewav-summary FOLDER" in result.stdout
+    assert "usage: sparsewav-summary [-h] [--version] FOLDER" in result.stdout
 
 
 def test_a_process_fails_with_one_sentence(start_sparsewav: Run) -> None:
@@ -153,11 +152,19 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     output = result.stdout + result.stderr
     assert result.returncode == 1, output
     assert "Traceback" not in output
-    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
+    assert output.count("error: allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2
     (summary_path,) = (tmp_path / "out").glob("sweep-*/summary.csv")
     summary = pandas.read_csv(summary_path)
     assert len(summary) == 6
     assert (summary["status"] == "failed").sum() == 2
+    numbers = re.findall(r"^job (\d) of 6: (tiny\S+)$", result.stdout, re.MULTILINE)
+    assert [number for number, _ in numbers] == list("123456")
+    assert {name for _, name in numbers} == set(summary["run"])
+    assert all(
+        f"job {number} of 6: {name}" in (summary_path.parent / name / "sparsewav.log").read_text()
+        for number, name in numbers
+        if "0.95" not in name
+    )
     done = summary[summary["status"] == "done"]
     assert sorted(zip(done["saliency"], done["target_sparsity"], strict=True)) == [
         ("magnitude", 0.5),
@@ -414,6 +421,8 @@ def test_a_launcher_gives_the_same_results(
     assert run_sparsewav("-m", *jobs, "output_root=serial").returncode == 0
     result = start_sparsewav("-m", *launcher, *jobs, "output_root=parallel", SPARSEWAV_CACHE=str(tmp_path / "other"))
     assert result.returncode == 0, result.stdout + result.stderr
+    logs = [path.read_text() for path in (tmp_path / "parallel").glob("sweep-*/*/sparsewav.log")]
+    assert sorted(number for log in logs for number in re.findall(r"job (\d) of 2: tiny", log)) == ["1", "2"]
     serial, parallel_summary = (
         pandas.read_csv(next((tmp_path / root).glob("sweep-*/summary.csv"))) for root in ("serial", "parallel")
     )
@@ -457,13 +466,16 @@ def test_torchrun_gives_the_same_results(start_sparsewav: Run, small: list[str],
     alone = start_sparsewav(*sweep, "output_root=one", OMP_NUM_THREADS="1")
     # Its own cache, or it would read Hessians instead of summing them.
     changes = {"OMP_NUM_THREADS": "1", "SPARSEWAV_CACHE": str(tmp_path / "other")}
-    several = start_sparsewav(*processes, *sweep, "output_root=two", command="torchrun", **changes)
+    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    several = start_sparsewav(*processes, *sweep, *tracker, "output_root=two", command="torchrun", **changes)
     output = several.stdout + several.stderr
     assert (alone.returncode, several.returncode) == (1, 1), output  # α does not fit 0.95
-    assert output.count("allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
+    assert output.count("error: allocation.alpha=0.1 does not fit sparsity.target=0.95") == 2, output
     one, two = (sorted((tmp_path / root).glob("sweep-*/*/metrics.json")) for root in ("one", "two"))
     assert [path.parent.name for path in one] == [path.parent.name for path in two]
     assert len(one) == 2
+    tracked = [path.parents[1].name for path in (tmp_path / "two").glob("sweep-*/*/wandb/offline-run-*")]
+    assert sorted(tracked) == sorted({path.name for path in (tmp_path / "two").glob("sweep-*/tiny*")}), "by one process"
     for ours, theirs in zip(one, two, strict=True):
         metrics, others = (json.loads(path.read_text()) for path in (ours, theirs))
         for key in ("wer", "wer_pruned", "wer_dense", "achieved_sparsity", "params_nonzero", "updates"):
@@ -801,74 +813,6 @@ def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
     assert "0.7 and 15 updates, then 0.8 and 15 updates" in (folder / "model" / "README.md").read_text()
 
 
-def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
-    """What an offline run's file holds: configuration, the last value of everything logged, and the run itself.
-
-    The file is a LevelDB log (blocks of 32 KiB, records of checksum, length and type) of protocol buffers.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("*/wandb/offline-run-*/*.wandb")
-    data, position, pieces = path.read_bytes(), 7, b""
-    found: dict[str, dict[str, str]] = {"config": {}, "logged": {}, "run": {}}
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        pieces += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind not in (1, 4):  # the first or a middle part of a record
-            continue
-        record = Record.FromString(pieces)
-        pieces = b""
-        found["config"] |= {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
-        for items in (record.history.item, record.summary.update):
-            found["logged"] |= {item.key or "/".join(item.nested_key): item.value_json for item in items}
-        if record.HasField("run"):
-            run = record.run
-            found["config"] |= {item.key: item.value_json for item in run.config.update}
-            found["run"] |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
-            found["run"] |= {"project": run.project, "tags": " ".join(run.tags), "id": run.run_id}
-    return found
-
-
-def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    tuning = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
-    tracker = ["tracker=wandb", "tracker.mode=offline", "data.evaluation_utterances=6"]
-    result = run_sparsewav(*small, *tuning, *tracker, "experiment=smoke", "calibration.utterances=10")
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = _folder(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    found = _read_wandb(tmp_path / "outputs")
-    run = found["run"]
-    assert (run["project"], run["group"], run["job_type"]) == ("sparsewav", "smoke", "one_pass")
-    tags = set(run["tags"].split())
-    assert {"saliency=obs_first_order", "allocation=hutchinson", "finetune_strategy=one_pass"} <= tags
-    # The model that was pruned, where the group's option is still the default one.
-    assert [tag for tag in tags if tag.startswith("model=")] == [f"model={metrics['model']}"]
-    assert metrics["model"] != "demo"
-    assert "finetune_strategy=one_pass" in run["name"]
-    assert run["id"] == folder.name.rpartition("-")[2]
-    assert json.loads(found["config"]["allocation"])["alpha"] == 0.1
-    logged = found["logged"]
-    assert json.loads(logged["eval/wer"]) == metrics["wer"]
-    assert json.loads(logged["wer_dense"]) == metrics["wer_dense"]
-    assert json.loads(logged["finetune/update"]) == metrics["updates"]
-    assert {"finetune/loss", "stage/wer", "stage/wer_pruned"} <= set(logged)
-    for table in ("layers", "transcripts", "stages"):
-        assert any(key.startswith(table) and "table" in value for key, value in logged.items()), table
-
-
-def test_wandb_tags_are_of_what_the_run_used() -> None:
-    """A fairseq checkpoint has its own name, and a baseline no options of our method."""
-    choices = {"model": "demo", "method": "parp", "saliency": "obs", "data": "demo", "experiment": "None"}
-    description = RunDescription("name-0123", {}, choices, [], None)
-    metrics = {"model": "wav2vec_small_100h", "method": "parp", "saliency": None}
-    used = _used_options(description, metrics)
-    assert used == {"model": "wav2vec_small_100h", "method": "parp", "data": "demo"}
-
-
 def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
     """model.offload=true changes how much memory a run takes, and nothing that it writes."""
     options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
@@ -882,13 +826,3 @@ def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: li
     for name in ("model/model.safetensors", "model/config.json", "layers.csv", "predictions.jsonl"):
         assert (whole / name).read_bytes() == (streamed / name).read_bytes(), name
     assert not (streamed / "stages").exists()
-
-
-def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    """No key and nobody to ask for one: the run says so, is kept offline, and its results are there."""
-    nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path)}
-    result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=online", **nobody)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
-    assert (_folder(tmp_path) / "metrics.json").is_file()
-    assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))

@@ -3,16 +3,41 @@
 import json
 import re
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+
+import sparsewav
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MISTAKES = [
-    (["sparsity=0.5"], "sparsity=0.5 does not exist; choose one of n_m, unstructured, or give .* sparsity.target=0.5"),
-    (["-m", "sparsity=0.5,0.6"], "sparsity=0.5 does not exist; choose one of n_m, unstructured"),
+    (["sparsity=0.5"], "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?); choose one of n_m, unstruct"),
+    (["-m", "sparsity=0.5,0.6"], "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?)"),
+    (
+        ["-m", "seed=0,1", "allocation=hutchinson,0.3"],
+        "allocation=0.3 does not exist (did you mean allocation.alpha=0.3",
+    ),
+    (["-m", "calibration=small,128"], "(did you mean calibration.utterances=128?); choose one of paper, small"),
+    (["-m", "sparsity=range(1,3)"], "sparsity=1 does not exist (did you mean sparsity.target=1?)"),
+    (["-m", "solver=obs,ALPS"], "solver=ALPS does not exist (did you mean alps?)"),
+    (["-m", "model=demo,/my/model"], "/my/model does not exist (did you mean model.name_or_path=/my/model?); choose"),
+    (["model=facebook/hubert-large-ls960-ft"], "(did you mean model.name_or_path=facebook/hubert-large-ls960-ft?)"),
+    (["data=/my/corpus"], "(did you mean data=librispeech_dir data.root=/my/corpus?); choose one of demo, "),
+    (["data=/my/dev.tsv"], "data=/my/dev.tsv does not exist (did you mean data=manifest data.test=/my/dev.tsv?)"),
+    (["data=mozilla/common_voice"], "(did you mean data=hf data.path=mozilla/common_voice?)"),
+    (["-m", "seed="], "seed= is empty; give a value, e.g. seed=0"),
+    (["-m", "sparsity.target=0.5,half"], "sparsity.target=half has the wrong type"),
+    (["-m", "seed=0,1", "hydra/sweeper=optuna"], "hydra/sweeper=optuna is not offered; allocation=search takes its"),
+    (
+        ["-m", "seed=0,1", "hydra/launcher=ray"],
+        "hydra/launcher=ray is not installed; install it: pip install 'sparsewav[ray]'",
+    ),
     (["solver=null"], "solver=null does not exist; choose one of alps, obs, obs_refit"),
     (["saliency={}"], "saliency={} does not exist; choose one of magnitude, obs, obs_first_order, wanda"),
     (["recovery={steps:3}"], "recovery={'steps': 3} does not exist; choose one of affine, none, reconstruction"),
@@ -20,7 +45,7 @@ MISTAKES = [
     (["experiment=null"], "experiment=null does not exist; .*, or leave it out"),
     (
         ["solver.damping="],
-        "solver.damping= has the wrong type: .* to Float; give another value, e.g. solver.damping=0.01",
+        "solver.damping= is empty; give a value, e.g. solver.damping=0.01",
     ),
     (
         ["solver.max_steps=3"],
@@ -84,6 +109,37 @@ def test_riddles_have_an_answer(command: str, arguments: list[str], message: str
     assert "Traceback" not in said
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert re.search(re.escape(message).replace(r"\.\*", ".*").replace(r"\$", "$"), line), line
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "extra"),
+    [("joblib", "joblib", "joblib"), ("submitit_local", "submitit", "slurm"), ("slurm_gpu", "submitit", "slurm")],
+)
+def test_a_launcher_whose_extra_is_missing_is_named_with_the_command_that_installs_it(
+    launcher: str, plugin: str, extra: str, run_sparsewav: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in [name for name in store if plugin in name]:
+        monkeypatch.delitem(store, name)
+    result = run_sparsewav("-m", f"hydra/launcher={launcher}", "seed=0,1")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"error: hydra/launcher=[a-z_]+ is not installed; install it: pip install 'sparsewav\[{extra}\]'\n",
+        result.stderr,
+    )
+
+
+@pytest.mark.parametrize("command", tomllib.loads(PYPROJECT.read_text())["project"]["scripts"])
+def test_every_command_says_our_version(command: str, run_sparsewav: Run) -> None:
+    assert run_sparsewav("--version", command=command).stdout == f"{command} {sparsewav.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_completion_offers_options_and_no_schemas(shell: str, run_sparsewav: Run) -> None:
+    result = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav sparsity=")
+    assert result.stdout.split() == ["sparsity=n_m", "sparsity=unstructured"]
+    every = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav ").stdout.split()
+    assert {"sparsity=", "sparsity.", "seed="} <= set(every)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from wandb_workspaces.reports.v2 import Config, PanelGrid, SummaryMetric
 
 import sparsewav
 from experiments.__main__ import main, needed_by
@@ -31,7 +30,6 @@ from experiments.ours.variants import VARIANTS
 from experiments.paper.baselines import ROWS
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from experiments.tables import latex_table
-from experiments.wandb_report import build_report
 from sparsewav.baselines import METHODS
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
@@ -473,15 +471,6 @@ def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(
 def test_speakers_are_read_from_ids_like_librispeechs() -> None:
     assert speakers_of(["3-0-0001", "7-1-0002"]) == ["3", "7"]
     assert speakers_of(["3-0-0001", "call_7"]) == []
-
-
-def test_the_wandb_report_has_the_ablation_the_curves_and_the_timing() -> None:
-    report = build_report("me", "sparsewav")
-    grids = [block for block in report.blocks if isinstance(block, PanelGrid)]
-    assert [len(grid.panels) for grid in grids] == [3, 3, 1]
-    assert "'paper/ablation_one_shot', 'paper/ablation_finetune'" in str(grids[0].runsets[0].filters)
-    assert grids[0].panels[0].groupby == Config("saliency.name")
-    assert grids[1].panels[0].x == SummaryMetric("achieved_sparsity")
 
 
 def test_dry_run_at_paper_scale_lists_every_job(
