@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -78,7 +79,7 @@ def read_manifest(data: Manifest, name: str, key: str) -> Listing:
         audio = item.audio
         assert isinstance(audio, Path)
         if audio not in found:
-            found[audio] = audio.is_file()
+            found[audio] = os.path.isfile(audio)  # also of a name that no file can have
         if audio == layout.root:
             reason = f"{place} names no audio file in {layout.audio}; name it or remove the line"
         elif not found[audio]:
@@ -160,7 +161,7 @@ def _seconds(value: str, column: str, place: str) -> float | None:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds < 1e9:
         raise UserError(f"{place}: {column} is {value!r}, which is no number of seconds")
     return seconds
 
@@ -240,6 +241,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _json_row(line: str) -> dict[str, Any] | str:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # fails at half of a pair of surrogates, which is no text
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error}); correct the line"
     return row if isinstance(row, dict) else "is no object of JSON; correct the line"
