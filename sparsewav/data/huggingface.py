@@ -218,8 +218,7 @@ def _item(
     from datasets.utils.file_utils import xopen
 
     name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) not in (None, "")), Path(path or "").stem)
-    words = str(row[text] or "").split()
-    fault = "" if words else f"{place} ({name}) has no transcript in {text}"
+    words, fault = str(row[text] or "").split(), ""
     if audio is None and path and "://" in path:
         with xopen(path, "rb") as file:  # a file of a repository on the hub
             audio = file.read()
