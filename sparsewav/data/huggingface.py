@@ -84,9 +84,9 @@ def stream_shuffled(
             yield from _streamed(table, audio, text, f"the shuffled {split}")
 
     return items(), (
-        f"calibration on the first {count} utterances of the stream of {split} of {_name(data)} ({_said(audio, text)}), "
-        f"whose files and a buffer of {BUFFER * count} rows are shuffled with seed {seed}: no uniform sample of all its "
-        "rows"
+        f"calibration on the first {count} utterances of the stream of {split} of {_name(data)} "
+        f"({_said(audio, text)}), whose files and a buffer of {BUFFER * count} rows are shuffled with seed {seed}: no "
+        "uniform sample of all its rows"
     )
 
 
