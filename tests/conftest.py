@@ -29,12 +29,20 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    LasrFeatureExtractor,
+    ParakeetFeatureExtractor,
+    PreTrainedModel,
+    SeamlessM4TFeatureExtractor,
+    SequenceFeatureExtractor,
+)
 from transformers.utils import logging as transformers_logging
 
 from sparsewav.cli import RememberSweep
 from sparsewav.pruning.families import encoder_config
-from sparsewav.training.dense import english_processor
+from sparsewav.training.dense import character_processor
 
 BINS = 8
 
@@ -186,6 +194,16 @@ def plain_ctc() -> Callable[..., Tensor]:
     return _plain_ctc
 
 
+@pytest.fixture(scope="session")
+def extractors() -> dict[str, SequenceFeatureExtractor]:
+    """The feature extractors of the tiny models that take features; that of Granite needs torchaudio."""
+    return {
+        "wav2vec2-bert": SeamlessM4TFeatureExtractor(feature_size=BINS // 2, num_mel_bins=BINS // 2, stride=2),
+        "parakeet_ctc": ParakeetFeatureExtractor(feature_size=BINS),
+        "lasr_ctc": LasrFeatureExtractor(feature_size=BINS),
+    }
+
+
 WORDS = ["SEA", "SUN", "TEA", "NET", "TEN", "RAIN", "STONE", "NOTE"]
 
 
@@ -228,7 +246,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _tiny_model("wav2vec2", vocab_size=32, conv_dim=(16, 16), conv_kernel=(20, 8), conv_stride=(20, 8)).save_pretrained(
         folder
     )
-    processor = english_processor(folder)
+    processor = character_processor(folder)
     processor.tokenizer.save_pretrained(folder)
     processor.feature_extractor.save_pretrained(folder)
     return folder

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from sparsewav.baselines.method import CompressionReport, Method
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import base_of
 from sparsewav.pruning.families import FAMILIES, OWN_PREFIX, encoder_config
 from sparsewav.pruning.hessian import Progress
@@ -194,7 +195,7 @@ def distilling(build: Callable[[PreTrainedModel, Any], tuple[Distiller, dict[str
 
     def compress(
         dense: PreTrainedModel,
-        processor: Wav2Vec2Processor,
+        processor: Processor,
         training_set: Sequence[Utterance],
         settings: Any,
         folder: Path,

@@ -64,6 +64,7 @@ def card(config: Config, speech: SpeechModel, state: State) -> str:
     """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
     done, tuned = state.compression, state.stages[-1]["updates"]
+    learned = ", ".join(config.data.names("training"))
     own = speech.model.config.model_type.startswith("sparsewav")
     loading = "`AutoModelForCTC.from_pretrained` loads it as any other model."
     if own:
@@ -81,7 +82,7 @@ Made by SparseWAV from `{config.model.source}`.
 | | |
 |---|---|
 | parameters | {total:,}, {nonzero:,} of them not zero; {done["params_dense"]:,} before |
-| compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {config.data.training_subset} |
+| compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {learned} |
 | published updates divided by | {config.update_divisor:g} |
 | published learning rates times | {config.lr_multiplier:g} |
 | tuning for recognition | {tuned:,} updates |
@@ -91,7 +92,11 @@ Made by SparseWAV from `{config.model.source}`.
 
 
 def overlap_row(state: State) -> str:
-    """Write the row of a model card which says that the word error rates are not those of unseen speech alone."""
-    if not state.overlap:
-        return ""
-    return f"| evaluation utterances that the model was made from, too | {state.overlap} |\n"
+    """Write the row of a model card which says that the error rates are not those of unseen speech alone."""
+    several = len(state.evaluation) > 1
+    seen = ", ".join(
+        f"{record['overlap']} of {record['name']}" if several else str(record["overlap"])
+        for record in state.evaluation
+        if record["overlap"]
+    )
+    return f"| evaluation utterances that the model was made from, too | {seen} |\n" if seen else ""

@@ -32,6 +32,7 @@ from sparsewav.models.checkpoint import (
     Checkpoint,
     check_tensors,
     checksum,
+    is_encoder,
     load_whole,
     make_skeleton,
     not_finite,
@@ -244,6 +245,8 @@ def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTr
     """Load a model in float32 and evaluation mode, whose transformer layers are on the meta device."""
     source = str(checkpoint.folder)
     config: Any = read_config(source, f"source={source}")
+    if is_encoder(config, checkpoint.headers):
+        raise UserError(f"{source} is an encoder without a CTC head, and not pruned from disk; use sparsewav.prune")
     whole = make_skeleton(config, checkpoint.headers, source)
     check_tensors(whole, checkpoint.headers, source)
     layers = encoder_layers(whole).float()

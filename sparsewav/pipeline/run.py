@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import calibration_set, evaluation_set, find_overlap, left_out, training_set
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
+from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates, silence
+from sparsewav.inference.wer import unspaced
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
 from sparsewav.pipeline import compress, inputs, run_folder
@@ -38,16 +41,18 @@ from sparsewav.pipeline.resume import (
     write_step,
 )
 from sparsewav.pipeline.shared_statistics import (
+    Evaluation,
     calibration_batches,
-    evaluate_dense,
+    evaluate_model,
     gather_hessians,
     gather_traces,
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import collect_warnings, print_warning, reporting, stage
+from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
@@ -87,8 +92,9 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
 def _run(
     config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
 ) -> dict[str, Any]:
+    sets = Sets(config.data)
     if (folder / run_folder.METRICS).is_file() and not config.force:
-        metrics = _find_done(config, folder, console)
+        metrics = _find_done(config, sets, folder, console)
         if metrics is not None:
             return metrics
     refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
@@ -102,25 +108,42 @@ def _run(
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
         print_warning(warning)
+    sets.needs_text = speech.writes
+    if not speech.writes:
+        _check_encoder(config, speech)
     with reporting("Reading and hashing model and utterances", console):
-        evaluation, calibration, training, overlap, notes = _utterances(config, speech)
-        made_from = inputs.of_run(config)
+        chosen = _utterances(config, sets, speech)
+        made_from = inputs.of_run(config, sets)
+    for sentence in [*sets.recognised(), *chosen.assumed]:
+        print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
         _refuse_interrupted(started_from, made_from, folder)
-    for note in notes:
+    evaluation, calibration, training, how = chosen.evaluation, chosen.calibration, chosen.training, chosen.how
+    for note in chosen.notes:
         print_warning(note)
-    dense = identity_of(config, speech)  # of the dense model, before anything changes it
-    before, wer_dense, dense_seconds, dense_cached = evaluate_dense(config, speech, evaluation, dense, console)
-    if wer_dense > USELESS:
-        print_warning(
-            f"the dense model's word error rate is {100 * wer_dense:.0f} %: check its tokenizer, sampling rate and "
-            "language, and that its CTC head was trained, before you trust what pruning does to it"
-        )
+    dense = identity_of(speech, config.seconds_per_batch)  # of the dense model, before anything changes it
+    before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
+    for name, rates in before.rates.items():
+        kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
+        if rate > USELESS:
+            print_warning(
+                f"the dense model's {kind} error rate{on_set} is {100 * rate:.0f} %: check its tokenizer, sampling "
+                "rate and language, and that its CTC head was trained, before you trust what pruning does to it"
+            )
     stages = plan_stages(config, len(training))
     for warning in too_short(config.training, stages, len(training)):
         print_warning(warning)
-    state = State(_run_identity(made_from, dense, evaluation, calibration, training), overlap=overlap)
+    state = State(
+        _run_identity(made_from, dense, *evaluation.values(), calibration, training),
+        evaluation=[
+            {"name": name, "n_utterances": len(utterances), "overlap": chosen.overlap[name]}
+            | dict.fromkeys(run_folder.RATES)  # what an encoder has none of
+            | ({f"{key}_dense": rate for key, rate in asdict(before.rates[name]).items()} if speech.writes else {})
+            for name, utterances in evaluation.items()
+        ],
+    )
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
@@ -129,12 +152,14 @@ def _run(
     if done is None:
         clear(folder)
         run_folder.write_json(started_from, made_from)
+        if broken := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, broken)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
         if state.hypotheses is None:
-            evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
+            evaluate_step(config, speech, evaluation, how, steps[state.steps - 1][0], state, step_folder, console)
     for number, (kind, item) in enumerate(steps):
         if number < state.steps:
             continue
@@ -151,19 +176,21 @@ def _run(
         write_step(step_folder, speech, state, (_card if ours else compress.card)(config, speech, state))
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
-        evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
-    replayed = state.cached | ({"evaluate": dense_seconds} if dense_cached else {})
+        evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
+    replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
     about = {
         "n_calibration_utterances": len(calibration),
+        "text": {"case": how.case, "removed_characters": how.removed, "unicode_form": how.form},
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "left_out": sets.counts(),
         "inputs": made_from,
         "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
     }
-    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
+    return _finish(config, folder, speech, state, evaluation, before, about)
 
 
-def _find_done(config: Config, folder: Path, console: Console) -> dict[str, Any] | None:
+def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> dict[str, Any] | None:
     """Give the metrics of a finished run; None, after a warning, if it was made from something else or is damaged.
 
     Raises:
@@ -179,7 +206,8 @@ def _find_done(config: Config, folder: Path, console: Console) -> dict[str, Any]
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
-    now = inputs.of_run(config)
+    sets.needs_text = metrics.get("divergence") is None  # otherwise it was of an encoder
+    now = inputs.of_run(config, sets)
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
@@ -215,15 +243,17 @@ def _finish(
     folder: Path,
     speech: SpeechModel,
     state: State,
-    evaluation: list[Utterance],
-    before: list[str],
-    wer_dense: float,
-    dense_seconds: float,
+    evaluation: dict[str, list[Utterance]],
+    before: Evaluation,
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Write what is left to write, ``metrics.json`` last; it gets ``about`` besides what is known here."""
     assert state.hypotheses is not None
-    run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before, state.hypotheses)
+    predictions = folder / run_folder.PREDICTIONS
+    if speech.writes:
+        run_folder.write_predictions(predictions, evaluation, before.hypotheses, state.hypotheses)
+    else:
+        run_folder.write_divergences(predictions, evaluation, state.divergences)
     if state.log:
         write_training_log(folder / run_folder.TRAINING_LOG, state.log)
     compression_log = state.compression.pop("log", [])
@@ -233,10 +263,10 @@ def _finish(
     ours = config.method.name == OURS
     pieces = ("calibrate", "allocate", "solve", "recover", "compress")
     prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
-    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
+    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
     executed, nonzero_products = multiply_accumulates(speech.model, silence(speech.processor.feature_extractor))
-    final = state.stages[-1]
+    first = state.evaluation[0]
     metrics = {
         "model": speech.name,
         "method": config.method.name,
@@ -249,22 +279,22 @@ def _finish(
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
         "target_sparsity": config.sparsity.fraction,
-        "achieved_sparsity": final["achieved_sparsity"],
+        "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
         "params_total": total,
         "params_nonzero": nonzero,
         "macs_per_second": executed,
         "macs_per_second_nonzero": nonzero_products,
-        "wer_dense": wer_dense,
-        "wer_pruned": final["wer_pruned"],
-        "wer": final["wer"],
+        **{key: first[key] for key in run_folder.RATES},
+        "divergence": first.get("divergence"),
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
         "compression": None
         if ours
         else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},
         "stages": state.stages,
-        "n_utterances": len(evaluation),
-        "evaluation_overlap": state.overlap,
+        "n_utterances": first["n_utterances"],
+        "evaluation_overlap": first["overlap"],
+        "evaluation": state.evaluation,
         "seconds": seconds,
         **about,
         "peak_memory_bytes": run_folder.peak_memory(device),
@@ -283,27 +313,55 @@ def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _utterances(
-    config: Config, speech: SpeechModel
-) -> tuple[list[Utterance], list[Utterance], list[Utterance], int, list[str]]:
-    """Give the evaluation, calibration and training set; the last two are empty where they are not used.
+@dataclass(frozen=True)
+class _Chosen:
+    """The utterances of a run, whose transcripts are normalized; sets that are not used are empty.
 
-    With them go the number of evaluation utterances that are in one of the other sets, and sentences for the user.
+    Attributes:
+        evaluation: By the names of the sets.
+        calibration, training: What the smaller model is made from.
+        how: What the transcripts are normalized by.
+        overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
+        notes: Sentences for the user that belong into the record, too.
+        assumed: Sentences on how the transcripts are normalized.
     """
-    data, ours = config.data, config.method.name == OURS
-    evaluation = evaluation_set(data)
-    calibration = calibration_set(data, config.calibration.utterances, config.seed) if ours else []
-    learns = config.finetune_strategy.name != "none" or not ours
-    training = training_set(data, config.training.seed) if learns else []
-    overlap, notes = find_overlap(data, evaluation, {"calibration": calibration, "training": training})
-    sets = {"evaluation_subset": evaluation, "calibration_subset": calibration, "training_subset": training}
-    notes += left_out(data, [key for key, utterances in sets.items() if utterances])
-    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
-    for utterances in sets.values():
-        check_labels(utterances, speech.processor)
+
+    evaluation: dict[str, list[Utterance]]
+    calibration: list[Utterance]
+    training: list[Utterance]
+    how: Normalization
+    overlap: dict[str, int]
+    notes: list[str]
+    assumed: list[str]
+
+
+def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
+    """Read and check everything that a run reads, before anything is computed."""
+    data, roles = config.data, config.roles
+    evaluation = sets.evaluation()
+    calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
+    training = sets.training(config.training.seed) if "training" in roles else []
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
+    notes, overlap = sets.left_out(), {}
+    for name, utterances in evaluation.items():
+        called = name if len(evaluation) > 1 else "evaluation"
+        overlap[name], found = find_overlap(
+            data, utterances, {"calibration": calibration, "training": training}, called
+        )
+        notes += found
+    how, assumed = choose_normalization(
+        (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
+    )
+    evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
+    calibration, training = normalized(calibration, how), normalized(training, how)
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
+    for utterances in (*evaluation.values(), calibration, training):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
+    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return evaluation, calibration, training, overlap, notes
+    return _Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
 
 
 def _prune(
@@ -402,6 +460,26 @@ def _prune_from_disk(
     return report
 
 
+def _check_encoder(config: Config, speech: SpeechModel) -> None:
+    """Refuse at once what takes a CTC head.
+
+    Raises:
+        UserError: It names the option, and what an encoder can have.
+    """
+    called = f"{config.model.source} is an encoder without a CTC head"
+    head = f"or train a head first with sparsewav-train initial_model={config.model.source}"
+    if config.method.name != OURS:
+        raise UserError(f"{called}, and method={config.method.name} learns recognition; choose method={OURS}, {head}")
+    if config.finetune_strategy.name != "none":
+        raise UserError(
+            f"{called}, and finetune_strategy={config.finetune_strategy.name} tunes with the CTC loss; choose "
+            f"finetune_strategy=none, {head}"
+        )
+    if config.model.offload:
+        raise UserError(f"{called}, and model.offload=true reads CTC models alone; choose model.offload=false")
+    check_allocation(speech.model, config.allocation)
+
+
 def _check_offload(config: Config) -> None:
     """Refuse at once what pruning from disk cannot do."""
     if distributed.world() > 1:
@@ -461,16 +539,21 @@ def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
 def _card(config: Config, speech: SpeechModel, state: State) -> str:
     """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
-    now = state.stages[-1]
+    now, calibrated = state.stages[-1], ", ".join(config.data.names("calibration"))
     path = ", then ".join(
         f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
         for record in state.stages
+    )
+    task, loader, figures = (
+        ("automatic-speech-recognition", "AutoModelForCTC", "The word error rates")
+        if speech.writes
+        else ("feature-extraction", "AutoModel", "The distances of its hidden states from the dense model's")
     )
     sparsity = str(config.sparsity) if config.sparsity.pattern else f"{now['sparsity']:g}"
     tuned = "in one shot, without fine-tuning" if not now["updates"] else f"with {config.finetune_strategy.name} tuning"
     return f"""---
 library_name: transformers
-pipeline_tag: automatic-speech-recognition
+pipeline_tag: {task}
 tags: [sparsewav, pruning, speech]
 ---
 # {speech.name}, pruned to {sparsity} sparsity
@@ -485,8 +568,8 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 | sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
 | pruned to | {path} |
 | parameters | {nonzero:,} of {total:,} are not zero |
-| calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
+| calibration | {config.calibration.utterances} utterances of {calibrated}, seed {config.seed} |
 {compress.overlap_row(state)}
-`AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model. The word error rates
-are in the run's `metrics.json`, beside this folder.
+`{loader}.from_pretrained` loads the dense weights, with their zeros, as any other model. {figures} are in the run's
+`metrics.json`, beside this folder.
 """

@@ -78,8 +78,6 @@ def check_unwrapped(model: Any) -> None:
         raise UserError("the model is compiled; give the model within, model._orig_mod, and compile it afterwards")
     if not hasattr(model, "base_model_prefix"):
         raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
-    if base_of(model) is model and family_of(model).base != "":
-        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
 
 
 def check_model(model: Any, *, by_output: bool) -> None:
@@ -96,7 +94,7 @@ def check_model(model: Any, *, by_output: bool) -> None:
     check_unwrapped(model)
     kind = type(model).__name__
     family = family_of(model)
-    if by_output and not hasattr(model, family.head):
+    if by_output and has_head(model) and not hasattr(model, family.head):
         raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
     precisions = {
         str(tensor.dtype)

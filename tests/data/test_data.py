@@ -22,20 +22,14 @@ from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths, c
 from sparsewav.data.demo import TEST_VOICES, TRAINING_VOICES
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.data.sentences import draw_sentence, vocabulary
-from sparsewav.data.sets import (
-    calibration_set,
-    evaluation_set,
-    find_overlap,
-    left_out,
-    training_set,
-    whole_subset,
-)
+from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.text import choose_normalization, normalized
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio, sample_utterances
 from sparsewav.errors import UserError
 from sparsewav.inference.wer import transcribe
 from sparsewav.models.load import load_processor, load_speech_model
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.run import DemoData, LibriSpeechFolder, LibriSpeechHub
+from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder, LibriSpeechHub
 
 REAL_SPEECH = Path(os.environ.get("SPARSEWAV_REAL_SPEECH", "/nowhere"))
 """A folder with real recordings in LibriSpeech's layout, for whoever has one: ``<corpus>/<subset>/``."""
@@ -79,7 +73,7 @@ def test_contents_of_a_file_are_read_as_the_file(corpus: Path) -> None:
         lambda text: text.replace(" ", "\xa0 \t").encode(),
         lambda text: text.replace(" ", "\u2028").encode(),
         lambda text: text.replace(" ", " \x0b\x0c\x85 ").encode(),
-        lambda text: text.replace("\n", "  \r\n\r\n").lower().encode(),
+        lambda text: text.replace("\n", "  \r\n\r\n").encode(),
     ],
     ids=["byte-order mark", "tabs", "no-break spaces", "line separators", "control characters", "CRLF"],
 )
@@ -151,31 +145,50 @@ def test_an_mp3_without_a_count_of_its_frames_is_read_to_its_end(tmp_path: Path,
 
 def test_the_evaluation_sample_is_of_the_whole_subset_and_always_the_same(corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(corpus), evaluation_subset="train", evaluation_utterances=6)
-    drawn, everyone = evaluation_set(data), read_librispeech_folder(corpus, "train")
-    assert drawn == evaluation_set(data)
+    drawn, everyone = Sets(data).evaluation()["train"], read_librispeech_folder(corpus, "train")
+    assert drawn == Sets(data).evaluation()["train"]
     assert [u for u in everyone if u in drawn] == drawn, "in the order of the subset"
     assert {u.id[:3] for u in drawn} == {"100", "101"}, "the first 6 are of one speaker"
     with pytest.raises(UserError, match=r"data\.evaluation_utterances=13 asks for more than the 12"):
-        evaluation_set(replace(data, evaluation_utterances=13))
+        Sets(replace(data, evaluation_utterances=13)).evaluation()
 
 
 def test_a_missing_subset_is_named_with_its_key(corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(corpus), training_subset="trian", development_subset="dve")
     with pytest.raises(UserError, match=r"data\.training_subset=trian is not in .*; it holds test, train"):
-        training_set(data, 0)
+        Sets(data).training(0)
     with pytest.raises(UserError, match=r"data\.development_subset=dve is not in"):
-        whole_subset(data, "development_subset")
+        Sets(data).development()
     with pytest.raises(UserError, match=r"data\.evaluation_subset=tset is not in the demo corpus; it has train"):
-        evaluation_set(DemoData(evaluation_subset="tset"))
+        Sets(DemoData(evaluation_subset="tset")).evaluation()
     with pytest.raises(UserError, match=r"data\.evaluation_subset=clean of data=librispeech must be"):
-        evaluation_set(LibriSpeechHub(evaluation_subset="clean"))
+        Sets(LibriSpeechHub(evaluation_subset="clean")).evaluation()
+
+
+def test_a_role_may_have_several_subsets_and_text_stays_as_it_is_written(own_corpus: Path) -> None:
+    for transcript in (own_corpus / "test").rglob("*.trans.txt"):
+        transcript.write_text(transcript.read_text().lower())
+    data = LibriSpeechFolder(root=str(own_corpus), training_subset=["test", "train"], evaluation_subset=["train"])
+    test, train = (read_librispeech_folder(own_corpus, name) for name in ("test", "train"))
+    assert Sets(data).training(0) == [*test, *train]
+    assert Sets(data).evaluation() == {"train": train}
+    assert data.subset("training") == ("data.training_subset", ["test", "train"])
+    assert all(item.text.islower() for item in test)
+    assert {item.speaker for item in train} == {"100", "101"}
+
+
+def _read(data: Data, *roles: str) -> Sets:
+    sets = Sets(data)
+    for role in roles or ("calibration", "evaluation"):
+        sets.read(role)
+    return sets
 
 
 def test_audio_without_a_transcript_is_mentioned(own_corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", calibration_subset="train")
-    assert not left_out(data, ["evaluation_subset", "calibration_subset"])
+    assert not _read(data).left_out()
     next((own_corpus / "test").rglob("101*.trans.txt")).unlink()
-    (note,) = left_out(data, ["evaluation_subset", "calibration_subset"])
+    (note,) = _read(data).left_out()
     assert re.match(r"audio without a transcript in test is left out: 3 files, e\.g\. .*101-7-0001\.flac", note)
 
 
@@ -274,18 +287,18 @@ def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypat
     table.to_parquet(tmp_path / "train.parquet")
     load = datasets.load_dataset
 
-    def load_local(name: str, configuration: str, *, split: str, streaming: bool) -> datasets.IterableDataset:
+    def load_local(name: str, configuration: str, *, split: str, streaming: bool, **_: Any) -> datasets.IterableDataset:
         assert (name, configuration, split, streaming) == ("openslr/librispeech_asr", "clean", "train.100", True)
         return load("parquet", data_files={split: str(tmp_path / "train.parquet")}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # after every sample
     hub = LibriSpeechHub(calibration_subset="clean/train.100", evaluation_subset="clean/train.100")
-    sample = calibration_set(hub, 5, seed=1)
+    sample = Sets(hub).calibration(5, seed=1)
     assert len({u.id for u in sample}) == 5
-    assert sample == calibration_set(hub, 5, seed=1)
-    assert [u.id for u in sample] != [u.id for u in calibration_set(hub, 5, seed=2)]
-    assert [u.id for u in evaluation_set(hub)] == [row["id"] for row in rows]
+    assert sample == Sets(hub).calibration(5, seed=1)
+    assert [u.id for u in sample] != [u.id for u in Sets(hub).calibration(5, seed=2)]
+    assert [u.id for u in Sets(hub).evaluation()["clean/train.100"]] == [row["id"] for row in rows]
     assert len(read_audio(sample[0])) == audio_seconds(sample[0]) * 16_000
 
 
@@ -337,9 +350,9 @@ def test_demo_sentences_are_split_and_varied() -> None:
 def test_transcripts_that_cannot_be_written_are_refused(model_folder: Path) -> None:
     processor = load_processor(str(model_folder))
     check_labels([Utterance("a", "IT'S  FINE", b"")], processor)
-    with pytest.raises(UserError, match=r"utterance b \(b\) .*: 1 É;"):
-        check_labels([Utterance("a", "FINE", b""), Utterance("b", "FINE 1CAFÉ", b"")], processor)
-    with pytest.raises(UserError, match=r"utterance b .*: U\+200B;"):
+    with pytest.raises(UserError, match=r"1 of 2 transcripts .*: É \(2×\), 1 \(1×\); e\.g\. utterance b \(b\): "):
+        check_labels([Utterance("a", "FINE", b""), Utterance("b", "FINE 1ÉÉ", b"")], processor)
+    with pytest.raises(UserError, match=r"vocabulary: U\+200B \(1×\); e\.g\. utterance b "):
         check_labels([Utterance("b", "A\u200bB", b"")], processor)
     with pytest.raises(UserError, match=r"utterance c \(c\.wav\) has an empty transcript"):
         check_labels([Utterance("c", " ", Path("c.wav"))], processor)
@@ -351,16 +364,20 @@ def test_labels_that_are_not_the_transcript_are_refused(model_folder: Path, tmp_
     tokens = json.loads((folder / "vocab.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
-    check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))  # its vocabulary has capitals
+    speaking = load_processor(str(folder))  # its vocabulary has capitals, of which it writes small letters
+    how, _ = choose_normalization(["SEA TEN"], speaking.tokenizer)
+    check_labels(normalized([Utterance("a", "SEA TEN", b"")], how), speaking)
+    with pytest.raises(UserError, match=r"the labels of 'SEA' .* read 'sea'"):
+        check_labels([Utterance("a", "SEA TEN", b"")], speaking)
     (folder / "vocab.json").write_text(json.dumps({token.lower(): index for token, index in tokens.items()}))
     with pytest.raises(
         UserError, match=r"turns 'sea' in the transcript of utterance a .*do_lower_case in tokenizer_config"
     ):
-        check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
+        check_labels([Utterance("a", "sea ten", b"")], load_processor(str(folder)))
     # A letter as the blank: the loss takes it for silence.
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "s"}))
-    with pytest.raises(UserError, match=r"labels of 'sea' .* read 'EA'"):
-        check_labels([Utterance("a", "SEA TEN", b"")], load_processor(str(folder)))
+    with pytest.raises(UserError, match=r"labels of 'sea' .* read 'ea'"):
+        check_labels([Utterance("a", "sea ten", b"")], load_processor(str(folder)))
 
 
 def test_utterances_too_short_for_their_transcript_are_refused(
@@ -448,17 +465,19 @@ def _break(corpus: Path, fault: str) -> None:
         ("UTF-16", r"100-7\.trans\.txt, line 1: the file is UTF-16"),
         ("Latin-1", r"100-7\.trans\.txt, line 4: byte 0xc9 is not UTF-8"),
         ("carriage returns", r"100-7\.trans\.txt, line 1: there is a carriage return within"),
-        ("empty transcript", r"100-7\.trans\.txt, line 1: .* empty transcript"),
+        ("empty transcript", r"100-7\.trans\.txt, line 1 .* has an empty transcript"),
         ("no audio", r"there is no audio file .*\.flac"),
         ("no transcripts", r"has no transcripts"),
     ],
 )
-def test_broken_data_is_refused_by_name(own_corpus: Path, fault: str, message: str) -> None:
+def test_broken_data_is_refused_by_name(own_corpus: Path, model_folder: Path, fault: str, message: str) -> None:
     _break(own_corpus, fault)
 
     def read_all() -> None:
-        for utterance in read_librispeech_folder(own_corpus, "test"):
+        utterances = read_librispeech_folder(own_corpus, "test")
+        for utterance in utterances:
             read_audio(utterance)
+        check_labels(utterances, load_processor(str(model_folder)))
 
     with pytest.raises(UserError, match=message):
         read_all()
