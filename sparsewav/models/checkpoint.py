@@ -40,6 +40,9 @@ OPTIONAL = (MASK_EMBEDDING, ".num_batches_tracked")
 training, and nothing else reads it; SpecAugment's paper sets what it masks to zero, and a random number would make of
 every load another model. No batch norm that has a momentum reads the count of batches."""
 
+SETTINGS = (".json", ".md", ".model", ".txt")
+"""Suffixes of the files beside the weights: configuration, card, and those of tokenizer and feature extractor."""
+
 HEADS = ("lm_head.", "ctc_head.")
 """What the names of a CTC head's tensors start with."""
 
