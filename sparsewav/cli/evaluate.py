@@ -128,8 +128,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         speech = load_or_train(Model(name), device)
         for warning in speech.warnings:
             print_warning(warning)
-        if speech.processor.tokenizer is None:
-            raise UserError(f"{name} is an encoder without a CTC head, which writes no text; leave it out")
+        if not speech.writes:
+            raise UserError(f"{name} is an encoder without a CTC head and writes no text; leave it out")
         found += _errors(name, speech, evaluation, data, arguments.seconds, console)
         del speech  # before the next one is loaded
     first = {errors.set: errors for errors in found if errors.model == arguments.models[0]}

@@ -41,6 +41,10 @@ class Normalization:
     form: Literal["NFC", "NFD"] = "NFC"
     letters: Mapping[str, str] = field(default_factory=dict)
 
+    def record(self) -> dict[str, str]:
+        """Give what a run and a training record of it."""
+        return {"case": self.case, "removed_characters": self.removed, "unicode_form": self.form}
+
 
 def normalize(text: str, how: Normalization) -> str:
     """Write a text as a :class:`Normalization` says, with one space between words.

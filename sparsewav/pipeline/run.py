@@ -180,7 +180,7 @@ def _run(
     replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
     about = {
         "n_calibration_utterances": len(calibration),
-        "text": {"case": how.case, "removed_characters": how.removed, "unicode_form": how.form},
+        "text": how.record(),
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
         "left_out": sets.counts(),

@@ -186,6 +186,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "wer": {name: rate.wer for name, rate in rates.items()},
         "cer": {name: rate.cer for name, rate in rates.items()},
         "n_utterances": {name: len(utterances) for name, utterances in {"training": learning, **measured}.items()},
+        "text": how.record(),
         "training_overlap": overlap,
         "left_out": sets.counts(),
         "initial_model": config.initial_model,

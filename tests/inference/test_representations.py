@@ -139,6 +139,10 @@ def test_an_encoder_transcribes_nothing(encoder: Path, own_corpus: Path, run_spa
     result = run_sparsewav(str(audio), "--model", str(encoder), command="sparsewav-transcribe")
     assert result.returncode == 1
     assert "is an encoder without a CTC head and writes no text" in result.stderr
+    speech = ["--data", "data=librispeech_dir", f"data.root={own_corpus}", "data.evaluation_subset=test"]
+    result = run_sparsewav(str(encoder), *speech, command="sparsewav-evaluate")
+    assert result.returncode == 1
+    assert "is an encoder without a CTC head and writes no text" in result.stderr
 
 
 def test_a_pretrained_checkpoint_is_an_encoder_and_says_what_it_leaves_out(tmp_path: Path) -> None:
