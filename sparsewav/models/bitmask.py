@@ -31,7 +31,7 @@ from sparsewav.models.checkpoint import (
     read_config,
     read_headers,
 )
-from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.encoder import prunable_matrices, stays_single
 
 FORMATS = ("dense", "bitmask")
 FORMAT = "sparsewav-bitmask"
@@ -114,7 +114,11 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None = None) -> PreTrainedModel:
     """Do :func:`load`; :func:`~sparsewav.models.checkpoint.load_whole` describes ``notes``."""
     skeleton, tensors = _read(folder)
-    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    kinds = {
+        tensor.dtype
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not stays_single(skeleton, name)
+    }
     if dtype is None and len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
     model = load_whole(

@@ -96,11 +96,10 @@ def check_model(model: Any, *, by_output: bool) -> None:
     family = family_of(model)
     if by_output and has_head(model) and not hasattr(model, family.head):
         raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
-    single: Any = model._keep_in_fp32_modules_strict or ()  # transformers loads these in float32 always
     precisions = {
         str(tensor.dtype)
         for name, tensor in model.named_parameters()
-        if tensor.is_floating_point() and not any(part in name for part in single)
+        if tensor.is_floating_point() and not stays_single(model, name)
     }
     if len(precisions) > 1:
         raise UserError(
@@ -129,6 +128,12 @@ def check_model(model: Any, *, by_output: bool) -> None:
             raise UserError(f"{names[id(module.weight)]} and {name} share one weight; give each a copy of its own")
     if not names:
         raise UserError(f"{kind} has no layer with a matrix that may be pruned")
+
+
+def stays_single(model: Any, name: str) -> bool:
+    """Tell whether a tensor is in float32 in a model of any precision, as transformers loads it."""
+    parts: Any = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(part in name for part in parts)
 
 
 @contextmanager

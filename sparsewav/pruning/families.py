@@ -221,7 +221,8 @@ def _family_alike(model: PreTrainedModel) -> Family:
                 padding=False,
                 alike=name,
             )
-            with suppress(AttributeError):  # its configuration or class does not tell how many frames it makes
+            with suppress(AttributeError):  # it lacks a front end, or what tells how many frames it makes
+                model.get_submodule(".".join(filter(None, (found.base, found.front))))
                 found.frames(model, torch.tensor(16_000))
                 return found
     raise UserError(

@@ -23,6 +23,7 @@ from sparsewav.files import conf_folder
 from sparsewav.inference.macs import multiply_accumulates
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.families import FAMILIES
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import ParameterGroup, train
 
@@ -166,6 +167,27 @@ def test_every_layer_of_the_half_learns_from_the_teachers(
     assert len(distiller.projections) == 2
     for projection in distiller.projections:
         assert projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distillations_refuse_what_has_not_the_form_of_wav2vec2(
+    family: str, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    """A student and its loss are made of the families that the sentence names, and the others are refused."""
+    teacher = tiny_model(family, num_hidden_layers=3)
+    plain = {"wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat"}
+    for method, build, suits in (
+        ("distilhubert", distilhubert.build, plain | {"data2vec-audio", "wav2vec2-conformer"}),
+        ("deep_vs_wide", deep_vs_wide.build, plain | {"data2vec-audio", "wav2vec2-conformer"}),
+        ("fithubert", fithubert.build, plain),
+    ):
+        if family in suits:
+            assert prunable_matrices(build(teacher, settings_of(method))[0].student)
+            continue
+        with pytest.raises(UserError, match=rf"method={method} .*'{family}' .*choose a model of .*wavlm") as refusal:
+            build(teacher, settings_of(method))
+        listed = str(refusal.value).partition("choose a model of ")[2].partition(", or method=")[0]
+        assert set(listed.split(", ")) == suits
 
 
 def test_fithubert_hints_reach_the_lower_layers_with_their_weight(

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCTC, AutoTokenizer, PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 import sparsewav
 from sparsewav import Calibration, Reconstruction
+from sparsewav.inference.wer import decode
 from sparsewav.models.bitmask import export
+from sparsewav.models.processor import Parts
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.encoder import (
     base_of,
@@ -128,12 +130,21 @@ def test_a_pruned_model_is_saved_and_loaded(
     tiny_model: Factory,
     noise_batch: Callable[..., Batch],
     model_input: ModelInput,
+    model_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """Dense and as bitmasks, by transformers and by this package: the same logits, and the zeros in place."""
-    model = tiny_model(family)
-    batch = model_input(model, noise_batch([400, 304]))
+    """Dense and as bitmasks, by transformers and by this package: the same logits and texts, the zeros in place."""
+    model = tiny_model(family, vocab_size=32)
+    processor = Parts(Wav2Vec2FeatureExtractor(), AutoTokenizer.from_pretrained(model_folder))
+    batch = model_input(model, noise_batch([400, 304] if takes_padding(model) else [400, 400]))
     sparsewav.prune(model, [batch], 0.6, allocation="uniform")
+    key = model.main_input_name
+    single = [
+        {key: batch[key][row : row + 1, :length], "attention_mask": batch["attention_mask"][row : row + 1, :length]}
+        for row, length in enumerate(batch["attention_mask"].sum(-1).tolist())
+    ]
+    texts = [decode(model, processor, utterance)[0] for utterance in single]
+    assert all(texts)
     model.save_pretrained(tmp_path / "dense")
     export(tmp_path / "dense", tmp_path / "bitmask")
     with torch.no_grad():
@@ -147,6 +158,7 @@ def test_a_pruned_model_is_saved_and_loaded(
             for mine, theirs in zip(prunable_matrices(loaded), prunable_matrices(model), strict=True):
                 assert torch.equal(mine.weight, theirs.weight), mine.name
             torch.testing.assert_close(loaded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            assert decode(loaded, processor, batch) == texts
 
 
 def test_full_size_counts() -> None:
