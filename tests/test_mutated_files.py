@@ -18,6 +18,7 @@ import sparsewav
 from sparsewav import cache
 from sparsewav.cache import cached_folder
 from sparsewav.data.librispeech import read_librispeech_folder
+from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
 from sparsewav.inference import accelerate
@@ -25,12 +26,13 @@ from sparsewav.models.bitmask import export
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import load_pretrained
 from sparsewav.pruning import Hessians, prunable_matrices
+from sparsewav.settings.data import Manifest
 from tests.models.test_fairseq import _cfg
 
 Make = Callable[..., PreTrainedModel]
 
 MUTATIONS = 63
-"""For each of the eight readers: 504 in all."""
+"""For each of the nine readers: 567 in all."""
 
 HOSTILE = (None, True, -1, 0, 1e400, float("nan"), 10**12, 2.5, "x", "../x", "/dev/zero", "", [], {}, [[]], {"a": []})
 """Put in the place of values in files of JSON."""
@@ -235,6 +237,27 @@ def _transcripts(tmp_path: Path, corpus: Path) -> Case:
     return Case(tmp_path / "case", files, lambda folder: read_librispeech_folder(folder, "train"), is_right)
 
 
+def _manifest(tmp_path: Path, corpus: Path) -> Case:
+    shutil.copytree(corpus / "test", tmp_path / "case" / "clips")
+    rows = [
+        f"{item.speaker}\t{Path(str(item.audio)).relative_to(corpus / 'test')}\t{item.text} „é“\t2"
+        for item in read_librispeech_folder(corpus, "test")
+    ]
+    (tmp_path / "case" / "test.tsv").write_text("\n".join(["client_id\tpath\tsentence\tage", *rows]), encoding="utf-8")
+
+    def read(folder: Path) -> list[Utterance]:
+        return Sets(Manifest(test=str(folder / "test.tsv"))).evaluation()[str(folder / "test.tsv")]
+
+    def is_right(got: list[Utterance], folder: Path) -> bool:
+        header, *lines = (folder / "test.tsv").read_bytes().decode("utf-8-sig").split("\n")
+        names = [name.strip() for name in header.split("\t")]
+        rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines if line.strip()]
+        texts = {Path(row["path"].strip()).stem: " ".join(row["sentence"].split()) for row in rows}
+        return {utterance.id: utterance.text for utterance in got} == texts
+
+    return Case(tmp_path / "case", ["test.tsv"], read, is_right)
+
+
 MODELS = {
     "bitmask": _bitmask,
     "index": _index,
@@ -243,7 +266,7 @@ MODELS = {
     "acceleration": _acceleration,
     "fairseq": _fairseq,
 }
-SPEECH = {"audio": _audio, "transcripts": _transcripts}
+SPEECH = {"audio": _audio, "transcripts": _transcripts, "manifest": _manifest}
 
 
 @pytest.mark.parametrize("reader", [*MODELS, *SPEECH])

@@ -27,7 +27,7 @@ BUFFER = 4
 Item = Utterance | Broken
 
 
-def read_dataset(data: HuggingFace, split: str, given: str) -> Listing:
+def read_dataset(data: HuggingFace, split: str, given: str, *, needs_text: bool = True) -> Listing:
     """List the utterances of a split, in its order.
 
     The audio stays encoded. It is read from the data set when it is needed; that of a stream is kept in memory.
@@ -36,12 +36,13 @@ def read_dataset(data: HuggingFace, split: str, given: str) -> Listing:
         data: Says which data set and columns to take.
         split: Name of the split.
         given: The setting that names it, with its value, for messages.
+        needs_text: Whether there has to be a column of transcripts.
 
     Raises:
         UserError: The data set or the split cannot be read, or has no such columns.
     """
     with _explained(data, given):
-        table, audio, text = _load(data, split)
+        table, audio, text = _load(data, split, needs_text)
         if data.streaming:
             with stage(Console(), f"Streaming {split} of {_name(data)}"):
                 items = list(_streamed(table, audio, text, split))
@@ -51,11 +52,13 @@ def read_dataset(data: HuggingFace, split: str, given: str) -> Listing:
         raise UserError(f"{given} of {_name(data)} has no rows")
     listing = Listing(with_ids(items, split), [item for item in items if isinstance(item, Broken)])
     if (data.audio_column, data.text_column) != (audio, text):
-        listing.recognised = f"{split} of {_name(data)} is read from its columns {audio} and {text}"
+        listing.recognised = f"{split} of {_name(data)} is read from {_said(audio, text)}"
     return listing
 
 
-def stream_shuffled(data: HuggingFace, split: str, given: str, count: int, seed: int) -> tuple[Iterator[Item], str]:
+def stream_shuffled(
+    data: HuggingFace, split: str, given: str, count: int, seed: int, *, needs_text: bool = True
+) -> tuple[Iterator[Item], str]:
     """Shuffle a split while it is streamed, so that a sample needs a part of it.
 
     Args:
@@ -64,6 +67,7 @@ def stream_shuffled(data: HuggingFace, split: str, given: str, count: int, seed:
         given: The setting that names it, with its value, for messages.
         count: Size of the sample, by which that of the buffer goes.
         seed: Seed of the shuffle.
+        needs_text: Whether there has to be a column of transcripts.
 
     Returns:
         The whole split, of which the sample is the beginning, and a sentence that says so.
@@ -72,7 +76,7 @@ def stream_shuffled(data: HuggingFace, split: str, given: str, count: int, seed:
         UserError: As :func:`read_dataset` does; the iterator does, too.
     """
     with _explained(data, given):
-        table, audio, text = _load(data, split)
+        table, audio, text = _load(data, split, needs_text)
         table = table.shuffle(seed=seed, buffer_size=BUFFER * count)
 
     def items() -> Iterator[Item]:
@@ -80,9 +84,9 @@ def stream_shuffled(data: HuggingFace, split: str, given: str, count: int, seed:
             yield from _streamed(table, audio, text, f"the shuffled {split}")
 
     return items(), (
-        f"calibration on the first {count} utterances of the stream of {split} of {_name(data)} (columns {audio} and "
-        f"{text}), whose files and a buffer of {BUFFER * count} rows are shuffled with seed {seed}: no uniform sample "
-        "of all its rows"
+        f"calibration on the first {count} utterances of the stream of {split} of {_name(data)} "
+        f"({_said(audio, text)}), whose files and a buffer of {BUFFER * count} rows are shuffled with seed {seed}: no "
+        "uniform sample of all its rows"
     )
 
 
@@ -92,6 +96,10 @@ def with_ids(items: Sequence[Item], split: str) -> list[Utterance]:
     if all(names) and len(set(names)) == len(names):
         return [item for item in items if isinstance(item, Utterance)]
     return [replace(item, id=f"{split}-{row:06}") for row, item in enumerate(items) if isinstance(item, Utterance)]
+
+
+def _said(audio: str, text: str) -> str:
+    return f"its columns {audio} and {text}" if text else f"its column {audio}, without transcripts"
 
 
 def _name(data: HuggingFace) -> str:
@@ -130,7 +138,7 @@ def _leave_encoded(self: Any, value: Any) -> dict[str, Any]:
     return {"bytes": value.get("bytes"), "path": value.get("path")}
 
 
-def _load(data: HuggingFace, split: str) -> tuple[Any, str, str]:
+def _load(data: HuggingFace, split: str, needs_text: bool) -> tuple[Any, str, str]:
     """Open a split with its audio undecoded, and give its columns of audio and transcripts, too."""
     import datasets
     import huggingface_hub
@@ -144,7 +152,7 @@ def _load(data: HuggingFace, split: str) -> tuple[Any, str, str]:
         local = Path(data.path).expanduser()
         path = str(local) if local.is_dir() else data.path
         table = datasets.load_dataset(path, data.name, **options)
-    audio, text = _columns(data, table.features or {})
+    audio, text = _columns(data, table.features or {}, needs_text)
     return table.cast_column(audio, datasets.Audio(decode=False)), audio, text
 
 
@@ -167,8 +175,8 @@ def _saved(data: HuggingFace, split: str) -> Any:
     return table.to_iterable_dataset() if data.streaming else table
 
 
-def _columns(data: HuggingFace, features: Mapping[str, Any]) -> tuple[str, str]:
-    """Give the columns of audio and transcripts: those that the settings name, or the only ones that may be meant."""
+def _columns(data: HuggingFace, features: Mapping[str, Any], needs_text: bool) -> tuple[str, str]:
+    """Give the columns of audio and transcripts: those that are named, or the only ones that may be meant, or ""."""
     from datasets import Audio
 
     audio = [name for name, feature in features.items() if isinstance(feature, Audio)]
@@ -177,6 +185,8 @@ def _columns(data: HuggingFace, features: Mapping[str, Any]) -> tuple[str, str]:
     for kind, given, found in (("audio", data.audio_column, audio), ("text", data.text_column, text)):
         if given and features and given not in features:
             raise UserError(f"data.{kind}_column={given} is not in data.path={data.path}; it has {', '.join(features)}")
+        if kind == "text" and not given and not found and not needs_text:
+            found = [""]
         if not given and len(found) != 1:
             there = f"{' and '.join(found)} may have the {kind}" if found else f"no column is known to have the {kind}"
             raise UserError(
@@ -218,7 +228,7 @@ def _item(
     from datasets.utils.file_utils import xopen
 
     name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) not in (None, "")), Path(path or "").stem)
-    words, fault = str(row[text] or "").split(), ""
+    words, fault = str(row.get(text) or "").split(), ""
     if audio is None and path and "://" in path:
         with xopen(path, "rb") as file:  # a file of a repository on the hub
             audio = file.read()

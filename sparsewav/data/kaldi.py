@@ -1,5 +1,6 @@
 """Utterances of a folder of Kaldi: ``wav.scp`` and ``text``, with ``segments`` and ``utt2spk`` if it has them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def read_kaldi_folder(folder: Path, key: str, audio_root: str | None = None) -> 
         speakers = {name: speaker for _, name, speaker in _entries(folder / "utt2spk")}
     listing = Listing([])
     texts = set()
-    present = {name: path.is_file() for name, path in recordings.items()}
+    present = {name: os.path.isfile(path) for name, path in recordings.items()}
     for number, name, text in _entries(folder / "text"):
         texts.add(name)
         place = f"{folder / 'text'} line {number}"
@@ -93,6 +94,6 @@ def _segment(rest: str, place: str) -> tuple[str, float, float | None]:
         start, end = float(begin), float(finish)
     except ValueError as error:
         raise UserError(f"{place} does not name a recording, its start and its end in seconds; correct it") from error
-    if not 0 <= start < (end if end != -1 else start + 1):
+    if not 0 <= start < (end if end != -1 else start + 1) < 1e9:
         raise UserError(f"{place} goes from {start:g} to {end:g} s; correct it")
     return recording, start, None if end == -1 else end

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON"}
 
 
-def read_manifest(data: Manifest, name: str, key: str) -> Listing:
+def read_manifest(data: Manifest, name: str, key: str, *, needs_text: bool = True) -> Listing:
     """List the utterances of a manifest, ordered by id.
 
     CSV is separated by commas, or by semicolons where the header has no comma, and may have quotes. In TSV quotes are
@@ -47,6 +48,7 @@ def read_manifest(data: Manifest, name: str, key: str) -> Listing:
         data: Says which columns to take, and where relative paths start from.
         name: The file, or a folder of Kaldi.
         key: The setting that names it, for messages.
+        needs_text: Whether there has to be a column of transcripts.
 
     Raises:
         UserError: The manifest is missing, empty or no text, has no such columns, or an id twice.
@@ -64,7 +66,7 @@ def read_manifest(data: Manifest, name: str, key: str) -> Listing:
             break
     if not head:
         raise UserError(f"{key}={name} has no utterances")
-    layout = _layout(data, path, row if isinstance(row, dict) else {})
+    layout = _layout(data, path, row if isinstance(row, dict) else {}, needs_text)
     listing = Listing([])
     if layout.said:
         listing.recognised = f"{path} is read as {layout.said}"
@@ -78,7 +80,7 @@ def read_manifest(data: Manifest, name: str, key: str) -> Listing:
         audio = item.audio
         assert isinstance(audio, Path)
         if audio not in found:
-            found[audio] = audio.is_file()
+            found[audio] = os.path.isfile(audio)  # also of a name that no file can have
         if audio == layout.root:
             reason = f"{place} names no audio file in {layout.audio}; name it or remove the line"
         elif not found[audio]:
@@ -109,9 +111,11 @@ class _Layout:
     said: str
 
 
-def _layout(data: Manifest, path: Path, columns: Collection[str]) -> _Layout:
+def _layout(data: Manifest, path: Path, columns: Collection[str], needs_text: bool) -> _Layout:
     candidates = [(kind, data.audio_column or audio, data.text_column or text) for kind, audio, text in KNOWN_COLUMNS]
     found = [(kind, audio, text) for kind, audio, text in candidates if audio in columns and text in columns]
+    if not needs_text and not data.text_column:
+        found += [(kind, audio, "") for kind, audio, _ in candidates if audio in columns]
     if not found:
         wanted = [(data.audio_column, "audio_column", "audio"), (data.text_column, "text_column", "text")]
         lacking = [given or default for given, _, default in wanted if (given or default) not in columns]
@@ -127,7 +131,8 @@ def _layout(data: Manifest, path: Path, columns: Collection[str]) -> _Layout:
         root = clips
     told = (audio, text) in ((data.audio_column, data.text_column), ("audio", "text"))
     others = [name for name in (*SPEAKER_COLUMNS, "offset") if name in columns]
-    said = f"{kind}: audio in {audio}, text in {text}{', with '.join(['', *others])}, paths from {root}"
+    words = f"text in {text}" if text else "no transcripts"
+    said = f"{kind}: audio in {audio}, {words}{', with '.join(['', *others])}, paths from {root}"
     return _Layout(audio, text, root, "" if told else said)
 
 
@@ -158,7 +163,7 @@ def _seconds(value: str, column: str, place: str) -> float | None:
         seconds = float(value)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds < 1e9:
         raise UserError(f"{place}: {column} is {value!r}, which is no number of seconds")
     return seconds
 
@@ -238,6 +243,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _json_row(line: str) -> dict[str, Any] | str:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # fails at half of a pair of surrogates, which is no text
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error}); correct the line"
     return row if isinstance(row, dict) else "is no object of JSON; correct the line"

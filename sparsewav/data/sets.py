@@ -87,7 +87,9 @@ class Sets:
             raise UserError(f"{key} has no value; give it: {key}=...")
         for name in names:
             if name not in self._subsets:
-                self._subsets[name] = self._filtered(_list(self.data, key, name), f"{key}={name}")
+                self._subsets[name] = self._filtered(
+                    _list(self.data, key, name, needs_text=self.needs_text), f"{key}={name}"
+                )
         return {name: self._subsets[name].utterances for name in names}
 
     def calibration(self, count: int, seed: int) -> list[Utterance]:
@@ -186,7 +188,7 @@ class Sets:
         key, _ = self.data.subset("calibration")
         (name,) = self.data.names("calibration")
         data, split = _on_hub(self.data, key, name)
-        items, recognised = stream_shuffled(data, split, f"{key}={name}", count, seed)
+        items, recognised = stream_shuffled(data, split, f"{key}={name}", count, seed, needs_text=self.needs_text)
         subset = Subset(recognised=recognised)
         with stage(Console(), f"Streaming {count} utterances of {split} of {data.path}") as progress:
             for item in items:
@@ -267,10 +269,10 @@ def _refuse(broken: Sequence[Broken]) -> NoReturn:
     raise UserError(f"{broken[0].reason}{others}; data.skip_broken=true goes on without")
 
 
-def _list(data: Data, key: str, name: str) -> Listing:
+def _list(data: Data, key: str, name: str, *, needs_text: bool) -> Listing:
     """List a subset without its filters."""
     if isinstance(data, Manifest):
-        return read_manifest(data, name, key)
+        return read_manifest(data, name, key, needs_text=needs_text)
     if isinstance(data, DemoData):
         if name not in SUBSETS:
             raise UserError(f"{key}={name} is not in the demo corpus; it has {', '.join(SUBSETS)}")
@@ -282,7 +284,7 @@ def _list(data: Data, key: str, name: str) -> Listing:
             listing.unused = f"audio without a transcript in {name} is left out: {len(files)} files, e.g. {files[0]}"
         return listing
     source, split = _on_hub(data, key, name)
-    return read_dataset(source, split, f"{key}={name}")
+    return read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
 
 
 def _is_streamed(data: Data) -> bool:

@@ -141,6 +141,16 @@ def test_what_is_not_there_is_refused_in_one_sentence(saved: Path, settings: dic
     assert "\n" not in str(error.value)
 
 
+def test_a_data_set_needs_no_column_of_text_where_nobody_reads_it(saved: Path, tmp_path: Path) -> None:
+    table = datasets.load_from_disk(str(saved / "test")).remove_columns("transcription")
+    datasets.DatasetDict({"test": table, "train": table}).save_to_disk(str(tmp_path / "heard"))
+    for streaming in (False, True):
+        sets = Sets(HuggingFace(path=str(tmp_path / "heard"), streaming=streaming))
+        sets.needs_text = False
+        assert {item.text for item in [*sets.evaluation()["test"], *sets.calibration(3, 0)]} == {""}
+        assert sets.recognised()[0].endswith(" is read from its column audio, without transcripts")
+
+
 def test_columns_that_may_be_meant_are_all_named(saved: Path, tmp_path: Path) -> None:
     table = datasets.load_from_disk(str(saved / "test"))
     table = table.add_column("sentence", ["x"] * len(table))

@@ -95,6 +95,18 @@ def test_a_sample_has_no_broken_file_and_is_always_the_same(manifest: Path) -> N
         assert drawn == [item.id for item in _sets(manifest, skip_broken=True).calibration(12, seed)]
 
 
+def test_a_manifest_needs_no_column_of_text_where_nobody_reads_it(manifest: Path) -> None:
+    manifest.write_text("audio\n01.wav\n02.wav\n")
+    with pytest.raises(UserError, match=r"all\.csv has no column text; it has audio; name"):
+        _sets(manifest).evaluation()
+    sets = _sets(manifest)
+    sets.needs_text = False
+    assert [(item.id, item.text) for item in sets.evaluation()[str(manifest)]] == [("01", ""), ("02", "")]
+    assert sets.recognised() == [
+        f"{manifest} is read as columns: audio in audio, no transcripts, paths from {manifest.parent}"
+    ] * len(sets.recognised())
+
+
 def test_a_librispeech_folder_skips_what_is_broken_too(own_corpus: Path, tmp_path: Path) -> None:
     data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", skip_broken=True)
     names = [item.id for item in Sets(data).evaluation()["test"]]
