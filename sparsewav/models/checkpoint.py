@@ -312,8 +312,7 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
     """
     # The settings that say how many modules of a kind there are: sizes take no memory here, but modules take time.
     encoder, family = encoder_config(config), known_family(config.model_type)
-    layers = family.layers if family else "layers"
-    counts = {"num_hidden_layers": layers}
+    counts = {"num_hidden_layers": family.layers} if family else {}
     if family is None or family.front == "feature_extractor":
         counts["conv_dim"] = "feature_extractor.conv_layers"
     if getattr(config, "add_adapter", False):

@@ -44,7 +44,7 @@ from sparsewav.models.checkpoint import (
 from sparsewav.models.load import choose_device
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
-from sparsewav.pruning.families import encoder_config
+from sparsewav.pruning.families import encoder_config, family_of
 from sparsewav.pruning.layerwise import Outcome, StageProgress
 from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Saliency, Solver, Sparsity, Uniform, resolve
 from sparsewav.settings.run import device_faults
@@ -249,6 +249,11 @@ def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTr
     if is_encoder(config, checkpoint.headers):
         raise UserError(f"{source} is an encoder without a CTC head, and not pruned from disk; use sparsewav.prune")
     whole = make_skeleton(config, checkpoint.headers, source)
+    if family_of(whole).alike:
+        raise UserError(
+            f"{source} is of the family {config.model_type!r}, which was never tried and is not pruned from disk; use "
+            "sparsewav.prune"
+        )
     check_tensors(whole, checkpoint.headers, source)
     layers = encoder_layers(whole).float()
     front = checkpoint.read(name for name in checkpoint.files if not name.startswith(f"{layers_name(whole)}."))

@@ -232,3 +232,19 @@ def test_masked_weights_learn_nothing(
         assert gradient[masks[matrix.name]].any(), matrix.name
     front = base_of(model).get_submodule(FAMILIES[family].front)
     assert all(parameter.grad is None for parameter in front.parameters())
+
+
+@pytest.mark.parametrize("family", ["granite_speech5_ctc", "parakeet_ctc"])
+def test_half_precision(
+    family: str, tiny_model: Factory, noise_batch: Callable[..., Batch], model_input: ModelInput, tmp_path: Path
+) -> None:
+    """A model in bfloat16 is pruned, saved and loaded, also where transformers keeps norms in float32."""
+    tiny_model(family).save_pretrained(tmp_path / "single")
+    model = AutoModelForCTC.from_pretrained(tmp_path / "single", dtype=torch.bfloat16).eval()
+    sparsewav.prune(model, [model_input(model, noise_batch([400, 304]))], 0.5, allocation="uniform")
+    model.save_pretrained(tmp_path / "half")
+    loaded = sparsewav.load(tmp_path / "half")
+    assert {name: tensor.dtype for name, tensor in loaded.named_parameters()} == {
+        name: tensor.dtype for name, tensor in model.named_parameters()
+    }
+    assert all(torch.equal(loaded.get_parameter(name), tensor) for name, tensor in model.named_parameters())
