@@ -92,7 +92,7 @@ def data_of_words(words: Sequence[str], model: str) -> Data:
 
     Args:
         words: Overrides of the group ``data``. Where one of them chooses the source, nothing is taken from the run.
-        model: The folder of a run, or something else, to which ``demo`` has the demo's speech and others have none.
+        model: The folder of a run, or something else, of which the demo's models have the demo's speech.
 
     Raises:
         UserError: A word is no option of data, or nothing says what the speech is.
@@ -107,7 +107,7 @@ def data_of_words(words: Sequence[str], model: str) -> Data:
     if not own and (settings / "config.yaml").is_file():
         recorded = OmegaConf.load(settings / "config.yaml").data
         words = [f"data={OmegaConf.load(settings / 'hydra.yaml').hydra.runtime.choices.data}", *words]
-    elif not own and model != "demo":
+    elif not own and (Path(model).exists() or not re.fullmatch("demo(-.+)?", model)):
         raise UserError(f"{model} is no run, whose speech could be taken; name the speech: --data data=...")
     try:
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):

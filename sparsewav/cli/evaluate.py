@@ -115,6 +115,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if repeated := {name for name in arguments.models if arguments.models.count(name) > 1}:
         raise UserError(f"{', '.join(sorted(repeated))} is named twice; name every model once")
     data = data_of_words(arguments.data, arguments.models[0])
+    if not any(word.startswith("data=") for word in arguments.data):
+        print_note(f"the speech is that of {arguments.models[0]}: {'='.join(map(str, data.subset('evaluation')))}")
     device = choose_device(arguments.device)
     sets = Sets(data)
     evaluation = sets.evaluation()

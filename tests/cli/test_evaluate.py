@@ -125,6 +125,7 @@ def test_models_are_evaluated_and_compared_in_pairs(
     models = ["mine", str(model_folder)]
     result = evaluate(*models, "--output", "errors/of.json")  # on the speech of the run
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "the speech is that of mine: data.evaluation_subset=['test', 'other']" in result.stdout
     record = json.loads((tmp_path / "errors/of.json").read_text())
     rates = {(row["model"], row["set"]): row for row in record["rates"]}
     for about in metrics["evaluation"]:
