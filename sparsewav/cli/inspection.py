@@ -28,7 +28,7 @@ The exit code is 1 if the model is not what the run's files say.
 
 _SHOWN_METRICS = (
     *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "target_sparsity"),
-    *("finetune_strategy", "updates", "seed", "wer_dense", "wer", "cer_dense", "cer"),
+    *("finetune_strategy", "updates", "seed", "wer_dense", "wer", "cer_dense", "cer", "divergence"),
 )
 """The keys of ``metrics.json`` that are shown."""
 
@@ -230,7 +230,11 @@ def _origin(metrics: dict[str, Any]) -> Table:
         value = metrics.get(key)
         if value is not None:
             shown = (
-                f"{100 * value:.2f} %" if key.startswith("wer") else f"{value:,}" if key == "updates" else str(value)
+                f"{100 * value:.2f} %"
+                if key.startswith(("wer", "cer"))
+                else f"{value:,}"
+                if key == "updates"
+                else str(value)
             )
             table.add_row(key, shown)
     return table

@@ -20,6 +20,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_folder
 from sparsewav.models.checkpoint import (
     INDEX,
+    SETTINGS,
     WEIGHTS,
     Checkpoint,
     check_tensors,
@@ -169,7 +170,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         tensors = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
     with write_folder(destination) as temporary:
         for path in source.iterdir():
-            if path.suffix in (".json", ".md", ".txt") and not path.name.endswith(".index.json"):
+            if path.suffix in SETTINGS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, temporary / path.name)
         if dtype == "float16":
             config = json.loads((source / "config.json").read_text())

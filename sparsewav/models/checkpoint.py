@@ -42,6 +42,9 @@ training, and nothing else reads it; SpecAugment's paper sets what it masks to z
 every load another model. No batch norm that has a momentum reads the count of batches, which a model in half precision
 may have stored in float32."""
 
+SETTINGS = (".json", ".md", ".model", ".txt")
+"""Suffixes of the files beside the weights: configuration, card, and those of tokenizer and feature extractor."""
+
 HEADS = ("lm_head.", "ctc_head.")
 """What the names of a CTC head's tensors start with."""
 

@@ -23,7 +23,7 @@ from sparsewav.training.recipes import present_folder
 
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("vocab.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "*.model"),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
 )
 """What a model and its processor are loaded from, as patterns of names in its folder."""

@@ -28,6 +28,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import content_hash, locked, make_readable, write_file, writing
 from sparsewav.models.checkpoint import (
     INDEX,
+    SETTINGS,
     WEIGHTS,
     Checkpoint,
     check_tensors,
@@ -357,8 +358,8 @@ class _Layers:
     def write_rest(self) -> None:
         """Write what is not in the layers, the settings and the index."""
         self._write(1, self.checkpoint.read(name for name in self.checkpoint.files if name not in self.weight_map))
-        for path in self.checkpoint.folder.glob("*.json"):
-            if not path.name.endswith(".index.json"):
+        for path in self.checkpoint.folder.iterdir():
+            if path.suffix in SETTINGS and path.suffix != ".md" and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, self.destination / path.name)
         index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
         (self.destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -414,3 +414,13 @@ def test_the_saved_preprocessor_says_how_the_model_is_run(
     said = " ".join(speech.warnings)
     assert f"return_attention_mask={str(wrong).lower()}, and a model with feat_extract_norm={norm}" in said
     assert ("do_normalize=false" in said) == (norm == "layer")
+
+
+def test_every_file_of_a_tokenizer_comes_along(own_folder: Path, tmp_path: Path) -> None:
+    """SentencePiece's model and lists of pieces beside the JSON files, in another format and pruned from disk."""
+    for name in ("spiece.model", "merges.txt"):
+        (own_folder / name).write_text("pieces")
+    export(own_folder, tmp_path / "small")
+    sparsewav.prune_folder(own_folder, tmp_path / "pruned", [_noise()])
+    for folder in (tmp_path / "small", tmp_path / "pruned"):
+        assert {"spiece.model", "merges.txt", "vocab.json"} <= {path.name for path in folder.iterdir()}
