@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def utterances_fingerprint(utterances: Sequence[Utterance]) -> str:
+def utterances_fingerprint(utterances: Iterable[Utterance]) -> str:
     """Hash ids, transcripts and the content of the audio, in their order."""
     rows = [(utterance.id, utterance.text, utterance.content_hash()) for utterance in utterances]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()

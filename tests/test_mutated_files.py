@@ -229,7 +229,7 @@ def _transcripts(tmp_path: Path, corpus: Path) -> Case:
             for line in (folder / name).read_bytes().decode("utf-8-sig").split("\n"):
                 if line.split():
                     identifier, *words = line.split()
-                    texts[identifier] = " ".join(words).upper()
+                    texts[identifier] = " ".join(words)
         return {utterance.id: utterance.text for utterance in got} == texts
 
     return Case(tmp_path / "case", files, lambda folder: read_librispeech_folder(folder, "train"), is_right)

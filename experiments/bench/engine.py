@@ -28,11 +28,11 @@ from experiments.bench.plain import Batch, forward, plain_hessians, plain_prune,
 from experiments.plots import COLORS, MARKERS, STYLE, save
 from sparsewav import Calibration, Pruning
 from sparsewav.data.batches import SpeechBatches
-from sparsewav.data.sets import calibration_set
+from sparsewav.data.sets import Sets
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrices, prune_model
 from sparsewav.pruning.prune import traces_of
-from sparsewav.settings.run import DemoData
+from sparsewav.settings.data import DemoData
 
 SPARSITY = 0.75
 OURS, PLAIN, FLOOR = "SparseWAV", "plain loop", "one forward"
@@ -331,8 +331,7 @@ def random_base(layers: int = 12) -> PreTrainedModel:
 def speech(utterances: int) -> list[Batch]:
     """Batches of the demo's speech, one utterance each, as wav2vec2-base takes them."""
     processor = load_speech_model("demo").processor
-    data = DemoData("calibration", "test", "train", "dev")
-    return list(SpeechBatches(calibration_set(data, utterances, 0), processor, 1.0, padding=False))
+    return list(SpeechBatches(Sets(DemoData()).calibration(utterances, 0), processor, 1.0, padding=False))
 
 
 def _scaled_sample(frames: int) -> float:

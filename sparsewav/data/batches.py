@@ -86,7 +86,7 @@ def _texts(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> lis
 
 def spell(text: str, processor: Wav2Vec2Processor) -> str:
     """Convert a transcript to the letter case of the model's vocabulary."""
-    return text.lower() if "e" in processor.tokenizer.get_vocab() else text
+    return text.lower() if "e" in processor.tokenizer.get_vocab() else text.upper()
 
 
 def check_labels(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> None:

@@ -51,7 +51,10 @@ def read_librispeech_folder(root: Path, subset: str, key: str = "subset") -> lis
     ids = {audio: audio.stem for audio in texts}
     if len(set(ids.values())) < len(ids):
         ids = {audio: audio.relative_to(folder).with_suffix("").as_posix() for audio in texts}
-    return sorted((Utterance(ids[audio], texts[audio], audio) for audio in texts), key=lambda utterance: utterance.id)
+    utterances = (
+        Utterance(ids[audio], text, audio, speaker=audio.relative_to(folder).parts[0]) for audio, text in texts.items()
+    )
+    return sorted(utterances, key=lambda utterance: utterance.id)
 
 
 def audio_without_transcript(folder: Path, utterances: Sequence[Utterance]) -> list[Path]:
@@ -80,7 +83,7 @@ def _read_transcript(transcript: Path) -> Iterator[tuple[str, Path, str]]:
             raise UserError(f"{place}: there is no audio file {expected} (or {', '.join(AUDIO_SUFFIXES[1:])})")
         if len(found) > 1:
             raise UserError(f"{place}: there are {' and '.join(map(str, found))}; keep one of them")
-        yield place, found[0], " ".join(words).upper()
+        yield place, found[0], " ".join(words)
 
 
 def _lines(transcript: Path) -> Iterator[str]:
@@ -133,8 +136,15 @@ def stream_librispeech(
         if count is not None:
             stream = stream.shuffle(seed=seed, buffer_size=4 * count).take(count)
         with stage(Console(), f"Fetching {configuration} {split} of {name} from the hub"):
-            rows = ((row["id"], " ".join(row["text"].split()).upper(), row["audio"]["bytes"]) for row in stream)
-            return [Utterance(*row) for row in rows]
+            return [
+                Utterance(
+                    row["id"],
+                    " ".join(row["text"].split()),
+                    row["audio"]["bytes"],
+                    speaker=row["id"].partition("-")[0],
+                )
+                for row in stream
+            ]
     except (OSError, ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{key}={configuration}/{split} cannot be streamed from {name} on the hub: {error}; "

@@ -1,81 +1,109 @@
-"""The sets of utterances that a configuration names.
-
-Every function raises :class:`UserError` where the subset is missing, broken or too small.
-"""
+"""The sets of utterances that a configuration names."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from sparsewav.data.demo import SUBSETS, demo_root
 from sparsewav.data.librispeech import audio_without_transcript, read_librispeech_folder, stream_librispeech
 from sparsewav.data.utterances import Utterance, sample_utterances, with_shared_audio
 from sparsewav.errors import UserError
-from sparsewav.settings.run import Data, DemoData, LibriSpeechFolder
+from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder
 
 EVALUATION_SEED = 0
 """Draws ``data.evaluation_utterances``: not the run's seed, so that runs of several seeds are measured on the same."""
 
 
-def calibration_set(data: Data, count: int, seed: int) -> list[Utterance]:
-    """Give a random sample of the calibration subset."""
-    if isinstance(data, (DemoData, LibriSpeechFolder)):
-        return sample_utterances(whole_subset(data, "calibration_subset"), count, seed)
-    return _stream(data, "calibration_subset", count, seed)
+class Sets:
+    """The sets of utterances that a configuration names; every subset is read once, when it is first asked for.
+
+    Every method raises :class:`UserError` where a subset is missing, broken or too small.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self._subsets: dict[str, list[Utterance]] = {}
+
+    def read(self, role: str) -> dict[str, list[Utterance]]:
+        """Give every utterance of a role's subsets, by the subsets' names."""
+        key, _ = self.data.subset(role)
+        names = self.data.names(role)
+        if not names:
+            raise UserError(f"{key} has no value; give it: {key}=...")
+        for name in names:
+            if name not in self._subsets:
+                self._subsets[name] = _read(self.data, key, name)
+        return {name: self._subsets[name] for name in names}
+
+    def calibration(self, count: int, seed: int) -> list[Utterance]:
+        """Give a random sample of the calibration subset."""
+        if isinstance(self.data, DemoData | LibriSpeechFolder):
+            return sample_utterances(self._all("calibration"), count, seed)
+        key, _ = self.data.subset("calibration")
+        (name,) = self.data.names("calibration")
+        return _stream(key, name, count, seed)
+
+    def evaluation(self) -> dict[str, list[Utterance]]:
+        """Give the evaluation subsets by their names, or ``evaluation_utterances`` of each.
+
+        These are the same ones always, in the subset's order.
+        """
+        count = self.data.evaluation_utterances
+        sets = self.read("evaluation")
+        if count is None:
+            return sets
+        drawn = {
+            name: set(sample_utterances(utterances, count, EVALUATION_SEED, key="data.evaluation_utterances"))
+            for name, utterances in sets.items()
+        }
+        return {
+            name: [utterance for utterance in utterances if utterance in drawn[name]]
+            for name, utterances in sets.items()
+        }
+
+    def training(self, seed: int) -> list[Utterance]:
+        """Give the training subset, or a random sample of ``training_utterances`` of it."""
+        utterances = self._all("training")
+        if self.data.training_utterances is None:
+            return utterances
+        return sample_utterances(utterances, self.data.training_utterances, seed, key="data.training_utterances")
+
+    def development(self) -> list[Utterance]:
+        """Give the development subset."""
+        return self._all("development")
+
+    def _all(self, role: str) -> list[Utterance]:
+        return list(chain.from_iterable(self.read(role).values()))
+
+    def left_out(self, roles: Sequence[str]) -> list[str]:
+        """Give a sentence for every subset of the roles in whose folder audio files have no transcript."""
+        if not isinstance(self.data, LibriSpeechFolder):
+            return []
+        sentences = []
+        for name, utterances in {name: items for role in roles for name, items in self.read(role).items()}.items():
+            files = audio_without_transcript(Path(self.data.root).expanduser() / name, utterances)
+            if files:
+                sentences.append(
+                    f"audio without a transcript in {name} is left out: {len(files)} files, e.g. {files[0]}"
+                )
+        return sentences
 
 
-def evaluation_set(data: Data) -> list[Utterance]:
-    """Give the evaluation subset, or ``evaluation_utterances`` of it: the same ones always, in the subset's order."""
-    utterances = whole_subset(data, "evaluation_subset")
-    if data.evaluation_utterances is None:
-        return utterances
-    count = data.evaluation_utterances
-    drawn = set(sample_utterances(utterances, count, EVALUATION_SEED, key="data.evaluation_utterances"))
-    return [utterance for utterance in utterances if utterance in drawn]
-
-
-def training_set(data: Data, seed: int) -> list[Utterance]:
-    """Give the training subset, or a random sample of ``training_utterances`` of it."""
-    utterances = whole_subset(data, "training_subset")
-    if data.training_utterances is None:
-        return utterances
-    return sample_utterances(utterances, data.training_utterances, seed, key="data.training_utterances")
-
-
-def whole_subset(data: Data, key: str) -> list[Utterance]:
-    """Give every utterance of the subset that a key of the settings names, e.g. ``evaluation_subset``."""
-    subset = getattr(data, key)
+def _read(data: Data, key: str, name: str) -> list[Utterance]:
     if isinstance(data, LibriSpeechFolder):
-        return read_librispeech_folder(Path(data.root).expanduser(), subset, f"data.{key}")
+        return read_librispeech_folder(Path(data.root).expanduser(), name, key)
     if not isinstance(data, DemoData):
-        return _stream(data, key, None, 0)
-    if subset not in SUBSETS:
-        raise UserError(f"data.{key}={subset} is not in the demo corpus; it has {', '.join(SUBSETS)}")
-    return read_librispeech_folder(demo_root((subset,), data.seed), subset)
+        return _stream(key, name, None, 0)
+    if name not in SUBSETS:
+        raise UserError(f"{key}={name} is not in the demo corpus; it has {', '.join(SUBSETS)}")
+    return read_librispeech_folder(demo_root((name,), data.seed), name)
 
 
-def _stream(data: Data, key: str, count: int | None, seed: int) -> list[Utterance]:
-    subset = getattr(data, key)
-    configuration, slash, split = subset.partition("/")
+def _stream(key: str, name: str, count: int | None, seed: int) -> list[Utterance]:
+    configuration, slash, split = name.partition("/")
     if not slash:
-        raise UserError(
-            f"data.{key}={subset} of data=librispeech must be <configuration>/<split>, e.g. clean/train.100"
-        )
-    return stream_librispeech(configuration, split, count, seed, f"data.{key}")
-
-
-def left_out(data: Data, keys: Sequence[str]) -> list[str]:
-    """Give a sentence for every subset that the keys name in whose folder audio files have no transcript."""
-    if not isinstance(data, LibriSpeechFolder):
-        return []
-    sentences = {}
-    for key in keys:
-        subset = getattr(data, key)
-        files = audio_without_transcript(Path(data.root).expanduser() / subset, whole_subset(data, key))
-        if files:
-            sentences[subset] = (
-                f"audio without a transcript in {subset} is left out: {len(files)} files, e.g. {files[0]}"
-            )
-    return list(sentences.values())
+        raise UserError(f"{key}={name} of data=librispeech must be <configuration>/<split>, e.g. clean/train.100")
+    return stream_librispeech(configuration, split, count, seed, key)
 
 
 def find_overlap(
@@ -108,9 +136,10 @@ def find_overlap(
             continue
         fact = f"{len(shared)} of {len(measured)} {name} utterances are in the {other} set, e.g. {shared[0].source}"
         if not data.allow_overlap:
+            key, value = data.subset(other)
             raise UserError(
                 f"{fact}: their word error rate is not that of unseen speech; choose another subset than "
-                f"data.{other}_subset={getattr(data, f'{other}_subset')}, or allow it with data.allow_overlap=true"
+                f"{key}={value}, or allow it with data.allow_overlap=true"
             )
         sentences.append(f"{fact} (data.allow_overlap=true)")
         overlap |= set(shared)

@@ -22,18 +22,23 @@ class Utterance:
     Attributes:
         id: Identifier (``speaker-chapter-number`` in LibriSpeech). The subsets of a corpus have unique ones, because
             results name utterances by it; nothing looks one up by it.
-        text: Transcript in upper case.
+        text: Transcript as it is written in the source, with one space between words.
         audio: An audio file, or its contents.
+        speaker: Who speaks, where the source says it.
+        place: Where the source has the utterance, e.g. ``train.tsv line 17``.
     """
 
     id: str
     text: str
     audio: Path | bytes
+    speaker: str | None = None
+    place: str | None = None
 
     @property
     def source(self) -> str:
-        """Name of the audio in messages."""
-        return str(self.audio) if isinstance(self.audio, Path) else self.id
+        """Name of the utterance in messages: its place and its audio."""
+        audio = str(self.audio) if isinstance(self.audio, Path) else self.id
+        return audio if self.place is None else f"{self.place} ({audio})"
 
     def contents(self) -> bytes:
         """Read the encoded audio."""

@@ -66,5 +66,5 @@ def word_error_rate(utterances: Sequence[Utterance], hypotheses: Sequence[str]) 
     """
     if not utterances:
         raise UserError("the evaluation set is empty: a word error rate over no words is not a number")
-    references = [utterance.text for utterance in utterances]
+    references = [utterance.text.upper() for utterance in utterances]
     return float(jiwer.wer(references, list(hypotheses)))

@@ -64,6 +64,7 @@ def card(config: Config, speech: SpeechModel, state: State) -> str:
     """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
     done, tuned = state.compression, state.stages[-1]["updates"]
+    learned = ", ".join(config.data.names("training"))
     own = speech.model.config.model_type.startswith("sparsewav")
     loading = "`AutoModelForCTC.from_pretrained` loads it as any other model."
     if own:
@@ -81,7 +82,7 @@ Made by SparseWAV from `{config.model.source}`.
 | | |
 |---|---|
 | parameters | {total:,}, {nonzero:,} of them not zero; {done["params_dense"]:,} before |
-| compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {config.data.training_subset} |
+| compression | {done["updates"]:,} updates of {done["batch_size"]} utterances of {learned} |
 | published updates divided by | {config.update_divisor:g} |
 | published learning rates times | {config.lr_multiplier:g} |
 | tuning for recognition | {tuned:,} updates |

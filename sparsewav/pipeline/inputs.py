@@ -1,8 +1,9 @@
 """What a run or a training read, by content, and what of it has changed since."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from omegaconf import OmegaConf
 
 from sparsewav import cache
 from sparsewav.data.demo import VERSION
-from sparsewav.data.sets import calibration_set, evaluation_set, training_set, whole_subset
+from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import content_hash
 from sparsewav.models.fairseq import DICTIONARY
 from sparsewav.pipeline.naming import identifying_settings
-from sparsewav.settings.baselines import OURS
-from sparsewav.settings.run import Config, Data, DemoData, LibriSpeechHub, TrainConfig
+from sparsewav.settings.data import DemoData, LibriSpeechHub
+from sparsewav.settings.run import Config, TrainConfig
 from sparsewav.training.recipes import present_folder
 
 MODEL_FILES = (
@@ -27,57 +28,67 @@ MODEL_FILES = (
 )
 """What a model and its processor are loaded from, as patterns of names in its folder."""
 
-Sets = Mapping[str, Callable[[], Sequence[Utterance]]]
+Readers = Mapping[str, Callable[[], Iterable[Utterance]]]
+"""By the role of a set, what reads it."""
 
 
-def of_run(config: Config) -> dict[str, Any]:
+def of_run(config: Config, sets: Sets | None = None) -> dict[str, Any]:
     """Give the record of what a run reads, without loading the model; see :func:`changes`.
 
     Files are hashed once and known by their times afterwards. Speech of the demo is known by its version, and
     LibriSpeech on the hub, which does not change, by its settings.
 
+    Args:
+        config: A configuration that was checked.
+        sets: Its sets of utterances, where some were read already.
+
     Returns:
         ``settings`` that the results depend on, ``code`` of this package, ``content`` (a hash by what was read; the
         model's files are called ``model/<name>``), and ``unread``: for what cannot be read now, the reason.
     """
-    sets: dict[str, Callable[[], Sequence[Utterance]]] = {"evaluation set": lambda: evaluation_set(config.data)}
-    if config.method.name == OURS:
-        sets["calibration set"] = lambda: calibration_set(config.data, config.calibration.utterances, config.seed)
-    if config.finetune_strategy.name != "none" or config.method.name != OURS:
-        sets["training set"] = lambda: training_set(config.data, config.training.seed)
+    sets = sets or Sets(config.data)
+    readers: Readers = {
+        "evaluation": lambda: chain.from_iterable(sets.evaluation().values()),
+        "calibration": lambda: sets.calibration(config.calibration.utterances, config.seed),
+        "training": lambda: sets.training(config.training.seed),
+    }
+    readers = {role: readers[role] for role in config.roles}
     settings = identifying_settings(OmegaConf.structured(config))
-    return _record(settings, config.model.name_or_path, config.model.fairseq_checkpoint, config.data, sets)
+    return _record(settings, config.model.name_or_path, config.model.fairseq_checkpoint, sets, readers)
 
 
-def of_training(config: TrainConfig) -> dict[str, Any]:
+def of_training(config: TrainConfig, sets: Sets | None = None) -> dict[str, Any]:
     """Give the record of what a dense training reads, as :func:`of_run` does."""
+    sets = sets or Sets(config.data)
     settings = asdict(config)
     for key in ("output", "device"):
         del settings[key]
     del settings["training"]["checkpoint_updates"]
-    sets: Sets = {
-        "training set": lambda: training_set(config.data, config.training.seed),
-        "development set": lambda: whole_subset(config.data, "development_subset"),
-        "evaluation set": lambda: evaluation_set(config.data),
+    readers: Readers = {
+        "training": lambda: sets.training(config.training.seed),
+        "development": sets.development,
+        "evaluation": lambda: chain.from_iterable(sets.evaluation().values()),
     }
-    return _record(settings, config.initial_model, None, config.data, sets)
+    return _record(settings, config.initial_model, None, sets, readers)
 
 
-def _record(settings: dict[str, Any], model: str | None, fairseq: str | None, data: Data, sets: Sets) -> dict[str, Any]:
+def _record(
+    settings: dict[str, Any], model: str | None, fairseq: str | None, sets: Sets, readers: Readers
+) -> dict[str, Any]:
     content: dict[str, str] = {}
     unread: dict[str, str] = {}
     try:
         content |= {f"model/{path.name}": content_hash(path) for path in _model_files(model, fairseq)}
     except (UserError, OSError) as error:
         unread["model"] = str(error)
-    for name, read in sets.items():
-        if isinstance(data, DemoData):
-            content[name] = f"demo {VERSION}"
-        elif not isinstance(data, LibriSpeechHub):
+    for role, read in readers.items():
+        if isinstance(sets.data, DemoData):
+            content[f"{role} set"] = f"demo {VERSION}"
+        elif not isinstance(sets.data, LibriSpeechHub):
             try:
-                content[name] = cache.utterances_fingerprint(read())
+                content[f"{role} set"] = cache.utterances_fingerprint(read())
             except (UserError, OSError) as error:
-                unread[name] = str(error)
+                unread[f"{role} set"] = str(error)
     settings = json.loads(json.dumps(settings))  # as it is read again from a file
     return {"settings": settings, "code": cache.code_fingerprint(), "content": content, "unread": unread}
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import calibration_set, evaluation_set, find_overlap, left_out, training_set
+from sparsewav.data.sets import Sets, find_overlap
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
@@ -87,8 +87,9 @@ def run(config: Config, folder: Path, console: Console, begin: Callable[[], None
 def _run(
     config: Config, folder: Path, console: Console, begin: Callable[[], None], warnings: list[str]
 ) -> dict[str, Any]:
+    sets = Sets(config.data)
     if (folder / run_folder.METRICS).is_file() and not config.force:
-        metrics = _find_done(config, folder, console)
+        metrics = _find_done(config, sets, folder, console)
         if metrics is not None:
             return metrics
     refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
@@ -103,8 +104,8 @@ def _run(
     for warning in speech.warnings:
         print_warning(warning)
     with reporting("Reading and hashing model and utterances", console):
-        evaluation, calibration, training, overlap, notes = _utterances(config, speech)
-        made_from = inputs.of_run(config)
+        evaluation, calibration, training, overlap, notes = _utterances(config, sets, speech)
+        made_from = inputs.of_run(config, sets)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
         _refuse_interrupted(started_from, made_from, folder)
@@ -163,7 +164,7 @@ def _run(
     return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
 
 
-def _find_done(config: Config, folder: Path, console: Console) -> dict[str, Any] | None:
+def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> dict[str, Any] | None:
     """Give the metrics of a finished run; None, after a warning, if it was made from something else or is damaged.
 
     Raises:
@@ -179,7 +180,7 @@ def _find_done(config: Config, folder: Path, console: Console) -> dict[str, Any]
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
-    now = inputs.of_run(config)
+    now = inputs.of_run(config, sets)
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
@@ -284,22 +285,20 @@ def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[
 
 
 def _utterances(
-    config: Config, speech: SpeechModel
+    config: Config, sets: Sets, speech: SpeechModel
 ) -> tuple[list[Utterance], list[Utterance], list[Utterance], int, list[str]]:
     """Give the evaluation, calibration and training set; the last two are empty where they are not used.
 
     With them go the number of evaluation utterances that are in one of the other sets, and sentences for the user.
     """
-    data, ours = config.data, config.method.name == OURS
-    evaluation = evaluation_set(data)
-    calibration = calibration_set(data, config.calibration.utterances, config.seed) if ours else []
-    learns = config.finetune_strategy.name != "none" or not ours
-    training = training_set(data, config.training.seed) if learns else []
-    overlap, notes = find_overlap(data, evaluation, {"calibration": calibration, "training": training})
-    sets = {"evaluation_subset": evaluation, "calibration_subset": calibration, "training_subset": training}
-    notes += left_out(data, [key for key, utterances in sets.items() if utterances])
+    (evaluation,) = sets.evaluation().values()
+    calibrates, learns = "calibration" in config.roles, "training" in config.roles
+    calibration = sets.calibration(config.calibration.utterances, config.seed) if calibrates else []
+    training = sets.training(config.training.seed) if learns else []
+    overlap, notes = find_overlap(config.data, evaluation, {"calibration": calibration, "training": training})
+    notes += sets.left_out(config.roles)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
-    for utterances in sets.values():
+    for utterances in (evaluation, calibration, training):
         check_labels(utterances, speech.processor)
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
@@ -461,7 +460,7 @@ def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
 def _card(config: Config, speech: SpeechModel, state: State) -> str:
     """Write the model card, which says what was done."""
     total, nonzero = run_folder.count_parameters(speech.model)
-    now = state.stages[-1]
+    now, calibrated = state.stages[-1], ", ".join(config.data.names("calibration"))
     path = ", then ".join(
         f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
         for record in state.stages
@@ -485,7 +484,7 @@ Made by SparseWAV from `{config.model.source}` {tuned}.
 | sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
 | pruned to | {path} |
 | parameters | {nonzero:,} of {total:,} are not zero |
-| calibration | {config.calibration.utterances} utterances of {config.data.calibration_subset}, seed {config.seed} |
+| calibration | {config.calibration.utterances} utterances of {calibrated}, seed {config.seed} |
 {compress.overlap_row(state)}
 `AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model. The word error rates
 are in the run's `metrics.json`, beside this folder.

@@ -7,7 +7,8 @@ from typing import Any
 
 from sparsewav.errors import UserError
 from sparsewav.settings.baselines import METHODS, OURS, Method
-from sparsewav.settings.options import MISSING, Option, Settings, group_faults, option
+from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder, LibriSpeechHub, subset_faults
+from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.pruning import OPTIONS, Calibration, Hutchinson, Pruning, Uniform, Unstructured, alpha_faults
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
 
@@ -24,60 +25,6 @@ class Model(Settings):
     def source(self) -> str:
         """What the model is loaded from, as the user named it."""
         return self.fairseq_checkpoint or self.name_or_path
-
-
-@dataclass
-class Data(Settings):
-    """Which utterances are read."""
-
-    calibration_subset: str = option(MISSING, "where the calibration sample is drawn from")
-    evaluation_subset: str = option(MISSING, "what the word error rate is measured on")
-    training_subset: str = option(MISSING, "what fine-tuning and sparsewav-train learn from")
-    development_subset: str = option(MISSING, "what sparsewav-train logs its word error rate on", identifies=False)
-    evaluation_utterances: int | None = option(
-        None, "a random sample of the evaluation subset, the same for every run and seed; null: all", least=1
-    )
-    training_utterances: int | None = option(None, "a random sample of the training subset; null: all", least=1)
-    allow_overlap: bool = option(
-        False, "let evaluation utterances be in the calibration or training set; every result then says so"
-    )
-
-
-@dataclass
-class DemoData(Data):
-    """Speech of eSpeak NG, made on first use."""
-
-    calibration_subset: str = option("calibration")
-    evaluation_subset: str = option("test")
-    training_subset: str = option("train")
-    development_subset: str = option("dev")
-    seed: int = option(
-        0,
-        "of the demo's sentences, voices and noise; another seed is another corpus, made on first use",
-        least=0,
-        below=2**32,
-    )
-
-
-@dataclass
-class LibriSpeechFolder(Data):
-    """A folder in LibriSpeech's layout."""
-
-    root: str = option(MISSING, "folder that holds the subsets")
-    calibration_subset: str = option("train-clean-100")
-    evaluation_subset: str = option("test-clean")
-    training_subset: str = option("train-clean-100")
-    development_subset: str = option("dev-clean")
-
-
-@dataclass
-class LibriSpeechHub(Data):
-    """LibriSpeech from the Hugging Face hub; subsets are ``configuration/split``."""
-
-    calibration_subset: str = option("clean/train.100")
-    evaluation_subset: str = option("clean/test")
-    training_subset: str = option("clean/train.100")
-    development_subset: str = option("clean/validation")
 
 
 @dataclass
@@ -147,8 +94,16 @@ class Config(Pruning):
         values = {item.name: getattr(self, item.name) for item in fields(Pruning)}
         return Pruning(**values if self.sparsity.pattern else values | {"sparsity": Unstructured(sparsity)})
 
+    @property
+    def roles(self) -> list[str]:
+        """What this run reads speech for, as in :data:`~sparsewav.settings.data.ROLES`."""
+        ours = self.method.name == OURS
+        learns = self.finetune_strategy.name != "none" or not ours
+        return ["evaluation", *(["calibration"] if ours else []), *(["training"] if learns else [])]
+
     def faults(self) -> Iterator[str]:
         yield from group_faults(self)
+        yield from subset_faults(self.data, self.roles)
         if self.method.name == OURS:  # a baseline reads none of these choices
             yield from self.choice_faults()
         yield from device_faults(self.device)
@@ -208,13 +163,18 @@ class TrainConfig:
     output: str = option("outputs/demo-model", "folder of the trained model; a killed training goes on from there")
     device: str = option("auto", "auto (the GPU if there is one), cpu or cuda")
 
+    @property
+    def roles(self) -> list[str]:
+        """What a training reads speech for, as in :data:`~sparsewav.settings.data.ROLES`."""
+        return ["training", "development", "evaluation"]
+
     def check(self) -> None:
         """Refuse values that cannot be.
 
         Raises:
             UserError: There are faults; it has a line for each.
         """
-        lines = [*group_faults(self), *device_faults(self.device)]
+        lines = [*group_faults(self), *subset_faults(self.data, self.roles), *device_faults(self.device)]
         if not self.architecture and self.initial_model is None:
             lines.append(
                 "architecture is empty; choose one (architecture=demo), or name the initial_model whose it is to be"

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sparsewav.data.batches import check_labels, check_lengths
-from sparsewav.data.sets import evaluation_set, find_overlap, left_out, training_set, whole_subset
+from sparsewav.data.sets import Sets, find_overlap
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
@@ -80,8 +80,9 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     done = folder / TRAINING
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
+    sets = Sets(config.data)
     with reporting("Hashing the initial model and the utterances", console):
-        made_from = inputs.of_training(config)
+        made_from = inputs.of_training(config, sets)
     for path, key in ((done, "inputs"), (started_from, None)):
         if path.is_file():
             _refuse_another(path, key, made_from, config, folder)
@@ -101,13 +102,12 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     if first:
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
-    learning = training_set(config.data, config.training.seed)
-    development = whole_subset(config.data, "development_subset")
-    evaluation = evaluation_set(config.data)
+    learning, development = sets.training(config.training.seed), sets.development()
+    (evaluation,) = sets.evaluation().values()
     processor = english_processor(checkpoints)
     for utterances in (learning, development, evaluation):
         check_labels(utterances, processor)
-    overlap, notes = {}, left_out(config.data, ["training_subset", "development_subset", "evaluation_subset"])
+    overlap, notes = {}, sets.left_out(config.roles)
     for name, utterances in (("development", development), ("evaluation", evaluation)):
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
@@ -121,7 +121,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     if first:
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
-        run_folder.write_json(started_from, inputs.of_training(config))
+        run_folder.write_json(started_from, inputs.of_training(config, sets))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)

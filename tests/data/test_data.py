@@ -22,20 +22,13 @@ from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths, c
 from sparsewav.data.demo import TEST_VOICES, TRAINING_VOICES
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.data.sentences import draw_sentence, vocabulary
-from sparsewav.data.sets import (
-    calibration_set,
-    evaluation_set,
-    find_overlap,
-    left_out,
-    training_set,
-    whole_subset,
-)
+from sparsewav.data.sets import Sets, find_overlap
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio, sample_utterances
 from sparsewav.errors import UserError
 from sparsewav.inference.wer import transcribe
 from sparsewav.models.load import load_processor, load_speech_model
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.run import DemoData, LibriSpeechFolder, LibriSpeechHub
+from sparsewav.settings.data import DemoData, LibriSpeechFolder, LibriSpeechHub
 
 REAL_SPEECH = Path(os.environ.get("SPARSEWAV_REAL_SPEECH", "/nowhere"))
 """A folder with real recordings in LibriSpeech's layout, for whoever has one: ``<corpus>/<subset>/``."""
@@ -79,7 +72,7 @@ def test_contents_of_a_file_are_read_as_the_file(corpus: Path) -> None:
         lambda text: text.replace(" ", "\xa0 \t").encode(),
         lambda text: text.replace(" ", "\u2028").encode(),
         lambda text: text.replace(" ", " \x0b\x0c\x85 ").encode(),
-        lambda text: text.replace("\n", "  \r\n\r\n").lower().encode(),
+        lambda text: text.replace("\n", "  \r\n\r\n").encode(),
     ],
     ids=["byte-order mark", "tabs", "no-break spaces", "line separators", "control characters", "CRLF"],
 )
@@ -151,31 +144,43 @@ def test_an_mp3_without_a_count_of_its_frames_is_read_to_its_end(tmp_path: Path,
 
 def test_the_evaluation_sample_is_of_the_whole_subset_and_always_the_same(corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(corpus), evaluation_subset="train", evaluation_utterances=6)
-    drawn, everyone = evaluation_set(data), read_librispeech_folder(corpus, "train")
-    assert drawn == evaluation_set(data)
+    drawn, everyone = Sets(data).evaluation()["train"], read_librispeech_folder(corpus, "train")
+    assert drawn == Sets(data).evaluation()["train"]
     assert [u for u in everyone if u in drawn] == drawn, "in the order of the subset"
     assert {u.id[:3] for u in drawn} == {"100", "101"}, "the first 6 are of one speaker"
     with pytest.raises(UserError, match=r"data\.evaluation_utterances=13 asks for more than the 12"):
-        evaluation_set(replace(data, evaluation_utterances=13))
+        Sets(replace(data, evaluation_utterances=13)).evaluation()
 
 
 def test_a_missing_subset_is_named_with_its_key(corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(corpus), training_subset="trian", development_subset="dve")
     with pytest.raises(UserError, match=r"data\.training_subset=trian is not in .*; it holds test, train"):
-        training_set(data, 0)
+        Sets(data).training(0)
     with pytest.raises(UserError, match=r"data\.development_subset=dve is not in"):
-        whole_subset(data, "development_subset")
+        Sets(data).development()
     with pytest.raises(UserError, match=r"data\.evaluation_subset=tset is not in the demo corpus; it has train"):
-        evaluation_set(DemoData(evaluation_subset="tset"))
+        Sets(DemoData(evaluation_subset="tset")).evaluation()
     with pytest.raises(UserError, match=r"data\.evaluation_subset=clean of data=librispeech must be"):
-        evaluation_set(LibriSpeechHub(evaluation_subset="clean"))
+        Sets(LibriSpeechHub(evaluation_subset="clean")).evaluation()
+
+
+def test_a_role_may_have_several_subsets_and_text_stays_as_it_is_written(own_corpus: Path) -> None:
+    for transcript in (own_corpus / "test").rglob("*.trans.txt"):
+        transcript.write_text(transcript.read_text().lower())
+    data = LibriSpeechFolder(root=str(own_corpus), training_subset=["test", "train"], evaluation_subset=["train"])
+    test, train = (read_librispeech_folder(own_corpus, name) for name in ("test", "train"))
+    assert Sets(data).training(0) == [*test, *train]
+    assert Sets(data).evaluation() == {"train": train}
+    assert data.subset("training") == ("data.training_subset", ["test", "train"])
+    assert all(item.text.islower() for item in test)
+    assert {item.speaker for item in train} == {"100", "101"}
 
 
 def test_audio_without_a_transcript_is_mentioned(own_corpus: Path) -> None:
     data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", calibration_subset="train")
-    assert not left_out(data, ["evaluation_subset", "calibration_subset"])
+    assert not Sets(data).left_out(["evaluation", "calibration"])
     next((own_corpus / "test").rglob("101*.trans.txt")).unlink()
-    (note,) = left_out(data, ["evaluation_subset", "calibration_subset"])
+    (note,) = Sets(data).left_out(["evaluation", "calibration"])
     assert re.match(r"audio without a transcript in test is left out: 3 files, e\.g\. .*101-7-0001\.flac", note)
 
 
@@ -281,11 +286,11 @@ def test_the_hub_is_streamed_and_sampled(corpus: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets, "load_dataset", load_local)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # after every sample
     hub = LibriSpeechHub(calibration_subset="clean/train.100", evaluation_subset="clean/train.100")
-    sample = calibration_set(hub, 5, seed=1)
+    sample = Sets(hub).calibration(5, seed=1)
     assert len({u.id for u in sample}) == 5
-    assert sample == calibration_set(hub, 5, seed=1)
-    assert [u.id for u in sample] != [u.id for u in calibration_set(hub, 5, seed=2)]
-    assert [u.id for u in evaluation_set(hub)] == [row["id"] for row in rows]
+    assert sample == Sets(hub).calibration(5, seed=1)
+    assert [u.id for u in sample] != [u.id for u in Sets(hub).calibration(5, seed=2)]
+    assert [u.id for u in Sets(hub).evaluation()["clean/train.100"]] == [row["id"] for row in rows]
     assert len(read_audio(sample[0])) == audio_seconds(sample[0]) * 16_000
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCTC
 
 import sparsewav
-from sparsewav.data.sets import calibration_set
+from sparsewav.data.sets import Sets
 from sparsewav.files import CHECKSUMS
 from sparsewav.inference import acceleration, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
@@ -26,7 +26,7 @@ from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import prunable_matrices
-from sparsewav.settings.run import DemoData
+from sparsewav.settings.data import DemoData
 
 
 def _has_kernel() -> str:
@@ -165,7 +165,7 @@ def test_outputs_are_those_of_the_dense_model(family: str, tiny_model: Any, nois
 def test_word_error_rate_does_not_move() -> None:
     """The demo model, half of it removed, writes the same letters before and after, on speech."""
     speech = load_speech_model("demo")
-    utterances = calibration_set(DemoData("calibration", "test", "train", "dev"), 8, 0)
+    utterances = Sets(DemoData()).calibration(8, 0)
     for matrix in prunable_matrices(speech.model):
         magnitudes = matrix.weight.detach().abs()
         matrix.weight.data[magnitudes < magnitudes.median()] = 0.0

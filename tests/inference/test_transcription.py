@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from sparsewav.cli.transcribe import _recording
-from sparsewav.data.sets import evaluation_set
+from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
 from sparsewav.inference import transcription
@@ -30,7 +30,7 @@ from sparsewav.inference.transcription import (
 )
 from sparsewav.inference.wer import transcribe
 from sparsewav.models.load import SpeechModel, load_speech_model
-from sparsewav.settings.run import DemoData
+from sparsewav.settings.data import DemoData
 
 QUIET = torch.tensor([0, 1])
 
@@ -43,7 +43,7 @@ def demo() -> SpeechModel:
 @pytest.fixture(scope="module")
 def utterances() -> list[Utterance]:
     """The first sentences of the demo's test set."""
-    return evaluation_set(DemoData("calibration", "test", "train", "dev"))[:8]
+    return Sets(DemoData()).evaluation()["test"][:8]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 
 from sparsewav.errors import UserError
 from sparsewav.pipeline import inputs
-from sparsewav.settings.run import Config, LibriSpeechFolder, Model, TrainConfig
+from sparsewav.settings.data import LibriSpeechFolder
+from sparsewav.settings.run import Config, Model, TrainConfig
 from sparsewav.settings.training import OnePass
 
 

@@ -13,6 +13,7 @@ from transformers import SchedulerType
 import sparsewav
 from sparsewav.errors import UserError
 from sparsewav.settings.baselines import PARP, DistilHuBERT, Gated
+from sparsewav.settings.data import DemoData
 from sparsewav.settings.options import doc_of
 from sparsewav.settings.pruning import (
     ALPS,
@@ -31,7 +32,7 @@ from sparsewav.settings.pruning import (
     Wanda,
     resolve,
 )
-from sparsewav.settings.run import SCHEMAS, Config, Data, Export, Model, TrainConfig
+from sparsewav.settings.run import SCHEMAS, Config, Export, Model, TrainConfig
 from sparsewav.settings.training import SCHEDULERS, Progressive, Training
 
 SETTINGS = {schema.__name__: schema for schemas in SCHEMAS.values() for schema in schemas} | {
@@ -119,7 +120,7 @@ WRONG: list[tuple[Any, set[str]]] = [
             allocation=Hutchinson(probes=0, distribution="cauchy", utterances=0, rank_tolerance=-1.0),
             calibration=Calibration(utterances=0, frames_per_column=0.5),
             seed=-1,
-            data=Data("a", "b", "c", "d", evaluation_utterances=0, training_utterances=0),
+            data=DemoData(evaluation_utterances=0, training_utterances=0, evaluation_subset=[1, "dev"]),
             training=Training(
                 batch_size=0,
                 gradient_accumulation_steps=0,
@@ -149,7 +150,7 @@ WRONG: list[tuple[Any, set[str]]] = [
             *("objective.strength", "recovery.steps", "recovery.learning_rate"),
             *("allocation.probes", "allocation.distribution", "allocation.utterances", "allocation.rank_tolerance"),
             *("calibration.utterances", "calibration.frames_per_column", "seed"),
-            *("data.evaluation_utterances", "data.training_utterances"),
+            *("data.evaluation_utterances", "data.training_utterances", "data.evaluation_subset"),
             *(f"training.{item.name}" for item in fields(Training) if item.name != "freeze_feature_encoder"),
             *("finetune_strategy.stages", "finetune_strategy"),
             *("method.layers", "method.predicted", "method.cosine_weight", "method.front_end_gradient"),
