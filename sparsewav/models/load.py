@@ -18,6 +18,7 @@ from transformers import (
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
 from sparsewav.errors import UserError
+from sparsewav.models import hub
 from sparsewav.models.bitmask import (
     BITMASK_WEIGHTS,
     load,  # noqa: F401  (imported from here, it knows the package's own classes)
@@ -49,12 +50,14 @@ class SpeechModel:
         model: The model.
         processor: Its feature extractor and tokenizer.
         warnings: Sentences for the user about what was assumed in loading it.
+        folder: Where its files are; of a model of the hub, the folder of a commit in the hub's cache.
     """
 
     name: str
     model: PreTrainedModel
     processor: Wav2Vec2Processor
     warnings: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -95,15 +98,38 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     return str(folder)
 
 
+def find_model(name_or_path: str, key: str = "model.name_or_path", revision: str | None = None) -> Path:
+    """Give the folder of a model; the files of one on the hub are fetched first.
+
+    Args:
+        name_or_path: As in :func:`locate_model`.
+        key: The setting that names the model, for messages.
+        revision: A branch, a tag or a commit on the hub; None for the main branch.
+
+    Raises:
+        UserError: There is no such model, or a revision is given with a folder.
+    """
+    source = locate_model(name_or_path, key)
+    if not Path(source).is_dir():
+        return hub.fetch(source, revision, key)
+    if revision is not None:
+        raise UserError(f"{key}={name_or_path} is no name on the hub, and only those have a revision; leave it out")
+    return Path(source)
+
+
 def load_speech_model(
-    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
 ) -> SpeechModel:
-    """Load a CTC model and its processor; :func:`locate_model` says what they may be named.
+    """Load a CTC model and its processor; :func:`find_model` says what they may be named.
 
     Raises:
         UserError: There is no such model, its family is unknown, or a file is missing.
     """
-    source = locate_model(name_or_path)
+    folder = find_model(name_or_path, revision=revision)
+    source = str(folder)
     called = f"model.name_or_path={name_or_path}"
     model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
     processor = load_processor(source)
@@ -114,7 +140,7 @@ def load_speech_model(
             warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
     placed: Any = model
     placed.to(device)
-    return SpeechModel(Path(name_or_path).name, model, processor, warnings)
+    return SpeechModel(Path(name_or_path).name, model, processor, warnings, folder)
 
 
 def _agree_on_tokens(model: PreTrainedModel, processor: Wav2Vec2Processor, called: str) -> list[str]:
@@ -224,7 +250,7 @@ def load_pretrained(
     """Load a CTC model without its processor, in evaluation mode.
 
     Args:
-        source: A folder or a name on the hub.
+        source: A folder.
         dtype: Type of the weights in memory.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
@@ -275,7 +301,7 @@ def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequenc
 
 
 def load_processor(source: str) -> Wav2Vec2Processor:
-    """Load the feature extractor and the character tokenizer from a folder or the hub.
+    """Load the feature extractor and the character tokenizer from a folder.
 
     Raises:
         UserError: One of the two is missing.

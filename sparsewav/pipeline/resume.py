@@ -12,11 +12,12 @@ from rich.console import Console
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import checksums, damage
+from sparsewav.files import checksums, damage, write_file
 from sparsewav.inference.wer import transcribe, word_error_rate
 from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.model_card import CARD, make_card
 from sparsewav.progress import print_warning, stage
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
@@ -82,9 +83,9 @@ def newest_step(folder: Path, identity: str) -> tuple[State, Path] | None:
     return None
 
 
-def write_step(step_folder: Path, speech: SpeechModel, state: State, card: str) -> None:
-    """Write the model of a step, its card, and the state after it."""
-    with run_folder.write_model(step_folder, speech.model, speech.processor, card) as temporary:
+def write_step(step_folder: Path, speech: SpeechModel, state: State) -> None:
+    """Write the model of a step and the state after it."""
+    with run_folder.write_model(step_folder, speech.model, speech.processor) as temporary:
         state.files = checksums(temporary)
         (temporary / run_folder.STEP).write_text(json.dumps(asdict(state)))
 
@@ -110,15 +111,18 @@ def evaluate_step(
     run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
 
 
-def finish_folder(config: Config, folder: Path) -> None:
-    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need.
+def finish_folder(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
+    """Write the model's card, and the model in the format of ``export``, and delete what a done run does not need.
 
     The model that an earlier launch kept stays, whatever ``save_model`` is now.
     """
     shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
     model = folder / run_folder.MODEL
     unfinished = (model / run_folder.STEP).is_file()
-    (model / run_folder.STEP).unlink(missing_ok=True)
+    if unfinished:
+        with write_file(model / CARD) as temporary:
+            temporary.write_text(make_card(metrics), encoding="utf-8")
+        (model / run_folder.STEP).unlink()
     exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
     if exported and not exported.exists():
         export(model, exported, config.export.format, config.export.dtype)

@@ -99,8 +99,8 @@ def write_predictions(path: Path, utterances: Sequence[Utterance], before: Seque
 
 
 @contextmanager
-def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, card: str) -> Iterator[Path]:
-    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, its processor and its card.
+def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor) -> Iterator[Path]:
+    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, and its processor.
 
     Yields:
         A temporary folder; what the block puts there appears together with the model.
@@ -116,7 +116,6 @@ def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
         yield temporary
 
 

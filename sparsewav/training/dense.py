@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from sparsewav.data.sets import Sets, find_overlap
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.models import hub
 from sparsewav.models.checkpoint import not_finite, some
-from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
+from sparsewav.models.load import choose_device, find_model, load_pretrained, load_speech_model, take_over
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, prunable_matrices
 from sparsewav.settings.run import TrainConfig
-from sparsewav.training.recipes import TRAINING, train_if_recipe
+from sparsewav.training.recipes import TRAINING, is_on_hub, present_folder, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
 
@@ -81,6 +82,10 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
     sets = Sets(config.data)
+    if config.initial_model and is_on_hub(config.initial_model, "initial_model"):
+        # Its main branch may have moved; a training that is done needs it for nothing but the comparison.
+        with suppress(UserError) if done.is_file() else nullcontext():
+            hub.fetch(config.initial_model, config.initial_revision, "initial_model")
     with reporting("Hashing the initial model and the utterances", console):
         made_from = inputs.of_training(config, sets)
     for path, key in ((done, "inputs"), (started_from, None)):
@@ -113,6 +118,8 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         notes += found
     set_seed(config.training.seed)
     model: Any = _initial_model(config, processor, console)
+    present = present_folder(config.initial_model, config.initial_revision) if config.initial_model else None
+    initial_commit = hub.commit_of(present) if present else None
     for utterances in (learning, development, evaluation):
         check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
@@ -159,6 +166,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
         "training_overlap": overlap,
         "initial_model": config.initial_model,
+        "initial_commit": initial_commit,
         "parameters": parameters,
         "prunable": prunable,
         "updates": updates,
@@ -210,7 +218,10 @@ def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], conf
 def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
     """Make a model with random weights, and copy the weights of the initial model that fit."""
     letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
+    source = None
+    if config.initial_model is not None:
+        named = train_if_recipe(config.initial_model)
+        source = str(find_model(named, "initial_model", config.initial_revision))
     try:
         if config.architecture:
             architecture = dict(config.architecture)

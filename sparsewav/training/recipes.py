@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, cache_folder, conf_folder, damage, locked, write_checksums
+from sparsewav.models import hub
 from sparsewav.models.load import SpeechModel, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import print_warning
 from sparsewav.settings.run import Model
@@ -30,7 +30,8 @@ def load_or_train(settings: Model, device: torch.device | str = "cpu") -> Speech
     """
     if settings.fairseq_checkpoint:
         return load_fairseq_model(settings.fairseq_checkpoint, device=device)
-    speech = load_speech_model(train_if_recipe(settings.name_or_path), device=device)
+    source = train_if_recipe(settings.name_or_path)
+    speech = load_speech_model(source, device=device, revision=settings.revision)
     speech.name = Path(settings.name_or_path).name
     return speech
 
@@ -64,8 +65,10 @@ def train_if_recipe(name_or_path: str) -> str:
     return str(folder)
 
 
-def present_folder(name_or_path: str) -> Path | None:
+def present_folder(name_or_path: str, revision: str | None = None) -> Path | None:
     """Give the folder on this machine that a model would be loaded from, without training or fetching anything.
+
+    ``revision`` is the branch, tag or commit of a model on the hub.
 
     Raises:
         UserError: The folder that is named does not exist.
@@ -73,11 +76,16 @@ def present_folder(name_or_path: str) -> Path | None:
     if name_or_path in _recipes():
         folder = trained_model_folder(name_or_path)
         return folder if (folder / TRAINING).is_file() else None
-    source = locate_model(name_or_path)
-    if not Path(source).is_dir():  # a name on the hub; its files lie in the folder of a commit
-        config = try_to_load_from_cache(source, "config.json")
-        return Path(config).parent if isinstance(config, str) else None
-    return Path(source)
+    return hub.present(name_or_path, revision) if is_on_hub(name_or_path) else Path(locate_model(name_or_path))
+
+
+def is_on_hub(name_or_path: str, key: str = "model.name_or_path") -> bool:
+    """Tell whether a model that is named is neither a recipe's nor in a folder.
+
+    Raises:
+        UserError: The folder that is named does not exist.
+    """
+    return name_or_path not in _recipes() and not Path(locate_model(name_or_path, key)).is_dir()
 
 
 def trained_model_folder(recipe: str) -> Path:
