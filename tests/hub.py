@@ -53,11 +53,21 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories, by ``models/owner/name`` or ``datasets/owner/name``, and what was asked for."""
+    """The repositories, by ``models/owner/name`` or ``datasets/owner/name``, and what was asked for.
+
+    Attributes:
+        url: Its address.
+        repositories: By ``models/<owner>/<name>`` or ``datasets/<owner>/<name>``.
+        uploaded: The contents of large files, by their hash.
+        large: The names of those that were asked for.
+        requests: Method and path of every request.
+        broken: Whether every answer is that the service is not available.
+    """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     uploaded: dict[str, bytes] = field(default_factory=dict)
+    large: dict[str, str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     broken: bool = False
 
@@ -66,15 +76,18 @@ class Hub:
         """Where large files are; another host, as for the hub, whose client follows no redirect to its own."""
         return self.url.replace("127.0.0.1", "localhost")
 
-    def publish(self, name: str, files: Files | Path, kind: str = "models", **access: bool) -> Repository:
+    def publish(
+        self, name: str, files: Files | Path, kind: str = "models", *, private: bool = False, gated: bool = False
+    ) -> Repository:
         """Make a repository, or another commit of it, from contents or from a folder."""
-        repository = self.repositories.setdefault(f"{kind}/{name}", Repository(**access))
+        repository = self.repositories.setdefault(f"{kind}/{name}", Repository(private, gated))
         repository.commit(contents(files) if isinstance(files, Path) else files)
         return repository
 
     def fetched(self) -> set[str]:
         """Give the names of the files whose content was asked for."""
-        return {line.rpartition("/")[2] for line in self.requests if re.match(r"GET \S*/resolve/", line)}
+        names = {line.rpartition("/")[2] for line in self.requests if re.match(r"GET \S*/resolve/", line)}
+        return names | {self.large[line[-64:]] for line in self.requests if line.startswith("GET /lfs/")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -118,20 +131,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         address = urlsplit(self.path)
-        self.path_parts, self.query = unquote(address.path).strip("/").split("/"), parse_qs(address.query)
+        self.query = parse_qs(address.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {unquote(address.path)}")
         try:
             if self.hub.broken:
                 raise _Refused(503)
-            self._route(unquote(address.path).strip("/"))
+            self._route(address.path.strip("/"))
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._send(refused.status, b"{}", {name: value for name, value in headers.items() if value})
 
     def _route(self, path: str) -> None:
+        """Answer; the path is quoted, because a branch may have slashes in its name."""
         if found := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._resolve(f"{found[1] or 'models/'}{found[2]}", found[3], found[4])
+            return self._resolve(f"{found[1] or 'models/'}{found[2]}", unquote(found[3]), unquote(found[4]))
         if found := re.fullmatch(r"lfs/(\w{64})", path):
             return self._large(found[1])
         if found := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
@@ -147,7 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+))?(?:/(.*))?)?", path)
         if found is None:
             raise _Refused(404, "RepoNotFound")
-        key, what, revision, rest = f"{found[1]}/{found[2]}", found[3], found[4] or "main", found[5] or ""
+        key, what, revision, rest = (
+            f"{found[1]}/{found[2]}",
+            found[3],
+            unquote(found[4] or "main"),
+            unquote(found[5] or ""),
+        )
         repository = self._repository(key)
         if what in ("preupload", "commit"):
             self._need_token()
@@ -161,6 +180,12 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 | {"converts": []}
             )
+        if what == "branch":
+            self._need_token()
+            if revision in repository.branches:
+                raise _Refused(409)
+            repository.branches[revision] = self._commit_of(repository, "main")
+            return self._json({})
         commit = self._commit_of(repository, revision)
         files = repository.commits[commit]
         if what in (None, "revision"):
@@ -206,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._send(404, b"", headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
         elif path.endswith(LARGE):
-            self.hub.uploaded[_sha256(content)] = content
+            self.hub.uploaded[_sha256(content)], self.hub.large[_sha256(content)] = content, Path(path).name
             headers |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content))}
             self._send(302, b"", headers | {"Location": f"{self.hub.store}/lfs/{_sha256(content)}"})
         else:
@@ -267,7 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, message="You don't have the rights to create a model under the namespace")
         key = f"{asked.get('type', 'model')}s/{name}"
         if key in self.hub.repositories:
-            raise _Refused(409, message="You already created this repository")
+            address = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            self._send(409, json.dumps(address).encode(), {"Content-Type": "application/json"})
+            return
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.publish(name, {".gitattributes": b"*.safetensors filter=lfs"}, private=private)
         self._json({"url": f"{self.hub.url}/{name}", "name": name})

@@ -145,8 +145,8 @@ def stream_librispeech(
                 )
                 for row in stream
             ]
-    except (OSError, ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of the library, and of the clients below it
         raise UserError(
-            f"{key}={configuration}/{split} cannot be streamed from {name} on the hub: {error}; "
+            f"{key}={configuration}/{split} cannot be streamed from {name} on the hub: {' '.join(str(error).split())}; "
             "check the network, or use data=librispeech_dir data.root=/path/to/LibriSpeech"
         ) from error

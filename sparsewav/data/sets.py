@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 from sparsewav.data.demo import SUBSETS, demo_root
+from sparsewav.data.fetched import fetched_once
 from sparsewav.data.librispeech import audio_without_transcript, read_librispeech_folder, stream_librispeech
 from sparsewav.data.utterances import Utterance, sample_utterances, with_shared_audio
 from sparsewav.errors import UserError
@@ -103,7 +104,9 @@ def _stream(key: str, name: str, count: int | None, seed: int) -> list[Utterance
     configuration, slash, split = name.partition("/")
     if not slash:
         raise UserError(f"{key}={name} of data=librispeech must be <configuration>/<split>, e.g. clean/train.100")
-    return stream_librispeech(configuration, split, count, seed, key)
+    sample = {} if count is None else {"count": count, "seed": seed}
+    identity = {"data": "openslr/librispeech_asr", "configuration": configuration, "split": split} | sample
+    return fetched_once(identity, lambda: stream_librispeech(configuration, split, count, seed, key))
 
 
 def find_overlap(

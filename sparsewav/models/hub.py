@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub: fetching the files of one that are needed, and telling which commit they are of."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def fetch(name: str, revision: str | None = None, key: str = "model.name_or_path
 
 def newest_commit(name: str, revision: str | None = None) -> str | None:
     """Ask the hub which commit a branch or tag is at; None where it does not say."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
     if constants.is_offline_mode():
         return None
     try:
