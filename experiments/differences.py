@@ -10,9 +10,8 @@ import pandas
 from experiments.results import counted
 from experiments.sweeps import read_predictions
 from sparsewav.errors import UserError
+from sparsewav.inference.bootstrap import RESAMPLES, Interval, bootstrap_difference
 
-RESAMPLES = 10_000
-"""Bootstrap samples."""
 FEW = 10
 """With fewer seeds or speakers than this, resampling them shows less variance than there is."""
 
@@ -62,8 +61,8 @@ def speakers_of(ids: list[str]) -> list[str]:
     return [part[0] for part in parts] if all(len(part) == 3 for part in parts) else []
 
 
-def compare(edits: Edits, baseline: Edits) -> tuple[float, float, float]:
-    """Apply :func:`bootstrap_difference` to two methods; it returns the difference and its interval as fractions.
+def compare(edits: Edits, baseline: Edits) -> Interval:
+    """Apply :func:`bootstrap_difference` to two methods.
 
     Raises:
         UserError: The methods have other seeds or utterances.
@@ -75,41 +74,6 @@ def compare(edits: Edits, baseline: Edits) -> tuple[float, float, float]:
         )
     speakers = speakers_of([identifier for identifier, _ in edits.utterances])
     return bootstrap_difference(edits.counts, baseline.counts, edits.words, speakers or None)
-
-
-def bootstrap_difference(
-    edits: np.ndarray, baseline: np.ndarray, words: np.ndarray, speakers: list[str] | None, seed: int = 0
-) -> tuple[float, float, float]:
-    """Difference of two corpus word error rates with its 95 % interval over seeds, speakers and utterances.
-
-    Every bootstrap sample draws the seeds with replacement and, independently of them, the speakers, and of every
-    speaker drawn as many utterances as it has. Both methods get the same sample: the errors that they share cancel out.
-
-    Args:
-        edits: Number of edits with every seed in every utterance, shape (seeds, utterances).
-        baseline: The same of the other method, with the same seeds.
-        words: Number of words in every reference, shape (utterances,).
-        speakers: The speaker of every utterance; None to draw the utterances without regard to them.
-        seed: Seed of the resampling.
-
-    Returns:
-        Difference (fraction), and its 2.5 % and 97.5 % quantiles over :data:`RESAMPLES` samples.
-    """
-    generator = np.random.default_rng(seed)
-    difference = edits - baseline
-    of_speaker = pandas.factorize(np.array(speakers or [""] * len(words)))[0]
-    voices, seeds = of_speaker.max() + 1, len(difference)
-    times = generator.multinomial(voices, np.full(voices, 1 / voices), size=RESAMPLES)  # (resamples, speakers)
-    edits_drawn, words_drawn = np.zeros((RESAMPLES, seeds)), np.zeros(RESAMPLES)
-    for voice in range(voices):
-        own = of_speaker == voice
-        count = int(own.sum())
-        draws = generator.multinomial(count * times[:, voice], np.full(count, 1 / count))  # (resamples, utterances)
-        edits_drawn += draws @ difference[:, own].T
-        words_drawn += draws @ words[own]
-    seeds_drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
-    low, high = np.quantile((edits_drawn * seeds_drawn).sum(1) / words_drawn, (0.025, 0.975))
-    return float(difference.mean(0).sum() / words.sum()), float(low), float(high)
 
 
 def describe_interval(edits: Edits) -> str:

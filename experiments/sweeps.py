@@ -269,7 +269,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_predictions(folder: Path) -> list[dict[str, str]]:
-    """Read id, reference and hypotheses of every utterance, in the order of the evaluation set.
+    """Read id, reference and hypotheses of every utterance of the first evaluation set, in its order.
 
     Raises:
         UserError: The file is missing or damaged.
@@ -277,8 +277,8 @@ def read_predictions(folder: Path) -> list[dict[str, str]]:
     path = folder / run_folder.PREDICTIONS
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-        if all(isinstance(row[key], str) for row in rows for key in ("id", "reference", "after")):
-            return rows
+        if all(isinstance(row[key], str) for row in rows for key in ("set", "id", "reference", "after")):
+            return [row for row in rows if row["set"] == rows[0]["set"]]
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise UserError(f"{path} is missing or damaged; delete {run_folder.METRICS} beside it, and launch the run again")

@@ -54,7 +54,7 @@ def content_hash(path: Path) -> str:
     """
     status = path.stat()
     times = (status.st_mtime_ns, status.st_ctime_ns)
-    key = json.dumps([str(path.resolve()), status.st_size, status.st_dev, status.st_ino, *times])
+    key = json.dumps([os.path.abspath(path), status.st_size, status.st_dev, status.st_ino, *times])
     known = _known_hashes(cache_folder())
     if key not in known:
         known[key] = _digest(path)

@@ -117,6 +117,12 @@ def print_warning(sentence: str, *, log: bool = True) -> None:
     Console().print(f"! {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def print_note(sentence: str) -> None:
+    """Print a sentence on what was assumed, and log it."""
+    logger.info(sentence)
+    Console().print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_error(error: Exception | str) -> None:
     """Print an error to the error stream, in one line."""
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)

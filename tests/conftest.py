@@ -50,7 +50,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparsewav.cli import RememberSweep
-from sparsewav.training.dense import english_processor
+from sparsewav.training.dense import character_processor
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "wav2vec2": Wav2Vec2Config,
@@ -205,7 +205,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _tiny_model("wav2vec2", vocab_size=32, conv_dim=(16, 16), conv_kernel=(20, 8), conv_stride=(20, 8)).save_pretrained(
         folder
     )
-    processor = english_processor(folder)
+    processor = character_processor(folder)
     processor.tokenizer.save_pretrained(folder)
     processor.feature_extractor.save_pretrained(folder)
     return folder

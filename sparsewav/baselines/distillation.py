@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from sparsewav.baselines.method import CompressionReport, Method
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import base_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import ThinStudent
@@ -160,7 +161,7 @@ def distilling(build: Callable[[PreTrainedModel, Any], tuple[Distiller, dict[str
 
     def compress(
         dense: PreTrainedModel,
-        processor: Wav2Vec2Processor,
+        processor: Processor,
         training_set: Sequence[Utterance],
         settings: Any,
         folder: Path,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Wav2Vec2Processor, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from sparsewav.baselines.cut import cut
 from sparsewav.baselines.distillation import no_masking
@@ -37,6 +37,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import damage, write_checksums, write_folder
 from sparsewav.models.bitmask import load
 from sparsewav.models.checkpoint import not_finite
+from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import Gated
@@ -48,7 +49,7 @@ MISSED = 0.02
 
 def compress(
     dense: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: Gated,
     folder: Path,

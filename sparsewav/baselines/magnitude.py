@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.utterances import Utterance
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.solvers.selection import lowest
@@ -29,7 +30,7 @@ def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
 
 def compress(
     dense: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: MagnitudePruning,
     folder: Path,

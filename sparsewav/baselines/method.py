@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
 
 
@@ -38,7 +39,7 @@ class Method(Protocol):
     def __call__(
         self,
         dense: PreTrainedModel,
-        processor: Wav2Vec2Processor,
+        processor: Processor,
         training_set: Sequence[Utterance],
         settings: Any,
         folder: Path,

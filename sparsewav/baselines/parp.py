@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, TrainerState, Wav2Vec2Processor
+from transformers import PreTrainedModel, TrainerState
 
 from sparsewav.baselines.distillation import no_masking
 from sparsewav.baselines.magnitude import prune_by_magnitude
 from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import base_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import PARP
@@ -29,7 +30,7 @@ def ramp(settings: PARP, update: int) -> float | None:
 
 def compress(
     dense: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: PARP,
     folder: Path,

@@ -3,9 +3,10 @@
 import json
 import logging
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from operator import attrgetter
@@ -29,6 +30,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import cannot_write, conf_folder, write_file, write_folder
 from sparsewav.pipeline.naming import run_name, short_hash
 from sparsewav.progress import quieten_libraries
+from sparsewav.settings.data import Data, subset_faults
 from sparsewav.settings.options import MISSING
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
@@ -83,6 +85,43 @@ def typed(settings: DictConfig) -> Any:
     for group, _, name in (key.rpartition(".") for key in missing):
         setattr(attrgetter(group)(config) if group else config, name, MISSING)
     return config
+
+
+def data_of_words(words: Sequence[str], model: str) -> Data:
+    """Give the options of data that a command line names, upon those of the run that made a model.
+
+    Args:
+        words: Overrides of the group ``data``. Where one of them chooses the source, nothing is taken from the run.
+        model: The folder of a run, or something else, to which ``demo`` has the demo's speech and others have none.
+
+    Raises:
+        UserError: A word is no option of data, or nothing says what the speech is.
+    """
+    check_overrides(words, "config")
+    for word in words:
+        if not re.match(r"data(\.\w+)?=", word):
+            raise UserError(f"--data {word} is no option of data; write data=SOURCE or data.KEY=VALUE")
+    settings = Path(model).expanduser() / SETTINGS
+    recorded = OmegaConf.create()
+    own = any(word.startswith("data=") for word in words)
+    if not own and (settings / "config.yaml").is_file():
+        recorded = OmegaConf.load(settings / "config.yaml").data
+        words = [f"data={OmegaConf.load(settings / 'hydra.yaml').hydra.runtime.choices.data}", *words]
+    elif not own and model != "demo":
+        raise UserError(f"{model} is no run, whose speech could be taken; name the speech: --data data=...")
+    try:
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            data = hydra.compose("config", list(words)).data
+        given = {word.partition("=")[0].removeprefix("data.") for word in words}
+        data = OmegaConf.merge(data, {key: value for key, value in recorded.items() if key not in given})
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, "config")) from error
+    if missing := sorted(OmegaConf.missing_keys(data)):
+        raise UserError("\n".join(f"{key} has no value; give it: {key}=..." for key in missing))
+    result: Any = OmegaConf.to_object(data)
+    if faults := [*(f"data.{fault}" for fault in result.faults()), *subset_faults(result, ["evaluation"])]:
+        raise UserError("\n".join(faults))
+    return result
 
 
 def run_job(settings: DictConfig) -> float | None:

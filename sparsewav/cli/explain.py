@@ -45,7 +45,7 @@ def explain(error: Exception, config_name: str) -> str:
         return _no_such_key(match[1], config_name)
     if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, value = match[1].partition("=")
-        takes_list = key == "experiment" or key.startswith("architecture.") or "[" in _default(key, config_name)
+        takes_list = key == "experiment" or key.startswith("architecture.") or _takes_list(key, config_name)
         listed = f", or write a list: {key}=[{value}]" if takes_list else ""
         return f"{match[1]} has several values; add -m to run each of them{listed}"
     if match := re.search(r"Error parsing override '(.+?)'\s+missing EQUAL", text):
@@ -198,6 +198,13 @@ def _keys_of(group: str) -> dict[str, list[str]]:
         for item in fields(schema):
             keys.setdefault(item.name, []).append(option)
     return {key: [] if len(owners) == len(options) else owners for key, owners in keys.items()}
+
+
+def _takes_list(key: str, config_name: str) -> bool:
+    """Tell whether a key has a list as its default, or may have one, as the subsets of data."""
+    group, _, name = key.rpartition(".")
+    kinds = [item.type for schema in SCHEMAS.get(group, ()) for item in fields(schema) if item.name == name]
+    return Any in kinds or "[" in _default(key, config_name)
 
 
 def _default(key: str, config_name: str) -> str:

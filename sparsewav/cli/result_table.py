@@ -20,7 +20,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
             f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
             for stage in metrics["stages"]
         )
-        tuned["word error rate, tuned"] = f"{100 * metrics['wer']:.2f} %   after {metrics['updates']:,} updates"
+        tuned["word error rate, tuned"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
         tuned["stages"] = path
     compression = metrics["compression"]
     if compression:
@@ -47,11 +47,17 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     made["seconds"] += f"; {_spent(metrics, 'evaluate')}"
     made["seconds"] += "; cached: spent by an earlier run" if metrics["seconds_cached"] else ""
     smaller = "compressed" if compression else "pruned"
-    seen = f"{metrics['evaluation_overlap']} of its utterances are in the calibration or training set, too"
+    utterances = " and ".join(str(record["n_utterances"]) for record in metrics["evaluation"])
+    seen = [
+        f"{record['overlap']} of its utterances are in the calibration or training set, too"
+        + (f" ({record['name']})" if len(metrics["evaluation"]) > 1 else "")
+        for record in metrics["evaluation"]
+        if record["overlap"]
+    ]
     rows = {
-        **({"evaluation set": seen} if metrics["evaluation_overlap"] else {}),
-        "word error rate, dense": f"{100 * metrics['wer_dense']:.2f} %",
-        f"word error rate, {smaller}": f"{100 * metrics['wer_pruned']:.2f} %   on {metrics['n_utterances']} utterances",
+        **({"evaluation set": "\n".join(seen)} if seen else {}),
+        "word error rate, dense": _rates(metrics, "_dense"),
+        f"word error rate, {smaller}": f"{_rates(metrics, '_pruned')}   on {utterances} utterances",
         **tuned,
         **made,
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
@@ -69,6 +75,16 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _rates(metrics: dict[str, Any], model: str) -> str:
+    """Give the WER of a model, and its CER beside it; a line for every evaluation set where there are several."""
+    records = metrics["evaluation"]
+    return "\n".join(
+        f"{100 * record[f'wer{model}']:.2f} %   (CER {100 * record[f'cer{model}']:.2f} %)"
+        + (f"   {record['name']}" if len(records) > 1 else "")
+        for record in records
+    )
 
 
 def _spent(metrics: dict[str, Any], piece: str) -> str:

@@ -1,18 +1,25 @@
 """Batches of speech, bucketed by length, and padded only for models that take padding."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from sparsewav.data.text import Normalization, check_characters
+from sparsewav.data.tokens import labels_of, write_text
 from sparsewav.data.utterances import Utterance, audio_seconds, read_audio
 from sparsewav.errors import UserError
+from sparsewav.models.processor import Processor
+from sparsewav.pruning.encoder import output_counts
 
 Batch = dict[str, torch.Tensor]
-"""``input_values`` (batch, samples), ``attention_mask`` (batch, samples) and ``labels`` (batch, characters)."""
+"""What the model takes: ``input_values`` (batch, samples) or ``input_features`` (batch, frames, bins),
+``attention_mask`` over their second axis, and, where there is a tokenizer, ``labels`` (batch, tokens)."""
 
 
 class SpeechBatches(Sequence[Batch]):
@@ -27,7 +34,7 @@ class SpeechBatches(Sequence[Batch]):
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], processor: Wav2Vec2Processor, seconds_per_batch: float, *, padding: bool
+        self, utterances: Sequence[Utterance], processor: Processor, seconds_per_batch: float, *, padding: bool
     ) -> None:
         self.processor = processor
         self.utterances = utterances
@@ -64,64 +71,66 @@ def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, p
     return groups
 
 
-def collate(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> Batch:
-    """Read, normalize and pad utterances, with their transcripts as labels padded with -100."""
+def collate(utterances: Sequence[Utterance], processor: Processor) -> Batch:
+    """Read utterances, make features of them and pad, with their transcripts as labels padded with -100.
+
+    There are no labels without a tokenizer.
+    """
     sample_rate = processor.feature_extractor.sampling_rate
     audio: list[np.ndarray] = [read_audio(utterance, sample_rate) for utterance in utterances]
     inputs = processor.feature_extractor(
         audio, sampling_rate=sample_rate, padding=True, return_attention_mask=True, return_tensors="pt"
     )
-    labels = processor.tokenizer(_texts(utterances, processor), padding=True, return_tensors="pt")
-    return {
-        "input_values": inputs["input_values"],
-        "attention_mask": inputs["attention_mask"],
-        "labels": labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100),
-    }
+    key = processor.feature_extractor.model_input_names[0]
+    batch = {key: inputs[key], "attention_mask": inputs["attention_mask"].long()}
+    if processor.tokenizer is None:
+        return batch
+    labels = [torch.tensor(row, dtype=torch.long) for row in labels_of(_texts(utterances), processor.tokenizer)]
+    return batch | {"labels": pad_sequence(labels, batch_first=True, padding_value=-100)}
 
 
-def _texts(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> list[str]:
+def _texts(utterances: Sequence[Utterance]) -> list[str]:
     """Give the texts that become labels, with one space between words."""
-    return [" ".join(spell(utterance.text, processor).split()) for utterance in utterances]
+    return [" ".join(utterance.text.split()) for utterance in utterances]
 
 
-def spell(text: str, processor: Wav2Vec2Processor) -> str:
-    """Convert a transcript to the letter case of the model's vocabulary."""
-    return text.lower() if "e" in processor.tokenizer.get_vocab() else text.upper()
+def check_labels(utterances: Sequence[Utterance], processor: Processor, how: Normalization | None = None) -> None:
+    """Check that the labels which a model learns spell the transcripts, of all sets at once.
 
+    Without a tokenizer there are no labels, and the transcripts may be empty.
 
-def check_labels(utterances: Sequence[Utterance], processor: Wav2Vec2Processor) -> None:
-    """Check that the labels which a model learns spell the transcripts.
+    Args:
+        utterances: Their transcripts are normalized.
+        processor: Makes labels of them.
+        how: What they were normalized by, for the message.
 
     Raises:
         UserError: A transcript is empty or has characters that the model cannot write, or the tokenizer changes it.
     """
+    if processor.tokenizer is None:
+        return
     words: dict[str, Utterance] = {}  # every word once, with the first utterance that has it
-    for utterance, text in zip(utterances, _texts(utterances, processor), strict=True):
+    for utterance, text in zip(utterances, _texts(utterances), strict=True):
         if not text:
+            left = f" without {how.removed}" if how and how.removed else ""
             raise UserError(
-                f"utterance {utterance.id} ({utterance.source}) has an empty transcript; write it or remove the "
+                f"utterance {utterance.id} ({utterance.source}) has an empty transcript{left}; write it or remove the "
                 "utterance"
             )
         for word in text.split():
             words.setdefault(word, utterance)
+    check_characters(utterances, processor.tokenizer, how or Normalization())
     for word, utterance in words.items():
         _check_word(word, f"the transcript of utterance {utterance.id} ({utterance.source})", processor.tokenizer)
 
 
 def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
     pair = f"{word} {word}"  # so that the space between words is checked, too
-    labels = tokenizer(pair)["input_ids"]
-    written = tokenizer.decode(labels, group_tokens=False).upper()
-    if tokenizer.unk_token_id not in labels and written == pair.upper():
+    labels = labels_of([pair], tokenizer)[0]
+    written = write_text(labels, tokenizer)
+    if written == pair:
         return
-    vocabulary = tokenizer.get_vocab()
-    unknown = sorted(set(pair.replace(" ", tokenizer.word_delimiter_token)) - set(vocabulary))
-    if unknown:
-        raise UserError(
-            f"{transcript} has characters outside the model's vocabulary: {' '.join(map(_visible, unknown))}; spell "
-            "them out in letters or choose a model that knows them"
-        )
-    if tokenizer.do_lower_case and tokenizer.unk_token_id in labels:
+    if getattr(tokenizer, "do_lower_case", False) and tokenizer.unk_token_id in labels:
         raise UserError(
             f"the tokenizer turns {word!r} in {transcript} into its unknown token: do_lower_case in "
             "tokenizer_config.json makes capitals, which its vocabulary lacks; set it to false"
@@ -133,7 +142,7 @@ def _check_word(word: str, transcript: str, tokenizer: Any) -> None:
 
 
 def check_lengths(
-    utterances: Sequence[Utterance], model: PreTrainedModel, processor: Wav2Vec2Processor, *, labels: bool
+    utterances: Sequence[Utterance], model: PreTrainedModel, processor: Processor, *, labels: bool
 ) -> None:
     """Check that every utterance has a frame of the model's output, or as many as the CTC loss needs.
 
@@ -147,16 +156,18 @@ def check_lengths(
     Raises:
         UserError: An utterance is too short.
     """
+    if not utterances:
+        return
     rate = processor.feature_extractor.sampling_rate
-    samples = torch.tensor([round(audio_seconds(utterance) * rate) for utterance in utterances], dtype=torch.long)
-    frames_of: Any = model._get_feat_extract_output_lengths
-    counts, texts = frames_of(samples).clamp(min=0).tolist(), _texts(utterances, processor)
+    samples = [round(audio_seconds(utterance) * rate) for utterance in utterances]
+    lengths = torch.tensor(input_lengths(samples, processor.feature_extractor))
+    counts, texts = output_counts(model, lengths).clamp(min=0).tolist(), _texts(utterances)
     short = []
     for utterance, frames, text in zip(utterances, counts, texts, strict=True):
         needed = 1
-        # More frames than twice the letters are enough; only the others are worth the slow tokenizer.
-        if labels and frames < 2 * len(text):
-            tokens = processor.tokenizer(text)["input_ids"]
+        # More frames than twice the bytes are enough; only the others are worth the slow tokenizer.
+        if labels and frames < 2 * len(text.encode()):
+            tokens = labels_of([text], processor.tokenizer)[0]
             needed = len(tokens) + sum(first == second for first, second in pairwise(tokens))
         if frames < needed:
             short.append((utterance, frames, needed))
@@ -170,6 +181,20 @@ def check_lengths(
         )
 
 
-def _visible(character: str) -> str:
-    """Give a character, or its code point if nobody sees it."""
-    return character if character.isprintable() and not character.isspace() else f"U+{ord(character):04X}"
+def input_lengths(samples: Sequence[int], extractor: Any) -> list[int]:
+    """Give the lengths of the model's input for numbers of samples: the same, or the frames of features.
+
+    How many frames an extractor makes is measured on silence. A further second makes as many frames every time.
+    """
+    if extractor.model_input_names[0] == "input_values":
+        return list(samples)
+    rate = extractor.sampling_rate
+
+    @cache
+    def measure(count: int) -> int:
+        silence = np.zeros(count, dtype=np.float32)
+        features = extractor([silence], sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
+        return int(features["attention_mask"].sum())
+
+    of_a_second = measure(2 * rate) - measure(rate)
+    return [measure(rate + count % rate) + (count // rate - 1) * of_a_second for count in samples]

@@ -1,18 +1,44 @@
 """Utterances and their audio."""
 
+import copy
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
 from sparsewav.errors import UserError
-from sparsewav.files import content_hash
+from sparsewav.files import cache_folder, content_hash
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAudio:
+    """The contents of an audio file in a row of a data set of Hugging Face's, which is read when it is needed.
+
+    Attributes:
+        table: The data set.
+        row: Number of the row.
+        column: The column that has the audio.
+        size: Size in bytes.
+    """
+
+    table: Any
+    row: int
+    column: str
+    size: int
+
+    def read(self) -> bytes:
+        contents: bytes = self.table[self.row][self.column]["bytes"]
+        return contents
 
 
 @dataclass(frozen=True)
@@ -26,13 +52,17 @@ class Utterance:
         audio: An audio file, or its contents.
         speaker: Who speaks, where the source says it.
         place: Where the source has the utterance, e.g. ``train.tsv line 17``.
+        start: Where the utterance begins in the audio, in seconds.
+        end: Where it ends in the audio, in seconds; None for the end of the audio.
     """
 
     id: str
     text: str
-    audio: Path | bytes
+    audio: Path | bytes | StoredAudio
     speaker: str | None = None
     place: str | None = None
+    start: float = 0.0
+    end: float | None = None
 
     @property
     def source(self) -> str:
@@ -41,14 +71,66 @@ class Utterance:
         return audio if self.place is None else f"{self.place} ({audio})"
 
     def contents(self) -> bytes:
-        """Read the encoded audio."""
-        return self.audio if isinstance(self.audio, bytes) else self.audio.read_bytes()
+        """Read the encoded audio, of which the utterance may be a part."""
+        if isinstance(self.audio, bytes):
+            return self.audio
+        return self.audio.read_bytes() if isinstance(self.audio, Path) else self.audio.read()
 
     def content_hash(self) -> str:
         """Hash the encoded audio; see :func:`~sparsewav.files.content_hash`."""
-        if isinstance(self.audio, Path):
-            return content_hash(self.audio)
-        return hashlib.blake2b(self.audio, digest_size=16).hexdigest()
+        return content_hash(self.audio) if isinstance(self.audio, Path) else self._contents_hash
+
+    def with_text(self, text: str) -> "Utterance":
+        """Give the utterance with another text; what is known of its audio is not read again."""
+        other = copy.copy(self)
+        object.__setattr__(other, "text", text)  # of a copy that nobody has seen yet
+        return other
+
+    # What is in memory, or in a data set that does not change, is hashed and measured once.
+
+    @cached_property
+    def _contents_hash(self) -> str:
+        return hashlib.blake2b(self.contents(), digest_size=16).hexdigest()
+
+    @cached_property
+    def _seconds(self) -> float:
+        with _open(self) as file:
+            first, last = _bounds(self, file)
+            # Decoding says what is wrong with an empty file, too.
+            known = 0 < last < UNKNOWN_LENGTH
+            return (last - first if known else sum(map(len, _decode(self, file)))) / file.samplerate
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An utterance that cannot be read.
+
+    Attributes:
+        id: Its identifier.
+        source: Its name in messages.
+        reason: A sentence that names the utterance and says what is wrong with it, and what to do.
+    """
+
+    id: str
+    source: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    """What a source of speech lists.
+
+    Attributes:
+        utterances: Those that can be read, as far as is known without opening their audio.
+        broken: Those that cannot.
+        recognised: A sentence that says how the source is read where nobody said so; or nothing.
+        unused: A sentence on what there is besides and is not used; or nothing.
+    """
+
+    utterances: list[Utterance]
+    broken: list[Broken] = field(default_factory=list)
+    recognised: str = ""
+    unused: str = ""
 
 
 class _Audio(soundfile.SoundFile):
@@ -102,13 +184,15 @@ _STARTS = {
 
 def _open(utterance: Utterance) -> _Audio:
     try:
-        file = _Audio(utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.audio))
+        file = _Audio(utterance.audio if isinstance(utterance.audio, Path) else io.BytesIO(utterance.contents()))
         if not file.frames and (contents := _with_unknown_size(utterance)):
             file = _Audio(io.BytesIO(contents))
         if file.format == "MP3" and not _has_count(mp3 := utterance.contents()):
             file = _Audio(_Unmeasured(mp3))
     except (soundfile.LibsndfileError, OSError) as error:
         reason = getattr(error, "error_string", error)  # libsndfile's own words, without the file or the bytes' address
+        if isinstance(utterance.audio, Path) and utterance.audio.is_file() and "does not exist" in str(reason):
+            reason = "its contents are in no format that is known"  # what it means where its decoder of MP3 gives up
         raise UserError(
             f"{utterance.source} is not readable audio ({reason}); replace the file or remove it and its transcript"
         ) from error
@@ -150,34 +234,74 @@ def _with_unknown_size(utterance: Utterance) -> bytes | None:
     return contents[:start] + b"\xff" * 4 + contents[start + 4 :] if len(contents) > start + 4 else None
 
 
+ROUNDING = 0.01
+"""Seconds by which the end of an utterance may miss that of its recording, which then is its end; manifests round."""
+
+OVERSHOOT = 0.5
+"""Seconds that an utterance may end behind its recording, as in Kaldi; it then ends with it."""
+
+
+def _bounds(utterance: Utterance, file: _Audio) -> tuple[int, int]:
+    """Give the first sample of an utterance and the one behind its last, in a file whose length may be unknown.
+
+    Raises:
+        UserError: They are not within the file.
+    """
+    first = round(utterance.start * file.samplerate)
+    if utterance.end is None:
+        last = file.frames
+    else:
+        last = round(utterance.end * file.samplerate)
+        if (
+            abs(last - file.frames) <= ROUNDING * file.samplerate
+            or 0 < last - file.frames <= OVERSHOOT * file.samplerate
+        ):
+            last = file.frames
+    if (first and first >= file.frames) or last > file.frames or last <= first < file.frames:
+        length = file.frames / file.samplerate
+        end = length if utterance.end is None else utterance.end
+        raise UserError(
+            f"{utterance.source} is said to be at {utterance.start:g} to {end:g} s of a recording of {length:g} s; "
+            "correct its times"
+        )
+    return first, last
+
+
 def _decode(utterance: Utterance, file: _Audio) -> Iterator[np.ndarray]:
-    """Give the audio block after block, each of shape (samples,) with its channels averaged, and check it."""
-    count = 0
+    """Give the utterance block after block, each of shape (samples,) with its channels averaged, and check it."""
+    first, last = _bounds(utterance, file)
+    position = 0
+    if first and file.format not in _NO_SEEKING:
+        position = file.seek(first)
     try:
-        while len(block := file.read(min(BLOCK, file.frames - count), dtype="float32", always_2d=True)):
-            count += len(block)
-            yield block.mean(axis=1)
+        while len(block := file.read(min(BLOCK, last - position), dtype="float32", always_2d=True)):
+            within = block[max(0, first - position) :]
+            position += len(block)
+            if len(within):
+                yield within.mean(axis=1)
     except soundfile.LibsndfileError as error:
         raise UserError(f"{utterance.source} is damaged ({error}); fetch or record it again") from error
-    if not count and file.frames in (0, UNKNOWN_LENGTH):
+    if not position and last in (0, UNKNOWN_LENGTH):
         raise UserError(f"{utterance.source} holds no samples; fetch or record it again")
-    if file.frames not in (count, UNKNOWN_LENGTH):
+    if last not in (position, UNKNOWN_LENGTH):
         raise UserError(
-            f"{utterance.source} is truncated: {count} of {file.frames} samples could be decoded; fetch or record it "
-            "again"
+            f"{utterance.source} is truncated: {position} of {last} samples could be decoded; fetch or record it again"
         )
+
+
+_NO_SEEKING = ("MP3", "OGG")
+"""Formats that are decoded from their start: where libsndfile lands in them is not sure to a sample."""
 
 
 def audio_seconds(utterance: Utterance) -> float:
     """Read the length in seconds from the header of the file, or by decoding it where the header has none.
 
+    It is read once for every object: utterances are listed anew for every launch.
+
     Raises:
-        UserError: The file is not audio, or empty.
+        UserError: The file is not audio, or empty, or the utterance is not within it.
     """
-    with _open(utterance) as file:
-        # Decoding says what is wrong with an empty file, too.
-        known = 0 < file.frames < UNKNOWN_LENGTH
-        return (file.frames if known else sum(map(len, _decode(utterance, file)))) / file.samplerate
+    return utterance._seconds
 
 
 def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
@@ -190,7 +314,8 @@ def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
         UserError: The file is truncated, empty, not audio, several recordings, or holds NaN or infinite samples.
     """
     with _open(utterance) as file:
-        parts = len(_STARTS[file.format].findall(utterance.contents())) if file.format in _STARTS else 1
+        whole = utterance.end is None and not utterance.start
+        parts = len(_STARTS[file.format].findall(utterance.contents())) if whole and file.format in _STARTS else 1
         if parts > 1:
             raise UserError(
                 f"{utterance.source} is {parts} recordings one after the other, of which the first alone can be read; "
@@ -204,15 +329,63 @@ def read_audio(utterance: Utterance, sample_rate: int = 16_000) -> np.ndarray:
     return samples
 
 
+def decoding_fault(utterance: Utterance) -> str:
+    """Decode an utterance, and say what is wrong with it; empty if nothing is.
+
+    What was decoded once is known by its content afterwards, in the cache folder.
+    """
+    known = _known_sound(cache_folder())
+    key = f"{utterance.content_hash()} {utterance.start:g} {utterance.end}"
+    if key in known:
+        return ""
+    try:
+        read_audio(utterance)
+    except UserError as error:
+        return str(error)
+    known.add(key)
+    with suppress(OSError):  # without the record it is decoded again
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with (cache_folder() / _DECODED).open("a", encoding="utf-8") as records:
+            records.write(f"{key}\n")
+    return ""
+
+
+_DECODED = "decoded.txt"
+
+
+@cache
+def _known_sound(folder: Path) -> set[str]:
+    with suppress(OSError):
+        return set((folder / _DECODED).read_text(encoding="utf-8", errors="replace").splitlines())
+    return set()
+
+
 def with_shared_audio(utterances: Sequence[Utterance], others: Sequence[Utterance]) -> list[Utterance]:
-    """Give those utterances whose encoded audio is among the others', whatever its name."""
+    """Give those utterances whose encoded audio is among the others', whatever its name; of a part, at the same time.
+
+    Times are those of the audio file: a part that was cut out to a file of its own is other audio.
+    """
     sizes = {_size(item) for item in utterances} & {_size(item) for item in others}  # files of one content have one
-    contents = {item.content_hash() for item in others if _size(item) in sizes}
-    return [item for item in utterances if _size(item) in sizes and item.content_hash() in contents]
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for item in others:
+        if _size(item) in sizes:
+            spans.setdefault(item.content_hash(), []).append(_span(item))
+    return [item for item in utterances if _size(item) in sizes and _meets(_span(item), spans.get(item.content_hash()))]
+
+
+def _span(utterance: Utterance) -> tuple[float, float]:
+    return utterance.start, math.inf if utterance.end is None else utterance.end
+
+
+def _meets(span: tuple[float, float], others: Sequence[tuple[float, float]] | None) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in others or ())
 
 
 def _size(utterance: Utterance) -> int:
-    return len(utterance.audio) if isinstance(utterance.audio, bytes) else utterance.audio.stat().st_size
+    audio = utterance.audio
+    if isinstance(audio, StoredAudio):
+        return audio.size
+    return len(audio) if isinstance(audio, bytes) else audio.stat().st_size
 
 
 def sample_utterances(

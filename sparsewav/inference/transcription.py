@@ -1,16 +1,18 @@
 """Transcripts of recordings of any length, in overlapping chunks, with the times of the words."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsewav.data.batches import input_lengths
+from sparsewav.data.tokens import collapse, write_words
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
+from sparsewav.pruning.encoder import input_key, output_counts
 from sparsewav.pruning.hessian import Progress
 
 AGREEMENT = 3
@@ -19,7 +21,7 @@ AGREEMENT = 3
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a transcript in upper case, with its start and end in seconds from the start of the recording."""
+    """A word of a transcript as the model writes it, with its start and end in seconds of the recording."""
 
     text: str
     start: float
@@ -28,7 +30,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A transcript in upper case, as a text and word by word, and the length of the recording in seconds."""
+    """A transcript as the tokenizer writes it, whole and word by word, and the length of the recording in seconds."""
 
     text: str
     words: list[Word]
@@ -75,32 +77,41 @@ def transcribe_recording(
         progress: Called with (chunks done, chunks) after every chunk.
 
     Raises:
-        UserError: The recording is not readable or shorter than a frame, or the two lengths do not fit each other.
+        UserError: The recording is not readable or shorter than a frame, the two lengths do not fit each other, or the
+            model is an encoder without a head.
     """
     check_chunks(chunk_seconds, overlap_seconds)
-    extractor, model = speech.processor.feature_extractor, speech.model
+    extractor, model, tokenizer = speech.processor.feature_extractor, speech.model, speech.processor.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{speech.name} is an encoder without a CTC head and writes no text; choose a CTC model")
     rate = extractor.sampling_rate
     audio = read_audio(recording, rate)
     seconds = len(audio) / rate
-    samples: Tensor = extractor(audio, sampling_rate=rate, return_tensors="pt")["input_values"][0]
+    features = extractor([audio], sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
+    inputs: Tensor = features[input_key(model)][0, : int(features["attention_mask"].sum())]
     hop, window = _frame(model)
-    frames = (len(samples) - window) // hop + 1
+    frames = (len(inputs) - window) // hop + 1
     if frames < 1:
-        raise UserError(
-            f"{recording.source} has {len(samples)} samples, too few for the model's {window}; leave it out"
-        )
-    length, overlap = (int(min(limit, seconds + 1) * rate / hop) for limit in (chunk_seconds, overlap_seconds))
+        raise UserError(f"{recording.source} has {len(audio)} samples, too few for a frame of the model; leave it out")
+    # Inputs for every second, which of features are fewer than samples.
+    per_second = input_lengths([2 * rate], extractor)[0] - input_lengths([rate], extractor)[0]
+    length, overlap = (int(min(limit, seconds + 1) * per_second / hop) for limit in (chunk_seconds, overlap_seconds))
     chunks = plan_chunks(frames, max(length, 2), overlap)
     tokens: list[Tensor] = []
+    # Features of a frame beside the first are padded where they are missing, as at the end of the recording.
+    rest = hop - 1 if inputs.dim() > 1 else 0
     for index, chunk in enumerate(chunks):
-        section = samples[chunk.first * hop : (chunk.stop - 1) * hop + window]
+        section = inputs[chunk.first * hop : (chunk.stop - 1) * hop + window + rest]
         logits = model(section[None].to(model.device, model.dtype)).logits[0]
         tokens.append(logits.argmax(-1).cpu())  # (frames of the chunk,)
         if progress:
             progress(index + 1, len(chunks))
-    quiet = torch.tensor([model.config.pad_token_id, speech.processor.tokenizer.word_delimiter_token_id])
-    joined = join_chunks(chunks, tokens, quiet)
-    words = list(_words(joined, speech, hop / rate))
+    pauses = [tokenizer.pad_token_id, getattr(tokenizer, "word_delimiter_token_id", None)]  # pieces have no delimiter
+    joined = join_chunks(chunks, tokens, torch.tensor([token for token in pauses if token is not None]))
+    words = [
+        Word(text, round(first * hop / per_second, 3), round(stop * hop / per_second, 3))
+        for text, first, stop in write_words(collapse(joined, tokenizer), tokenizer)
+    ]
     return Transcript(" ".join(word.text for word in words), words, seconds)
 
 
@@ -120,17 +131,15 @@ def check_chunks(chunk_seconds: float, overlap_seconds: float) -> None:
 
 
 def _frame(model: Any) -> tuple[int, int]:
-    """Give the samples between two frames of the logits, and the samples that a frame depends on.
+    """Give the inputs (samples, or frames of features) from one frame of the logits to the next, and for the first.
 
     Raises:
-        UserError: The model changes the number of frames after its convolutions.
+        UserError: The model does not make a frame of every so many inputs.
     """
-    hop, window = 1, 1
-    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
-        window += (kernel - 1) * hop
-        hop *= stride
-    counted = int(model._get_feat_extract_output_lengths(torch.tensor(window + 99 * hop)))
-    if counted != 100:
+    counts = output_counts(model, torch.arange(2**14)).tolist()
+    window = next((length for length, count in enumerate(counts) if count == 1), 0)
+    hop = next((length for length, count in enumerate(counts) if count == 2), 0) - window
+    if not window or hop < 1 or int(output_counts(model, torch.tensor([window + 99 * hop]))) != 100:
         raise UserError(f"a {type(model).__name__} that changes the number of frames cannot transcribe in chunks")
     return hop, window
 
@@ -168,16 +177,6 @@ def _handover(before: Tensor, after: Tensor, quiet: Tensor) -> int:
         if whole.any():
             return int(around[torch.where(whole, distance, torch.inf).argmin()])
     return shared // 2
-
-
-def _words(tokens: Tensor, speech: SpeechModel, seconds_per_frame: float) -> Iterator[Word]:
-    tokenizer: Any = speech.processor.tokenizer
-    decoded = tokenizer.decode(tokens, output_word_offsets=True)
-    for word in decoded.word_offsets:
-        text = "".join(word["word"].upper().split())
-        if text:
-            start, end = (round(float(word[key]) * seconds_per_frame, 3) for key in ("start_offset", "end_offset"))
-            yield Word(text, start, end)
 
 
 def captions(words: list[Word], *, max_words: int = 8, max_seconds: float = 5.0, pause: float = 0.8) -> list[Word]:

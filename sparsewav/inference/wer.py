@@ -1,27 +1,33 @@
-"""Word error rate: greedy CTC, no language model, corpus level."""
+"""Error rates of words and characters: greedy CTC, no language model, corpus level."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import jiwer
+import numpy as np
 import torch
+from jaxtyping import Integer
 from torch import Tensor
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.text import Normalization, normalize
+from sparsewav.data.tokens import collapse, write_text
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.pruning.encoder import takes_padding
+from sparsewav.models.processor import Processor
+from sparsewav.pruning.encoder import input_key, output_counts, takes_padding
 from sparsewav.pruning.hessian import Progress
 
 
 @torch.inference_mode()
 def transcribe(
     model: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     utterances: Sequence[Utterance],
     seconds_per_batch: float = 60.0,
     progress: Progress | None = None,
+    how: Normalization | None = None,
 ) -> list[str]:
     """Transcribe utterances greedily.
 
@@ -31,9 +37,10 @@ def transcribe(
         utterances: The utterances to transcribe.
         seconds_per_batch: Limit of the audio in a batch, padding included.
         progress: Called with (batches done, batches) after every batch.
+        how: What the transcripts are normalized by, and the hypotheses, too; None for the tokenizer's own writing.
 
     Returns:
-        A hypothesis in upper case for every utterance, in their order.
+        A hypothesis for every utterance, in their order.
     """
     was_training = model.training
     model.eval()
@@ -44,27 +51,68 @@ def transcribe(
         if progress:
             progress(index + 1, len(batches))
     model.train(was_training)
-    return [hypotheses[position] for position in range(len(utterances))]
+    return [normalize(hypotheses[position], how or Normalization()) for position in range(len(utterances))]
 
 
-def decode(model: PreTrainedModel, processor: Wav2Vec2Processor, batch: dict[str, Tensor]) -> list[str]:
-    """Decode one batch greedily, without padded frames."""
-    input_values = batch["input_values"].to(model.device)
+def decode(model: PreTrainedModel, processor: Processor, batch: dict[str, Tensor]) -> list[str]:
+    """Decode one batch greedily, without padded frames, as the tokenizer writes it."""
+    audio = batch[input_key(model)].to(model.device, model.dtype)
     attention_mask = batch["attention_mask"].to(model.device)
-    logits = model(input_values, attention_mask=attention_mask if takes_padding(model) else None).logits
-    lengths: Any = model._get_feat_extract_output_lengths  # it includes the stride of an adapter after the encoder
-    counts = lengths(attention_mask.sum(-1))
-    tokens = [row[:count] for row, count in zip(logits.argmax(-1).cpu(), counts.tolist(), strict=True)]
-    return [" ".join(text.upper().split()) for text in processor.tokenizer.batch_decode(tokens)]
+    lengths = attention_mask.sum(-1)
+    if takes_padding(model):
+        logits = model(audio, attention_mask=attention_mask).logits
+    else:  # the lengths are equal; an extractor may have padded all to an even number of frames
+        logits = model(audio[:, : int(lengths.max())]).logits
+    counts = output_counts(model, lengths).tolist()
+    hypotheses = []
+    for best, count in zip(logits.argmax(-1).cpu(), counts, strict=True):
+        tokens = [emission.token for emission in collapse(best[:count], processor.tokenizer)]
+        hypotheses.append(write_text(tokens, processor.tokenizer))
+    return hypotheses
 
 
-def word_error_rate(utterances: Sequence[Utterance], hypotheses: Sequence[str]) -> float:
-    """Give the corpus WER as a fraction, the edits of all utterances over all their reference words.
+@dataclass(frozen=True)
+class ErrorRates:
+    """Error rates of a corpus as fractions: the edits of all utterances over the length of all their references.
+
+    Attributes:
+        wer: Of words, which white space separates.
+        cer: Of characters, spaces between words included; the figure for languages that are written without spaces.
+    """
+
+    wer: float
+    cer: float
+
+
+def error_rates(utterances: Sequence[Utterance], hypotheses: Sequence[str]) -> ErrorRates:
+    """Compare hypotheses with the transcripts of utterances, which are normalized alike.
 
     Raises:
-        UserError: There are no utterances.
+        UserError: There are no utterances, or one has no words.
     """
     if not utterances:
         raise UserError("the evaluation set is empty: a word error rate over no words is not a number")
-    references = [utterance.text.upper() for utterance in utterances]
-    return float(jiwer.wer(references, list(hypotheses)))
+    for utterance in utterances:
+        if not utterance.text.strip():
+            raise UserError(
+                f"utterance {utterance.id} ({utterance.source}) has an empty transcript; write it or remove the "
+                "utterance"
+            )
+    references = [utterance.text for utterance in utterances]
+    return ErrorRates(float(jiwer.wer(references, list(hypotheses))), float(jiwer.cer(references, list(hypotheses))))
+
+
+def count_edits(
+    references: Sequence[str], hypotheses: Sequence[str], *, characters: bool = False
+) -> tuple[Integer[np.ndarray, " utterances"], Integer[np.ndarray, " utterances"]]:
+    """Give the number of edits in every utterance, and of words or characters in every reference."""
+    process = jiwer.process_characters if characters else jiwer.process_words
+    outputs = [process(*pair) for pair in zip(references, hypotheses, strict=True)]
+    edits = [output.substitutions + output.deletions + output.insertions for output in outputs]
+    lengths = [output.hits + output.substitutions + output.deletions for output in outputs]
+    return np.array(edits), np.array(lengths)
+
+
+def unspaced(utterances: Sequence[Utterance]) -> bool:
+    """Tell whether most transcripts have no space, so that the CER is their figure and not the WER."""
+    return 2 * sum(" " in utterance.text for utterance in utterances) < len(utterances)

@@ -110,9 +110,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     return read_model(Path(path).expanduser(), dtype)
 
 
-def read_model(folder: Path, dtype: torch.dtype | None, *, head_optional: bool = False) -> PreTrainedModel:
-    """Do :func:`load`; :func:`~sparsewav.models.checkpoint.load_whole` describes ``head_optional``."""
-    skeleton, tensors = _read(folder, head_optional=head_optional)
+def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None = None) -> PreTrainedModel:
+    """Do :func:`load`; :func:`~sparsewav.models.checkpoint.load_whole` describes ``notes``."""
+    skeleton, tensors = _read(folder)
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if dtype is None and len(kinds) != 1:
         raise UserError(f"{folder} has weights of {len(kinds)} floating-point types; give it one with sparsewav-export")
@@ -120,7 +120,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, *, head_optional: bool =
         type(skeleton).from_pretrained,
         None,
         str(folder),
-        head_optional=head_optional,
+        notes=notes,
         config=skeleton.config,
         state_dict=tensors,
         dtype=dtype or kinds.pop(),
@@ -240,7 +240,7 @@ def _checksum(stored: dict[str, Tensor], shapes: Any) -> str:
     return checksum(stored, json.dumps(shapes, sort_keys=True))
 
 
-def _read(folder: Path, *, head_optional: bool = False) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Give the model that a folder in either format describes, without weights, and its tensors.
 
     Raises:
@@ -251,11 +251,11 @@ def _read(folder: Path, *, head_optional: bool = False) -> tuple[PreTrainedModel
     if is_dense:
         checkpoint = Checkpoint(folder)
         skeleton = make_skeleton(config, checkpoint.headers, str(folder))
-        check_tensors(skeleton, checkpoint.headers, str(folder), head_optional=head_optional)
+        check_tensors(skeleton, checkpoint.headers, str(folder))
         return skeleton, checkpoint.read(checkpoint.files)
     skeleton = make_skeleton(config, read_headers(folder / BITMASK_WEIGHTS), str(folder))
     tensors = _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
-    check_tensors(skeleton, tensors, str(folder), head_optional=head_optional)
+    check_tensors(skeleton, tensors, str(folder))
     return skeleton, tensors
 
 

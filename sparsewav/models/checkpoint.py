@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCTC, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCTC, PretrainedConfig, PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import check_family
@@ -26,12 +26,17 @@ INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
-OPTIONAL = "masked_spec_embed"
-"""The parameter that published checkpoints may lack. It replaces masked frames in training, and nothing else reads it;
-where it is missing it is zero, to which SpecAugment's paper sets what it masks, and not a random number, which would
-make of every load another model."""
+MASK_EMBEDDING = "masked_spec_embed"
+OPTIONAL = (MASK_EMBEDDING, ".num_batches_tracked")
+"""How the names end of what published checkpoints may lack, which is zero then. The embedding replaces masked frames in
+training, and nothing else reads it; SpecAugment's paper sets what it masks to zero, and a random number would make of
+every load another model. No batch norm that has a momentum reads the count of batches."""
 
-HEAD = "lm_head."
+HEADS = ("lm_head.", "ctc_head.")
+"""What the names of a CTC head's tensors start with."""
+
+PRETRAINING = ("quantizer.", "project_q.", "project_hid.", "ctc_proj.", "speaker_proj.", "label_embeddings_concat")
+"""What the names of tensors start with that self-supervised pretraining alone needs, in transformers' classes of it."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -238,7 +243,8 @@ def read_config(source: str, called: str) -> PretrainedConfig:
     for key, number in numbers:
         if not math.isfinite(number):
             raise UserError(f"{called} has {key}={number} in its config.json; give it a finite number")
-    if not isinstance(config.vocab_size, int) or config.vocab_size < 1:
+    has_size = isinstance(config.vocab_size, int) and config.vocab_size >= 1
+    if not has_size and not (config.vocab_size is None and is_encoder(config, None)):
         raise UserError(f"{called} has vocab_size={config.vocab_size} in its config.json; give the size of its head")
     for key in ("conv_kernel", "conv_stride"):
         if min(getattr(config, key), default=0) < 1:
@@ -246,6 +252,23 @@ def read_config(source: str, called: str) -> PretrainedConfig:
                 f"{called} has {key}={getattr(config, key)} in its config.json; numbers from 1 belong there"
             )
     return config
+
+
+def is_encoder(config: PretrainedConfig, stored: Iterable[str] | None) -> bool:
+    """Tell whether a checkpoint is an encoder without a CTC head.
+
+    It is one if it has no tensor of a head, and its ``architectures`` do not say that it should.
+
+    Args:
+        config: Its configuration.
+        stored: The names of its tensors; None if they are not known, and the configuration alone tells.
+    """
+    said = config.architectures or []
+    if stored is None and not said:
+        return False
+    return not any(name.endswith("ForCTC") for name in said) and not any(
+        name.startswith(HEADS) for name in stored or ()
+    )
 
 
 def _numbers(settings: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -298,26 +321,24 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
         )
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return AutoModelForCTC.from_config(config)
+            kind = AutoModel if is_encoder(config, stored) else AutoModelForCTC
+            return kind.from_config(config)
     except Exception as error:  # a broken configuration raises almost any error
         raise UserError(
             f"the config.json of {where} does not describe a model ({first_line(error)}); fetch it again"
         ) from error
 
 
-def check_tensors(
-    skeleton: PreTrainedModel, stored: Mapping[str, Tensor], where: str, *, head_optional: bool = False
-) -> None:
+def check_tensors(skeleton: PreTrainedModel, stored: Mapping[str, Tensor], where: str) -> None:
     """Compare the names, shapes and types of stored tensors with those of the model.
 
     Args:
         skeleton: The model, whose values do not matter.
         stored: The tensors by their names in the file, or their headers.
         where: The folder or file, for messages.
-        head_optional: Whether it may be a pretrained encoder; see :func:`load_whole`.
 
     Raises:
-        UserError: They are not the same.
+        UserError: They are not the same, as far as :func:`refuse_differences` minds.
     """
     expected = skeleton.state_dict()
     found = {_name_in(skeleton, name, expected): tensor for name, tensor in stored.items()}
@@ -332,7 +353,6 @@ def check_tensors(
             for name in both
             if expected[name].shape != found[name].shape
         ],
-        head_optional=head_optional,
     )
     for name in sorted(both):
         wanted, given = expected[name], found[name]
@@ -349,8 +369,11 @@ def _name_in(model: PreTrainedModel, name: str, expected: Collection[str]) -> st
     for old, new in ((".weight_g", "0"), (".weight_v", "1")):  # weight normalization before PyTorch 2.1
         if name.endswith(old):
             name = f"{name.removesuffix(old)}.parametrizations.weight.original{new}"
-    prefixed = f"{model.base_model_prefix}.{name}"
-    return prefixed if name not in expected and prefixed in expected else name
+    prefix = f"{model.base_model_prefix}."
+    if name in expected:
+        return name
+    other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+    return other if other in expected else name
 
 
 def refuse_differences(
@@ -360,29 +383,28 @@ def refuse_differences(
     missing: Collection[str],
     unexpected: Collection[str],
     mismatched: Collection[str],
-    head_optional: bool = False,
 ) -> None:
     """Refuse a checkpoint whose tensors are not those of the model.
 
     Raises:
-        UserError: There are differences, except that :data:`OPTIONAL` may be missing.
+        UserError: There are differences, except that :data:`OPTIONAL` may be missing and :data:`PRETRAINING` more.
     """
     missing = {name for name in missing if not name.endswith(OPTIONAL)}
-    unexpected = set(unexpected)
-    if head_optional:
-        missing = {name for name in missing if not name.startswith(HEAD)}
-        unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    unexpected = {name for name in unexpected if not name.startswith(PRETRAINING)}
     for what, names in (
         ("lacks", missing),
         ("has tensors that its config.json knows nothing of:", unexpected),
         ("has another shape than its config.json says for", mismatched),
     ):
         if names:
-            raise UserError(f"{where} {what} {some(sorted(names))}; give the whole folder of one model")
+            remedy = "give the whole folder of one model"
+            if names is missing and all(name.startswith(HEADS) for name in names):
+                remedy += f", or train a head with sparsewav-train initial_model={where}"
+            raise UserError(f"{where} {what} {some(sorted(names))}; {remedy}")
 
 
 def load_whole(
-    load: Callable[..., Any], source: str | None, where: str, *, head_optional: bool = False, **options: Any
+    load: Callable[..., Any], source: str | None, where: str, *, notes: list[str] | None = None, **options: Any
 ) -> PreTrainedModel:
     """Load a model with ``from_pretrained``, and refuse it if any of its tensors did not come from the checkpoint.
 
@@ -392,8 +414,7 @@ def load_whole(
         load: ``from_pretrained`` of a class.
         source: Its first argument.
         where: The folder or file, for messages.
-        head_optional: Whether it may be a pretrained encoder: then the model has no ``lm_head`` if the checkpoint has
-            none, and what only the pretraining needs is left out.
+        notes: Gets a sentence about what was left out, because only the pretraining needs it.
         options: Further arguments of ``from_pretrained``.
 
     Raises:
@@ -404,16 +425,14 @@ def load_whole(
         model, info = load(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     mismatched = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
     missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    refuse_differences(
-        model, where, missing=missing, unexpected=unexpected, mismatched=mismatched, head_optional=head_optional
-    )
+    refuse_differences(model, where, missing=missing, unexpected=unexpected, mismatched=mismatched)
     state = model.state_dict()
     for name in missing:
         if name.endswith(OPTIONAL):
             state[name].zero_()
     refuse_infinite(state, where)
-    if any(name.startswith(HEAD) for name in missing):
-        model.lm_head = torch.nn.Identity()
+    if unexpected and notes is not None:
+        notes.append(f"{where} has {some(sorted(unexpected))}, which the pretraining alone needs; left out")
     return model
 
 

@@ -1,4 +1,4 @@
-"""CTC speech models: loading them with their processors, from the hub, a folder or this package."""
+"""Speech models, with a CTC head or without: loading them with their processors, from the hub, a folder or here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCTC,
-    PreTrainedModel,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2Processor,
-)
+from transformers import AutoModel, AutoModelForCTC, PreTrainedModel
 
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
@@ -26,16 +20,19 @@ from sparsewav.models.bitmask import (
 )
 from sparsewav.models.checkpoint import (
     INDEX,
-    OPTIONAL,
+    MASK_EMBEDDING,
     WEIGHTS,
     check_tensors,
     first_line,
+    is_encoder,
     load_whole,
     make_skeleton,
     read_config,
     read_pickled_headers,
 )
 from sparsewav.models.fairseq import converted_folder
+from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
+from sparsewav.pruning.encoder import has_head
 
 DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
@@ -43,21 +40,26 @@ DEMO_MODEL = "demo"
 
 @dataclass
 class SpeechModel:
-    """A CTC model with its processor.
+    """A CTC model or an encoder without a head, with its processor.
 
     Attributes:
         name: The name that it has in results.
         model: The model.
-        processor: Its feature extractor and tokenizer.
+        processor: Its feature extractor and tokenizer; an encoder has no tokenizer.
         warnings: Sentences for the user about what was assumed in loading it.
         folder: Where its files are; of a model of the hub, the folder of a commit in the hub's cache.
     """
 
     name: str
     model: PreTrainedModel
-    processor: Wav2Vec2Processor
+    processor: Processor
     warnings: list[str] = field(default_factory=list)
     folder: Path | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text; an encoder does not."""
+        return self.processor.tokenizer is not None
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,7 +125,9 @@ def load_speech_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> SpeechModel:
-    """Load a CTC model and its processor; :func:`find_model` says what they may be named.
+    """Load a CTC model, or an encoder without a head, and its processor.
+
+    :func:`find_model` says what it may be named.
 
     Raises:
         UserError: There is no such model, its family is unknown, or a file is missing.
@@ -131,104 +135,19 @@ def load_speech_model(
     folder = find_model(name_or_path, revision=revision)
     source = str(folder)
     called = f"model.name_or_path={name_or_path}"
-    model = load_pretrained(source, dtype, "model.name_or_path", name_or_path)
-    processor = load_processor(source)
-    warnings = [*_agree_on_tokens(model, processor, called), *_agree_on_audio(model, processor, called)]
+    warnings: list[str] = []
+    model = load_pretrained(source, dtype, "model.name_or_path", name_or_path, notes=warnings)
+    processor = load_processor(source, has_head=has_head(model))
+    if processor.tokenizer is not None:
+        warnings += agree_on_tokens(model, processor, called)
+    warnings += agree_on_audio(model, processor, called)
     masks = getattr(model.config, "apply_spec_augment", True)  # as in transformers: data2vec-audio need not say it
     for parameter, tensor in model.named_parameters():
-        if parameter.endswith(OPTIONAL) and masks and not tensor.any():
+        if parameter.endswith(MASK_EMBEDDING) and masks and not tensor.any():
             warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
     placed: Any = model
     placed.to(device)
     return SpeechModel(Path(name_or_path).name, model, processor, warnings, folder)
-
-
-def _agree_on_tokens(model: PreTrainedModel, processor: Wav2Vec2Processor, called: str) -> list[str]:
-    """Make the model's loss write the tokens that its tokenizer reads.
-
-    Returns:
-        Sentences about what was changed.
-
-    Raises:
-        UserError: The tokenizer is of another model, or has no blank.
-    """
-    tokenizer: Any = processor.tokenizer
-    vocabulary, outputs = tokenizer.get_vocab(), model.config.vocab_size
-    if len(tokenizer) < outputs:
-        raise UserError(
-            f"{called}: the tokenizer has {len(tokenizer)} tokens and the model "
-            f"writes {outputs}; take the tokenizer that the model was trained with"
-        )
-    by_output: dict[int, list[str]] = {}
-    for token, index in vocabulary.items():
-        by_output.setdefault(index, []).append(token)
-    for index in range(outputs):
-        tokens = by_output.get(index, [])
-        if len(tokens) != 1:
-            raise UserError(
-                f"{called}: vocab.json names {len(tokens)} tokens for output {index} of the model "
-                f"({' '.join(tokens) or 'none'}); take the tokenizer that the model was trained with"
-            )
-    blank = tokenizer.pad_token_id
-    if blank is None or tokenizer.pad_token not in vocabulary or not 0 <= blank < outputs:
-        raise UserError(
-            f"{called}: the tokenizer's pad_token, which is the CTC blank, is {tokenizer.pad_token} and none of the "
-            f"model's {outputs} outputs; name the blank in tokenizer_config.json"
-        )
-    # Labels never have these; tokenizers add them behind the vocabulary of a model that was trained without.
-    beyond = {token for token, index in vocabulary.items() if index >= outputs} - set(tokenizer.all_special_tokens)
-    if beyond:
-        raise UserError(
-            f"{called}: the tokenizer writes {' '.join(sorted(beyond)[:5])}, which is none of the model's {outputs} "
-            "outputs; take the tokenizer that the model was trained with"
-        )
-    if model.config.pad_token_id == blank:
-        return []
-    said, model.config.pad_token_id = model.config.pad_token_id, blank
-    return [
-        f"config.json says pad_token_id={said}, and the tokenizer's blank is {blank} ({tokenizer.pad_token}); the CTC "
-        f"loss takes {blank}, as the decoding does"
-    ]
-
-
-SAMPLING_RATE = 16_000
-"""Samples a second that all published models of the supported families hear."""
-
-
-def _agree_on_audio(model: PreTrainedModel, processor: Wav2Vec2Processor, called: str) -> list[str]:
-    """Compare the feature extractor with what the model was trained on.
-
-    Returns:
-        Sentences about what was changed, and about what is suspicious.
-
-    Raises:
-        UserError: The feature extractor is of another model.
-    """
-    extractor: Any = processor.feature_extractor
-    rate = getattr(model.config, "sampling_rate", None) or SAMPLING_RATE
-    for key, value in (("sampling_rate", rate), ("feature_size", 1), ("padding_side", "right"), ("padding_value", 0)):
-        if getattr(extractor, key, value) != value:
-            raise UserError(
-                f"{called}: the preprocessor's settings say {key}={getattr(extractor, key)}, and the model takes "
-                f"{value}; correct preprocessor_config.json"
-                + (", or say sampling_rate in config.json if the model was trained so" if "rate" in key else "")
-            )
-    warnings = []
-    norm = getattr(model.config, "feat_extract_norm", None)  # data2vec-audio has none
-    if norm == "layer" and not extractor.do_normalize:
-        warnings.append(
-            "the preprocessor's settings say do_normalize=false, and models with feat_extract_norm=layer are commonly "
-            "trained on normalized audio; if the word error rate is high, set it to true"
-        )
-    wanted = norm == "layer"
-    if norm and extractor.return_attention_mask != wanted:
-        extractor.return_attention_mask = wanted
-        warnings.append(
-            f"the preprocessor's settings say return_attention_mask={str(not wanted).lower()}, and a model with "
-            f"feat_extract_norm={norm} takes {'a' if wanted else 'no'} mask; no result here depends on it, and what is "
-            "saved is corrected"
-        )
-    return warnings
 
 
 def load_fairseq_model(
@@ -245,16 +164,16 @@ def load_fairseq_model(
 
 
 def load_pretrained(
-    source: str, dtype: torch.dtype, key: str, name: str | None = None, *, head_optional: bool = False
+    source: str, dtype: torch.dtype, key: str, name: str | None = None, *, notes: list[str] | None = None
 ) -> PreTrainedModel:
-    """Load a CTC model without its processor, in evaluation mode.
+    """Load a CTC model, or an encoder without a head, in evaluation mode and without its processor.
 
     Args:
         source: A folder.
         dtype: Type of the weights in memory.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.
-        head_optional: Take a pretrained encoder, too; the model then has no ``lm_head``.
+        notes: Gets a sentence about what was left out.
 
     Raises:
         UserError: There is no such model, its family is unknown, or its weights are broken or those of another model.
@@ -264,32 +183,31 @@ def load_pretrained(
     folder = Path(source)
     try:
         if any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS)):
-            return read_model(folder, dtype, head_optional=head_optional)
+            return read_model(folder, dtype, notes)
         if headers := read_pickled_headers(folder):
-            skeleton = make_skeleton(config, headers, source)
-            check_tensors(skeleton, headers, source, head_optional=head_optional)
+            check_tensors(make_skeleton(config, headers, source), headers, source)
+        kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC
         options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False}
-        return load_whole(
-            AutoModelForCTC.from_pretrained, source, source, head_optional=head_optional, **options
-        ).eval()
+        return load_whole(kind.from_pretrained, source, source, notes=notes, **options).eval()
     except Exception as error:  # a broken checkpoint raises almost any error
         raise UserError(f"the weights of {called} cannot be loaded: {first_line(error)}") from error
 
 
 @torch.no_grad()
 def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequence[str] = ()) -> list[str]:
-    """Copy parameters and buffers into a model wherever shape and name (without the family's prefix) agree.
+    """Copy parameters and buffers into a CTC model wherever shape and name (without the family's prefix) agree.
 
     Args:
         model: Changed in place.
-        initial: Where the values come from.
+        initial: Where the values come from, with a head or without.
         without: Parts of the names that are not copied.
 
     Returns:
         The names of the model's parameters and buffers that nothing was copied to.
     """
     state = model.state_dict()
-    prefix, initial_prefix = f"{model.base_model_prefix}.", f"{initial.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
+    initial_prefix = f"{initial.base_model_prefix}." if has_head(initial) else ""
     left = dict(state)
     for name, tensor in initial.state_dict().items():
         own_name = prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name
@@ -298,24 +216,3 @@ def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequenc
             own.copy_(tensor)
             del left[own_name]
     return list(left)
-
-
-def load_processor(source: str) -> Wav2Vec2Processor:
-    """Load the feature extractor and the character tokenizer from a folder.
-
-    Raises:
-        UserError: One of the two is missing.
-    """
-    try:
-        feature_extractor = Wav2Vec2FeatureExtractor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} has no preprocessor_config.json; copy it from the model's origin") from error
-    try:
-        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(source)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{source} has no tokenizer (vocab.json); a CTC model needs one to write letters: copy it from the "
-            "model's origin, or fine-tune the model for speech recognition first"
-        ) from error
-    tokenizer.clean_up_tokenization_spaces = False  # of English text: it would join words such as 's to the one before
-    return Wav2Vec2Processor(feature_extractor, tokenizer)

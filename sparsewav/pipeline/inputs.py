@@ -18,7 +18,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import content_hash
 from sparsewav.models.fairseq import DICTIONARY
 from sparsewav.pipeline.naming import identifying_settings
-from sparsewav.settings.data import DemoData, LibriSpeechHub
+from sparsewav.settings.data import Data, DemoData, HuggingFace, LibriSpeechHub
 from sparsewav.settings.run import Config, TrainConfig
 from sparsewav.training.recipes import present_folder
 
@@ -36,8 +36,8 @@ Readers = Mapping[str, Callable[[], Iterable[Utterance]]]
 def of_run(config: Config, sets: Sets | None = None, revision: str | None = None) -> dict[str, Any]:
     """Give the record of what a run reads, without loading the model; see :func:`changes`.
 
-    Files are hashed once and known by their times afterwards. Speech of the demo is known by its version, and
-    LibriSpeech on the hub, which does not change, by its settings.
+    Files are hashed once and known by their times afterwards. Speech of the demo is known by its version, and what is
+    streamed from the hub by its settings, where ``data.revision`` can name a commit: reading it would fetch it again.
 
     Args:
         config: A configuration that was checked.
@@ -89,13 +89,20 @@ def _record(
     for role, read in readers.items():
         if isinstance(sets.data, DemoData):
             content[f"{role} set"] = f"demo {VERSION}"
-        elif not isinstance(sets.data, LibriSpeechHub):
+        elif not known_by_settings(sets.data):
             try:
                 content[f"{role} set"] = cache.utterances_fingerprint(read())
             except (UserError, OSError) as error:
                 unread[f"{role} set"] = str(error)
     settings = json.loads(json.dumps(settings))  # as it is read again from a file
     return {"settings": settings, "code": cache.code_fingerprint(), "content": content, "unread": unread}
+
+
+def known_by_settings(data: Data) -> bool:
+    """Tell whether speech is streamed from the hub, so that its content is not compared."""
+    if isinstance(data, HuggingFace):
+        return data.streaming and not Path(data.path).expanduser().is_dir()
+    return isinstance(data, LibriSpeechHub)
 
 
 def _model_files(model: str | None, revision: str | None, fairseq: str | None = None) -> list[Path]:

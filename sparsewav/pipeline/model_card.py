@@ -74,7 +74,7 @@ def _shown(name: str) -> str:
 def make_card(metrics: Mapping[str, Any]) -> str:
     """Write the card of a run's model from the run's metrics."""
     origin, ours = metrics["provenance"], metrics["method"] == OURS
-    sets = _evaluation_sets(metrics)
+    sets = metrics["evaluation"]
     scored = [rate for rate in RATES if any(record.get(rate) is not None for record in sets)]
     metadata = ModelCardData(
         model_name=f"{metrics['model']}-{metrics['achieved_sparsity']:.2f}",
@@ -90,15 +90,6 @@ def make_card(metrics: Mapping[str, Any]) -> str:
     text = _describe(metrics) + _error_rates(metrics, sets, scored) + _loading(metrics)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")  # which reads and checks the metadata
     return str(card)
-
-
-def _evaluation_sets(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give a record for every evaluation set: name, utterances, and the error rates by their keys in the metrics."""
-    if "evaluation" in metrics:
-        return list(metrics["evaluation"])
-    (name,) = metrics["provenance"]["subsets"]["evaluation"]
-    rates = {f"{rate}{of}": metrics.get(f"{rate}{of}") for rate in RATES for of in ("_dense", "_pruned", "")}
-    return [{"name": name, "utterances": metrics["n_utterances"], "overlap": metrics["evaluation_overlap"], **rates}]
 
 
 def _result(metrics: Mapping[str, Any], record: Mapping[str, Any], rate: str) -> EvalResult:
@@ -128,7 +119,7 @@ def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored:
         for rate in scored:
             keys = (f"{rate}_dense", f"{rate}_pruned", *([rate] if tuned else []))
             cells = [f"{100 * record[key]:.2f} %" if record.get(key) is not None else "–" for key in keys]
-            lines.append(" | ".join([_shown(record["name"]), f"{record['utterances']:,}", rate.upper(), *cells]))
+            lines.append(" | ".join([_shown(record["name"]), f"{record['n_utterances']:,}", rate.upper(), *cells]))
     table = "".join(f"| {line} |\n" for line in lines)
     spelled = " and ".join(f"{rate.upper()}: {RATES[rate]}" for rate in scored)
     corpus = metrics["provenance"]["corpus"]
@@ -145,8 +136,12 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     done = f"pruned to {_asked(metrics)} sparsity" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)
-    if metrics["evaluation_overlap"]:
-        facts["evaluation utterances that the model was made from, too"] = str(metrics["evaluation_overlap"])
+    sets = metrics["evaluation"]
+    seen = [(record["name"], record["overlap"]) for record in sets if record["overlap"]]
+    if seen:
+        facts["evaluation utterances that the model was made from, too"] = ", ".join(
+            f"{count} of {_shown(name)}" if len(sets) > 1 else str(count) for name, count in seen
+        )
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     return f"""# {metrics["model"]}, {done}
 

@@ -4,16 +4,18 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import checksums, damage, write_file
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel
 from sparsewav.pipeline import run_folder
@@ -34,11 +36,12 @@ class State:
         identity: A hash of all that the step's model came from.
         steps: The number of steps done.
         stages: A record of every stage with its sparsity, word error rates and updates.
-        hypotheses: The newest model's hypotheses, in the order of the evaluation set; None until it is evaluated.
+        evaluation: A record of every evaluation set: its name, utterances and overlap with the sets that the model is
+            made from, and the error rates of the dense, the pruned and the newest model.
+        hypotheses: The newest model's hypotheses by the names of the evaluation sets; None until it is evaluated.
         seconds: Seconds by kind of work, over all stages.
         cached: Of the seconds, those of the first stage that were spent by an earlier run, whose results the cache
             had, by kind of work.
-        overlap: The number of evaluation utterances that are in the calibration or training set, too.
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
         compression: What a baseline reports of its compression; empty for ours.
@@ -48,12 +51,12 @@ class State:
     identity: str
     steps: int = 0
     stages: list[dict[str, Any]] = field(default_factory=list)
-    hypotheses: list[str] | None = None
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    hypotheses: dict[str, list[str]] | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )
     cached: dict[str, float] = field(default_factory=dict)
-    overlap: int = 0
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)
@@ -93,21 +96,29 @@ def write_step(step_folder: Path, speech: SpeechModel, state: State) -> None:
 def evaluate_step(
     config: Config,
     speech: SpeechModel,
-    utterances: list[Utterance],
+    evaluation: Mapping[str, list[Utterance]],
+    how: Normalization,
     kind: str,
     state: State,
     step_folder: Path,
     console: Console,
 ) -> None:
-    """Add the newest model's word error rate to its stage's record, on disk, too."""
-    with stage(console, f"Evaluating the {EVALUATED[kind]} model") as progress:
-        started = time.perf_counter()
-        state.hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
-        state.seconds["evaluate"] += time.perf_counter() - started
-    record = state.stages[-1]
-    record["wer"] = word_error_rate(utterances, state.hypotheses)
-    if kind != "finetune":
-        record["wer_pruned"] = record["wer"]
+    """Add the newest model's error rates to the records of the sets and of its stage, on disk, too."""
+    hypotheses = {}
+    for record in state.evaluation:
+        name = record["name"]
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
+        with stage(console, f"Evaluating the {EVALUATED[kind]} model{on_set}") as progress:
+            started = time.perf_counter()
+            hypotheses[name] = transcribe(
+                speech.model, speech.processor, evaluation[name], config.seconds_per_batch, progress, how
+            )
+            state.seconds["evaluate"] += time.perf_counter() - started
+        rates = asdict(error_rates(evaluation[name], hypotheses[name]))
+        record |= rates | ({} if kind == "finetune" else {f"{key}_pruned": rate for key, rate in rates.items()})
+    state.hypotheses = hypotheses
+    first = state.evaluation[0]
+    state.stages[-1] |= {key: first[key] for key in ("wer_pruned", "wer", "cer_pruned", "cer")}
     run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
 
 
@@ -135,7 +146,7 @@ def clear(folder: Path) -> None:
     for path in [folder / run_folder.STAGES, *run_folder.model_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
     names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.TRAINING_LOG, run_folder.COMPRESSION_LOG)
-    for path in [*(folder / name for name in names), *folder.glob("layers*.csv")]:
+    for path in [*(folder / name for name in (*names, run_folder.LEFT_OUT)), *folder.glob("layers*.csv")]:
         if path.is_file():
             path.unlink()
 

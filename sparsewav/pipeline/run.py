@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
+from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
 from sparsewav.pipeline import compress, inputs, model_card, run_folder
@@ -39,14 +42,15 @@ from sparsewav.pipeline.resume import (
     write_step,
 )
 from sparsewav.pipeline.shared_statistics import (
+    Evaluation,
     calibration_batches,
-    evaluate_dense,
+    evaluate_model,
     gather_hessians,
     gather_traces,
     identity_of,
 )
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import collect_warnings, print_warning, reporting, stage
+from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.settings.baselines import OURS
@@ -106,25 +110,37 @@ def _run(
     for warning in speech.warnings:
         print_warning(warning)
     with reporting("Reading and hashing model and utterances", console):
-        evaluation, calibration, training, overlap, notes = _utterances(config, sets, speech)
+        chosen = _utterances(config, sets, speech)
         origin = model_card.provenance(config, speech)
         made_from = inputs.of_run(config, sets, origin["commit"])
+    for sentence in sets.recognised():
+        print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
         _refuse_interrupted(started_from, made_from, folder)
-    for note in notes:
+    evaluation, calibration, training, how = chosen.evaluation, chosen.calibration, chosen.training, chosen.how
+    for note in chosen.notes:
         print_warning(note)
-    dense = identity_of(config, speech)  # of the dense model, before anything changes it
-    before, wer_dense, dense_seconds, dense_cached = evaluate_dense(config, speech, evaluation, dense, console)
-    if wer_dense > USELESS:
-        print_warning(
-            f"the dense model's word error rate is {100 * wer_dense:.0f} %: check its tokenizer, sampling rate and "
-            "language, and that its CTC head was trained, before you trust what pruning does to it"
-        )
+    dense = identity_of(speech, config.seconds_per_batch)  # of the dense model, before anything changes it
+    before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
+    for name, rates in before.rates.items():
+        kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
+        if rate > USELESS:
+            print_warning(
+                f"the dense model's {kind} error rate on {name} is {100 * rate:.0f} %: check its tokenizer, sampling "
+                "rate and language, and that its CTC head was trained, before you trust what pruning does to it"
+            )
     stages = plan_stages(config, len(training))
     for warning in too_short(config.training, stages, len(training)):
         print_warning(warning)
-    state = State(_run_identity(made_from, dense, evaluation, calibration, training), overlap=overlap)
+    state = State(
+        _run_identity(made_from, dense, *evaluation.values(), calibration, training),
+        evaluation=[
+            {"name": name, "n_utterances": len(utterances), "overlap": chosen.overlap[name]}
+            | {f"{key}_dense": rate for key, rate in asdict(before.rates[name]).items()}
+            for name, utterances in evaluation.items()
+        ],
+    )
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     done = None if config.force else newest_step(folder, state.identity)
@@ -133,12 +149,14 @@ def _run(
     if done is None:
         clear(folder)
         run_folder.write_json(started_from, made_from)
+        if broken := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, broken)
     else:
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
         if state.hypotheses is None:
-            evaluate_step(config, speech, evaluation, steps[state.steps - 1][0], state, step_folder, console)
+            evaluate_step(config, speech, evaluation, how, steps[state.steps - 1][0], state, step_folder, console)
     for number, (kind, item) in enumerate(steps):
         if number < state.steps:
             continue
@@ -155,17 +173,19 @@ def _run(
         write_step(step_folder, speech, state)
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
-        evaluate_step(config, speech, evaluation, kind, state, step_folder, console)
-    replayed = state.cached | ({"evaluate": dense_seconds} if dense_cached else {})
+        evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
+    replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
     about = {
         "n_calibration_utterances": len(calibration),
+        "text": {"case": how.case, "removed_characters": how.removed, "unicode_form": how.form},
         "seconds_cached": replayed,
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
+        "left_out": sets.counts(),
         "inputs": made_from,
         "provenance": origin,
         "model_files": state.files,
     }
-    return _finish(config, folder, speech, state, evaluation, before, wer_dense, dense_seconds, about)
+    return _finish(config, folder, speech, state, evaluation, before, about)
 
 
 def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> dict[str, Any] | None:
@@ -233,15 +253,13 @@ def _finish(
     folder: Path,
     speech: SpeechModel,
     state: State,
-    evaluation: list[Utterance],
-    before: list[str],
-    wer_dense: float,
-    dense_seconds: float,
+    evaluation: dict[str, list[Utterance]],
+    before: Evaluation,
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Write what is left to write, ``metrics.json`` last; it gets ``about`` besides what is known here."""
     assert state.hypotheses is not None
-    run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before, state.hypotheses)
+    run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before.hypotheses, state.hypotheses)
     if state.log:
         write_training_log(folder / run_folder.TRAINING_LOG, state.log)
     compression_log = state.compression.pop("log", [])
@@ -251,10 +269,10 @@ def _finish(
     ours = config.method.name == OURS
     pieces = ("calibrate", "allocate", "solve", "recover", "compress")
     prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
-    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + dense_seconds}
+    seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
     executed, nonzero_products = multiply_accumulates(speech.model, speech.processor.feature_extractor.sampling_rate)
-    final = state.stages[-1]
+    first = state.evaluation[0]
     metrics = {
         "model": speech.name,
         "model_type": speech.model.config.model_type,
@@ -268,22 +286,21 @@ def _finish(
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
         "target_sparsity": config.sparsity.fraction,
-        "achieved_sparsity": final["achieved_sparsity"],
+        "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
         "params_total": total,
         "params_nonzero": nonzero,
         "macs_per_second": executed,
         "macs_per_second_nonzero": nonzero_products,
-        "wer_dense": wer_dense,
-        "wer_pruned": final["wer_pruned"],
-        "wer": final["wer"],
+        **{key: first[key] for key in run_folder.RATES},
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
         "compression": None
         if ours
         else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},
         "stages": state.stages,
-        "n_utterances": len(evaluation),
-        "evaluation_overlap": state.overlap,
+        "n_utterances": first["n_utterances"],
+        "evaluation_overlap": first["overlap"],
+        "evaluation": state.evaluation,
         "seconds": seconds,
         **about,
         "peak_memory_bytes": run_folder.peak_memory(device),
@@ -302,25 +319,53 @@ def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _utterances(
-    config: Config, sets: Sets, speech: SpeechModel
-) -> tuple[list[Utterance], list[Utterance], list[Utterance], int, list[str]]:
-    """Give the evaluation, calibration and training set; the last two are empty where they are not used.
+@dataclass(frozen=True)
+class _Chosen:
+    """The utterances of a run, whose transcripts are normalized; sets that are not used are empty.
 
-    With them go the number of evaluation utterances that are in one of the other sets, and sentences for the user.
+    Attributes:
+        evaluation: By the names of the sets.
+        calibration, training: What the smaller model is made from.
+        how: What the transcripts are normalized by.
+        overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
+        notes: Sentences for the user.
     """
-    (evaluation,) = sets.evaluation().values()
-    calibrates, learns = "calibration" in config.roles, "training" in config.roles
-    calibration = sets.calibration(config.calibration.utterances, config.seed) if calibrates else []
-    training = sets.training(config.training.seed) if learns else []
-    overlap, notes = find_overlap(config.data, evaluation, {"calibration": calibration, "training": training})
-    notes += sets.left_out(config.roles)
-    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
-    for utterances in (evaluation, calibration, training):
-        check_labels(utterances, speech.processor)
+
+    evaluation: dict[str, list[Utterance]]
+    calibration: list[Utterance]
+    training: list[Utterance]
+    how: Normalization
+    overlap: dict[str, int]
+    notes: list[str]
+
+
+def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
+    """Read and check everything that a run reads, before anything is computed."""
+    data, roles = config.data, config.roles
+    evaluation = sets.evaluation()
+    calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
+    training = sets.training(config.training.seed) if "training" in roles else []
+    refuse_unreadable(chain(*evaluation.values(), calibration, training))
+    notes, overlap = sets.left_out(), {}
+    for name, utterances in evaluation.items():
+        called = name if len(evaluation) > 1 else "evaluation"
+        overlap[name], found = find_overlap(
+            data, utterances, {"calibration": calibration, "training": training}, called
+        )
+        notes += found
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    how, assumed = choose_normalization(
+        (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
+    )
+    evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
+    calibration, training = normalized(calibration, how), normalized(training, how)
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)  # sets may share utterances
+    for utterances in (*evaluation.values(), calibration, training):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
+    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return evaluation, calibration, training, overlap, notes
+    return _Chosen(evaluation, calibration, training, how, overlap, notes + assumed)
 
 
 def _prune(

@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas
 import torch
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
 from sparsewav.models.checkpoint import not_finite
+from sparsewav.models.processor import Processor
 from sparsewav.pruning import MatrixReport
 
 METRICS = "metrics.json"
@@ -30,12 +31,18 @@ ERROR = "error.json"
 TRAINING_LOG = "training_log.csv"
 COMPRESSION_LOG = "compression_log.csv"
 """The trainer's log of a baseline's compression, before the fine-tuning."""
+LEFT_OUT = "left_out.csv"
+"""The utterances that ``data.skip_broken`` left out."""
 STAGES = "stages"
 """Models of the steps before the last one and the trainer's checkpoints; deleted when the run is done."""
 INPUTS = "inputs.json"
 """Lies beside them and says what the run is made from."""
 STEP = "step.json"
 """Lies beside the model of every step until the run is done: a killed run goes on from the newest one."""
+
+
+RATES = tuple(f"{rate}{model}" for rate in ("wer", "cer") for model in ("_dense", "_pruned", ""))
+"""The error rates of a run: of the dense model, of the pruned one before fine-tuning, and of the final one."""
 
 
 def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
@@ -67,7 +74,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); do the run again") from error
-    numbers = ("target_sparsity", "achieved_sparsity", "wer_dense", "wer_pruned", "wer", "updates", "seed")
+    numbers = ("target_sparsity", "achieved_sparsity", *RATES, "updates", "seed")
     if (
         not isinstance(metrics, dict)
         or not isinstance(metrics.get("seconds"), dict)
@@ -88,18 +95,26 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         pandas.DataFrame(list(rows)).to_csv(temporary, index=False)
 
 
-def write_predictions(path: Path, utterances: Sequence[Utterance], before: Sequence[str], after: Sequence[str]) -> None:
-    """Write reference and hypotheses of every utterance, a JSON object a line."""
+def write_predictions(
+    path: Path,
+    evaluation: Mapping[str, Sequence[Utterance]],
+    before: Mapping[str, Sequence[str]],
+    after: Mapping[str, Sequence[str]],
+) -> None:
+    """Write reference and hypotheses of every utterance of every set, a JSON object a line."""
+    rows = [
+        {"set": name, "id": item.id}
+        | ({} if item.speaker is None else {"speaker": item.speaker})
+        | {"reference": item.text, "before": dense, "after": pruned}
+        for name, utterances in evaluation.items()
+        for item, dense, pruned in zip(utterances, before[name], after[name], strict=True)
+    ]
     with write_file(path) as temporary:
-        rows = [
-            {"id": item.id, "reference": item.text, "before": dense, "after": pruned}
-            for item, dense, pruned in zip(utterances, before, after, strict=True)
-        ]
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @contextmanager
-def write_model(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor) -> Iterator[Path]:
+def write_model(path: Path, model: PreTrainedModel, processor: Processor) -> Iterator[Path]:
     """Write a model that ``AutoModelForCTC.from_pretrained`` loads, and its processor.
 
     Yields:

@@ -1,8 +1,9 @@
-"""What runs of one model share: the dense model's hypotheses, Hessians and sensitivities, kept in the cache."""
+"""What runs of one model share: hypotheses of dense models, Hessians and sensitivities, kept in the cache."""
 
 import json
 import time
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from rich.console import Console
 
 from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import ErrorRates, error_rates, transcribe
 from sparsewav.models.load import SpeechModel
+from sparsewav.models.processor import describe
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
@@ -23,34 +26,75 @@ from sparsewav.settings.pruning import Traced
 from sparsewav.settings.run import Config
 
 
-def identity_of(config: Config, speech: SpeechModel) -> dict[str, Any]:
-    """Give what the dense model's shared results depend on, besides the utterances."""
+def identity_of(speech: SpeechModel, seconds_per_batch: float) -> dict[str, Any]:
+    """Give what the shared results of a model depend on, besides the utterances."""
     return {
         "model": cache.model_fingerprint(speech.model),
-        "processor": speech.processor.to_json_string(),
-        "vocabulary": speech.processor.tokenizer.get_vocab(),
+        "processor": describe(speech.processor),
         "code": cache.code_fingerprint(),
         "device": run_folder.device_name(speech.model.device),
-        "seconds_per_batch": config.seconds_per_batch,
+        "seconds_per_batch": seconds_per_batch,
     }
 
 
-def evaluate_dense(
-    config: Config, speech: SpeechModel, utterances: list[Utterance], identity: dict[str, Any], console: Console
-) -> tuple[list[str], float, float, bool]:
-    """Give the dense model's hypotheses, its WER, the seconds that transcribing took, and whether it was cached."""
+@dataclass
+class Evaluation:
+    """What a model writes on every evaluation set, by the sets' names.
 
-    def make(folder: Path) -> None:
-        with stage(console, "Evaluating the dense model") as progress:
-            started = time.perf_counter()
-            hypotheses = transcribe(speech.model, speech.processor, utterances, config.seconds_per_batch, progress)
-            seconds = time.perf_counter() - started
-        (folder / "dense.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
+    Attributes:
+        hypotheses: In the order of the set.
+        rates: The error rates.
+        seconds: What transcribing took.
+        seconds_cached: Of these, what an earlier run spent, whose result the cache had.
+    """
 
-    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
-    folder, cached = cache.cached_folder("dense", identity, make, enabled=config.cache)
-    record = json.loads((folder / "dense.json").read_text())
-    return record["hypotheses"], word_error_rate(utterances, record["hypotheses"]), record["seconds"], cached
+    hypotheses: dict[str, list[str]] = field(default_factory=dict)
+    rates: dict[str, ErrorRates] = field(default_factory=dict)
+    seconds: float = 0.0
+    seconds_cached: float = 0.0
+
+
+def evaluate_model(
+    speech: SpeechModel,
+    called: str,
+    evaluation: Mapping[str, list[Utterance]],
+    how: Normalization,
+    identity: dict[str, Any],
+    console: Console,
+    *,
+    enabled: bool,
+) -> Evaluation:
+    """Evaluate a model on every set; each set's hypotheses are kept for themselves.
+
+    Args:
+        speech: The model and its processor.
+        called: Its name on the terminal.
+        evaluation: Utterances with normalized transcripts, by the names of the sets.
+        how: What they are normalized by.
+        identity: From :func:`identity_of`, with the limit of the audio in a batch.
+        console: The progress is shown there.
+        enabled: Take results from the cache.
+    """
+    result = Evaluation()
+    for name, utterances in evaluation.items():
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
+
+        def make(folder: Path, utterances: list[Utterance] = utterances, on_set: str = on_set) -> None:
+            with stage(console, f"Evaluating {called}{on_set}") as progress:
+                started = time.perf_counter()
+                limit = identity["seconds_per_batch"]
+                hypotheses = transcribe(speech.model, speech.processor, utterances, limit, progress, how)
+                seconds = time.perf_counter() - started
+            (folder / "hypotheses.json").write_text(json.dumps({"hypotheses": hypotheses, "seconds": seconds}))
+
+        own = identity | {"utterances": cache.utterances_fingerprint(utterances), "normalization": asdict(how)}
+        folder, cached = cache.cached_folder("hypotheses", own, make, enabled=enabled)
+        record = json.loads((folder / "hypotheses.json").read_text())
+        result.hypotheses[name] = record["hypotheses"]
+        result.rates[name] = error_rates(utterances, record["hypotheses"])
+        result.seconds += record["seconds"]
+        result.seconds_cached += record["seconds"] if cached else 0.0
+    return result
 
 
 def calibration_batches(config: Config, speech: SpeechModel, utterances: list[Utterance]) -> SpeechBatches:

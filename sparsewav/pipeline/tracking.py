@@ -94,9 +94,12 @@ def _track_in_wandb(config: Wandb, description: RunDescription, metrics: dict[st
         predictions = pandas.read_json(folder / run_folder.PREDICTIONS, lines=True, dtype=False)
         run.log(
             {
-                "eval/wer": metrics["wer"],
-                "eval/wer_dense": metrics["wer_dense"],
-                "eval/wer_pruned": metrics["wer_pruned"],
+                **{f"eval/{key}": metrics[key] for key in run_folder.RATES},
+                **{
+                    f"eval/{record['name']}/{key}": record[key]
+                    for record in metrics["evaluation"][1:]
+                    for key in run_folder.RATES
+                },
                 "prune/sparsity_achieved": metrics["achieved_sparsity"],
                 "prune/seconds": metrics["seconds"]["prune"],
                 "prune/peak_memory": metrics["peak_memory_bytes"],

@@ -106,7 +106,7 @@ def check_model(model: Any, *, by_output: bool) -> None:
     for place, module in encoder_layers(model).named_modules(remove_duplicate=False):
         if place.rpartition(".")[2] not in ROLES:
             continue
-        name = f"{model.base_model_prefix}.encoder.layers.{place}"
+        name = f"{layers_name(model)}.{place}"
         if not isinstance(module, nn.Linear) or type(module.weight.data) is not Tensor:
             raise UserError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__} and no torch.nn.Linear with a plain "
@@ -145,8 +145,18 @@ def whatever_modes(device: torch.device) -> Iterator[None]:
 
 
 def base_of(model: PreTrainedModel) -> Any:
-    """Give the model below the CTC head."""
-    return getattr(model, model.base_model_prefix)
+    """Give the model below the CTC head; a model without a head is one itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Tell whether a model has a head; an encoder has none."""
+    return base_of(model) is not model
+
+
+def layers_name(model: PreTrainedModel) -> str:
+    """Give the name of the list of a model's layers, e.g. ``wav2vec2.encoder.layers``."""
+    return f"{model.base_model_prefix}.encoder.layers" if has_head(model) else "encoder.layers"
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -165,7 +175,7 @@ def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
     Raises:
         UserError: The model's family is not supported.
     """
-    prefix = f"{model.base_model_prefix}.encoder.layers"
+    prefix = layers_name(model)
     return [
         PrunableMatrix(f"{prefix}.{index}.{name}", index, module)
         for index, layer in enumerate(encoder_layers(model))
@@ -184,6 +194,16 @@ def takes_padding(model: PreTrainedModel) -> bool:
     if model.config.model_type in ("data2vec-audio", "wav2vec2-conformer"):
         return False
     return model.config.feat_extract_norm != "group"
+
+
+def input_key(model: PreTrainedModel) -> str:
+    """Give the key of the audio in a batch of the model."""
+    return model.main_input_name
+
+
+def output_counts(model: Any, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Count the frames of the logits for inputs of these lengths, which an adapter may have made fewer."""
+    return model._get_feat_extract_output_lengths(lengths).to(torch.int64)
 
 
 def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch samples"]) -> Int[Tensor, " batch"]:

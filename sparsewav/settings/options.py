@@ -92,7 +92,7 @@ def _type_fault(annotation: Any, value: Any) -> str | None:
     """Say what is wrong with a value of another type than its field has, or with a number that is not finite."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if value is None:
-        return None if type(None) in kinds else "has no meaning; give a value"
+        return None if annotation is Any or type(None) in kinds else "has no meaning; give a value"
     if float in kinds and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
         return "is not a finite number"
     if int in kinds and float not in kinds and (isinstance(value, bool) or not isinstance(value, Integral)):

@@ -7,7 +7,15 @@ from typing import Any
 
 from sparsewav.errors import UserError
 from sparsewav.settings.baselines import METHODS, OURS, Method
-from sparsewav.settings.data import Data, DemoData, LibriSpeechFolder, LibriSpeechHub, subset_faults
+from sparsewav.settings.data import (
+    Data,
+    DemoData,
+    HuggingFace,
+    LibriSpeechFolder,
+    LibriSpeechHub,
+    Manifest,
+    subset_faults,
+)
 from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.pruning import OPTIONS, Calibration, Hutchinson, Pruning, Uniform, Unstructured, alpha_faults
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
@@ -166,6 +174,11 @@ class TrainConfig:
     architecture: dict[str, Any] = option(dict, "model_type and settings of transformers; empty: that of initial_model")
     initial_model: str | None = option(None, "model whose parameters are taken wherever name and shape agree")
     initial_revision: str | None = option(None, "branch, tag or commit of an initial_model on the hub; null: main")
+    vocabulary: str = option(
+        "initial_model",
+        "initial_model (its tokenizer, if it has a CTC head) or transcripts (their characters)",
+        choices=("initial_model", "transcripts"),
+    )
     training: Training = option(Training, "how it trains")
     output: str = option("outputs/demo-model", "folder of the trained model; a killed training goes on from there")
     device: str = option("auto", "auto (the GPU if there is one), cpu or cuda")
@@ -198,7 +211,7 @@ def device_faults(device: str) -> Iterator[str]:
 
 SCHEMAS: dict[str, tuple[type, ...]] = {
     "model": (Model,),
-    "data": (DemoData, LibriSpeechFolder, LibriSpeechHub),
+    "data": (DemoData, Manifest, HuggingFace, LibriSpeechFolder, LibriSpeechHub),
     "calibration": (Calibration,),
     **OPTIONS,
     "finetune_strategy": STRATEGIES,

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,21 @@ from transformers import (
 )
 
 from sparsewav.data.batches import check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
+from sparsewav.data.text import choose_normalization, normalize, normalized
+from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models import hub
 from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, find_model, load_pretrained, load_speech_model, take_over
+from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.pipeline import inputs, run_folder
-from sparsewav.progress import print_warning, reporting, stage
-from sparsewav.pruning.encoder import check_family, prunable_matrices
+from sparsewav.progress import print_note, print_warning, reporting, stage
+from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
 from sparsewav.settings.run import TrainConfig
-from sparsewav.training.recipes import TRAINING, is_on_hub, present_folder, train_if_recipe
+from sparsewav.training.recipes import TRAINING, is_on_hub, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
 
@@ -44,10 +49,16 @@ LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
 
 
-def english_processor(folder: Path) -> Wav2Vec2Processor:
-    """Make the processor of wav2vec 2.0's English models: 16 kHz and upper-case letters."""
+def character_processor(folder: Path, texts: Iterable[str] = ()) -> Wav2Vec2Processor:
+    """Make a processor of audio at 16 kHz whose tokens are the characters of transcripts, in any language.
+
+    A letter with its accents is one character where Unicode has it (NFC). Transcripts in capital letters of English get
+    the vocabulary of wav2vec 2.0's English models, even if they lack some letters.
+    """
+    letters = set(unicodedata.normalize("NFC", " ".join(texts))) - {"|"}
+    letters = {letter for letter in letters if not letter.isspace()}
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *(LETTERS if letters <= {*LETTERS} else sorted(letters))]
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS]
     vocabulary = folder / "vocab.json"
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     return Wav2Vec2Processor(
@@ -107,32 +118,49 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     if first:
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
-    learning, development = sets.training(config.training.seed), sets.development()
-    (evaluation,) = sets.evaluation().values()
-    processor = english_processor(checkpoints)
-    for utterances in (learning, development, evaluation):
-        check_labels(utterances, processor)
-    overlap, notes = {}, sets.left_out(config.roles)
-    for name, utterances in (("development", development), ("evaluation", evaluation)):
+    learning, measured = sets.training(config.training.seed), _measured(sets)
+    source = initial_commit = None
+    if config.initial_model is not None:
+        located = find_model(train_if_recipe(config.initial_model), "initial_model", config.initial_revision)
+        source, initial_commit = str(located), hub.commit_of(located)
+    initial = load_pretrained(source, torch.float32, "initial_model") if source else None
+    kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
+    processor = load_processor(kept) if kept else _processor_of_transcripts(sets, source, checkpoints)
+    refuse_unreadable(chain(learning, *measured.values()))
+    overlap, notes = {}, sets.left_out()
+    for name, utterances in measured.items():
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
         notes += found
+    texts = (utterance.text for utterance in chain(learning, *measured.values()))
+    how, assumed = choose_normalization(texts, processor.tokenizer, config.data.case, config.data.remove_characters)
+    learning = normalized(learning, how)
+    measured = {name: normalized(utterances, how) for name, utterances in measured.items()}
+    check_labels([*learning, *chain(*measured.values())], processor, how)
+    notes += assumed
     set_seed(config.training.seed)
-    model: Any = _initial_model(config, processor, console)
-    present = present_folder(config.initial_model, config.initial_revision) if config.initial_model else None
-    initial_commit = hub.commit_of(present) if present else None
-    for utterances in (learning, development, evaluation):
+    # The tokenizer of a model may name tokens behind its outputs.
+    outputs = initial.config.vocab_size if kept and initial is not None else len(processor.tokenizer)
+    letters = {"vocab_size": outputs, "pad_token_id": processor.tokenizer.pad_token_id}
+    model: Any = _initial_model(config, source, initial, letters, console)
+    for utterances in (learning, *measured.values()):
         check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
     # Beside a group norm in the front end no program may use a mask; the saved settings say so.
     processor.feature_extractor.return_attention_mask = getattr(model.config, "feat_extract_norm", "layer") == "layer"
+    called = f"initial_model={config.initial_model}"
+    notes += [*agree_on_tokens(model, processor, called), *agree_on_audio(model, processor, called)]
     if first:
         begin()
         # Once more: the initial model of a recipe may have been trained only now.
         run_folder.write_json(started_from, inputs.of_training(config, sets))
+        if lost := sets.broken():
+            run_folder.write_table(folder / run_folder.LEFT_OUT, lost)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
+    for sentence in sets.recognised() if first else []:
+        print_note(sentence)
     warnings = [*notes, *too_short(config.training, [Stage(0.0, updates)], len(learning))]
     for warning in warnings if first else []:
         print_warning(warning)
@@ -143,7 +171,9 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
 
     with writing(checkpoints), stage(console, f"Training for {updates:,} updates") as progress:
         arguments = (model, processor, learning, config.training, updates, checkpoints)
-        log = train_ctc(*arguments, development_set=development, progress=progress, write_log=write_log)
+        log = train_ctc(
+            *arguments, development_set=measured["development"], how=how, progress=progress, write_log=write_log
+        )
     if not first:
         return
     seconds = time.perf_counter() - started
@@ -155,16 +185,18 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         processor.save_pretrained(folder)
     make_readable(folder)
     saved = load_speech_model(str(folder), device=device)  # Accelerate still wraps the one in memory
-    wer = {}
-    for name, utterances in (("development", development), ("evaluation", evaluation)):
+    rates = {}
+    for name, utterances in measured.items():
         with stage(console, f"Evaluating the trained model on the {name} set") as progress:
-            hypotheses = transcribe(saved.model, saved.processor, utterances, progress=progress)
-        wer[name] = word_error_rate(utterances, hypotheses)
+            hypotheses = transcribe(saved.model, saved.processor, utterances, progress=progress, how=how)
+        rates[name] = error_rates(utterances, hypotheses)
     write_log(log)
     record = {
-        "wer": wer,
-        "n_utterances": {"training": len(learning), "development": len(development), "evaluation": len(evaluation)},
+        "wer": {name: rate.wer for name, rate in rates.items()},
+        "cer": {name: rate.cer for name, rate in rates.items()},
+        "n_utterances": {name: len(utterances) for name, utterances in {"training": learning, **measured}.items()},
         "training_overlap": overlap,
+        "left_out": sets.counts(),
         "initial_model": config.initial_model,
         "initial_commit": initial_commit,
         "parameters": parameters,
@@ -179,7 +211,21 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     }
     run_folder.write_json(done, record)
     shutil.rmtree(checkpoints)
-    console.print(f"WER {100 * wer['evaluation']:.2f} % after {seconds / 60:.0f} minutes; the model is in {folder}")
+    shown = ", ".join(
+        f"{name} WER {100 * rate.wer:.2f} %, CER {100 * rate.cer:.2f} %"
+        for name, rate in rates.items()
+        if name != "development"
+    )
+    console.print(f"{shown} after {seconds / 60:.0f} minutes; the model is in {folder}")
+
+
+def _measured(sets: Sets) -> dict[str, list[Utterance]]:
+    """Give what the model is measured on: ``development``, and ``evaluation``, with a name for each of several."""
+    evaluation = {
+        "evaluation" if len(sets.evaluation()) == 1 else f"evaluation {name}": utterances
+        for name, utterances in sets.evaluation().items()
+    }
+    return {"development": sets.development(), **evaluation}
 
 
 def _refuse_to_replace(folder: Path, checkpoints: Path) -> None:
@@ -215,13 +261,24 @@ def _refuse_another(path: Path, key: str | None, made_from: dict[str, Any], conf
         raise UserError(f"{changed} changed since {folder} was trained; {remedy}")
 
 
-def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: Console) -> PreTrainedModel:
-    """Make a model with random weights, and copy the weights of the initial model that fit."""
-    letters = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-    source = None
-    if config.initial_model is not None:
-        named = train_if_recipe(config.initial_model)
-        source = str(find_model(named, "initial_model", config.initial_revision))
+def _processor_of_transcripts(sets: Sets, source: str | None, folder: Path) -> Processor:
+    """Make a processor with the characters of the whole training subset, also where a sample of it is learned.
+
+    The feature extractor is that of the initial model, if it has one.
+    """
+    texts = [utterance.text for utterance in chain(*sets.read("training").values())]
+    how, _ = choose_normalization(texts, None, sets.data.case, sets.data.remove_characters)
+    processor = character_processor(folder, (normalize(text, how) for text in texts))
+    if source is not None:
+        with suppress(UserError):
+            processor.feature_extractor = load_processor(source, has_head=False).feature_extractor
+    return processor
+
+
+def _initial_model(
+    config: TrainConfig, source: str | None, initial: PreTrainedModel | None, letters: dict[str, int], console: Console
+) -> PreTrainedModel:
+    """Make a model with random weights and so many outputs, and copy the weights of the initial model that fit."""
     try:
         if config.architecture:
             architecture = dict(config.architecture)
@@ -239,8 +296,8 @@ def _initial_model(config: TrainConfig, processor: Wav2Vec2Processor, console: C
         if isinstance(error, UserError):
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
-    if source is not None:
-        left = take_over(model, load_pretrained(source, torch.float32, "initial_model", head_optional=True))
+    if initial is not None:
+        left = take_over(model, initial)
         if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
         if left:

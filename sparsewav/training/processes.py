@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import multiprocessing
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
+from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
@@ -22,7 +23,7 @@ from sparsewav.training.trainer import Log, train_ctc
 
 def train_masked_in_processes(
     model: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: Training,
     updates: int,

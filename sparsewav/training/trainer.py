@@ -26,15 +26,16 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    Wav2Vec2Processor,
 )
 
 from sparsewav.data.batches import Batch, collate
+from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, checksums, damage, write_file
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
+from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
@@ -45,10 +46,10 @@ logger = logging.getLogger(__name__)
 BATCHES_SORTED_TOGETHER = 50
 """Within so many batches, utterances of similar lengths share a batch."""
 
-LOG_COLUMNS = ["update", "epoch", "loss", "learning_rate", "grad_norm", "eval_wer"]
+LOG_COLUMNS = ["update", "epoch", "loss", "learning_rate", "grad_norm", "eval_wer", "eval_cer"]
 
 Log = list[dict[str, Any]]
-"""What a training writes down as it goes: entries with update, epoch and loss, or with the development set's WER."""
+"""What a training writes down as it goes: update, epoch and loss, or the development set's error rates."""
 
 CHECKPOINTS = 10
 """So many checkpoints are written in a training by default, or more where they would be further apart than
@@ -390,7 +391,7 @@ def _optimizer(model: nn.Module, settings: Optimization, groups: Sequence[Parame
 
 def train_ctc(
     model: PreTrainedModel,
-    processor: Wav2Vec2Processor,
+    processor: Processor,
     training_set: Sequence[Utterance],
     settings: Training,
     updates: int,
@@ -398,24 +399,29 @@ def train_ctc(
     *,
     masks: Mapping[str, Tensor] | None = None,
     development_set: Sequence[Utterance] = (),
+    how: Normalization | None = None,
     progress: Progress | None = None,
     write_log: Callable[[Log], None] | None = None,
 ) -> Log:
-    """Train a CTC model in place; see :func:`train` for arguments, errors and the log, which also has ``eval_wer``.
+    """Train a CTC model in place; see :func:`train` for arguments and errors.
+
+    The log also has ``eval_wer`` and ``eval_cer``. Transcripts are learned as the utterances have them.
 
     Args:
         settings: Schedule, precision and seed; its number of epochs is not used.
         masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
-        development_set: Utterances whose WER is logged after every epoch, and used for nothing else.
+        development_set: Utterances whose error rates are logged after every epoch, and used for nothing else.
+        how: What its transcripts are normalized by.
     """
 
     def log_error_rate(state: TrainerState) -> None:
         step = state.global_step
         before, now = (update * settings.batch_size // len(training_set) for update in (step - 1, step))
         if step == state.max_steps or now > before:  # an epoch need not end with an update
-            wer = word_error_rate(development_set, transcribe(model, processor, development_set))
-            state.log_history.append({"step": step, "eval_wer": wer})
-            logger.info("update %d of %d: WER %.4g of the development set", step, updates, wer)
+            rates = error_rates(development_set, transcribe(model, processor, development_set, how=how))
+            state.log_history.append({"step": step, "eval_wer": rates.wer, "eval_cer": rates.cer})
+            shown = (step, updates, rates.wer, rates.cer)
+            logger.info("update %d of %d: WER %.4g, CER %.4g of the development set", *shown)
 
     if settings.freeze_feature_encoder:
         freeze: Any = model.freeze_feature_encoder

@@ -605,7 +605,7 @@ def test_a_full_disk_loses_nothing_computed(
     limited = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     _assert_one_sentence(limited, r"cannot write .*: .*; free some space, or choose another folder")
     assert not list((tmp_path / "outputs").rglob("model.safetensors"))
-    assert list((tmp_path / "cache").rglob("dense.json"))
+    assert list((tmp_path / "cache").rglob("hypotheses.json"))
     result = run_sparsewav(*small)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list((tmp_path / "outputs").rglob("error.json"))

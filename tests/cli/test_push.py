@@ -134,7 +134,7 @@ def test_a_card_states_no_licence_that_is_not_known_and_every_set_and_rate_that_
     origin |= {"base_model": None, "commit": None, "dataset": "openslr/librispeech_asr", "corpus": "LibriSpeech"}
     rates = {f"{rate}{of}": 0.125 for rate in ("wer", "cer") for of in ("_dense", "_pruned", "")}
     metrics["evaluation"] = [
-        {"name": name, "utterances": 7, "overlap": 0, **rates} for name in ("clean/test", "other/test")
+        {"name": name, "n_utterances": 7, "overlap": 0, **rates} for name in ("clean/test", "other/test")
     ]
     metrics["updates"] = 3
     card = ModelCard(make_card(metrics))

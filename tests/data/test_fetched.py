@@ -48,5 +48,5 @@ def test_a_split_or_a_hub_that_is_not_there_is_one_sentence(hub: Hub, monkeypatc
         Sets(LibriSpeechHub(evaluation_subset="clean/tset")).evaluation()
     assert "\n" not in str(wrong.value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"^data\.evaluation_subset=clean/test cannot be .*offline.* check the network"):
+    with pytest.raises(UserError, match=r"^data\.evaluation_subset=clean/test cannot be .*offline.*the network"):
         Sets(LibriSpeechHub()).evaluation()

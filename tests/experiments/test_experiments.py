@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas
 import pytest
 from hydra import compose, initialize_config_dir
@@ -24,7 +23,7 @@ from wandb_workspaces.reports.v2 import Config, PanelGrid, SummaryMetric
 import sparsewav
 from experiments.__main__ import main, needed_by
 from experiments.bench.inference import remove_at_random
-from experiments.differences import bootstrap_difference, speakers_of
+from experiments.differences import speakers_of
 from experiments.estimate import typed
 from experiments.items import ITEMS, PAPER
 from experiments.ours import model_costs
@@ -195,7 +194,12 @@ def _write_details(folder: Path, wer: float) -> None:
         errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
         wrong = ["wrong"] * errors + words[errors:]
         rows.append(
-            {"id": f"{utterance % 6}-0-{utterance:04d}", "reference": " ".join(words), "after": " ".join(wrong)}
+            {
+                "set": "test",
+                "id": f"{utterance % 6}-0-{utterance:04d}",
+                "reference": " ".join(words),
+                "after": " ".join(wrong),
+            }
         )
     (folder / run_folder.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / run_folder.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
@@ -466,32 +470,7 @@ def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(
         item.make(item, scale)
 
 
-def test_bootstrap_draws_seeds_speakers_and_utterances_in_pairs() -> None:
-    """Its interval is that of drawing them one by one in a loop; errors that both methods make cancel out."""
-    generator = np.random.default_rng(1)
-    speakers = [f"voice{number}" for number in generator.permutation(np.repeat(np.arange(6), [4, 8, 12, 6, 20, 10]))]
-    words = generator.integers(3, 20, 60)
-    baseline = generator.binomial(words, 0.3, (3, 60)).astype(float)
-    of_speaker = {name: np.flatnonzero(np.array(speakers) == name) for name in sorted(set(speakers))}
-    worse = np.zeros(60)
-    for number, own in enumerate(of_speaker.values()):
-        worse[own] = number - 2  # speakers differ, and seeds do
-    edits = baseline + worse + generator.integers(-1, 2, (3, 60)) + np.array([[0], [1], [2]])
-    difference, low, high = bootstrap_difference(edits, baseline, words, speakers)
-    assert difference == pytest.approx((edits - baseline).sum() / (3 * words.sum()))
-    drawn = []
-    for _ in range(4000):
-        seeds = generator.integers(3, size=3)
-        names = generator.choice(list(of_speaker), size=6)
-        chosen = np.concatenate([generator.choice(of_speaker[name], size=len(of_speaker[name])) for name in names])
-        parts = [method[np.ix_(seeds, chosen)].sum() / (3 * words[chosen].sum()) for method in (edits, baseline)]
-        drawn.append(parts[0] - parts[1])
-    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.006)
-    assert high - low > 0.1, "with utterances drawn alone it is narrower than this"
-    _, narrow_low, narrow_high = bootstrap_difference(edits.mean(0)[None], baseline.mean(0)[None], words, None)
-    assert narrow_high - narrow_low < 0.6 * (high - low)
-    assert bootstrap_difference(baseline, baseline, words, speakers) == (0, 0, 0)
-    assert bootstrap_difference(edits, baseline, words, speakers) == (difference, low, high)
+def test_speakers_are_read_from_ids_like_librispeechs() -> None:
     assert speakers_of(["3-0-0001", "7-1-0002"]) == ["3", "7"]
     assert speakers_of(["3-0-0001", "call_7"]) == []
 

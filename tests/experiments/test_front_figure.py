@@ -51,7 +51,7 @@ def _write_runs(folder: Path, method: str, dense: float = 0.0576) -> None:
             run = folder / f"{method}-{target}-{seed}"
             run.mkdir(parents=True)
             (run / "metrics.json").write_text(json.dumps(metrics))
-            prediction = {"id": "1-0-0000", "reference": "a b", "before": "a b", "after": "a"}
+            prediction = {"set": "test", "id": "1-0-0000", "reference": "a b", "before": "a b", "after": "a"}
             (run / "predictions.jsonl").write_text(json.dumps(prediction) + "\n")
             (run / ".hydra").mkdir()
             settings = _settings() | {"seed": seed, "sparsity": {"name": "unstructured", "target": target}}

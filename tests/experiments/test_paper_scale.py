@@ -67,8 +67,9 @@ def test_table1_from_the_hub_to_the_drawn_table(
     # Everything is fetched once: the model of all 18 runs, the test split, the training split and three samples of it.
     large = [hub.large[line[-64:]] for line in hub.requests if line.startswith("GET /lfs/")]
     assert large.count("pytorch_model.bin") == 1
-    assert len(re.findall(r"Fetching clean test of", log)) == 1
-    assert len(re.findall(r"Fetching clean train\.100 of", log)) == 4
+    assert len(re.findall("✓ Streaming test of openslr", log)) == 1
+    assert len(re.findall(r"✓ Streaming train\.100 of openslr", log)) == 1
+    assert len(re.findall(r"✓ Streaming 8 utterances of train\.100 of openslr", log)) == 3
     assert not re.search(r"Traceback|Warning:|it/s\]", log), log
 
 

@@ -23,7 +23,7 @@ from sparsewav.inference import acceleration, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
-from sparsewav.inference.wer import transcribe, word_error_rate
+from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import prunable_matrices
 from sparsewav.settings.data import DemoData
@@ -173,7 +173,7 @@ def test_word_error_rate_does_not_move() -> None:
     sparsewav.accelerate(speech.model, frames=100)
     after = transcribe(speech.model, speech.processor, utterances)
     assert after == before
-    assert word_error_rate(utterances, after) < 0.5
+    assert error_rates(utterances, after).wer < 0.5
 
 
 @pytest.mark.usefixtures("compiled")

@@ -40,7 +40,7 @@ def test_a_snapshot_folder_loads_with_its_processor(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("vocab.json", r"has no tokenizer \(vocab\.json\)"),
+        ("vocab.json", r"has no tokenizer \(vocab\.json or tokenizer\.json\)"),
         ("preprocessor_config.json", r"has no preprocessor_config\.json"),
         ("config.json", "cannot be loaded"),
         ("model.safetensors", "the weights of .* cannot be loaded"),

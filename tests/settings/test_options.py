@@ -60,6 +60,8 @@ def _options() -> list[str]:
 def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
     extra = {
         "data=librispeech_dir": ["data.root=/data"],
+        "data=manifest": ["data.train=a.tsv", "data.test=b.tsv"],
+        "data=hf": ["data.path=a/b"],
         "sparsity=n_m": ["allocation=uniform"],
         "objective=asymmetric": ["calibration.propagation=true_sequential"],
         "recovery=reconstruction": ["calibration.propagation=sequential"],
