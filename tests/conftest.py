@@ -38,27 +38,47 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCTC,
-    Data2VecAudioConfig,
-    HubertConfig,
-    PretrainedConfig,
+    LasrFeatureExtractor,
+    ParakeetFeatureExtractor,
     PreTrainedModel,
-    Wav2Vec2Config,
-    Wav2Vec2ConformerConfig,
-    WavLMConfig,
+    SeamlessM4TFeatureExtractor,
+    SequenceFeatureExtractor,
 )
 from transformers.utils import logging as transformers_logging
 
 from sparsewav.cli import RememberSweep
+from sparsewav.pruning.families import encoder_config
 from sparsewav.training.dense import character_processor
 
-CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
-    "wav2vec2": Wav2Vec2Config,
-    "hubert": HubertConfig,
-    "wavlm": WavLMConfig,
-    "data2vec-audio": Data2VecAudioConfig,
-    "wav2vec2-conformer": Wav2Vec2ConformerConfig,
+BINS = 8
+
+FEATURES = {"num_mel_bins": BINS, "max_position_embeddings": 512}
+CONFIGS: dict[str, dict[str, object]] = {
+    "wav2vec2": {},
+    "hubert": {},
+    "wavlm": {},
+    "unispeech": {},
+    "unispeech-sat": {},
+    "data2vec-audio": {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
+    "sew": {"num_feat_extract_layers": 2},
+    "sew-d": {"num_feat_extract_layers": 2, "position_buckets": 8, "max_position_embeddings": 16},
+    "wav2vec2-conformer": {"conv_depthwise_kernel_size": 3},
+    "wav2vec2-bert": {"conv_depthwise_kernel_size": 3, "feature_projection_input_dim": BINS},
+    "parakeet_ctc": {**FEATURES, "conv_kernel_size": 3, "subsampling_factor": 4, "subsampling_conv_channels": 4},
+    "lasr_ctc": {**FEATURES, "conv_kernel_size": 3, "subsampling_conv_channels": 4, "num_key_value_heads": 2},
+    "granite_speech5_ctc": {
+        "num_mel_bins": BINS // 4,
+        "max_position_embeddings": 16,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "conv_kernel_size": 3,
+        "context_size": 8,
+        "subsample_layers": [0],
+    },
 }
+"""What a tiny model of each family needs besides what all take."""
 
 VOCABULARY = 7
 
@@ -82,22 +102,35 @@ def _tiny_model(family: str, norm: str = "layer", *, seed: int = 0, **overrides:
         "initializer_range": 0.3,
         "attn_implementation": "eager",
     }
-    if family == "data2vec-audio":
-        options |= {"conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2}
-    else:
+    if family != "data2vec-audio":
         options |= {"feat_extract_norm": norm}
-    if family == "wav2vec2-conformer":
-        options |= {"conv_depthwise_kernel_size": 3}
-    if family in ("wav2vec2", "hubert", "wavlm"):
+    if family in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat"):
         # As in the released models: base has a group norm and post-norm layers, large a layer norm and pre-norm ones.
         options |= {"do_stable_layer_norm": norm == "layer"}
+    options |= CONFIGS[family] | overrides
+    config = AutoConfig.for_model(family)
+    encoder = encoder_config(config)
+    own = {key: options.pop(key) for key in ("vocab_size", "pad_token_id", "attn_implementation")}
+    if family == "granite_speech5_ctc":  # its encoder has a head in the middle
+        options["vocab_size"] = own["vocab_size"]
+    options = {key: value for key, value in options.items() if hasattr(encoder, key) or key in overrides}
+    options = own | (options if encoder is config else {"encoder_config": options})
     torch.manual_seed(seed)
-    model = AutoModelForCTC.from_config(CONFIGS[family](**(options | overrides)))
+    model = AutoModelForCTC.from_config(AutoConfig.for_model(family, **options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases are zero and gains one at first, which would hide a lost bias
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def _model_input(model: PreTrainedModel, batch: Batch) -> Batch:
+    if model.main_input_name == "input_values":
+        return batch
+    values, mask = batch["input_values"], batch["attention_mask"]
+    frames = values.shape[1] // BINS
+    features = {"input_features": values[:, : frames * BINS].unflatten(1, (frames, BINS))}
+    return features | {"attention_mask": mask[:, BINS - 1 :: BINS][:, :frames], "labels": batch["labels"]}
 
 
 def _noise_batch(samples: list[int], *, seed: int = 0, characters: int = 4) -> Batch:
@@ -140,6 +173,12 @@ def _plain_ctc(logits: Tensor, labels: Tensor, blank: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="session")
+def model_input() -> Callable[[PreTrainedModel, Batch], Batch]:
+    """Give a batch of noise in the form that a model takes: eight samples of it make the eight bins of a frame."""
+    return _model_input
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Make a model: (family, norm="layer" or "group", seed=0, **config); 2 layers 16 wide, 16 samples a frame."""
     return _tiny_model
@@ -161,6 +200,16 @@ def utterances() -> Callable[[list[Batch]], list[Batch]]:
 def plain_ctc() -> Callable[..., Tensor]:
     """CTC loss of one utterance in plain, twice differentiable operations: (logits (frames, vocabulary), labels)."""
     return _plain_ctc
+
+
+@pytest.fixture(scope="session")
+def extractors() -> dict[str, SequenceFeatureExtractor]:
+    """The feature extractors of the tiny models that take features; that of Granite needs torchaudio."""
+    return {
+        "wav2vec2-bert": SeamlessM4TFeatureExtractor(feature_size=BINS // 2, num_mel_bins=BINS // 2, stride=2),
+        "parakeet_ctc": ParakeetFeatureExtractor(feature_size=BINS),
+        "lasr_ctc": LasrFeatureExtractor(feature_size=BINS),
+    }
 
 
 WORDS = ["SEA", "SUN", "TEA", "NET", "TEN", "RAIN", "STONE", "NOTE"]

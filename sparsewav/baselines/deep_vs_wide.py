@@ -10,6 +10,7 @@ from sparsewav.baselines.distillation import (
     Distiller,
     Frozen,
     changed_config,
+    check_teacher,
     l1_and_log_cosine,
     thin_sizes,
     valid_frames,
@@ -45,5 +46,6 @@ class LayerwiseDistiller(Distiller):
 
 def build(teacher: PreTrainedModel, settings: DeepVersusWide) -> tuple[LayerwiseDistiller, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
+    check_teacher(teacher, (), settings.name)
     distiller = LayerwiseDistiller(make_student(teacher, settings), Frozen(teacher), settings.cosine_weight)
     return distiller, thin_sizes(teacher, settings)

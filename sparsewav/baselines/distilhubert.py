@@ -11,6 +11,7 @@ from sparsewav.baselines.distillation import (
     Distiller,
     Frozen,
     changed_config,
+    check_teacher,
     in_proportion,
     l1_and_log_cosine,
     valid_frames,
@@ -51,6 +52,7 @@ class DistilHubert(Distiller):
 
 def build(teacher: PreTrainedModel, settings: DistilHuBERT) -> tuple[DistilHubert, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
+    check_teacher(teacher, (), settings.name)
     depth = teacher.config.num_hidden_layers
     predicted = sorted({in_proportion(layer, BASE_LAYERS, depth) for layer in settings.predicted})
     layers = in_proportion(settings.layers, BASE_LAYERS, depth)

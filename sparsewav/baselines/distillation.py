@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from sparsewav.baselines.method import CompressionReport, Method
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.families import FAMILIES, OWN_PREFIX, encoder_config
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import ThinStudent
 from sparsewav.training.trainer import train
@@ -118,13 +120,45 @@ def scaled_front_end_gradient(model: PreTrainedModel, share: float) -> Iterator[
 @contextmanager
 def no_masking(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, train a model without SpecAugment and without LayerDrop."""
-    config = model.config
-    saved = config.apply_spec_augment, config.layerdrop
-    config.apply_spec_augment, config.layerdrop = False, 0.0
+    # data2vec-audio's configuration need not say the first, and some encoders hold the second themselves.
+    parts: list[tuple[Any, str, float]] = [(model.config, "apply_spec_augment", False)]
+    for part in (encoder_config(model.config), base_of(model)):
+        parts += [(part, "layerdrop", 0.0)] if hasattr(part, "layerdrop") else []
+    saved: list[Any] = [getattr(part, key, None) for part, key, _ in parts]
+    for part, key, value in parts:
+        setattr(part, key, value)
     try:
         yield
     finally:
-        config.apply_spec_augment, config.layerdrop = saved
+        for (part, key, _), before in zip(parts, saved, strict=True):
+            delattr(part, key) if before is None else setattr(part, key, before)
+
+
+def check_teacher(model: PreTrainedModel, needed: Sequence[str], method: str) -> None:
+    """Refuse a teacher that a distillation was not made for.
+
+    Args:
+        model: The teacher.
+        needed: The keys of its configuration that the method reads.
+        method: The name of the method.
+
+    Raises:
+        UserError: It has no front end of convolutions over samples, makes other numbers of frames in its layers than in
+            the front end, or lacks one of the keys.
+    """
+    kind, plain = model.config.model_type, FAMILIES["wav2vec2"]
+    suits = [
+        name
+        for name, family in FAMILIES.items()
+        if (family.front, family.frames) == (plain.front, plain.frames)
+        and all(hasattr(AutoConfig.for_model(name), key) for key in needed)
+    ]
+    if kind in suits or kind.startswith(OWN_PREFIX):
+        return
+    raise UserError(
+        f"method={method} makes a student of wav2vec 2.0's form, which a model of the family {kind!r} does not have; "
+        f"choose a model of {', '.join(suits)}, or method=magnitude or parp"
+    )
 
 
 def in_proportion(published: int, reference: int, actual: int) -> int:

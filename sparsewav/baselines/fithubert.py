@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsewav.baselines.distillation import Distiller, Frozen, mean_over_frames, thin_sizes, valid_frames
+from sparsewav.baselines.distillation import (
+    Distiller,
+    Frozen,
+    check_teacher,
+    mean_over_frames,
+    thin_sizes,
+    valid_frames,
+)
 from sparsewav.models.fithubert import FitHubertConfig, FitHubertForCTC, Restoration
 from sparsewav.settings.baselines import FitHuBERT
 
@@ -96,6 +103,7 @@ class FitHubert(Distiller):
 
 def build(teacher: PreTrainedModel, settings: FitHuBERT) -> tuple[FitHubert, dict[str, Any]]:
     """Make the student and its loss; see :func:`~sparsewav.baselines.distillation.distilling`."""
+    check_teacher(teacher, KEPT, settings.name)
     student = make_student(teacher, settings)
     facts = thin_sizes(teacher, settings) | {"front_end": list(student.config.conv_dim)}
     return FitHubert(student, Frozen(teacher), settings.hint_weight), facts

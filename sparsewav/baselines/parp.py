@@ -12,7 +12,7 @@ from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.batches import collate
 from sparsewav.data.utterances import Utterance
 from sparsewav.models.processor import Processor
-from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import PARP
 from sparsewav.training.masks import masks_of
@@ -45,7 +45,7 @@ def compress(
     """
     prune_by_magnitude(dense, settings.first_sparsity)
     first = masks_of(dense)
-    base_of(dense).feature_extractor._freeze_parameters()
+    freeze_front_end(dense)
 
     def prune_again(state: TrainerState) -> None:
         sparsity = ramp(settings, state.global_step)

@@ -128,7 +128,8 @@ def run_job(settings: DictConfig) -> float | None:
     """Do one job of a run or a sweep, as Hydra's task function; the tasks of one Slurm job do it together.
 
     Returns:
-        The word error rate, which sweepers take; None from a failed job of a sweep, which does not stop the others.
+        The word error rate, or the divergence of an encoder, which sweepers take; None from a failed job of a sweep,
+        which does not stop the others.
 
     Raises:
         SystemExit: The one job of a run failed; the code is 1.
@@ -176,7 +177,7 @@ def _run_job(settings: DictConfig) -> float | None:
         make_tracker(config.tracker, description)(metrics, folder)
         if not is_sweep:
             show_result(metrics, folder, console)
-        return metrics["wer"]
+        return metrics["wer"] if metrics["wer"] is not None else metrics["divergence"]
     except Exception as error:
         _record_failure(error, settings, folder, console)
         if is_sweep:

@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,11 +118,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     sets = Sets(data)
     evaluation = sets.evaluation()
-    refuse_unreadable(chain(*evaluation.values()))
-    for sentence in sets.recognised():
-        print_note(sentence)
+    for note in sets.recognised():
+        print_note(note)
     for note in sets.left_out():
         print_warning(note)
+    refuse_unreadable(utterance for utterances in evaluation.values() for utterance in utterances)
     found: list[_Errors] = []
     for name in arguments.models:
         speech = load_or_train(Model(name), device)
@@ -160,7 +159,7 @@ def _errors(
     texts = (utterance.text for utterances in evaluation.values() for utterance in utterances)
     how, notes = choose_normalization(texts, speech.processor.tokenizer, data.case, data.remove_characters)
     for note in notes:
-        print_warning(f"{name}: {note}")
+        print_note(f"{name}: {note}")
     evaluation = {of: normalized(utterances, how) for of, utterances in evaluation.items()}
     check_labels([utterance for utterances in evaluation.values() for utterance in utterances], speech.processor, how)
     for utterances in evaluation.values():
@@ -235,6 +234,8 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     """Print the rates on one set, and what the intervals are drawn over."""
     import pandas
 
+    from sparsewav.inference.bootstrap import RESAMPLES
+
     shown = Table(title=str(table["set"].iloc[0]), box=box.SIMPLE, pad_edge=False)
     shown.add_column("model", overflow="fold")
     keys = {"wer": "WER %", "cer": "CER %"}
@@ -247,18 +248,16 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     for name, row in zip(names, table.to_dict("records"), strict=True):
         cells = []
         for key in keys:
-            value, low, high = (row[name] for name in (key, f"{key}_low", f"{key}_high"))
+            value, low, high = row[key], row[f"{key}_low"], row[f"{key}_high"]
             form = "+.2f" if key.endswith("difference") else ".2f"
             figures = [format(100 * figure, form) for figure in (value, low, high)]
             cells.append("" if pandas.isna(value) else f"{figures[0]}\n{figures[1]} to {figures[2]}")
         shown.add_row(escape(name), *cells)
     console.print(shown)
-    from sparsewav.inference.bootstrap import RESAMPLES
-
     voices = _speakers(utterances)
     drawn = f"{len(utterances):,} utterances" + (f" of {len(set(voices)):,} speakers" if voices else "")
     few = "; so few speakers make it too narrow" if voices and len(set(voices)) < FEW else ""
-    unknown = "" if voices else "; who speaks is not known, so that it is too narrow where speakers repeat"
+    unknown = "" if voices else "; speakers are not drawn, as the data names none, or one alone"
     console.print(
         f"Below each figure its 95 % interval, from {RESAMPLES:,} samples of the {drawn}{few}{unknown}", soft_wrap=True
     )

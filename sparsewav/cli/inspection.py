@@ -39,15 +39,10 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
 
     from sparsewav.pruning.encoder import prunable_matrices
 
-    matrices = prunable_matrices(model)
-    last = [matrix.name.rpartition(".")[2] for matrix in matrices]
-    # A layer of the conformer has two feed-forward modules, whose matrices have the same last names.
-    counts = Counter((matrix.layer, name) for matrix, name in zip(matrices, last, strict=True))
     rows = []
-    for matrix, name in zip(matrices, last, strict=True):
-        role = name if counts[matrix.layer, name] == 1 else ".".join(matrix.name.split(".")[-2:])
+    for matrix in prunable_matrices(model):
         zeros = matrix.size - int(matrix.weight.count_nonzero())
-        rows.append((matrix.name, matrix.layer, role, *matrix.weight.shape, zeros))
+        rows.append((matrix.name, matrix.layer, matrix.role, *matrix.weight.shape, zeros))
     return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros"])
 
 
@@ -85,11 +80,19 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
 
 
 def roles_of(matrices: "pandas.DataFrame") -> dict[str, str]:
-    """Give the roles from the query to the output of the feed-forward module, and their names in headings."""
-    from sparsewav.pruning.encoder import ROLES
+    """Give the roles in the order of the forward pass, and their names in headings, as short as tells them apart."""
+    from sparsewav.pruning.families import FAMILIES
 
-    roles = sorted(dict.fromkeys(matrices["role"]), key=lambda role: ROLES.index(role.rpartition(".")[2]))
-    return {role: re.sub(r"linear_|_proj$|_dense$", "", role) for role in roles}
+    known = list(dict.fromkeys(name for family in FAMILIES.values() for name in family.prunable))
+    roles = sorted(dict.fromkeys(matrices["role"]), key=known.index)
+    endings = Counter(ending for role in roles for ending in _endings(role))
+    names = {role: next(end for end in _endings(role) if endings[end] == 1 or end == role) for role in roles}
+    return {role: re.sub(r"linear_|_proj$|_dense$", "", name) for role, name in names.items()}
+
+
+def _endings(role: str) -> list[str]:
+    parts = role.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def heat_map(matrices: "pandas.DataFrame") -> Table:
@@ -215,17 +218,20 @@ def _is_pickled(folder: Path) -> bool:
 def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "pandas.DataFrame") -> Table:
     from sparsewav.models.bitmask import format_of, stored_bytes
     from sparsewav.pipeline.run_folder import count_parameters
+    from sparsewav.pruning.families import left_dense
 
     table = Table(title=name, show_header=False)
     weights = int((matrices["rows"] * matrices["cols"]).sum())
     parameters, nonzero = count_parameters(model)
     dense, bitmask = stored_bytes(model)
     format = "PyTorch" if _is_pickled(folder) else format_of(folder)
+    left = "; ".join(f"{name} ({reason})" for name, reason in left_dense(model).items())
     rows = {
         "format": f"{format}, {str(model.dtype).removeprefix('torch.')}",
         "parameters": f"{parameters:,}",
         "not zero": f"{nonzero:,}   ({100 * nonzero / parameters:.1f} %)",
         "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights",
+        **({"left dense": f"in every layer {left}"} if left else {}),
         "on disk": _megabytes(sum(path.stat().st_size for path in _weight_files(folder))),
         "dense": _megabytes(dense),
         "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / dense:.1f} % of dense)",

@@ -1,8 +1,8 @@
 """``python -m sparsewav.cli.reference``: write what repeats the options for people.
 
 These are ``conf/README.md``, the groups in the commands' ``--help``, and every option's YAML file with its defaults and
-comments. All of it comes from the settings' dataclasses and from the first comment of each YAML
-file; a test asserts that it is current.
+comments. All of it comes from the settings' dataclasses and from the first comment of each YAML file. The table of the
+model families in ``USAGE.md`` comes from that of the engine. A test asserts that all is current.
 """
 
 import textwrap
@@ -11,15 +11,23 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCTC
 
+import sparsewav
 from sparsewav.files import conf_folder
+from sparsewav.pruning.encoder import input_key, prunable_matrices
+from sparsewav.pruning.families import FAMILIES
 from sparsewav.settings.options import doc_of
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 WIDTH = 118
 
 START, END = "  Groups, the default first:\n\n", "\nfooter: |"
+
+USAGE = Path(sparsewav.__file__).with_name("USAGE.md")
+FAMILIES_START, FAMILIES_END = "<!-- the table of families -->\n\n", "\n<!-- end of the table -->"
 
 COMMANDS = (
     ("sparsewav", "config", (*SCHEMAS, "scale", "experiment")),
@@ -52,6 +60,8 @@ def texts() -> dict[Path, str]:
         path = conf / "hydra" / "help" / f"{command}.yaml"
         before, _, rest = path.read_text(encoding="utf-8").partition(START)
         generated[path] = before + START + "".join(_help_lines(groups, config)) + rest[rest.index(END) :]
+    before, _, rest = USAGE.read_text(encoding="utf-8").partition(FAMILIES_START)
+    generated[USAGE] = before + FAMILIES_START + _families() + rest[rest.index(FAMILIES_END) :]
     for group, schemas in SCHEMAS.items():
         for schema in schemas:
             path = default_file(group, schema)
@@ -145,6 +155,25 @@ def _readme() -> str:
 
 def _own_fields(schema: type) -> list[Field[Any]]:
     return [item for item in fields(schema) if item.init]
+
+
+def _families() -> str:
+    """The families of models, with the sizes of their default configurations, which take no memory here."""
+    lines = [
+        "| family | class | input | prunable, all parameters in millions | padded batches |",
+        "|---|---|---|---:|---|",
+    ]
+    for name, family in FAMILIES.items():
+        config = AutoConfig.for_model(name)
+        config.vocab_size = config.vocab_size or 32  # that of wav2vec2-conformer is to be chosen
+        with torch.device("meta"):
+            model = AutoModelForCTC.from_config(config)
+        prunable = sum(matrix.size for matrix in prunable_matrices(model)) / 1e6
+        whole = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        padding = "no" if not family.padding else "yes" if input_key(model) == "input_features" else "with a layer norm"
+        audio = {"input_values": "samples", "input_features": "features"}[input_key(model)]
+        lines.append(f"| `{name}` | `{type(model).__name__}` | {audio} | {prunable:.1f}, {whole:.1f} | {padding} |")
+    return "\n".join(lines) + "\n"
 
 
 def _default(item: Field[Any]) -> Any:

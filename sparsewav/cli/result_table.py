@@ -1,5 +1,6 @@
 """The table at the end of a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,14 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     ]
     rows = {
         **({"evaluation set": "\n".join(seen)} if seen else {}),
-        "word error rate, dense": _rates(metrics, "_dense"),
-        f"word error rate, {smaller}": f"{_rates(metrics, '_pruned')}   on {utterances} utterances",
+        **(
+            _divergences(metrics)
+            if metrics["wer"] is None
+            else {
+                "word error rate, dense": _rates(metrics, "_dense"),
+                f"word error rate, {smaller}": f"{_rates(metrics, '_pruned')}   on {utterances} utterances",
+            }
+        ),
         **tuned,
         **made,
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
@@ -85,6 +92,26 @@ def _rates(metrics: dict[str, Any], model: str) -> str:
         + (f"   {record['name']}" if len(records) > 1 else "")
         for record in records
     )
+
+
+def _divergences(metrics: dict[str, Any]) -> dict[str, str]:
+    """Tell how far an encoder's hidden states are from the dense one's; a line for every evaluation set."""
+    records = metrics["evaluation"]
+
+    def lines(show: Callable[[dict[str, Any]], str]) -> str:
+        return "\n".join(show(item) + (f"   {item['name']}" if len(records) > 1 else "") for item in records)
+
+    return {
+        "hidden states, last": lines(
+            lambda item: f"{item['divergence']:.4g} relative squared error, {item['n_utterances']} utterances"
+        ),
+        "hidden states, by layer": lines(lambda item: _by_layer(item, "relative_error", ".2g")),
+        "cosine, by layer": lines(lambda item: _by_layer(item, "cosine_similarity", ".3f")),
+    }
+
+
+def _by_layer(record: dict[str, Any], figure: str, form: str) -> str:
+    return " ".join(f"{layer[figure]:{form}}" for layer in record["layers"])
 
 
 def _spent(metrics: dict[str, Any], piece: str) -> str:

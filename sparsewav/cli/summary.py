@@ -27,6 +27,7 @@ _SHOWN = {
     "wer_dense": "dense WER",
     "wer_pruned": "pruned WER",
     "wer": "WER",
+    "divergence": "divergence",
     "updates": "updates",
     "evaluation_overlap": "evaluated on seen",
     "prune_seconds": "seconds",
@@ -86,6 +87,7 @@ def summarize(folder: Path, console: Console) -> int:
         for column in columns
         if column not in LATER_CHOICES or set(table[column].dropna()) != {papers_choice(column)}
     ]
+    columns = [column for column in columns if not column.startswith(("wer", "div")) or table[column].notna().any()]
     for column in columns:
         shown.add_column(_SHOWN[column], justify="right" if table[column].dtype.kind == "f" else "left")
     for row in table[columns].itertuples(index=False):

@@ -77,7 +77,7 @@ def stream_shuffled(data: HuggingFace, split: str, given: str, count: int, seed:
 
     def items() -> Iterator[Item]:
         with _explained(data, given):
-            yield from _streamed(table, audio, text, split)
+            yield from _streamed(table, audio, text, f"the shuffled {split}")
 
     return items(), (
         f"calibration on the first {count} utterances of the stream of {split} of {_name(data)} (columns {audio} and "
@@ -133,9 +133,11 @@ def _leave_encoded(self: Any, value: Any) -> dict[str, Any]:
 def _load(data: HuggingFace, split: str) -> tuple[Any, str, str]:
     """Open a split with its audio undecoded, and give its columns of audio and transcripts, too."""
     import datasets
+    import huggingface_hub
 
+    for library in (datasets, huggingface_hub):
+        library.utils.logging.set_verbosity_error()  # else retries without a network are told line by line
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
     table = _saved(data, split)
     if table is None:
         options = {"split": split, "streaming": data.streaming, "revision": data.revision}
@@ -195,31 +197,28 @@ def _stored(table: Any, audio: str, text: str, split: str) -> Iterator[Item]:
     for number, (row, path, size) in enumerate(zip(table.select_columns(others), paths, sizes, strict=True)):
         path, size = path.as_py(), size.as_py()
         stored = None if size is None else StoredAudio(recordings, number, audio, size)
-        yield _item(row, text, split, number, path, stored)
+        yield _item(row, text, f"row {number} of {split}", path, stored)
 
 
-def _streamed(table: Any, audio: str, text: str, split: str) -> Iterator[Item]:
+def _streamed(table: Any, audio: str, text: str, where: str) -> Iterator[Item]:
     """Give every row of a stream, with its audio."""
     for number, row in enumerate(table):
         recording = row[audio] or {}
-        yield _item(row, text, split, number, recording.get("path"), recording.get("bytes"))
+        yield _item(row, text, f"row {number} of {where}", recording.get("path"), recording.get("bytes"))
 
 
 def _item(
     row: Mapping[str, Any],
     text: str,
-    split: str,
-    number: int,
+    place: str,
     path: str | None,
     audio: bytes | StoredAudio | Path | None,
 ) -> Item:
     """Give an utterance, or what is wrong with it; its id is empty where the row does not say one."""
     from datasets.utils.file_utils import xopen
 
-    place = f"row {number} of {split}"
     name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) not in (None, "")), Path(path or "").stem)
-    words = str(row[text] or "").split()
-    fault = "" if words else f"{place} ({name}) has no transcript in {text}"
+    words, fault = str(row[text] or "").split(), ""
     if audio is None and path and "://" in path:
         with xopen(path, "rb") as file:  # a file of a repository on the hub
             audio = file.read()

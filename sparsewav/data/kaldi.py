@@ -56,9 +56,6 @@ def read_kaldi_folder(folder: Path, key: str, audio_root: str | None = None) -> 
         elif not present[recording]:
             reason = f"{place}: there is no audio file {audio}; correct wav.scp, or where its paths start from"
             listing.broken.append(Broken(name, f"{place} ({audio})", f"{reason} (data.audio_root)"))
-        elif not text:
-            reason = f"{place}: utterance {name} has no transcript; write it or remove the line"
-            listing.broken.append(Broken(name, f"{place} ({audio})", reason))
         else:
             item = Utterance(name, " ".join(text.split()), audio, speakers.get(name), place, start, end)
             listing.utterances.append(item)

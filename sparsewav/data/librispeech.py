@@ -26,8 +26,8 @@ def read_librispeech_folder(
         broken: Gets the utterances without audio or text, which are refused otherwise.
 
     Raises:
-        UserError: A folder, a transcript or an audio file is missing, a transcript is empty or not UTF-8, or an audio
-            file has two transcripts.
+        UserError: A folder, a transcript or an audio file is missing, a transcript is not UTF-8, or an audio file has
+            two transcripts.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder; point it at the folder that holds {subset}/")
@@ -52,7 +52,9 @@ def read_librispeech_folder(
     if len(set(ids.values())) < len(ids):
         ids = {audio: audio.relative_to(folder).with_suffix("").as_posix() for audio in texts}
     utterances = (
-        Utterance(ids[audio], text, audio, speaker=audio.relative_to(folder).parts[0]) for audio, text in texts.items()
+        # Without a text, which encoders do not need, the place is where to write it.
+        Utterance(ids[audio], text, audio, audio.relative_to(folder).parts[0], None if text else places[audio])
+        for audio, text in texts.items()
     )
     return sorted(utterances, key=lambda utterance: utterance.id)
 
@@ -76,9 +78,7 @@ def _read_transcript(transcript: Path, broken: list[Broken] | None) -> Iterator[
             continue
         identifier, *words = line.split()  # at any white space: spaces, tabs, no-break spaces
         found, fault = audio_files.get(identifier, []), ""
-        if not words:
-            fault = f"{place}: utterance {identifier} has an empty transcript; write it or remove the line"
-        elif not found:
+        if not found:
             expected = transcript.parent / f"{identifier}{AUDIO_SUFFIXES[0]}"
             fault = f"{place}: there is no audio file {expected} (or {', '.join(AUDIO_SUFFIXES[1:])})"
         if fault and broken is None:

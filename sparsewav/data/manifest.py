@@ -84,8 +84,6 @@ def read_manifest(data: Manifest, name: str, key: str) -> Listing:
         elif not found[audio]:
             remedy = "correct the path, or the folder that paths start from (data.audio_root)"
             reason = f"{place}: there is no audio file {audio}; {remedy}"
-        elif not item.text:
-            reason = f"{item.source} has no transcript; write it or remove the line"
         else:
             listing.utterances.append(item)
             continue

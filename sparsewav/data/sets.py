@@ -15,6 +15,7 @@ from sparsewav.data.fetched import fetched_once
 from sparsewav.data.huggingface import read_dataset, stream_shuffled, with_ids
 from sparsewav.data.librispeech import audio_without_transcript, read_librispeech_folder
 from sparsewav.data.manifest import read_manifest
+from sparsewav.data.text import Normalization, normalize
 from sparsewav.data.utterances import (
     Broken,
     Listing,
@@ -66,10 +67,16 @@ class Sets:
 
     Samples are drawn from what the filters leave. Every method raises :class:`UserError` where a subset is missing,
     broken or too small.
+
+    Attributes:
+        data: The configuration.
+        needs_text: Whether an utterance without a transcript counts as broken; for an encoder without a head it does
+            not.
     """
 
     def __init__(self, data: Data) -> None:
         self.data = data
+        self.needs_text = True
         self._subsets: dict[str, Subset] = {}
         self._samples: dict[tuple[int, int], Subset] = {}  # of a stream, by size and seed
 
@@ -136,6 +143,10 @@ class Sets:
 
     def _put(self, item: Utterance, subset: Subset) -> None:
         """Put an utterance among those that are left, or count it with those that are left out."""
+        if self.needs_text and not item.text:
+            fault = f"{item.source} has no transcript; write it or leave the utterance out"
+            subset.broken.append(Broken(item.id, item.source, fault))
+            return
         data, seconds = self.data, 0.0
         if not subset.filtered:
             subset.filtered = {key: 0 for key in FILTERS if getattr(data, key) is not None}
@@ -145,6 +156,11 @@ class Sets:
             except UserError as error:
                 subset.broken.append(Broken(item.id, item.source, str(error)))
                 return
+        removed = data.remove_characters or ""
+        if item.text and not normalize(item.text, Normalization(removed=removed)):
+            reason = f"{item.source}: without {removed} nothing is left of the transcript {item.text!r}"
+            subset.broken.append(Broken(item.id, item.source, reason))
+            return
         if data.text_filter is not None and not re.fullmatch(data.text_filter, item.text):
             subset.filtered["text_filter"] += 1
         elif data.min_seconds is not None and seconds < data.min_seconds:

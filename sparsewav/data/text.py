@@ -21,6 +21,9 @@ from sparsewav.errors import UserError
 LISTED = 100
 """Most characters that a message lists; a model of another script lacks thousands."""
 
+TURKISH = 0.2
+"""A text is Turkish (or Azerbaijani) if ı and İ are more than this share of all its i; names alone are far below."""
+
 
 @dataclass(frozen=True)
 class Normalization:
@@ -66,8 +69,9 @@ def choose_normalization(
     With ``auto``, the case is the one in which the model's vocabulary has most of the characters, as they are written
     if that is not fewer. In upper case ``ß`` becomes ``ẞ``, or stays, where the vocabulary has that, and is ``SS``
     elsewhere, as Unicode has it; other letters whose capital is several letters stay where the vocabulary has them.
-    Where the texts have ``ı`` or ``İ``, the cases are those of Turkish: ``ı I`` and ``i İ``. Elsewhere ``İ`` is lowered
-    to ``i``. Letters and accents are apart (NFD) only where the vocabulary has more of the characters in that form.
+    Where ``ı`` or ``İ`` are frequent and the vocabulary has them, cases are those of Turkish: ``ı I`` and ``i İ``.
+    Elsewhere ``İ``, as in a foreign name, is lowered to ``i``. Letters and accents are apart (NFD) only where the
+    vocabulary has more of the characters in that form.
 
     Args:
         texts: The transcripts of all sets of a run.
@@ -81,11 +85,11 @@ def choose_normalization(
     removed = unicodedata.normalize("NFC", remove or "")
     plain = Normalization(removed=removed)
     counts = Counter(chain.from_iterable(normalize(text, plain).replace(" ", "") for text in texts))
-    turkish = "ı" in counts or "İ" in counts
-    writes = writable(tokenizer) if tokenizer is not None else None
-    if writes is None:
+    turkish = counts["ı"] + counts["İ"] > TURKISH * sum(counts[letter] for letter in "iıIİ")
+    if tokenizer is None:
         chosen: Any = "keep" if case == "auto" else case
-        return replace(plain, case=chosen, letters=_letters(chosen, lambda letter: False, turkish)), []
+        return replace(plain, case=chosen, letters=_letters(chosen, "ıİ".__contains__, turkish)), []
+    writes = writable(tokenizer)
     cases: list[Any] = ["keep", "lower", "upper"] if case == "auto" else [case]
     forms: tuple[Any, ...] = ("NFC", "NFD")
     choices = [
@@ -106,8 +110,8 @@ def choose_normalization(
             f"{100 * share(how):.3g} % of the transcripts' characters then, and {100 * share(choices[0]):.3g} % as "
             "they are written"
         )
-    if turkish and how.case != "keep":
-        notes.append("the transcripts have ı or İ: the cases of i and ı are those of Turkish")
+    if how.letters.keys() & {"i", "I"}:
+        notes.append("the transcripts have many ı or İ: the cases of i and ı are those of Turkish")
     if how.form != "NFC":
         notes.append("letters and accents are apart (NFD), as in the model's vocabulary")
     return how, notes
@@ -115,12 +119,12 @@ def choose_normalization(
 
 def _letters(case: str, writes: Callable[[str], bool], turkish: bool) -> dict[str, str]:
     """Give the letters whose other case is not Unicode's; see :func:`choose_normalization`."""
-    if case == "lower":
-        return {"I": "ı", "İ": "i"} if turkish else {"İ": "i"}  # Unicode's is i with a second dot above
+    if case == "lower":  # Unicode's İ in lower case is i with a second dot above
+        return {"İ": "i"} | ({"I": "ı"} if turkish and writes("ı") else {})
     if case == "keep":
         return {}
     kept = {letter: letter for letter in _WITHOUT_CAPITAL if writes(letter)}
-    return kept | ({"ß": "ẞ"} if writes("ẞ") else {}) | ({"i": "İ", "ı": "I"} if turkish else {})
+    return kept | ({"ß": "ẞ"} if writes("ẞ") else {}) | ({"i": "İ", "ı": "I"} if turkish and writes("İ") else {})
 
 
 _WITHOUT_CAPITAL = [letter for letter in map(chr, range(0x10000)) if len(letter.upper()) > 1]

@@ -141,6 +141,7 @@ def accelerate(
     # The least sparse matrix of a bucket comes first, and the others share its timing.
     for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
         if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
+            assert isinstance(matrix.module, nn.Linear)
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
         remember(place, setting(counts, kernel=not without_kernel), timings)
@@ -183,6 +184,8 @@ def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
     parent = model.get_submodule(matrix.name.rpartition(".")[0])
     if hasattr(parent, "torch_multi_head_self_attention"):
         return "WavLM's attention is one fused function that takes the dense weights"
+    if isinstance(matrix.module, nn.Conv1d):
+        return "it is a convolution of kernel 1, for which there is no sparse product"
     if type(matrix.module) is not nn.Linear:
         return f"it is a {type(matrix.module).__name__}, which may do more than multiply"
     return ""
@@ -196,6 +199,7 @@ def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Tim
     timing = timings[_bucket(matrix.weight)]
     if not timing.worth_it:
         return AcceleratedMatrix(*facts, NOT_FASTER, timing.dense, timing.sparse)
+    assert isinstance(matrix.module, nn.Linear)
     sparse = SparseLinear(matrix.module, timing.width)
     matrix.module.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
     model.set_submodule(matrix.name, sparse)

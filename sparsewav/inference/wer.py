@@ -42,6 +42,8 @@ def transcribe(
     Returns:
         A hypothesis for every utterance, in their order.
     """
+    if processor.tokenizer is None:
+        raise UserError(f"{type(model).__name__} is an encoder without a CTC head and writes no text")
     was_training = model.training
     model.eval()
     hypotheses: dict[int, str] = {}  # by position: ids may repeat

@@ -53,7 +53,7 @@ _BITS = {
 
 
 def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode a floating-point matrix (rows, cols) on the CPU.
+    """Encode a floating-point matrix (rows, cols), or (rows, cols, 1) for a convolution of kernel 1, on the CPU.
 
     Returns:
         The bits, shape (⌈rows·cols / 8⌉,), uint8: weight i in row-major order is kept if bit i mod 8, counted from the
@@ -64,8 +64,8 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.packbits(kept.numpy(), bitorder="little")), flat[kept]
 
 
-def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """Decode what :func:`encode` gave, bit for bit, into a matrix of a shape (rows, cols).
+def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Decode what :func:`encode` gave, bit for bit, into a matrix of a shape (rows, cols), or (rows, cols, 1).
 
     Raises:
         UserError: Bits, values and shape do not fit each other; ``name`` says of which matrix and file.
@@ -259,8 +259,8 @@ def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     return skeleton, tensors
 
 
-def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    return {f"{m.name}.weight": (m.module.out_features, m.module.in_features) for m in prunable_matrices(skeleton)}
+def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {f"{matrix.name}.weight": tuple(matrix.parameter.shape) for matrix in prunable_matrices(skeleton)}
 
 
 def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ def _header(path: Path, text: str | None) -> dict[str, Any]:
     return header
 
 
-def _shapes(path: Path, shapes: Any, expected: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+def _shapes(path: Path, shapes: Any, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Give the shapes in the header of the file, after comparing them with those of the model."""
     _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
     for name, shape in shapes.items():

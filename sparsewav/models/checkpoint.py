@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCTC, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CTC_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCTC,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import check_family
+from sparsewav.pruning.families import encoder_config, family_of, known_family
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -236,7 +244,8 @@ def read_config(source: str, called: str) -> PretrainedConfig:
         raise UserError(
             f"{called} cannot be loaded: {first_line(error)} (give the whole folder of one model)"
         ) from error
-    check_family(config.model_type, called)
+    if type(config) not in MODEL_FOR_CTC_MAPPING:  # otherwise its layers may tell how it is treated
+        check_family(config.model_type, called)
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(f"{called} has {key} in its config.json, which is not supported; give a plain checkpoint")
@@ -247,7 +256,7 @@ def read_config(source: str, called: str) -> PretrainedConfig:
     if not has_size and not (config.vocab_size is None and is_encoder(config, None)):
         raise UserError(f"{called} has vocab_size={config.vocab_size} in its config.json; give the size of its head")
     for key in ("conv_kernel", "conv_stride"):
-        if min(getattr(config, key), default=0) < 1:
+        if min(getattr(config, key, (1,)), default=0) < 1:  # a model that takes features has none
             raise UserError(
                 f"{called} has {key}={getattr(config, key)} in its config.json; numbers from 1 belong there"
             )
@@ -296,13 +305,17 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
         UserError: The configuration describes no model, or another one.
     """
     # The settings that say how many modules of a kind there are: sizes take no memory here, but modules take time.
-    counts = {"num_hidden_layers": "encoder.layers", "conv_dim": "feature_extractor.conv_layers"}
+    encoder, family = encoder_config(config), known_family(config.model_type)
+    layers = family.layers if family else "layers"
+    counts = {"num_hidden_layers": layers}
+    if family is None or family.front == "feature_extractor":
+        counts["conv_dim"] = "feature_extractor.conv_layers"
     if getattr(config, "add_adapter", False):
         counts["num_adapter_layers"] = "adapter.layers"
     if config.model_type == "data2vec-audio":
         counts["num_conv_pos_embeddings"] = "encoder.pos_conv_embed.layers"
     for key, part in counts.items():
-        wanted: Any = getattr(config, key, None)
+        wanted: Any = getattr(encoder, key, None)
         wanted = len(wanted) if isinstance(wanted, list | tuple) else wanted
         matches = [match for name in stored if (match := re.match(rf"(.*\b{re.escape(part)})\.(\d+)\.", name))]
         found = {int(match[2]): match[1] for match in matches}
@@ -310,23 +323,25 @@ def make_skeleton(config: PretrainedConfig, stored: Mapping[str, Tensor], where:
             missing = next(index for index in range(wanted) if index not in found)
             raise UserError(
                 f"{where} has no tensor {next(iter(found.values()), part)}.{missing}.*, and its config.json says "
-                f"{key}={getattr(config, key)}; give the whole folder of one model"
+                f"{key}={getattr(encoder, key)}; give the whole folder of one model"
             )
     # transformers makes the embedding of masked frames in memory, also of what takes none otherwise.
     width = max((size for tensor in stored.values() for size in tensor.shape), default=0)
-    if config.hidden_size > width:
+    if encoder.hidden_size > width:
         raise UserError(
-            f"{where} has no tensor that is as wide as hidden_size={config.hidden_size} in its config.json; give the "
+            f"{where} has no tensor that is as wide as hidden_size={encoder.hidden_size} in its config.json; give the "
             "whole folder of one model"
         )
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             kind = AutoModel if is_encoder(config, stored) else AutoModelForCTC
-            return kind.from_config(config)
+            skeleton: PreTrainedModel = kind.from_config(config)
     except Exception as error:  # a broken configuration raises almost any error
         raise UserError(
             f"the config.json of {where} does not describe a model ({first_line(error)}); fetch it again"
         ) from error
+    family_of(skeleton)
+    return skeleton
 
 
 def check_tensors(skeleton: PreTrainedModel, stored: Mapping[str, Tensor], where: str) -> None:
@@ -389,7 +404,9 @@ def refuse_differences(
     Raises:
         UserError: There are differences, except that :data:`OPTIONAL` may be missing and :data:`PRETRAINING` more.
     """
-    missing = {name for name in missing if not name.endswith(OPTIONAL)}
+    ties: Any = model._tied_weights_keys or {}  # of two names for one tensor, a file has one
+    tied = {name: other for pair in dict(ties).items() for name, other in (pair, pair[::-1])}
+    missing = {name for name in missing if not name.endswith(OPTIONAL) and tied.get(name, name) in missing}
     unexpected = {name for name in unexpected if not name.startswith(PRETRAINING)}
     for what, names in (
         ("lacks", missing),

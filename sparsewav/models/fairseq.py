@@ -1,4 +1,4 @@
-"""Fairseq checkpoints of CTC models, read without fairseq and converted to checkpoints of transformers.
+"""Fairseq checkpoints of CTC models and encoders, read without fairseq and converted to checkpoints of transformers.
 
 The format follows from the sources of fairseq, https://github.com/facebookresearch/fairseq: ``fairseq/trainer.py`` (the
 file), ``fairseq/models/wav2vec/wav2vec2.py``, ``wav2vec2_asr.py`` and ``fairseq/models/hubert`` (configuration and
@@ -23,12 +23,14 @@ from torch import Tensor
 from transformers import (
     HubertConfig,
     HubertForCTC,
+    HubertModel,
     PretrainedConfig,
     PreTrainedModel,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
+    Wav2Vec2Model,
 )
 
 from sparsewav import cache
@@ -130,10 +132,12 @@ def converted_folder(path_or_name: str) -> Path:
     :data:`LIBRISPEECH_LETTERS`.
 
     Args:
-        path_or_name: File of a fine-tuned wav2vec 2.0 or HuBERT with a CTC head, e.g. ``wav2vec_small_100h.pt``.
+        path_or_name: File of a wav2vec 2.0 or HuBERT, fine-tuned with a CTC head, e.g. ``wav2vec_small_100h.pt``, or
+            pretrained only, e.g. ``hubert_base_ls960.pt``, which gives an encoder.
 
     Returns:
-        A folder with ``config.json``, ``model.safetensors`` (float32), ``vocab.json``, ``preprocessor_config.json``.
+        A folder with ``config.json``, ``model.safetensors`` (float32), ``preprocessor_config.json`` and, of a CTC
+        model, ``vocab.json``.
 
     Raises:
         UserError: The file does not exist, is broken, holds more than tensors and plain data, is another kind of model,
@@ -157,8 +161,10 @@ def _convert(path: Path, called: str, folder: Path) -> None:
     checkpoint = read_checkpoint(path, called)
     try:
         tensors = _parameters(checkpoint, called)
-        tuning, encoder, normalize = _settings(checkpoint, called)
-        tokens = _vocabulary(checkpoint, path.with_name(DICTIONARY), tensors[f"{HEAD}.weight"].shape[0], called)
+        writes = f"{HEAD}.weight" in tensors
+        tuning, encoder, normalize = _settings(checkpoint, called, writes)
+        outputs = tensors[f"{HEAD}.weight"].shape[0] if writes else 0
+        tokens = _vocabulary(checkpoint, path.with_name(DICTIONARY), outputs, called) if writes else []
         config = _model_config(tuning, encoder, tensors, called)
         model = _fill(config, tensors, called)
     except UserError:
@@ -166,9 +172,10 @@ def _convert(path: Path, called: str, folder: Path) -> None:
     except Exception as error:  # settings of a wrong type raise almost any error
         raise UserError(f"{called} has settings that make no model: {first_line(error)}; fetch it again") from error
     model.save_pretrained(folder)
-    vocabulary = folder / "vocab.json"
-    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
-    Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
+    if writes:
+        vocabulary = folder / "vocab.json"
+        vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
+        Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
         do_normalize=normalize, return_attention_mask=config.feat_extract_norm == "layer"
     ).save_pretrained(folder)
@@ -257,8 +264,11 @@ def _plain(value: Any) -> Any:
 
 
 def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
-    """Give the parameters of a CTC model without those of the pretraining."""
+    """Give the parameters without those of the pretraining, by their names in a fine-tuned model."""
     tensors = checkpoint["model"]
+    pretrained = "encoder.layers.0.fc1.weight" in tensors  # and nothing else: the names have no prefix
+    if pretrained:
+        tensors = {f"{ENCODER}{name}": tensor for name, tensor in tensors.items()}
     dropped = tuple(ENCODER + name for name in PRETRAINING_ONLY)
     tensors = {name: tensor for name, tensor in tensors.items() if not str(name).startswith(dropped)}
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
@@ -272,12 +282,13 @@ def _parameters(checkpoint: dict[str, Any], called: str) -> dict[str, Tensor]:
                 f"{called} has {name} as an unusual tensor ({kind}); save it as plain floating-point numbers"
             )
     refuse_infinite(tensors, called)
-    if f"{HEAD}.weight" not in tensors:
-        raise UserError(
-            f"{called} has no CTC head ({HEAD}.weight): it was pretrained only, or writes with a decoder; take a file "
-            "that was fine-tuned with CTC"
-        )
-    _shape(tensors, f"{HEAD}.weight", 2, called)
+    if not pretrained:
+        if f"{HEAD}.weight" not in tensors:
+            raise UserError(
+                f"{called} has no CTC head ({HEAD}.weight): it writes with a decoder, or lost it; take a file that was "
+                "fine-tuned with CTC, or the pretrained one"
+            )
+        _shape(tensors, f"{HEAD}.weight", 2, called)
     return tensors
 
 
@@ -291,17 +302,18 @@ def _shape(tensors: dict[str, Tensor], name: str, dimensions: int, called: str) 
     return shape
 
 
-def _settings(checkpoint: dict[str, Any], called: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
+def _settings(checkpoint: dict[str, Any], called: str, tuned: bool) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Give the settings of the fine-tuning, those of the pretrained encoder, and whether audio is normalized.
 
     Newer files have ``cfg`` with sections for the model and the task, and older ones ``args`` without sections.
-    Both hold the settings of the encoder in ``w2v_args``, in either style.
+    Both hold the settings of the encoder in ``w2v_args``, in either style; a file that was pretrained only has nothing
+    but those, and no settings of a fine-tuning.
     """
     settings = checkpoint.get("cfg") or checkpoint.get("args")
     if not isinstance(settings, dict):
         raise UserError(f"{called} is no checkpoint of fairseq: it has neither 'cfg' nor 'args'")
     tuning, task = _section(settings, "model"), _section(settings, "task")
-    encoder = tuning.get("w2v_args") or settings.get("w2v_args")
+    encoder = tuning.get("w2v_args") or settings.get("w2v_args") if tuned else settings
     if not isinstance(encoder, dict):
         raise UserError(
             f"{called} does not hold the settings of its encoder ('w2v_args'): it was saved by a fairseq that looked "
@@ -309,7 +321,7 @@ def _settings(checkpoint: dict[str, Any], called: str) -> tuple[dict[str, Any], 
         )
     for source in (task, tuning, _section(encoder, "task")):
         if isinstance(source.get("normalize"), bool):
-            return tuning, _section(encoder, "model"), source["normalize"]
+            return tuning if tuned else {}, _section(encoder, "model"), source["normalize"]
     raise UserError(f"{called} does not say whether audio is normalised ('normalize' of its 'task' or 'args')")
 
 
@@ -385,7 +397,7 @@ def _model_config(
         options = {key: value for key, value in options.items() if not key.startswith("mask_")}
     options |= {
         "apply_spec_augment": bool(masked),
-        "vocab_size": tensors[f"{HEAD}.weight"].shape[0],
+        **({"vocab_size": tensors[f"{HEAD}.weight"].shape[0]} if f"{HEAD}.weight" in tensors else {}),
         "hidden_size": width,
         "num_hidden_layers": sizes["encoder_layers"],
         "intermediate_size": sizes["encoder_ffn_embed_dim"],
@@ -492,8 +504,12 @@ def parameter_names(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], called: str) -> PreTrainedModel:
-    """Make the model that a configuration describes out of exactly these tensors."""
+    """Make the model that a configuration describes out of exactly these tensors, an encoder if they have no head."""
     names = parameter_names(config)
+    writes = f"{HEAD}.weight" in tensors
+    if not writes:
+        prefix = f"{config.model_type}."
+        names = {theirs: name.removeprefix(prefix) for theirs, name in names.items() if name.startswith(prefix)}
     if missing := sorted(names.keys() - tensors.keys()):
         raise UserError(f"{called} lacks {some(missing)}; fetch it again")
     if extra := sorted(tensors.keys() - names.keys()):
@@ -501,7 +517,10 @@ def _fill(config: Wav2Vec2Config | HubertConfig, tensors: dict[str, Tensor], cal
     model: PreTrainedModel
     # Shapes take no memory, and a run that converts must draw the same random numbers as one that finds the folder.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = HubertForCTC(config) if isinstance(config, HubertConfig) else Wav2Vec2ForCTC(config)
+        kinds: tuple[Any, Any] = (
+            (HubertModel, HubertForCTC) if isinstance(config, HubertConfig) else (Wav2Vec2Model, Wav2Vec2ForCTC)
+        )
+        model = kinds[writes](config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     for theirs, name in names.items():
         if tensors[theirs].shape != shapes[name]:

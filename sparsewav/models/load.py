@@ -32,7 +32,7 @@ from sparsewav.models.checkpoint import (
 )
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
-from sparsewav.pruning.encoder import has_head
+from sparsewav.pruning.encoder import base_of, has_head
 
 DEMO_MODEL = "demo"
 """Name of the model that ships with the package."""
@@ -193,6 +193,12 @@ def load_pretrained(
         raise UserError(f"the weights of {called} cannot be loaded: {first_line(error)}") from error
 
 
+def _base_prefix(model: PreTrainedModel) -> str:
+    """Give what the names of a model's tensors below its head start with; nothing for an encoder."""
+    base = base_of(model)
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+
+
 @torch.no_grad()
 def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequence[str] = ()) -> list[str]:
     """Copy parameters and buffers into a CTC model wherever shape and name (without the family's prefix) agree.
@@ -206,8 +212,7 @@ def take_over(model: PreTrainedModel, initial: PreTrainedModel, without: Sequenc
         The names of the model's parameters and buffers that nothing was copied to.
     """
     state = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
-    initial_prefix = f"{initial.base_model_prefix}." if has_head(initial) else ""
+    prefix, initial_prefix = _base_prefix(model), _base_prefix(initial)
     left = dict(state)
     for name, tensor in initial.state_dict().items():
         own_name = prefix + name.removeprefix(initial_prefix) if name.startswith(initial_prefix) else name

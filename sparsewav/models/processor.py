@@ -213,7 +213,8 @@ def agree_on_audio(model: PreTrainedModel, processor: Processor, called: str) ->
             f"{wanted_bins}; copy preprocessor_config.json from the model's origin"
         )
     warnings = []
-    norm = getattr(model.config, "feat_extract_norm", None)  # data2vec-audio has none
+    # data2vec-audio has none
+    norm = getattr(model.config, "feat_extract_norm", None) if takes == "input_values" else None
     if norm == "layer" and not extractor.do_normalize:
         warnings.append(
             "the preprocessor's settings say do_normalize=false, and models with feat_extract_norm=layer are commonly "

@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from sparsewav.pruning.encoder import OWN_PREFIX, base_of
+from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.families import OWN_PREFIX
 
 
 @dataclass(frozen=True)

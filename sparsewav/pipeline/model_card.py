@@ -109,9 +109,15 @@ def _result(metrics: Mapping[str, Any], record: Mapping[str, Any], rate: str) ->
 
 
 def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored: list[str]) -> str:
-    """Write the table of error rates in percent, a row for every set and rate."""
+    """Write the table of error rates in percent, a row for every set and rate; of an encoder that of its distances."""
     if not scored:
-        return ""
+        rows = "".join(
+            f"| {_shown(record['name'])} | {record['n_utterances']:,} | {record['divergence']:.4f} |\n"
+            for record in sets
+            if record.get("divergence") is not None
+        )
+        head = "| evaluated on | utterances | distance of hidden states from the dense model's |"
+        return f"\n{head}\n|---|---|---|\n{rows}"
     tuned = metrics["updates"] > 0
     columns = ["evaluated on", "utterances", "", "dense", "pruned", *(["pruned and tuned"] if tuned else [])]
     lines = [" | ".join(columns), "|".join("---" for _ in columns)]
@@ -187,10 +193,10 @@ def _compression_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _loading(metrics: Mapping[str, Any]) -> str:
-    own = metrics["model_type"].startswith("sparsewav")
-    loading = "`AutoModelForCTC.from_pretrained` loads it as any other model."
-    if own:
-        loading = "`import sparsewav.models.load` registers its class; then `AutoModelForCTC.from_pretrained` loads it."
+    loader = f"`{'AutoModelForCTC' if metrics.get('wer') is not None else 'AutoModel'}.from_pretrained`"
+    loading = f"{loader} loads it as any other model."
+    if metrics["model_type"].startswith("sparsewav"):
+        loading = f"`import sparsewav.models.load` registers its class; then {loader} loads it."
     elif metrics["method"] == OURS:
-        loading = "`AutoModelForCTC.from_pretrained` loads the dense weights, with their zeros, as any other model."
+        loading = f"{loader} loads the dense weights, with their zeros, as any other model."
     return f"\n{loading}\n"

@@ -32,6 +32,7 @@ from sparsewav.models.checkpoint import (
     Checkpoint,
     check_tensors,
     checksum,
+    is_encoder,
     load_whole,
     make_skeleton,
     not_finite,
@@ -41,7 +42,8 @@ from sparsewav.models.checkpoint import (
 )
 from sparsewav.models.load import choose_device
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
-from sparsewav.pruning.encoder import as_sequence, encoder_layers, whatever_modes
+from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
+from sparsewav.pruning.families import encoder_config
 from sparsewav.pruning.layerwise import Outcome, StageProgress
 from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Saliency, Solver, Sparsity, Uniform, resolve
 from sparsewav.settings.run import device_faults
@@ -243,16 +245,19 @@ def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTr
     """Load a model in float32 and evaluation mode, whose transformer layers are on the meta device."""
     source = str(checkpoint.folder)
     config: Any = read_config(source, f"source={source}")
+    if is_encoder(config, checkpoint.headers):
+        raise UserError(f"{source} is an encoder without a CTC head, and not pruned from disk; use sparsewav.prune")
     whole = make_skeleton(config, checkpoint.headers, source)
     check_tensors(whole, checkpoint.headers, source)
     layers = encoder_layers(whole).float()
-    front = checkpoint.read(name for name in checkpoint.files if ".encoder.layers." not in name)
-    hollow: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, num_hidden_layers=0)
+    front = checkpoint.read(name for name in checkpoint.files if not name.startswith(f"{layers_name(whole)}."))
+    hollow: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    encoder_config(hollow).num_hidden_layers = 0
     if getattr(config, "layers", None):  # of a structured model, with an entry for every layer
         hollow.layers = []
     options: dict[str, Any] = {"config": hollow, "state_dict": front, "dtype": torch.float32}
     model = load_whole(type(whole).from_pretrained, None, source, **options).eval().to(device)
-    hollow.update({"num_hidden_layers": config.num_hidden_layers})
+    encoder_config(hollow).num_hidden_layers = encoder_config(config).num_hidden_layers
     if hasattr(config, "layers"):
         hollow.layers = config.layers
     encoder_layers(model).extend(layers)
@@ -262,7 +267,7 @@ def _model_without_layers(checkpoint: Checkpoint, device: torch.device) -> PreTr
 
 def _prefix(model: PreTrainedModel, index: int) -> str:
     """Give what the names of a layer's tensors start with."""
-    return f"{model.base_model_prefix}.encoder.layers.{index}."
+    return f"{layers_name(model)}.{index}."
 
 
 def _fill(layer: nn.Module, checkpoint: Checkpoint, names: Iterable[str], model: PreTrainedModel, index: int) -> None:
@@ -308,20 +313,20 @@ class _Layers:
         if found := self._read_done(done):
             weights, rows = found
             for name, matrix in own.items():
-                matrix.weight.data.copy_(weights[name])
+                matrix.parameter.data.copy_(weights[name])
             outcome.reports |= {row["name"]: MatrixReport(**row) for row in rows}
             yield True
         else:
             yield False
             # In float32, with which the layers behind were calibrated.
-            weights = {name: matrix.weight.detach().cpu().contiguous() for name, matrix in own.items()}
+            weights = {name: matrix.parameter.detach().cpu().contiguous() for name, matrix in own.items()}
             text = json.dumps([asdict(outcome.reports[matrix.name]) for matrix in own.values()])
             record = json.dumps({"reports": text, "checksum": checksum(weights, text)}, sort_keys=True)
             with write_file(done) as temporary:
                 save_file(weights, temporary, {"record": record})
         tensors = self.checkpoint.read(name for name in self.checkpoint.files if name.startswith(prefix))
         for name in tensors.keys() & own.keys():
-            tensors[name] = own[name].weight.detach().to("cpu", tensors[name].dtype)
+            tensors[name] = own[name].parameter.detach().to("cpu", tensors[name].dtype)
         layer.load_state_dict(hollow, assign=True)
         self._write(index + 2, tensors)
 

@@ -15,9 +15,10 @@ from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import checksums, damage, write_file
+from sparsewav.inference.representations import hidden_state_divergence
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.bitmask import export
-from sparsewav.models.load import SpeechModel
+from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.model_card import CARD, make_card
 from sparsewav.progress import print_warning, stage
@@ -39,6 +40,7 @@ class State:
         evaluation: A record of every evaluation set: its name, utterances and overlap with the sets that the model is
             made from, and the error rates of the dense, the pruned and the newest model.
         hypotheses: The newest model's hypotheses by the names of the evaluation sets; None until it is evaluated.
+        divergences: Of an encoder without a head, the divergence of every utterance, by the names of the sets.
         seconds: Seconds by kind of work, over all stages.
         cached: Of the seconds, those of the first stage that were spent by an earlier run, whose results the cache
             had, by kind of work.
@@ -53,6 +55,7 @@ class State:
     stages: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     hypotheses: dict[str, list[str]] | None = None
+    divergences: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibrate", "allocate", "solve", "finetune", "evaluate"), 0.0)
     )
@@ -104,6 +107,10 @@ def evaluate_step(
     console: Console,
 ) -> None:
     """Add the newest model's error rates to the records of the sets and of its stage, on disk, too."""
+    if not speech.writes:
+        _compare_encoders(config, speech, evaluation, state, console)
+        run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
+        return
     hypotheses = {}
     for record in state.evaluation:
         name = record["name"]
@@ -120,6 +127,27 @@ def evaluate_step(
     first = state.evaluation[0]
     state.stages[-1] |= {key: first[key] for key in ("wer_pruned", "wer", "cer_pruned", "cer")}
     run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
+
+
+def _compare_encoders(
+    config: Config, speech: SpeechModel, evaluation: Mapping[str, list[Utterance]], state: State, console: Console
+) -> None:
+    """Add the divergence of the newest encoder's hidden states from the dense one's to the records of the sets."""
+    with stage(console, f"Loading {config.model.source} again"):
+        dense = load_speech_model(str(speech.folder), device=speech.model.device).model
+    for record in state.evaluation:
+        name = record["name"]
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
+        with stage(console, f"Comparing hidden states with the dense encoder's{on_set}") as progress:
+            started = time.perf_counter()
+            divergence = hidden_state_divergence(
+                dense, speech.model, speech.processor, evaluation[name], config.seconds_per_batch, progress
+            )
+            state.seconds["evaluate"] += time.perf_counter() - started
+        record |= {"divergence": divergence.relative_error, "layers": [asdict(layer) for layer in divergence.layers]}
+        state.divergences[name] = divergence.utterances
+    state.hypotheses = {}
+    state.stages[-1] |= {"divergence": state.evaluation[0]["divergence"]}
 
 
 def finish_folder(config: Config, folder: Path, metrics: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
-from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
@@ -53,6 +53,7 @@ from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
@@ -109,11 +110,14 @@ def _run(
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
         print_warning(warning)
+    sets.needs_text = speech.writes
+    if not speech.writes:
+        _check_encoder(config, speech)
     with reporting("Reading and hashing model and utterances", console):
         chosen = _utterances(config, sets, speech)
         origin = model_card.provenance(config, speech)
         made_from = inputs.of_run(config, sets, origin["commit"])
-    for sentence in sets.recognised():
+    for sentence in [*sets.recognised(), *chosen.assumed]:
         print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
     if not config.force:
@@ -125,9 +129,10 @@ def _run(
     before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
     for name, rates in before.rates.items():
         kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
+        on_set = f" on {name}" if len(evaluation) > 1 else ""
         if rate > USELESS:
             print_warning(
-                f"the dense model's {kind} error rate on {name} is {100 * rate:.0f} %: check its tokenizer, sampling "
+                f"the dense model's {kind} error rate{on_set} is {100 * rate:.0f} %: check its tokenizer, sampling "
                 "rate and language, and that its CTC head was trained, before you trust what pruning does to it"
             )
     stages = plan_stages(config, len(training))
@@ -137,7 +142,8 @@ def _run(
         _run_identity(made_from, dense, *evaluation.values(), calibration, training),
         evaluation=[
             {"name": name, "n_utterances": len(utterances), "overlap": chosen.overlap[name]}
-            | {f"{key}_dense": rate for key, rate in asdict(before.rates[name]).items()}
+            | dict.fromkeys(run_folder.RATES)  # what an encoder has none of
+            | ({f"{key}_dense": rate for key, rate in asdict(before.rates[name]).items()} if speech.writes else {})
             for name, utterances in evaluation.items()
         ],
     )
@@ -204,6 +210,7 @@ def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> di
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
+    sets.needs_text = metrics.get("divergence") is None  # otherwise it was of an encoder
     now = inputs.of_run(config, sets, _newest_commit(config, metrics))
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
@@ -259,7 +266,11 @@ def _finish(
 ) -> dict[str, Any]:
     """Write what is left to write, ``metrics.json`` last; it gets ``about`` besides what is known here."""
     assert state.hypotheses is not None
-    run_folder.write_predictions(folder / run_folder.PREDICTIONS, evaluation, before.hypotheses, state.hypotheses)
+    predictions = folder / run_folder.PREDICTIONS
+    if speech.writes:
+        run_folder.write_predictions(predictions, evaluation, before.hypotheses, state.hypotheses)
+    else:
+        run_folder.write_divergences(predictions, evaluation, state.divergences)
     if state.log:
         write_training_log(folder / run_folder.TRAINING_LOG, state.log)
     compression_log = state.compression.pop("log", [])
@@ -271,7 +282,7 @@ def _finish(
     prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
-    executed, nonzero_products = multiply_accumulates(speech.model, speech.processor.feature_extractor.sampling_rate)
+    executed, nonzero_products = multiply_accumulates(speech.model, silence(speech.processor.feature_extractor))
     first = state.evaluation[0]
     metrics = {
         "model": speech.name,
@@ -292,6 +303,7 @@ def _finish(
         "macs_per_second": executed,
         "macs_per_second_nonzero": nonzero_products,
         **{key: first[key] for key in run_folder.RATES},
+        "divergence": first.get("divergence"),
         "updates": sum(record["updates"] for record in state.stages),
         "training_precision": choose_precision(config.training.precision, device) if state.log else None,
         "compression": None
@@ -328,7 +340,8 @@ class _Chosen:
         calibration, training: What the smaller model is made from.
         how: What the transcripts are normalized by.
         overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
-        notes: Sentences for the user.
+        notes: Sentences for the user that belong into the record, too.
+        assumed: Sentences on how the transcripts are normalized.
     """
 
     evaluation: dict[str, list[Utterance]]
@@ -337,6 +350,7 @@ class _Chosen:
     how: Normalization
     overlap: dict[str, int]
     notes: list[str]
+    assumed: list[str]
 
 
 def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
@@ -345,7 +359,8 @@ def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
     evaluation = sets.evaluation()
     calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
     training = sets.training(config.training.seed) if "training" in roles else []
-    refuse_unreadable(chain(*evaluation.values(), calibration, training))
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
     notes, overlap = sets.left_out(), {}
     for name, utterances in evaluation.items():
         called = name if len(evaluation) > 1 else "evaluation"
@@ -353,19 +368,18 @@ def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
             data, utterances, {"calibration": calibration, "training": training}, called
         )
         notes += found
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
     how, assumed = choose_normalization(
         (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
     )
     evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
     calibration, training = normalized(calibration, how), normalized(training, how)
     everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
-    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)  # sets may share utterances
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
     for utterances in (*evaluation.values(), calibration, training):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return _Chosen(evaluation, calibration, training, how, overlap, notes + assumed)
+    return _Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
 
 
 def _prune(
@@ -463,6 +477,26 @@ def _prune_from_disk(
     report = prune_checkpoint(speech.folder, pruned, batches, settings, device=device, progress=progress)
     speech.model = load_speech_model(str(pruned), device=device).model
     return report
+
+
+def _check_encoder(config: Config, speech: SpeechModel) -> None:
+    """Refuse at once what takes a CTC head.
+
+    Raises:
+        UserError: It names the option, and what an encoder can have.
+    """
+    called = f"{config.model.source} is an encoder without a CTC head"
+    head = f"or train a head first with sparsewav-train initial_model={config.model.source}"
+    if config.method.name != OURS:
+        raise UserError(f"{called}, and method={config.method.name} learns recognition; choose method={OURS}, {head}")
+    if config.finetune_strategy.name != "none":
+        raise UserError(
+            f"{called}, and finetune_strategy={config.finetune_strategy.name} tunes with the CTC loss; choose "
+            f"finetune_strategy=none, {head}"
+        )
+    if config.model.offload:
+        raise UserError(f"{called}, and model.offload=true reads CTC models alone; choose model.offload=false")
+    check_allocation(speech.model, config.allocation)
 
 
 def _check_offload(config: Config) -> None:

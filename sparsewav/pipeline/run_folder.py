@@ -113,9 +113,22 @@ def write_predictions(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_divergences(
+    path: Path, evaluation: Mapping[str, Sequence[Utterance]], divergences: Mapping[str, Sequence[float]]
+) -> None:
+    """Write how far an encoder is from the dense one on every utterance of every set, a JSON object a line."""
+    rows = [
+        {"set": name, "id": item.id, "divergence": divergence}
+        for name, utterances in evaluation.items()
+        for item, divergence in zip(utterances, divergences[name], strict=True)
+    ]
+    with write_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 @contextmanager
 def write_model(path: Path, model: PreTrainedModel, processor: Processor) -> Iterator[Path]:
-    """Write a model that ``AutoModelForCTC.from_pretrained`` loads, and its processor.
+    """Write a model that ``from_pretrained`` of its class loads, and its processor.
 
     Yields:
         A temporary folder; what the block puts there appears together with the model.

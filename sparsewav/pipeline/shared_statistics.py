@@ -64,7 +64,7 @@ def evaluate_model(
     *,
     enabled: bool,
 ) -> Evaluation:
-    """Evaluate a model on every set; each set's hypotheses are kept for themselves.
+    """Evaluate a model on every set; each set's hypotheses are kept for themselves. An encoder writes none.
 
     Args:
         speech: The model and its processor.
@@ -76,6 +76,8 @@ def evaluate_model(
         enabled: Take results from the cache.
     """
     result = Evaluation()
+    if not speech.writes:
+        return result
     for name, utterances in evaluation.items():
         on_set = f" on {name}" if len(evaluation) > 1 else ""
 

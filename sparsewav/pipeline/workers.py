@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCTC, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.errors import UserError
@@ -77,7 +77,7 @@ def in_all_processes(function: Callable[..., T], model: PreTrainedModel, batches
         if model.device.index:
             raise UserError(f"device={model.device} is one GPU, and the processes take one each; choose device=auto")
         shared = {name: value for name, value in options.items() if name != "progress"}
-        distributed.broadcast((function, model.config, model.dtype, model.state_dict(), batches, shared))
+        distributed.broadcast((function, type(model), model.config, model.dtype, model.state_dict(), batches, shared))
         with distributed.together():  # the others make the model
             pass
     return function(model, batches, **options)
@@ -113,10 +113,10 @@ def _work() -> None:
 
 def _do(order: Any, model: PreTrainedModel | None) -> PreTrainedModel:
     """Do what :func:`in_all_processes` asked for; takes and gives the model, which the next order can be for, too."""
-    function, config, dtype, state, batches, options = order
+    function, kind, config, dtype, state, batches, options = order
     with distributed.together():
-        if model is None or (model.config.to_dict(), model.dtype) != (config.to_dict(), dtype):
-            model = AutoModelForCTC.from_config(config, dtype=dtype).eval()
+        if not isinstance(model, kind) or (model.config.to_dict(), model.dtype) != (config.to_dict(), dtype):
+            model = kind._from_config(config, dtype=dtype).eval()
         model.to(next(iter(state.values())).device)
         model.load_state_dict(state)
     function(model, batches, **options)

@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.families import FAMILIES, base_name, family_of, is_matrix, known_family
 
-FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer")
-"""The ``model_type`` of every supported model family."""
-
-OWN_PREFIX = "sparsewav-"
-"""Prefix of the ``model_type`` of models that this package's methods produce and transformers has no class for."""
-
-ROLES = (
-    *("q_proj", "k_proj", "v_proj", "out_proj"),
-    *("linear_q", "linear_k", "linear_v", "linear_out"),  # the conformer's names of the same four
-    *("intermediate_dense", "output_dense"),
-)
-"""Names of the prunable linear modules in a transformer layer; the rest of the model stays dense."""
+INPUTS = {"input_values": "(batch, samples)", "input_features": "(batch, feature frames, bins)"}
+"""The audio of a batch: the keys that models take it under, and its shape."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +24,28 @@ class PrunableMatrix:
     Attributes:
         name: The name of its module, e.g. ``wav2vec2.encoder.layers.0.attention.q_proj``.
         layer: The index of its transformer layer.
-        module: The linear module.
+        module: The linear module, or the convolution of kernel 1.
+        role: The name of the module within its layer, e.g. ``attention.q_proj``.
+        positions: Whether the module reads position embeddings, alone or beside the hidden states.
     """
 
     name: str
     layer: int
-    module: nn.Linear
+    module: nn.Linear | nn.Conv1d
+    role: str = ""
+    positions: bool = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module has it; a convolution's has a third axis of size 1."""
+        weight: Any = self.module.weight
+        return weight
 
     @property
     def weight(self) -> Float[Tensor, "rows cols"]:
-        return self.module.weight
+        """The parameter itself, or a view of a convolution's: what is written to it is written to the parameter."""
+        weight = self.parameter
+        return weight if weight.dim() == 2 else weight.squeeze(-1)
 
     @property
     def size(self) -> int:
@@ -51,12 +54,12 @@ class PrunableMatrix:
 
 
 def check_family(model_type: str, name: str) -> None:
-    """Refuse a model whose family is not supported.
+    """Refuse a ``model_type`` that is not in :data:`~sparsewav.pruning.families.FAMILIES` and not this package's own.
 
     Raises:
-        UserError: ``model_type`` is neither in :data:`FAMILIES` nor one of this package's own.
+        UserError: It is such.
     """
-    if model_type not in FAMILIES and not model_type.startswith(OWN_PREFIX):
+    if known_family(model_type) is None:
         raise UserError(
             f"model {name} is of the family {model_type!r}, which is not supported; supported are {', '.join(FAMILIES)}"
         )
@@ -75,9 +78,6 @@ def check_unwrapped(model: Any) -> None:
         raise UserError("the model is compiled; give the model within, model._orig_mod, and compile it afterwards")
     if not hasattr(model, "base_model_prefix"):
         raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
-    check_family(model.config.model_type, kind)
-    if not hasattr(model, model.base_model_prefix):
-        raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
 
 
 def check_model(model: Any, *, by_output: bool) -> None:
@@ -93,9 +93,15 @@ def check_model(model: Any, *, by_output: bool) -> None:
     """
     check_unwrapped(model)
     kind = type(model).__name__
-    if by_output and not hasattr(model, "lm_head"):
+    family = family_of(model)
+    if by_output and has_head(model) and not hasattr(model, family.head):
         raise UserError(f"{kind} has no CTC head; load the model with AutoModelForCTC.from_pretrained")
-    precisions = {str(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()}
+    single: Any = model._keep_in_fp32_modules_strict or ()  # transformers loads these in float32 always
+    precisions = {
+        str(tensor.dtype)
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and not any(part in name for part in single)
+    }
     if len(precisions) > 1:
         raise UserError(
             f"the model's parameters are in {' and '.join(sorted(precisions))}; convert it, e.g. model.float()"
@@ -104,10 +110,10 @@ def check_model(model: Any, *, by_output: bool) -> None:
         raise UserError("parameters of the model are on the meta device, without values; load its weights first")
     names: dict[int, str] = {}
     for place, module in encoder_layers(model).named_modules(remove_duplicate=False):
-        if place.rpartition(".")[2] not in ROLES:
+        if place.partition(".")[2] not in family.prunable:
             continue
         name = f"{layers_name(model)}.{place}"
-        if not isinstance(module, nn.Linear) or type(module.weight.data) is not Tensor:
+        if not is_matrix(module) or type(module.weight.data) is not Tensor:
             raise UserError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__} and no torch.nn.Linear with a plain "
                 "weight; prune a model before it is quantised or accelerated, and merge its adapters first"
@@ -146,108 +152,129 @@ def whatever_modes(device: torch.device) -> Iterator[None]:
 
 def base_of(model: PreTrainedModel) -> Any:
     """Give the model below the CTC head; a model without a head is one itself."""
-    return getattr(model, model.base_model_prefix, model)
+    return model.get_submodule(base_name(model))
 
 
 def has_head(model: PreTrainedModel) -> bool:
     """Tell whether a model has a head; an encoder has none."""
-    return base_of(model) is not model
+    return base_of(model) is not model or hasattr(model, family_of(model).head)
 
 
 def layers_name(model: PreTrainedModel) -> str:
     """Give the name of the list of a model's layers, e.g. ``wav2vec2.encoder.layers``."""
-    return f"{model.base_model_prefix}.encoder.layers" if has_head(model) else "encoder.layers"
+    return ".".join(filter(None, (base_name(model), family_of(model).layers)))
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Give the transformer layers of a CTC model.
+    """Give the transformer or conformer layers of a model.
 
     Raises:
         UserError: The model's family is not supported.
     """
-    check_family(model.config.model_type, type(model).__name__)
-    return base_of(model).encoder.layers
+    return model.get_submodule(layers_name(model))  # type: ignore[return-value]
 
 
 def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
-    """Give every prunable matrix of a CTC model, in the order of its layers.
+    """Give every prunable matrix of a model, in the order of its layers.
 
     Raises:
         UserError: The model's family is not supported.
     """
-    prefix = layers_name(model)
+    family, prefix = family_of(model), layers_name(model)
     return [
-        PrunableMatrix(f"{prefix}.{index}.{name}", index, module)
+        PrunableMatrix(f"{prefix}.{index}.{name}", index, module, name, name in family.positions)
         for index, layer in enumerate(encoder_layers(model))
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ROLES
+        if name in family.prunable and is_matrix(module)
     ]
+
+
+def freeze_front_end(model: PreTrainedModel) -> None:
+    """Train nothing of what the audio passes before the layers: convolutions, or the projection of features."""
+    front: Any = base_of(model).get_submodule(family_of(model).front)
+    if hasattr(front, "_freeze_parameters"):  # it also keeps no activations then
+        front._freeze_parameters()
+    front.requires_grad_(False)
+
+
+def input_rows(module: nn.Module, inputs: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch rows cols"]:
+    """Give the rows that a prunable module multiplies, from its input; a convolution's is (batch, cols, rows)."""
+    return inputs.transpose(1, 2) if isinstance(module, nn.Conv1d) else inputs
 
 
 def takes_padding(model: PreTrainedModel) -> bool:
     """Tell whether a model may be given padded batches with an attention mask.
 
-    It may not where padding leaks into valid frames: a group norm in the front end (wav2vec2-base, hubert-base,
-    wavlm-base) takes its statistics over the whole padded signal, and the stacked positional convolutions of
-    data2vec-audio and the convolutions in the layers of wav2vec2-conformer reach across the mask.
+    It may not where padding leaks into valid frames (:class:`~sparsewav.pruning.families.Family`).
     """
-    if model.config.model_type in ("data2vec-audio", "wav2vec2-conformer"):
-        return False
-    return model.config.feat_extract_norm != "group"
+    config = model.config
+    leaks = getattr(config, "feat_extract_norm", None) == "group" or getattr(config, "add_adapter", False)
+    return family_of(model).padding and not leaks
+
+
+def run_base(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    """Run the model below its head on a batch of :func:`model_batches`, for what hooks see of it."""
+    base_of(model)(batch[input_key(model)], attention_mask=batch["attention_mask"])
 
 
 def input_key(model: PreTrainedModel) -> str:
-    """Give the key of the audio in a batch of the model."""
+    """Give the key of the audio in a batch of the model, one of :data:`INPUTS`."""
     return model.main_input_name
 
 
-def output_counts(model: Any, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Count the frames of the logits for inputs of these lengths, which an adapter may have made fewer."""
-    return model._get_feat_extract_output_lengths(lengths).to(torch.int64)
+def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+    """Count the frames of each padded utterance that reach the first layer; one too short for a frame gets 0 or less.
 
-
-def frame_counts(model: PreTrainedModel, attention_mask: Shaped[Tensor, "batch samples"]) -> Int[Tensor, " batch"]:
-    """Count the encoder frames of each padded utterance; an utterance shorter than a frame gets 0 or less.
-
-    The attention mask is 1 where there is audio.
+    The attention mask is 1 where there is audio, over the samples or over the feature frames of the input.
     """
-    counts = attention_mask.sum(-1).to(torch.int64)
-    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
-        counts = torch.div(counts - kernel, stride, rounding_mode="floor") + 1
-    return counts
+    return family_of(model).frames(model, attention_mask.sum(-1).to(torch.int64))
+
+
+def output_counts(model: Any, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Count the frames of the logits for inputs of these lengths, which an adapter may have made fewer.
+
+    The lengths are in samples, or in feature frames where the model takes features.
+    """
+    counted = getattr(model, "_get_feat_extract_output_lengths", None) or model._get_subsampling_output_length
+    return counted(lengths).to(torch.int64)
 
 
 def pieces_of(batch: Any) -> dict[str, Tensor]:
     """Give the tensors of a calibration batch that are read: what is there of the following, and nothing else.
 
-    ``input_values`` (batch, samples), ``attention_mask`` (batch, samples; 1 for audio, 0 for the padding after it) and
-    ``labels`` (batch, characters).
+    ``input_values`` (batch, samples) or ``input_features`` (batch, feature frames, bins), whichever the model takes;
+    ``attention_mask`` (batch, samples or feature frames; 1 for audio, 0 for the padding after it) and ``labels``
+    (batch, characters).
 
     Raises:
         UserError: The batch is no dictionary of such tensors.
     """
     if not isinstance(batch, Mapping):
         raise UserError(f"a calibration batch is a {type(batch).__name__}; give dictionaries with input_values")
-    pieces = {key: batch[key] for key in ("input_values", "attention_mask", "labels") if batch.get(key) is not None}
-    if "input_values" not in pieces:
-        raise UserError(f"a calibration batch has no input_values, but {', '.join(map(str, batch)) or 'nothing'}")
-    for key, value in pieces.items():
-        if not isinstance(value, Tensor) or value.dim() != 2:
+    pieces = {key: batch[key] for key in (*INPUTS, "attention_mask", "labels") if batch.get(key) is not None}
+    keys = [key for key in INPUTS if key in pieces]
+    if len(keys) != 1:
+        raise UserError(
+            f"a calibration batch has no {' or '.join(INPUTS)}, but {', '.join(map(str, batch)) or 'nothing'}"
+        )
+    key = keys[0]
+    for name, value in pieces.items():
+        shape = INPUTS.get(name, "(batch, characters)" if name == "labels" else INPUTS[key].replace(", bins", ""))
+        if not isinstance(value, Tensor) or value.dim() != shape.count(",") + 1:
             found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            what = "characters" if key == "labels" else "samples"
-            raise UserError(f"{key} of a calibration batch is {found}; give a tensor of shape (batch, {what})")
-    values, mask, labels = pieces["input_values"], pieces.get("attention_mask"), pieces.get("labels")
+            raise UserError(f"{name} of a calibration batch is {found}; give a tensor of shape {shape}")
+    values, mask, labels = pieces[key], pieces.get("attention_mask"), pieces.get("labels")
     if not values.is_floating_point():
         raise UserError(
-            f"input_values of a calibration batch are {values.dtype}; give the floating-point numbers that the model's "
+            f"{key} of a calibration batch are {values.dtype}; give the floating-point numbers that the model's "
             "feature extractor makes of the audio"
         )
     if not values.numel():
         raise UserError("a calibration batch is empty; leave it out")
-    if mask is not None and mask.shape != values.shape:
+    if mask is not None and mask.shape != values.shape[:2]:
         raise UserError(
-            f"attention_mask of a calibration batch has shape {tuple(mask.shape)}, and its input_values "
-            f"{tuple(values.shape)}; give a number for every sample"
+            f"attention_mask of a calibration batch has shape {tuple(mask.shape)}, and its {key} "
+            f"{tuple(values.shape)}; give a number for every {'sample' if values.dim() == 2 else 'feature frame'}"
         )
     if mask is not None and (((mask != 0) & (mask != 1)).any() or (mask[:, 1:] > mask[:, :-1]).any()):
         raise UserError("attention_mask of a calibration batch must be 1 for the audio and 0 for the padding after it")
@@ -277,17 +304,25 @@ def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[d
             label is not in the vocabulary.
     """
     pieces = {key: value.clone() if value.is_inference() else value for key, value in pieces_of(batch).items()}
-    values = pieces["input_values"].to(model.device, model.dtype)
+    key = input_key(model)
+    if key not in pieces:
+        raise UserError(
+            f"calibration batch {number} has {', '.join(pieces)}, and a {type(model).__name__} takes {key}; make the "
+            "batches with the model's own feature extractor"
+        )
+    values = pieces[key].to(model.device, model.dtype)
     called = f"of calibration batch {number}"
-    broken = ~values.isfinite().all(1)
+    broken = ~values.flatten(1).isfinite().all(1)
     if broken.any():
         raise UserError(
             f"row {int(broken.nonzero()[0])} {called} holds samples that are NaN or infinite; repair or remove "
             "that audio"
         )
     mask = pieces.get("attention_mask")
-    mask = torch.ones_like(values, dtype=torch.long) if mask is None else mask.to(model.device, torch.long)
-    short = frame_counts(model, mask) < 1
+    mask = values.new_ones(values.shape[:2], dtype=torch.long) if mask is None else mask.to(model.device, torch.long)
+    if values.dim() == 3:  # convolutions over features reach one frame into the padding
+        values = values * mask[:, :, None]
+    short = torch.minimum(frame_counts(model, mask), output_counts(model, mask.sum(-1))) < 1
     if short.any():
         raise UserError(
             f"row {int(short.nonzero()[0])} {called} is too short for a single frame; remove that utterance"
@@ -300,11 +335,10 @@ def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[d
             "trained with"
         )
     if takes_padding(model) or bool(mask.all()):
-        yield {"input_values": values, "attention_mask": mask, **labels}
+        yield {key: values, "attention_mask": mask, **labels}
         return
-    for index, samples in enumerate(mask.sum(-1).tolist()):
-        row = {"input_values": values[index : index + 1, :samples]}
-        row["attention_mask"] = torch.ones_like(row["input_values"], dtype=torch.long)
+    for index, length in enumerate(mask.sum(-1).tolist()):
+        row = {key: values[index : index + 1, :length], "attention_mask": mask[index : index + 1, :length]}
         yield row | {name: value[index : index + 1] for name, value in labels.items()}
 
 
@@ -340,7 +374,7 @@ def first_utterances(batches: Sequence[Any], count: int) -> Sequence[Any]:
         if count > 0:
             pieces = pieces_of(batch)
             taken.append({name: value[:count] for name, value in pieces.items()})
-            count -= len(pieces["input_values"])
+            count -= len(next(iter(pieces.values())))
     return taken
 
 

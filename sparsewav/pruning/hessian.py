@@ -1,25 +1,33 @@
 """Calibration: the layer-wise Hessian H = XXᵀ of every prunable matrix (eq. 2 of the paper).
 
-X is the matrix's input over the calibration set, one column a frame, without padded frames. Matrices that read the very
-same tensor (query, key and value) share one Hessian. H is symmetric, so that only the blocks on and above its diagonal
-are summed. Some frames for each of its columns estimate it well enough, so that a random sample of the frames of all
-utterances may stand for a large set.
+X is the matrix's input over the calibration set, one column a frame, without padded frames; where a matrix reads
+position embeddings, there is a column for each of them that an utterance uses. Matrices that read the very same tensor
+(query, key and value) share one Hessian. H is symmetric, so that only the blocks on and above its diagonal are summed.
+Some frames for each of its columns estimate it well enough, so that a random sample of the frames of all utterances may
+stand for a large set.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import PrunableMatrix, as_sequence, base_of, projections_as_modules, prunable_matrices
-from sparsewav.pruning.hidden_states import calibration_parts, frame_mask_of
+from sparsewav.pruning.encoder import (
+    PrunableMatrix,
+    as_sequence,
+    input_rows,
+    projections_as_modules,
+    prunable_matrices,
+    run_base,
+)
+from sparsewav.pruning.hidden_states import calibration_parts, layer_masks, valid_rows
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -147,11 +155,12 @@ class InputObserver:
         self._sums: dict[str, _Sum] = {}
         self._drifts: dict[str, _DriftSum] = {}
         self._drift_sums: dict[str, _Sum] = {}
-        self._dense_inputs: dict[str, Tensor] = {}
-        self._seen: dict[int, tuple[str, Tensor]] = {}
+        self._dense_inputs: dict[str, list[Tensor]] = {}
+        self._seen: dict[tuple[int, bool], tuple[str, Tensor]] = {}
         self._layer: int | None = None
-        self._order = torch.empty(0, dtype=torch.long)  # indices of the batch's frames, shuffled if they are sampled
-        self._share = 0.0
+        self._masks: dict[int, Tensor] = {}
+        self._orders: dict[tuple[int, int, bool], Tensor] = {}
+        self._number, self._share = 0, 0.0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -165,26 +174,34 @@ class InputObserver:
             for hook in hooks:
                 hook.remove()
 
-    def start_batch(self, frame_mask: Bool[Tensor, "batch frames"], number: int, share: float) -> None:
+    def start_batch(self, frame_masks: Mapping[int, Bool[Tensor, "_batch _frames"]], number: int, share: float) -> None:
         """Prepare for a batch; to be called before the model is run on it.
 
         Args:
-            frame_mask: True where an utterance has a frame.
+            frame_masks: True where an utterance has a frame of a layer's input, by the index of the layer.
             number: The number of the batch, which together with the seed determines the sampled frames.
             share: The batch's share in the sample of the whole calibration set.
         """
-        self._order = frame_mask.flatten().nonzero().flatten()
-        if self.frames_per_column is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            shuffled = torch.randperm(len(self._order), generator=generator)
-            self._order = self._order[shuffled.to(self._order.device)]
-        self.frames += len(self._order)
-        self._share = share
+        self._masks, self._number, self._share = dict(frame_masks), number, share
+        self.frames += int(next(iter(self._masks.values())).sum())
 
     def end_batch(self) -> None:
         """Release the tensors of a batch; to be called after the model was run on it."""
         self._seen.clear()
         self._dense_inputs.clear()
+        self._orders.clear()
+
+    def _order(self, matrix: PrunableMatrix, length: int) -> Int[Tensor, " rows"]:
+        """Give the indices of the rows of a batch that belong to utterances, shuffled if they are sampled."""
+        mask = self._masks[matrix.layer]
+        key = (id(mask), length, matrix.positions)  # most tensors of all layers have the same rows
+        if key not in self._orders:
+            order = valid_rows(mask, length, positions=matrix.positions).flatten().nonzero().flatten()
+            if self.frames_per_column is not None:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._number)
+                order = order[torch.randperm(len(order), generator=generator).to(order.device)]
+            self._orders[key] = order
+        return self._orders[key]
 
     def finish(self) -> Hessians:
         """Give the Hessians, summed over the processes.
@@ -200,9 +217,9 @@ class InputObserver:
             raise UserError("the calibration set is empty; give at least one utterance")
         # A process without a batch observed nothing; all others observed the same.
         hessians = Hessians(reads=next(reads for _, reads, _ in found if reads), frames=frames)
-        modules = {matrix.name: matrix.module for matrix in self.matrices}
+        weights = {matrix.name: matrix.weight for matrix in self.matrices}
         for name in dict.fromkeys(hessians.reads.values()):
-            weight = modules[name].weight
+            weight = weights[name]
             total = self._sums.get(name) or _Sum(weight.shape[1], weight.device)
             hessians.by_input[name] = total.finish()
             distributed.add_up(hessians.by_input[name])
@@ -222,41 +239,48 @@ class InputObserver:
 
     def _hook_of(self, matrix: PrunableMatrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._observe(matrix.name, matrix.layer, inputs[0])
+            self._observe(matrix, inputs[0])
 
         return hook
 
     def _dense_hook_of(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._dense_inputs[name] = inputs[0]
+            self._dense_inputs.setdefault(name, []).append(inputs[0])
 
         return hook
 
-    def _observe(self, name: str, layer: int, inputs: Float[Tensor, "batch frames cols"]) -> None:
-        if layer != self._layer:  # no input is shared between layers, and those of a large model fill gigabytes
-            self._layer = layer
+    def _observe(self, matrix: PrunableMatrix, inputs: Float[Tensor, "batch _ _"]) -> None:
+        name = matrix.name
+        if matrix.layer != self._layer:  # no input is shared between layers, and those of a large model fill gigabytes
+            self._layer = matrix.layer
             self._seen.clear()
-        # The tensor is kept until the layer is done, because its id could otherwise be given to another one.
-        key, _ = self._seen.setdefault(id(inputs), (name, inputs))
+        # The tensor is kept until the layer is done, because its id could otherwise be given to another one. A matrix
+        # that reads positions beside the hidden states shares its Hessian only with those that do, too.
+        key, _ = self._seen.setdefault((id(inputs), matrix.positions), (name, inputs))
         self.reads[name] = key
+        dense = self._dense_inputs[name].pop(0) if self.dense is not None else None  # called as often, in this order
         if key != name:
             return
-        cols, order = inputs.shape[-1], self._order
+        rows = input_rows(matrix.module, inputs)
+        cols = rows.shape[-1]
+        every = self._order(matrix, rows.shape[1])
+        order = every
         if self.frames_per_column is not None:
-            order = order[: math.ceil(self.frames_per_column * cols * self._share)]
+            order = every[: math.ceil(self.frames_per_column * cols * self._share)]
 
-        def sample(states: Float[Tensor, "batch frames cols"]) -> Float[Tensor, "sampled cols"]:
-            frames = states.reshape(-1, cols)[order].to(torch.float32)
-            if len(order) < len(self._order):
-                frames *= (len(self._order) / len(order)) ** 0.5
+        def sample(states: Float[Tensor, "_batch length cols"]) -> Float[Tensor, "sampled cols"]:
+            # Position embeddings may be one for all utterances of the batch.
+            frames = states.reshape(-1, cols)[order % states.shape[:2].numel()].to(torch.float32)
+            if len(order) < len(every):
+                frames *= (len(every) / len(order)) ** 0.5
             return frames
 
-        frames = sample(inputs)
+        frames = sample(rows)
         if name not in self._sums:
             self._sums[name] = _Sum(cols, inputs.device)
         self._sums[name].add(frames)
-        if self.dense is not None:
-            difference = sample(self._dense_inputs[name]) - frames
+        if dense is not None:
+            difference = sample(input_rows(matrix.module, dense)) - frames
             if name not in self._drifts:
                 self._drifts[name] = _DriftSum(cols, inputs.device)
                 self._drift_sums[name] = _Sum(cols, inputs.device)
@@ -279,7 +303,7 @@ def collect_hessians(
 
     Args:
         model: A CTC model in evaluation mode.
-        batches: Calibration batches with ``input_values`` (batch, samples) and ``attention_mask`` (batch, samples).
+        batches: Calibration batches, as :func:`~sparsewav.pruning.encoder.pieces_of` reads them.
         frames_per_column: Each Hessian is estimated from a random sample of so many frames for each of its columns, to
             which every batch contributes equally. None takes all frames.
         seed: The seed of that sample.
@@ -292,8 +316,8 @@ def collect_hessians(
     sized = as_sequence(batches)
     with distributed.together(), projections_as_modules(model), observer.attached():
         for number, part, share in calibration_parts(model, sized):
-            observer.start_batch(frame_mask_of(model, part), number, share)
-            base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
+            observer.start_batch(layer_masks(model, part), number, share)
+            run_base(model, part)
             observer.end_batch()
             if progress:
                 progress(min(number // 1000 + distributed.world(), len(sized)), len(sized))

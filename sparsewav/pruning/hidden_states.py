@@ -1,5 +1,6 @@
 """Hidden states: what each calibration batch brings to the next layer of the encoder, and how a layer is run on it."""
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -15,8 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import as_sequence, base_of, encoder_layers, frame_counts, model_batches
+from sparsewav.pruning.encoder import as_sequence, base_of, encoder_layers, frame_counts, model_batches, run_base
+from sparsewav.pruning.families import encoder_config, family_of
 
 try:
     import fcntl
@@ -55,11 +58,50 @@ def _delete_abandoned() -> None:
                 os.close(handle)
 
 
-def frame_mask_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
-    """Give a mask that is True where an utterance has a frame of the encoder."""
+def frame_mask_of(model: PreTrainedModel, batch: dict[str, Tensor], layer: int = 0) -> Bool[Tensor, "batch frames"]:
+    """Give a mask that is True where an utterance has a frame of a layer's input."""
     counts = frame_counts(model, batch["attention_mask"])
     frames = int(frame_counts(model, torch.ones_like(batch["attention_mask"][:1])))
-    return torch.arange(frames, device=counts.device) < counts[:, None]
+    mask = torch.arange(frames, device=counts.device) < counts[:, None]
+    for halving in _halving_layers(model):
+        mask = valid_rows(mask, mask.shape[1] // 2) if halving < layer else mask
+    return mask
+
+
+def layer_masks(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[int, Bool[Tensor, "_batch _frames"]]:
+    """Give the mask of :func:`frame_mask_of` for every layer."""
+    first, halving = frame_mask_of(model, batch), _halving_layers(model)
+    return {
+        layer: frame_mask_of(model, batch, layer) if halving else first for layer in range(len(encoder_layers(model)))
+    }
+
+
+def _halving_layers(model: PreTrainedModel) -> Sequence[int]:
+    setting = family_of(model).halving
+    return getattr(encoder_config(model.config), setting) if setting else ()
+
+
+def valid_rows(
+    frame_mask: Bool[Tensor, "batch frames"], length: int, *, positions: bool = False
+) -> Bool[Tensor, "batch {length}"]:
+    """Tell which rows of a tensor within a layer belong to an utterance.
+
+    Most have a row for each frame of the layer's input. Some are padded on the right to whole blocks of attention, and
+    a layer may halve the frames on its way.
+
+    Args:
+        frame_mask: True where an utterance has a frame of the layer's input.
+        length: The rows of the tensor.
+        positions: Whether the tensor may be one of position embeddings: one for each distance of two frames, from
+            frames − 1 to 1 − frames, or a table that does not depend on the utterance.
+    """
+    frames, counts = frame_mask.shape[1], frame_mask.sum(1, keepdim=True)
+    if length == frames:
+        return frame_mask
+    places = torch.arange(length, device=frame_mask.device)[None]
+    if positions:
+        return ((places - frames + 1).abs() < counts) | (length != 2 * frames - 1)
+    return places < (counts if length > frames else counts // 2)
 
 
 def calibration_parts(
@@ -112,8 +154,9 @@ def first_layer_inputs(model: PreTrainedModel, batches: Iterable[dict[str, Tenso
     """Run the front end on this process's share of the batches, and save what reaches the first layer."""
     caught: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args[0], kwargs))
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(module.forward).parameters)  # some are given by their place
+        caught.append((args[0], dict(zip(names[1:], args[1:], strict=False)) | kwargs))
         raise _StopForward
 
     items: list[LayerInputs] = []
@@ -121,11 +164,17 @@ def first_layer_inputs(model: PreTrainedModel, batches: Iterable[dict[str, Tenso
     try:
         for number, part, share in calibration_parts(model, as_sequence(batches)):
             with suppress(_StopForward):
-                base_of(model)(part["input_values"], attention_mask=part["attention_mask"])
+                run_base(model, part)
             hidden_states, arguments = caught.pop()
+            frame_mask = frame_mask_of(model, part)
+            if hidden_states.shape[:2] != frame_mask.shape:
+                raise UserError(
+                    f"{hidden_states.shape[1]} frames reach the first layer of {type(model).__name__}, where its "
+                    f"configuration says {frame_mask.shape[1]}; this model is not supported"
+                )
             item = LayerInputs(folder, number, share)
             item.save("hidden_states", hidden_states)
-            item.save("others", (arguments, frame_mask_of(model, part)))
+            item.save("others", (arguments, frame_mask))
             items.append(item)
     finally:
         hook.remove()
@@ -137,7 +186,7 @@ def run_layer(
     first_layer: nn.Module,
     hidden_states: Float[Tensor, "batch frames width"],
     arguments: dict[str, Any],
-) -> Float[Tensor, "batch frames width"]:
+) -> Float[Tensor, "batch _frames width"]:
     """Give a layer's output.
 
     Args:
@@ -154,3 +203,27 @@ def run_layer(
         arguments = arguments | {"position_bias": bias.repeat(batch, 1, 1)}
     output = layer(hidden_states, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def save_next_inputs(
+    model: PreTrainedModel, index: int, item: LayerInputs, outputs: dict[str, Float[Tensor, "_batch _frames _width"]]
+) -> None:
+    """Save what a batch brings to the layer after one, from the outputs of that one.
+
+    Args:
+        model: The model.
+        index: The index of the layer.
+        item: The batch.
+        outputs: The layer's outputs, by the pieces ``hidden_states`` and, where the dense model runs beside,
+            ``dense_states``.
+    """
+    between = family_of(model).between
+    if between is None:
+        item.save("hidden_states", outputs["hidden_states"])
+        return
+    arguments, frame_mask = item.load("others", model.device)
+    changed = arguments
+    for piece, output in outputs.items():
+        hidden_states, changed = between(base_of(model), index, output, arguments)
+        item.save(piece, hidden_states)
+    item.save("others", (changed, valid_rows(frame_mask, outputs["hidden_states"].shape[1])))

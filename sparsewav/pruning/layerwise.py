@@ -22,7 +22,13 @@ from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
 from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, InputObserver, Progress
-from sparsewav.pruning.hidden_states import LayerInputs, first_layer_inputs, run_layer, scratch_folder
+from sparsewav.pruning.hidden_states import (
+    LayerInputs,
+    first_layer_inputs,
+    run_layer,
+    save_next_inputs,
+    scratch_folder,
+)
 from sparsewav.pruning.recovery import LayerRecovery, recover
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
 from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
@@ -189,7 +195,8 @@ def prune_layer_by_layer(
 
             with load_layer(index, outcome) if load_layer else nullcontext(False) as pruned_already:
                 dense_layer = copy.deepcopy(layer) if settings.two_models else layer
-                groups = [] if pruned_already else [[matrix for matrix in matrices if matrix.layer == index]]
+                own = [matrix for matrix in matrices if matrix.layer == index]
+                groups = [] if pruned_already else [own]
                 if settings.calibration.propagation == "true_sequential" and groups:
                     groups = in_reading_order(groups[0], inputs, run)
                 solved = []  # the dense weights and Hessians, for the errors after the recovery
@@ -203,11 +210,14 @@ def prune_layer_by_layer(
                 if recovers:
                     with outcome.timing("recover"):
                         shown = _of_layer(progress, index, len(layers))
-                        recovery = recover(layer, run, inputs, settings.recovery, settings.seed, shown)
+                        recovery = recover(layer, own, run, inputs, settings.recovery, settings.seed, shown)
                         outcome.recoveries.append(recovery)
                         _measure_again(solved, outcome)
                 for item in inputs if index + 1 < len(layers) else []:
-                    item.save("hidden_states", run(item))
+                    outputs = {"hidden_states": run(item)}
+                    if settings.two_models:
+                        outputs["dense_states"] = item.load("dense_states", device)
+                    save_next_inputs(model, index, item, outputs)
             if progress:
                 progress("calibrate", index + 1, len(layers))
 
@@ -233,7 +243,7 @@ def collect_layer_hessians(
     observer = InputObserver(matrices, settings.calibration.frames_per_column, settings.seed, dense)
     with distributed.together(), observer.attached():
         for item in inputs:
-            observer.start_batch(item.load("others", device)[1], item.number, item.share)
+            observer.start_batch({matrices[0].layer: item.load("others", device)[1]}, item.number, item.share)
             if dense is not None:
                 run(item, dense_layer, "dense_states")
             run(item)
@@ -245,12 +255,18 @@ def in_reading_order(
     matrices: list[PrunableMatrix], inputs: list[LayerInputs], run: Callable[[LayerInputs], Tensor]
 ) -> list[list[PrunableMatrix]]:
     """Group a layer's matrices by the tensor that they read, in the order of the forward pass."""
-    seen: dict[int, tuple[Tensor, list[str]]] = {}
+    seen: dict[tuple[int, bool], tuple[Tensor, list[str]]] = {}
+    called: set[str] = set()
 
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, read: seen.setdefault(id(read[0]), (read[0], []))[1].append(name)
+    def hook_of(matrix: PrunableMatrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, read: tuple[Tensor, ...]) -> None:
+            if matrix.name not in called:  # one that reads two tensors is pruned with those that read the first
+                called.add(matrix.name)
+                seen.setdefault((id(read[0]), matrix.positions), (read[0], []))[1].append(matrix.name)
 
-    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix.name)) for matrix in matrices]
+        return hook
+
+    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix)) for matrix in matrices]
     try:
         for item in inputs[:1]:
             run(item)

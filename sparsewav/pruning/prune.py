@@ -23,10 +23,12 @@ from sparsewav.pruning.encoder import (
     check_model,
     encoder_layers,
     first_utterances,
+    has_head,
     in_evaluation_mode,
     prunable_matrices,
     whatever_modes,
 )
+from sparsewav.pruning.families import untried
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
     BATCHED_DEVICES,
@@ -100,17 +102,19 @@ def prune(
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
     progress: StageProgress | None = None,
 ) -> PruneReport:
-    """Prune a CTC model in place, in one shot.
+    """Prune a CTC model, or an encoder without a head, in place and in one shot.
 
     Every option is an object of :mod:`sparsewav.settings`, or its name for the defaults. In a process group
     (:mod:`torch.distributed`) all processes call it with the same arguments, share the work, and end with the same
     model.
 
     Args:
-        model: A CTC model of transformers; its prunable matrices are those of :mod:`~sparsewav.pruning.encoder`.
-        calibration_batches: Dictionaries with ``input_values`` (batch, samples), ``attention_mask`` (batch, samples)
-            and, for the allocations ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is
-            none); their other keys are not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
+        model: A CTC model of transformers, or an encoder (``AutoModel``), which takes the allocations that need no
+            labels; its prunable matrices are those of :mod:`~sparsewav.pruning.families`.
+        calibration_batches: Dictionaries with ``input_values`` (batch, samples) or ``input_features`` (batch, feature
+            frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
+            ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
+            not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``.
         saliency: Which weights are removed first.
         solver: How mask and kept weights are found.
@@ -140,6 +144,7 @@ def prune(
     )
     settings.check()
     check_model(model, by_output=not isinstance(settings.allocation, Uniform))
+    check_allocation(model, settings.allocation)
     with _undone_by_errors(model), whatever_modes(model.device):
         return prune_model(model, calibration_batches, settings, masks=masks, progress=progress)
 
@@ -220,7 +225,7 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
-        warnings=_warnings(plan, outcome),
+        warnings=_warnings(model, plan, outcome),
         recoveries=outcome.recoveries,
         allocated=allocated,
     )
@@ -241,6 +246,27 @@ def traces_of(
         seed=settings.seed,
         progress=progress,
     )
+
+
+def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
+    """Refuse an allocation that takes transcripts or the posteriors of characters for an encoder without a head.
+
+    Raises:
+        UserError: It names the allocations that an encoder can have.
+    """
+    if has_head(model):
+        return
+    kind = type(model).__name__
+    if isinstance(allocation, Traced):
+        raise UserError(
+            f"{kind} has no CTC head, and allocation={allocation.name} takes the CTC loss; choose allocation=uniform, "
+            "error_curves or search, or load the model with AutoModelForCTC.from_pretrained"
+        )
+    if isinstance(allocation, ErrorCurves) and allocation.effect == "fisher":
+        raise UserError(
+            f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
+            "allocation.effect=output"
+        )
 
 
 def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, Trace] | None) -> dict[str, float]:
@@ -307,8 +333,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(plan: Plan, outcome: Outcome) -> list[str]:
-    warnings = [
+def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome) -> list[str]:
+    warnings = untried(model)
+    warnings += [
         f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned (lower "
         "recovery.learning_rate)"
         for index, recovery in enumerate(outcome.recoveries)

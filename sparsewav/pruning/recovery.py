@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import ROLES
+from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Progress
-from sparsewav.pruning.hidden_states import LayerInputs
+from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
 from sparsewav.settings.pruning import Reconstruction, Recovery
 
 RunLayer = Callable[[LayerInputs], Float[Tensor, "batch frames width"]]
@@ -44,6 +44,7 @@ class LayerRecovery:
 
 def recover(
     layer: nn.Module,
+    matrices: list[PrunableMatrix],
     run: RunLayer,
     inputs: list[LayerInputs],
     settings: Recovery,
@@ -54,6 +55,7 @@ def recover(
 
     Args:
         layer: The pruned layer.
+        matrices: The layer's prunable matrices.
         run: Gives the layer's output for a batch.
         inputs: This process's batches, with the dense model's outputs of the layer as ``dense_states``.
         settings: ``Reconstruction`` or ``Affine``.
@@ -64,15 +66,17 @@ def recover(
         UserError: The outputs of the dense or of the pruned layer are not finite, as where they overflow float16.
     """
     if isinstance(settings, Reconstruction):
+        steps, learning_rate = settings.steps, settings.learning_rate
         return reconstruct_layer(
-            layer, run, inputs, steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, progress=progress
+            layer, matrices, run, inputs, steps=steps, learning_rate=learning_rate, seed=seed, progress=progress
         )
-    return correct_layer(layer, run, inputs)
+    return correct_layer(layer, matrices, run, inputs)
 
 
 @torch.no_grad()
 def reconstruct_layer(
     layer: nn.Module,
+    matrices: list[PrunableMatrix],
     run: RunLayer,
     inputs: list[LayerInputs],
     *,
@@ -87,8 +91,8 @@ def reconstruct_layer(
     not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``.
     """
     device = next(layer.parameters()).device
-    learning = list(_learning(layer))
-    masks = [parameter == 0 if parameter.dim() == 2 else None for parameter in learning]
+    learning = list(_learning(layer, matrices))
+    masks = [parameter == 0 if parameter.dim() > 1 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
     error_before = _finite_error(run, inputs, device)
     optimizer = torch.optim.Adam(learning, lr=learning_rate)
@@ -112,12 +116,15 @@ def reconstruct_layer(
 
 
 @torch.no_grad()
-def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) -> LayerRecovery:
+def correct_layer(
+    layer: nn.Module, matrices: list[PrunableMatrix], run: RunLayer, inputs: list[LayerInputs]
+) -> LayerRecovery:
     """Fit a pruned layer's outputs to the dense model's by an affine map of every channel, in place.
 
     With y a channel's outputs and t the dense model's, the map is the least squares solution of t ≈ g·y + c. Where the
     layer ends with a layer norm, g and c are merged into its gain and bias; elsewhere g is 1, and c, the mean of t − y,
-    is added to the bias of the last matrix. The arguments are those of :func:`recover`.
+    is added to the bias of the last matrix. Where there is no such bias, c is 0. The arguments are those of
+    :func:`recover`.
     """
     device = next(layer.parameters()).device
     error_before = _finite_error(run, inputs, device)
@@ -131,22 +138,24 @@ def correct_layer(layer: nn.Module, run: RunLayer, inputs: list[LayerInputs]) ->
             products = (torch.ones_like(target), target, output, output.square(), output * target)
             found = torch.stack([product.sum(0) for product in products])
             sums = found if sums is None else sums + found
-    last: Any = layer.get_submodule(norms[0] if norms else _last_matrix(layer))
-    bias: Tensor = last.bias.data
+    last: Any = layer.get_submodule(norms[0]) if norms else matrices[-1].module
     learning = list(last.parameters())
     before = [parameter.detach().clone() for parameter in learning]
     if sums is None:
-        sums = torch.zeros(5, len(bias), dtype=torch.float64, device=device)
+        sums = torch.zeros(5, len(last.weight), dtype=torch.float64, device=device)
     distributed.add_up(sums)
     mean_target, mean_output, square, product = sums[1:] / sums[0]
+    if last.bias is None:
+        mean_target, mean_output = torch.zeros_like(mean_target), torch.zeros_like(mean_output)
     gain = torch.ones_like(mean_output)
     if norms:
         variance = (square - mean_output.square()).clamp(min=0.0)
         live = variance > 1e-12 * square
         gain = torch.where(live, (product - mean_output * mean_target) / variance.where(live, 1.0), gain)
-        last.weight.data *= gain
-        bias *= gain
-    bias += mean_target - gain * mean_output
+        for parameter in learning:
+            parameter.data *= gain
+    if last.bias is not None:
+        last.bias.data += mean_target - gain * mean_output
     return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
 
 
@@ -175,15 +184,11 @@ def _last_norm(layer: nn.Module, run: RunLayer, item: LayerInputs) -> str:
     return next((name for name, own in outputs.items() if torch.equal(own, output)), "")
 
 
-def _last_matrix(layer: nn.Module) -> str:
-    names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in names if name.rpartition(".")[2] in ROLES][-1]
-
-
-def _learning(layer: nn.Module) -> Iterator[nn.Parameter]:
+def _learning(layer: nn.Module, matrices: list[PrunableMatrix]) -> Iterator[nn.Parameter]:
     """Yield the weights and biases of the prunable matrices and the layer norms."""
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.LayerNorm) or (isinstance(module, nn.Linear) and name.rpartition(".")[2] in ROLES):
+    pruned = {matrix.module for matrix in matrices}
+    for module in layer.modules():
+        if isinstance(module, nn.LayerNorm) or module in pruned:
             yield from module.parameters()
 
 
@@ -223,7 +228,9 @@ def _difference(
 ) -> tuple[Float[Tensor, "frames width"], Float[Tensor, "frames width"]]:
     """Give the output minus the target, and the target, of a batch's frames."""
     _, frame_mask = item.load("others", device)
-    target = item.load("dense_states", device)[frame_mask]
+    target = item.load("dense_states", device)
+    frame_mask = valid_rows(frame_mask, target.shape[1])
+    target = target[frame_mask]
     return run(item)[frame_mask] - target, target
 
 

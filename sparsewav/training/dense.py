@@ -119,6 +119,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         remove_leftovers(folder, folder.parent)
     device = choose_device(config.device)
     learning, measured = sets.training(config.training.seed), _measured(sets)
+    refuse_unreadable(chain(learning, *measured.values()))
     source = initial_commit = None
     if config.initial_model is not None:
         located = find_model(train_if_recipe(config.initial_model), "initial_model", config.initial_revision)
@@ -126,7 +127,6 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     initial = load_pretrained(source, torch.float32, "initial_model") if source else None
     kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
     processor = load_processor(kept) if kept else _processor_of_transcripts(sets, source, checkpoints)
-    refuse_unreadable(chain(learning, *measured.values()))
     overlap, notes = {}, sets.left_out()
     for name, utterances in measured.items():
         overlap[name], found = find_overlap(config.data, utterances, {"training": learning}, name)
@@ -136,7 +136,6 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     learning = normalized(learning, how)
     measured = {name: normalized(utterances, how) for name, utterances in measured.items()}
     check_labels([*learning, *chain(*measured.values())], processor, how)
-    notes += assumed
     set_seed(config.training.seed)
     # The tokenizer of a model may name tokens behind its outputs.
     outputs = initial.config.vocab_size if kept and initial is not None else len(processor.tokenizer)
@@ -159,7 +158,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     prunable = sum(matrix.size for matrix in prunable_matrices(model))
     updates = updates_of(config.training.epochs, len(learning), config.training.batch_size)
     console.print(f"{parameters:,} parameters, {prunable:,} prunable; {len(learning):,} training utterances")
-    for sentence in sets.recognised() if first else []:
+    for sentence in [*sets.recognised(), *assumed] if first else []:
         print_note(sentence)
     warnings = [*notes, *too_short(config.training, [Stage(0.0, updates)], len(learning))]
     for warning in warnings if first else []:

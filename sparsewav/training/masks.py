@@ -28,7 +28,7 @@ def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Ite
         masks: Boolean masks (rows, cols) by matrix, True where a weight is kept.
     """
     handles = [
-        matrix.weight.register_hook(_zero_where(~masks[matrix.name]))
+        matrix.parameter.register_hook(_zero_where(~masks[matrix.name]))
         for matrix in prunable_matrices(model)
         if matrix.name in masks
     ]
@@ -40,20 +40,18 @@ def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Ite
 
 
 def _zero_where(pruned: Tensor) -> Any:
-    return lambda gradient: gradient.masked_fill(pruned.to(gradient.device), 0.0)
+    return lambda gradient: gradient.masked_fill(pruned.view_as(gradient).to(gradient.device), 0.0)
 
 
 class HoldMasks(TrainerCallback):
     """Sets masked weights to zero after every update."""
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
-        self.pruned = [
-            (matrix.weight, ~masks[matrix.name]) for matrix in prunable_matrices(model) if matrix.name in masks
-        ]
+        self.pruned = [(matrix, ~masks[matrix.name]) for matrix in prunable_matrices(model) if matrix.name in masks]
 
     @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for weight, pruned in self.pruned:
-            weight.masked_fill_(pruned.to(weight.device), 0.0)  # the Trainer may have moved the model
+        for matrix, pruned in self.pruned:
+            matrix.weight.masked_fill_(pruned.to(matrix.weight.device), 0.0)  # the Trainer may have moved the model

@@ -37,6 +37,7 @@ from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
 from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
+from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.masks import HoldMasks, masked_gradients
@@ -424,8 +425,7 @@ def train_ctc(
             logger.info("update %d of %d: WER %.4g, CER %.4g of the development set", *shown)
 
     if settings.freeze_feature_encoder:
-        freeze: Any = model.freeze_feature_encoder
-        freeze()
+        freeze_front_end(model)
     with masked_gradients(model, masks) if masks else nullcontext():
         return train(
             model,

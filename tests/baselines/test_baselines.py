@@ -205,7 +205,8 @@ def test_fithubert_halves_the_frames_restores_them_and_loads_again(
     assert torch.equal(again(**batch).logits, output.logits)
     alone = student(batch["input_values"][1:, :320]).logits
     assert torch.allclose(output.logits[1:, : alone.shape[1]], alone, atol=1e-4)
-    assert multiply_accumulates(student, 1600)[0] < multiply_accumulates(teacher, 1600)[0]
+    audio = torch.zeros(1, 16_000)
+    assert multiply_accumulates(student, audio)[0] < multiply_accumulates(teacher, audio)[0]
 
 
 class _Stopped(Exception):

@@ -45,7 +45,9 @@ def test_a_run_has_all_rates_of_every_test_set_and_goes_on_where_it_stopped(
 ) -> None:
     arguments = [*small, *TUNING, f"data.root={two_sets}", "hydra.run.dir=mine"]
     both = "data.evaluation_subset=[test,other]"
-    assert "has several values; add -m" in _one_sentence(run_sparsewav(*arguments, "data.evaluation_subset=test,other"))
+    assert "add -m to run each of them, or write a list: data.evaluation_subset=[test,other]" in _one_sentence(
+        run_sparsewav(*arguments, "data.evaluation_subset=test,other")
+    )
     folder = tmp_path / "mine"
     (folder / "predictions.jsonl").mkdir(parents=True)
     assert "cannot write" in _one_sentence(run_sparsewav(*arguments, both))
@@ -133,7 +135,7 @@ def test_models_are_evaluated_and_compared_in_pairs(
         assert dense["cer_difference"] == pytest.approx(dense["cer"] - own["cer"])
         assert dense["cer_difference_low"] <= dense["cer_difference"] <= dense["cer_difference_high"]
         assert f"{100 * own['wer_low']:.2f} to {100 * own['wer_high']:.2f}" in result.stdout
-    assert "samples of the 3 utterances; who speaks is not known" in result.stdout, "it is one speaker alone"
+    assert "samples of the 3 utterances; speakers are not drawn" in result.stdout, "it is one alone"
 
     one_set = ["--data", "data.evaluation_subset=[train]"]
     result = evaluate(*models, *one_set, "--output", "errors.csv")

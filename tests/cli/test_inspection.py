@@ -12,6 +12,7 @@ import torch
 import sparsewav
 from sparsewav.cli.inspection import draw_heat_map, heat_map, matrix_sparsities
 from sparsewav.models.load import locate_model
+from sparsewav.pruning.families import FAMILIES
 
 Run = Callable[..., Any]
 
@@ -81,7 +82,7 @@ def test_heat_map_has_the_order_of_the_layer_and_the_range_of_the_data(
     assert {label.get_ha() for label in axes.get_xticklabels()} == {"center"}
     assert axes.images[0].get_clim() == pytest.approx((shares.min(), shares.max()))
     assert bar.get_ylabel() == f"Sparsity, % (here {shares.min():.1f} to {shares.max():.1f})"
-    value = shares[(matrices["layer"] == 0) & (matrices["role"] == "k_proj")].iloc[0]
+    value = shares[(matrices["layer"] == 0) & (matrices["role"] == "attention.k_proj")].iloc[0]
     assert axes.images[0].get_array()[0, 1] == pytest.approx(value)
 
 
@@ -89,8 +90,16 @@ def test_heat_map_tells_the_two_feed_forward_modules_of_a_conformer_apart(tiny_m
     matrices = matrix_sparsities(tiny_model("wav2vec2-conformer", "layer"))
     assert not matrices.duplicated(["layer", "role"]).any()
     labels = [label.get_text() for label in draw_heat_map(matrices).axes[0].get_xticklabels()]
-    assert labels[:4] == ["q", "k", "v", "out"]
-    assert labels[4:] == ["ffn1\nintermediate", "ffn2\nintermediate", "ffn1\noutput", "ffn2\noutput"]
+    attention, convolution = ["q", "k", "v", "pos", "out"], ["pointwise_conv1", "pointwise_conv2"]
+    feed_forward = [[f"{module}\nintermediate", f"{module}\noutput"] for module in ("ffn1", "ffn2")]
+    assert labels == [*feed_forward[0], *attention, *convolution, *feed_forward[1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_of_a_layer_have_names_of_their_own(family: str, tiny_model: Callable[..., Any]) -> None:
+    matrices = matrix_sparsities(tiny_model(family))
+    names = [str(column.header) for column in heat_map(matrices).columns]
+    assert len(set(names)) == len(names) == 1 + matrices["role"].nunique()
 
 
 def test_export_without_the_plain_model(run_sparsewav: Run, arguments: list[str], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_first_broken_line_is_named_and_the_others_are_counted(manifest: Pat
     _break_some(manifest)
     with pytest.raises(
         UserError,
-        match=r"^.*all\.csv line 3 \(.*02\.wav\) has no transcript; .* \(and 2 others cannot be read\); "
+        match=r"^.*all\.csv line 4: there is no audio file .*03\.wav; .* \(and 2 others cannot be read\); "
         r"data\.skip_broken=true goes on without$",
     ):
         _sets(manifest).evaluation()

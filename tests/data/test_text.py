@@ -8,10 +8,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import Wav2Vec2CTCTokenizer
 
+from sparsewav.data.sets import Sets
 from sparsewav.data.text import Normalization, check_characters, choose_normalization, normalize, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.inference.wer import count_edits, error_rates
+from sparsewav.settings.data import LibriSpeechFolder
 
 
 def _tokenizer(folder: Path, letters: str) -> Wav2Vec2CTCTokenizer:
@@ -41,7 +43,13 @@ TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
         ("ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÜ", "Straße", "upper", "STRASSE"),
         (TURKISH, "IŞIK İstanbul'da".replace("'", ""), "lower", "ışık istanbulda"),
         ("ABCÇDEFGĞHIİJKLMNOÖPRSŞTUÜVYZ", "ışık istanbul", "upper", "IŞIK İSTANBUL"),
-        (ENGLISH, "IN", "lower", "in"),
+        (ENGLISH, "I LIVE IN İSTANBUL AND IN IRELAND", "lower", "i live in istanbul and in ireland"),
+        (
+            ENGLISH + "ı",
+            "I LIVE IN İSTANBUL AND SHE IS IN IRELAND",
+            "lower",
+            "i live in istanbul and she is in ireland",
+        ),
         ("αβγδεζηθικλμνξοπρσςτυφχψω", "ΟΔΟΣ ΣΟΦΟΣ", "lower", "οδος σοφος"),
         ("abcdeu\u0308", "bu\u0308d b\xfcd", "keep", "bu\u0308d bu\u0308d"),  # the model has the dots apart
         (GERMAN, "bu\u0308d b\xfcd", "keep", "b\xfcd b\xfcd"),
@@ -85,6 +93,18 @@ def test_all_characters_that_a_model_lacks_are_listed_with_a_remedy_to_paste(tmp
     how, _ = choose_normalization(texts, tokenizer, remove=value)
     check_characters(normalized(utterances[:-1], how), tokenizer, how)
     assert normalize("“Yes, so-called”", how) == "yes socalled"
+
+
+def test_a_transcript_of_which_nothing_is_left_is_refused_or_left_out(own_corpus: Path) -> None:
+    transcript = next((own_corpus / "test").rglob("100-7.trans.txt"))
+    first, *others = transcript.read_text().splitlines()
+    transcript.write_text("\n".join([f"{first.split()[0]} ...", *others]) + "\n")
+    data = LibriSpeechFolder(root=str(own_corpus), evaluation_subset="test", remove_characters=".")
+    with pytest.raises(UserError, match=r"0000\.flac: without \. nothing is left of the transcript '\.{3}'; .*skip"):
+        Sets(data).evaluation()
+    sets = Sets(data.changed(skip_broken=True))
+    assert [len(utterances) for utterances in sets.evaluation().values()] == [5]
+    assert sets.counts() == {"test": {"listed": 6, "skip_broken": 1}}
 
 
 def test_error_rates_are_of_words_and_of_characters_with_spaces() -> None:

@@ -54,6 +54,12 @@ def source(tiny_model: Factory, tmp_path: Path) -> Path:
         ("wavlm", "group", torch.float16, "4KB"),
         ("data2vec-audio", "layer", torch.float32, "50GB"),
         ("wav2vec2-conformer", "layer", torch.float32, "50GB"),
+        ("sew", "layer", torch.float32, "50GB"),
+        ("sew-d", "layer", torch.float32, "50GB"),
+        ("wav2vec2-bert", "", torch.float16, "50GB"),
+        ("parakeet_ctc", "", torch.float32, "4KB"),
+        ("lasr_ctc", "", torch.bfloat16, "50GB"),
+        ("granite_speech5_ctc", "", torch.float32, "50GB"),
     ],
 )
 def test_the_bytes_are_those_of_pruning_in_memory(
@@ -63,6 +69,7 @@ def test_the_bytes_are_those_of_pruning_in_memory(
     shard_size: str,
     tiny_model: Factory,
     batches: list[Batch],
+    model_input: Callable[[PreTrainedModel, Batch], Batch],
     tmp_path: Path,
 ) -> None:
     """From one file or shards, in any dtype: what is on disk is what pruning layer by layer in memory gives."""
@@ -73,6 +80,7 @@ def test_the_bytes_are_those_of_pruning_in_memory(
     calibration = Calibration(propagation="sequential", frames_per_column=1.0)
     options: dict[str, Any] = {"sparsity": 0.6, "solver": OBS(damping=0.02), "calibration": calibration, "seed": 2}
     model = AutoModelForCTC.from_pretrained(source, dtype=torch.float32).eval()
+    batches = [model_input(model, batch) for batch in batches]
     expected = sparsewav.prune(model, batches, allocation="uniform", **options)
     report = sparsewav.prune_folder(source, destination, batches, **options)
     assert report.matrices == expected.matrices

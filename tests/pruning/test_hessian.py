@@ -19,6 +19,7 @@ from sparsewav.settings import Calibration, Pruning, Uniform
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
 
+ModelInput = Callable[[PreTrainedModel, Batch], Batch]
 MODELS = [
     ("wav2vec2", "layer"),
     ("wav2vec2", "group"),
@@ -29,25 +30,37 @@ MODELS = [
     ("data2vec-audio", "layer"),
     ("wav2vec2-conformer", "layer"),
     ("wav2vec2-conformer", "group"),
+    *((family, "layer") for family in ("unispeech", "unispeech-sat", "sew", "sew-d")),
+    *((family, "") for family in ("wav2vec2-bert", "parakeet_ctc", "lasr_ctc", "granite_speech5_ctc")),
 ]
 
 
 def module_inputs(model: PreTrainedModel, names: list[str], utterance: Batch) -> dict[str, Tensor]:
-    """Inputs (frames, width) of named modules in a plain forward pass of one utterance, without a mask."""
-    caught: dict[str, Tensor] = {}
+    """Inputs (frames, width) of named modules in a plain forward pass of one utterance, without a mask.
+
+    Those of a module that is called several times follow one another.
+    """
+    caught: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            caught[name] = (args[0] if args else kwargs["hidden_states"])[0].detach().double()
+            states = (args[0] if args else kwargs["hidden_states"])[0].detach().double()
+            caught[name].append(states.T if isinstance(module, nn.Conv1d) else states)
 
         return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(catch(name), with_kwargs=True) for name in names]
     with torch.no_grad():
-        model(utterance["input_values"])
+        model(utterance[model.main_input_name])
     for hook in hooks:
         hook.remove()
-    return caught
+    return {name: torch.cat(states) for name, states in caught.items()}
+
+
+def frames_of(model: PreTrainedModel, utterances: list[Batch]) -> int:
+    """Count the frames that reach the first layer, in utterances run one by one."""
+    layer = prunable_matrices(model)[0].name.partition(".0.")[0] + ".0"
+    return sum(len(module_inputs(model, [layer], utterance)[layer]) for utterance in utterances)
 
 
 def wavlm_out_proj_input(model: Any, name: str, utterance: Batch) -> Tensor:
@@ -79,6 +92,8 @@ def brute_force_hessians(model: PreTrainedModel, utterances: list[Batch]) -> dic
                 columns = wavlm_out_proj_input(model, name, utterance)
             else:
                 columns = inputs[sources[name]]
+            if name.endswith("pointwise_lin2"):  # where a layer halves the frames, it drops a last odd one after this
+                columns = columns[: len(inputs[f"{name.rpartition('.conv.')[0]}.feed_forward2.linear1"])]
             hessians[name] = hessians.get(name, 0) + columns.T @ columns
     return hessians
 
@@ -110,13 +125,15 @@ def test_hessians_equal_brute_force(
     tiny_model: Factory,
     noise_batch: Callable[..., Batch],
     utterances: Callable[..., list[Batch]],
+    model_input: ModelInput,
 ) -> None:
     """H of every matrix is XXᵀ over the frames of all batches, of full-length utterances here."""
     model = tiny_model(family, norm)
     batches = [noise_batch([400, 400]), noise_batch([272], seed=1)]
-    hessians = collect_hessians(model, batches)
-    assert hessians.frames == 2 * 24 + 16
-    assert_same_hessians(hessians, brute_force_hessians(model, utterances(batches)))
+    single = [model_input(model, utterance) for utterance in utterances(batches)]
+    hessians = collect_hessians(model, [model_input(model, batch) for batch in batches])
+    assert hessians.frames == frames_of(model, single)
+    assert_same_hessians(hessians, brute_force_hessians(model, single))
 
 
 @pytest.mark.parametrize(("family", "norm"), MODELS)
@@ -126,13 +143,15 @@ def test_padding_never_counts(
     tiny_model: Factory,
     noise_batch: Callable[..., Batch],
     utterances: Callable[..., list[Batch]],
+    model_input: ModelInput,
 ) -> None:
     """A padded batch gives the Hessians of its utterances run one by one, whatever the padding holds."""
     model = tiny_model(family, norm)
     batch = noise_batch([400, 203, 320])
-    hessians = collect_hessians(model, [batch])
-    assert hessians.frames == 24 + 12 + 19
-    assert_same_hessians(hessians, brute_force_hessians(model, utterances([batch])))
+    single = [model_input(model, utterance) for utterance in utterances([batch])]
+    hessians = collect_hessians(model, [model_input(model, batch)])
+    assert hessians.frames == frames_of(model, single)
+    assert_same_hessians(hessians, brute_force_hessians(model, single))
 
 
 def test_adapter_after_the_encoder_does_not_disturb(
@@ -146,11 +165,11 @@ def test_adapter_after_the_encoder_does_not_disturb(
 
 @pytest.mark.parametrize(("family", "norm"), MODELS)
 def test_sequential_without_pruning_equals_parallel(
-    family: str, norm: str, tiny_model: Factory, noise_batch: Callable[..., Batch]
+    family: str, norm: str, tiny_model: Factory, noise_batch: Callable[..., Batch], model_input: ModelInput
 ) -> None:
     """Going layer by layer over a model that stays as it is finds the Hessians of one pass."""
     model = tiny_model(family, norm, num_hidden_layers=3)
-    batches = [noise_batch([400, 203]), noise_batch([320], seed=1)]
+    batches = [model_input(model, batch) for batch in (noise_batch([400, 203]), noise_batch([320], seed=1))]
     together = collect_hessians(model, batches)
     found: dict[str, Tensor] = {}
     layers: list[set[int]] = []
@@ -158,7 +177,7 @@ def test_sequential_without_pruning_equals_parallel(
     def keep(matrices: list[PrunableMatrix], hessians: Hessians) -> None:
         layers.append({matrix.layer for matrix in matrices})
         found.update({matrix.name: hessians.of(matrix.name) for matrix in matrices})
-        assert hessians.frames == together.frames
+        assert hessians.frames == together.frames or layers[-1] != {0}  # a layer may halve the frames
 
     collect_layer_by_layer(model, batches, keep)
     assert layers == [{0}, {1}, {2}]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     PreTrainedModel,
-    UniSpeechConfig,
-    UniSpeechForCTC,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
@@ -26,25 +26,17 @@ from sparsewav import ALPS, NM, OBS, Calibration, Hutchinson, Pruning, Unstructu
 from sparsewav.errors import UserError
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.pruning import collect_hessians, estimate_traces, layerwise, prunable_matrices, prune_matrix, prune_model
+from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.pruning.families import FAMILIES
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know
 MakeBatch = Callable[..., Batch]
 
-ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj")
-FEED_FORWARD = ("feed_forward.intermediate_dense", "feed_forward.output_dense")
-CONFORMER = (
-    *("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v", "self_attn.linear_out"),
-    *("ffn1.intermediate_dense", "ffn1.output_dense", "ffn2.intermediate_dense", "ffn2.output_dense"),
-)
-FAMILIES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
-    "wav2vec2": ("wav2vec2", (*ATTENTION, *FEED_FORWARD), {}),
-    "hubert": ("hubert", (*ATTENTION, *FEED_FORWARD), {}),
-    "wavlm": ("wavlm", (*ATTENTION, *FEED_FORWARD), {}),
-    "data2vec-audio": ("data2vec_audio", (*ATTENTION, *FEED_FORWARD), {}),
-    # With relative positions a conformer's attention has a fifth matrix, linear_pos, that is not to be pruned.
-    "wav2vec2-conformer": ("wav2vec2_conformer", CONFORMER, {"position_embeddings_type": "relative"}),
-}
+ModelInput = Callable[[PreTrainedModel, Batch], Batch]
+
+LEFT_DENSE = {"wavlm": {"attention.gru_rel_pos_linear"}}
+"""The modules in a layer that multiply by a matrix and are not to be pruned."""
 
 
 @pytest.fixture
@@ -88,16 +80,31 @@ def inputs_of(model: PreTrainedModel, utterances: list[Batch]) -> dict[str, Tens
     return {name: torch.cat(frames).T for name, frames in caught.items()}
 
 
+def matrices_of(layer: nn.Module) -> set[str]:
+    """The names of all modules that multiply every frame by one matrix: linear ones, and convolutions of kernel 1."""
+    return {
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.weight.shape[1:] != (1, 3))
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("propagation", ["parallel", "sequential"])
 def test_only_the_prunable_matrices_change(
-    family: str, propagation: str, tiny_model: Factory, batches: list[Batch]
+    family: str, propagation: str, tiny_model: Factory, batches: list[Batch], model_input: ModelInput
 ) -> None:
-    """The six roles of every layer are pruned to the count asked for; every other tensor is the same bytes."""
-    prefix, roles, overrides = FAMILIES[family]
-    model = tiny_model(family, **overrides)
+    """Every matrix of a layer is pruned to the count asked for, or known to stay; other tensors are the same bytes."""
+    relative = {"position_embeddings_type": "relative"} if family.startswith("wav2vec2-") else {}
+    model = tiny_model(family, **relative)
+    batches = [model_input(model, batch) for batch in batches]
     dense = copy.deepcopy(model)
-    expected = {f"{prefix}.encoder.layers.{layer}.{role}" for layer in range(2) for role in roles}
+    layers = encoder_layers(model)
+    place = next(name for name, module in model.named_modules() if module is layers)
+    roles = matrices_of(layers[0]) - LEFT_DENSE.get(family, set())
+    assert len(roles) >= 6
+    assert len(layers) == 2
+    expected = {f"{place}.{layer}.{role}" for layer in range(2) for role in roles}
     assert {matrix.name for matrix in prunable_matrices(model)} == expected
     allocation = Hutchinson(exact_budget=True, rank_tolerance=0.0)
     report = sparsewav.prune(model, batches, 0.7, allocation=allocation, calibration=every_frame(propagation))
@@ -105,12 +112,12 @@ def test_only_the_prunable_matrices_change(
     for name, value in dense.state_dict().items():
         module, _, kind = name.rpartition(".")
         assert torch.equal(state[name], value) == (module not in expected or kind != "weight"), name
-    assert zeros(model) == (round(0.7 * zeros(model)[1]), sum(module.size for module in prunable_matrices(model)))
+    assert zeros(model) == (round(0.7 * zeros(model)[1]), sum(matrix.size for matrix in prunable_matrices(model)))
     assert [row.name for row in report.matrices] == list(report.masks) == [m.name for m in prunable_matrices(model)]
     for row in report.matrices:
         weight = model.get_submodule(row.name).weight
-        assert torch.equal(report.masks[row.name], weight != 0)
-        assert (row.rows, row.cols) == tuple(weight.shape)
+        assert torch.equal(report.masks[row.name], weight.flatten(1) != 0)
+        assert (row.rows, row.cols) == weight.flatten(1).shape
         assert row.sparsity == int((weight == 0).sum()) / weight.numel()
         assert row.sparsity == pytest.approx(row.target_sparsity, abs=0.5 / weight.numel() + 1e-12)
     assert report.sparsity == zeros(model)[0] / zeros(model)[1]
@@ -126,11 +133,41 @@ def test_full_size_base_model_has_its_72_matrices() -> None:
 
 
 def test_unknown_family_is_refused_by_name() -> None:
-    """A model whose encoder is not known is named, with what is supported."""
+    """A model whose layers are like those of no family is named, with what is supported."""
     with torch.device("meta"):
-        model = UniSpeechForCTC(UniSpeechConfig(num_hidden_layers=1, hidden_size=48, vocab_size=5))
-    with pytest.raises(UserError, match=r"UniSpeechForCTC.*'unispeech'.*wav2vec2"):
+        model = BertForMaskedLM(BertConfig(num_hidden_layers=1, vocab_size=5))
+    with pytest.raises(UserError, match=r"BertForMaskedLM.*'bert'.*wav2vec2, .*parakeet_ctc"):
         sparsewav.prune(model, [], 0.5)
+
+
+class HomemadeConfig(Wav2Vec2Config):
+    model_type = "homemade"
+
+
+class Homemade(Wav2Vec2ForCTC):
+    config_class = HomemadeConfig
+
+
+@pytest.mark.parametrize("propagation", ["parallel", "sequential"])
+def test_a_family_that_looks_like_a_known_one_is_tried_with_a_warning(
+    propagation: str, tiny_model: Factory, batches: list[Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is pruned as that one, utterance by utterance; the warning says what is pruned and what is left."""
+    known = tiny_model("wav2vec2")
+    config = HomemadeConfig(**{key: value for key, value in known.config.to_dict().items() if key != "model_type"})
+    model = Homemade(config).eval()
+    model.load_state_dict(known.state_dict())
+    for layer in model.wav2vec2.encoder.layers:
+        layer.extra = nn.Linear(16, 16)
+    report = sparsewav.prune(model, batches, 0.5, allocation="uniform", calibration=every_frame(propagation))
+    sparsewav.prune(known, batches, 0.5, allocation="uniform", calibration=every_frame(propagation))
+    assert [m.name for m in prunable_matrices(model)] == [m.name for m in prunable_matrices(known)]
+    for mine, other in zip(prunable_matrices(model), prunable_matrices(known), strict=True):
+        assert torch.equal(mine.weight != 0, other.weight != 0)
+    (warning,) = report.warnings
+    for part in ("'homemade' was never tried", "like those of wav2vec2", "attention.q_proj, ", "and extra of"):
+        assert part in warning
+    assert warning in caplog.messages
 
 
 @pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs", "obs_first_order"])
@@ -390,7 +427,7 @@ untyped_prune: Callable[..., Any] = inspect.unwrap(sparsewav.prune)
     ("spoil", "message"),
     [
         (lambda batch: batch["input_values"], "a calibration batch is a Tensor; give dictionaries"),
-        (lambda batch: {"speech": batch["input_values"]}, "no input_values, but speech"),
+        (lambda batch: {"speech": batch["input_values"]}, "no input_values or input_features, but speech"),
         (
             lambda batch: batch | {"input_values": batch["input_values"][0]},
             r"shape \(400,\); give .* \(batch, samples\)",
@@ -476,7 +513,10 @@ QUERY = "wav2vec2.encoder.layers.0.attention.q_proj"
         (lambda model: nn.Linear(3, 3), "the model is a Linear; give a CTC model"),
         (nn.DataParallel, r"wrapped in DataParallel; give .* model\.module"),
         (lambda model: torch.compile(model, backend="eager"), r"compiled; give .* model\._orig_mod"),
-        (lambda model: model.wav2vec2, "Wav2Vec2Model has no CTC head; .*AutoModelForCTC"),
+        (
+            lambda model: model.wav2vec2,
+            "Wav2Vec2Model has no CTC head, .*uniform, error_curves or search",
+        ),
         (lambda model: Wav2Vec2ForSequenceClassification(model.config), "SequenceClassification has no CTC head"),
         (lambda model: model.to("meta"), "meta device"),
         (change("lm_head", lambda head: head.half()), "float16 and torch.float32; convert it"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCTC
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForCTC, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
+from sparsewav.data.tokens import labels_of, write_text
 from sparsewav.files import conf_folder
 from sparsewav.models.load import load_speech_model
 from sparsewav.settings.run import TrainConfig
+from sparsewav.training.dense import LETTERS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -79,7 +85,7 @@ def test_training_leaves_a_model_that_can_be_pruned(
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "model"
     log = pandas.read_csv(folder / "training_log.csv")
-    assert log["eval_wer"].notna().sum() == 20
+    assert log["eval_wer"].notna().sum() == log["eval_cer"].notna().sum() == 20
     assert log.loc[log["eval_wer"].notna(), "epoch"].tolist() == list(range(1, 21))
     assert log["loss"].notna().sum() == 10  # of 60 updates every sixth, those with a WER among them
     record = json.loads((folder / "training.json").read_text())
@@ -236,7 +242,7 @@ def test_a_training_replaces_no_model_that_is_not_its_own(
         ("data.training_utterances=999", r"^error: data\.training_utterances=999 asks for more than the 12"),
         ("+foo=1", r"^error: there is no key foo"),
         ("device=gpu", r"^error: device=gpu is not known; choose auto, cpu"),
-        ("architecture.model_type=sew", r"^error: .*'sew', which is not supported"),
+        ("architecture.model_type=speecht5", r"^error: .*'speecht5', which is not supported"),
     ],
 )
 def test_mistakes_get_one_sentence(run_sparsewav: Run, corpus: Path, argument: str, message: str) -> None:
@@ -247,3 +253,90 @@ def test_mistakes_get_one_sentence(run_sparsewav: Run, corpus: Path, argument: s
     assert result.returncode == 1
     assert re.search(message, result.stdout, re.MULTILINE), result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def _write_transcripts(corpus: Path, sentences: list[str]) -> None:
+    """Give every utterance of a corpus one of these sentences."""
+    for path in corpus.rglob("*.trans.txt"):
+        names = [line.split()[0] for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{name} {sentences[int(name[-4:]) % len(sentences)]}\n" for name in names))
+
+
+RUSSIAN = ["ёж ест", "мой дом", "Это я"]
+GERMAN = ["straße über öl", "schön süß", "Äpfel"]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "letters"),
+    [
+        (RUSSIAN, "Эдежймостяё"),
+        (GERMAN, "abcefhlnprstÄßöü"),
+        ([unicodedata.normalize("NFD", sentence) for sentence in GERMAN], "abcefhlnprstÄßöü"),
+        (["cœur \u1ecd\u0300r\u1eb9\u0301"], "cruœ\u0300\u0301\u1eb9\u1ecd"),
+        (["SEA TEA"], LETTERS),
+    ],
+    ids=["Cyrillic", "umlauts", "decomposed", "accents without a letter of their own", "English"],
+)
+def test_the_vocabulary_is_that_of_the_transcripts(
+    sentences: list[str], letters: str, run_sparsewav: Run, arguments: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    """Letters with accents are one token where Unicode has such a letter, however the transcripts are encoded."""
+    _write_transcripts(own_corpus, sentences)
+    arguments = [*arguments, f"data.root={own_corpus}", "training.epochs=1", "output=model"]
+    # A sample of the training set need not have all letters.
+    result = run_sparsewav(*arguments, "data.training_utterances=4", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    vocabulary = json.loads((tmp_path / "model/vocab.json").read_text())
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *letters]
+    assert vocabulary == {token: index for index, token in enumerate(tokens)}
+    saved = load_speech_model(str(tmp_path / "model"))
+    assert saved.model.config.vocab_size == len(vocabulary)
+    for sentence in sentences:
+        labels = labels_of([unicodedata.normalize("NFC", sentence)], saved.processor.tokenizer)[0]
+        assert write_text(labels, saved.processor.tokenizer) == unicodedata.normalize("NFC", sentence)
+
+
+def test_a_training_keeps_the_tokenizer_of_its_initial_model(
+    run_sparsewav: Run, arguments: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    """With pieces of words; and the characters of other transcripts where it is asked for them."""
+    backend = Tokenizer(BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator(GERMAN * 3, BpeTrainer(vocab_size=50, special_tokens=["<unk>"]))
+    pieces = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    _write_transcripts(own_corpus, GERMAN)
+    first = [*arguments, f"data.root={own_corpus}", "training.epochs=1", "training.learning_rate=1e-9"]
+    assert run_sparsewav(*first, "output=first", command="sparsewav-train").returncode == 0
+    model = AutoModelForCTC.from_pretrained(
+        tmp_path / "first", vocab_size=len(pieces), pad_token_id=pieces.pad_token_id, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "pieces")
+    (tmp_path / "pieces" / "preprocessor_config.json").write_text(
+        json.dumps(Wav2Vec2FeatureExtractor(do_normalize=False).to_dict())
+    )
+    pieces.save_pretrained(tmp_path / "pieces")
+    again = [word for word in first if not word.startswith("architecture")]
+    again += ["initial_model=pieces", "architecture=same"]
+    result = run_sparsewav(*again, "output=kept", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    kept = load_speech_model(str(tmp_path / "kept"))
+    assert kept.processor.tokenizer.get_vocab() == pieces.get_vocab()
+    assert kept.processor.feature_extractor.do_normalize is False
+    head = load_file(tmp_path / "pieces/model.safetensors")["lm_head.weight"]
+    assert torch.allclose(kept.model.lm_head.weight, head.float(), atol=1e-3)
+    _write_transcripts(own_corpus, RUSSIAN)
+    result = run_sparsewav(*again, "output=other", command="sparsewav-train")
+    assert result.returncode == 1
+    assert "characters outside the model's vocabulary" in result.stdout
+    result = run_sparsewav(*again, "vocabulary=transcripts", "output=other", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ё" in load_speech_model(str(tmp_path / "other")).processor.tokenizer.get_vocab()
+    # An encoder has no vocabulary to keep, whatever files lie beside it.
+    model.wav2vec2.save_pretrained(tmp_path / "pieces")
+    result = run_sparsewav(*again, "output=encoder", command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    trained = load_speech_model(str(tmp_path / "encoder"))
+    assert "ё" in trained.processor.tokenizer.get_vocab()
+    assert trained.processor.feature_extractor.do_normalize is False
+    assert "2 of " in result.stdout
+    assert "tensors begin with random numbers" in result.stdout

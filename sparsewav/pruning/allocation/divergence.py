@@ -1,12 +1,13 @@
 """Output divergence: how far a pruned model's output is from the dense model's; it needs no transcripts.
 
 It is the divergence KL(dense || pruned) of the character posteriors, averaged over the frames of the evaluation
-batches. What is the same in all evaluations is computed once: the features of the front end and, while only layers from
-a certain one on are changed, the outputs of the layers before it.
+batches; of an encoder without a head it is the squared error of the last hidden states over their squares. What is the
+same in all evaluations is computed once: the features of the front end and, while only layers from a certain one on are
+changed, the outputs of the layers before it.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from sparsewav.pruning.encoder import (
     PrunableMatrix,
     base_of,
     encoder_layers,
+    has_head,
+    input_rows,
     model_batches,
+    output_counts,
     projections_as_modules,
     prunable_matrices,
 )
-from sparsewav.pruning.hidden_states import frame_mask_of
+from sparsewav.pruning.families import family_of
+from sparsewav.pruning.hidden_states import layer_masks, valid_rows
 
 
 class OutputDivergence:
@@ -38,10 +43,10 @@ class OutputDivergence:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Compute the posteriors of the dense model.
+        """Compute the output of the dense model.
 
         Args:
-            model: A dense CTC model in evaluation mode.
+            model: A dense CTC model, or an encoder without a head, in evaluation mode.
             batches: The evaluation batches; labels are not read.
 
         Raises:
@@ -50,7 +55,7 @@ class OutputDivergence:
         self.model = model
         self.evaluations = 0
         self._layers = encoder_layers(model)
-        self._front: nn.Module = base_of(model).feature_extractor
+        self._front: nn.Module = base_of(model).get_submodule(family_of(model).front)
         self._parts = [
             {name: value for name, value in part.items() if name != "labels"}
             for number, batch in enumerate(batches)
@@ -58,23 +63,36 @@ class OutputDivergence:
         ]
         if not self._parts:
             raise UserError("the output divergence has no utterance to be measured on; give at least one")
-        self._masks = [frame_mask_of(model, part) for part in self._parts]
+        self._masks = [layer_masks(model, part) for part in self._parts]
         self._output_masks = [_output_mask(model, part) for part in self._parts]
         self.frames = sum(int(mask.sum()) for mask in self._output_masks)
-        self._features: list[Any] = [self._front(part["input_values"]) for part in self._parts]
-        # shape (frames, characters) for every part, without padded frames
-        self._dense = [self._log_posteriors(index) for index in range(len(self._parts))]
+        self._features: list[Any] = []
+        self._has_head = has_head(model)
+        # shape (frames, characters or width) for every part, without padded frames
+        hook = self._front.register_forward_hook(lambda module, args, output: self._features.append(output))
+        try:
+            self._dense = [self._output(index) for index in range(len(self._parts))]
+        finally:
+            hook.remove()
+        # What the sum over all frames is divided by.
+        self._scale = self.frames if self._has_head else self._squares()
         self._kept: list[Any] | None = None
         self._kept_layers = 0
 
-    def _log_posteriors(self, index: int) -> Float[Tensor, "frames characters"]:
-        with _returning(self._front, self._features[index]):
-            logits = self.model(**self._parts[index]).logits
-        return logits.float().log_softmax(-1)[self._output_masks[index]]
+    def _output(self, index: int) -> Float[Tensor, "frames outputs"]:
+        """Give the log posteriors of the characters, or the last hidden states of an encoder."""
+        known = index < len(self._features)
+        with _returning(self._front, self._features[index]) if known else nullcontext():
+            output = self.model(**self._parts[index])
+        values = output.logits.float().log_softmax(-1) if self._has_head else output.last_hidden_state.float()
+        return values[self._output_masks[index]]
+
+    def _squares(self) -> float:
+        return sum(float(states.square().sum(dtype=torch.float64)) for states in self._dense)
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Give KL(dense || current) in nats, averaged over the frames."""
+        """Give KL(dense || current) in nats, averaged over the frames; of an encoder the relative squared error."""
         self.evaluations += 1
         total = 0.0
         for index, dense in enumerate(self._dense):
@@ -82,9 +100,10 @@ class OutputDivergence:
                 if self._kept is not None:
                     for layer in self._layers[: self._kept_layers]:
                         stack.enter_context(_returning(layer, self._kept[index]))
-                now = self._log_posteriors(index)
-            total += float((dense.exp() * (dense - now)).sum(dtype=torch.float64))
-        return total / self.frames
+                now = self._output(index)
+            distance = dense.exp() * (dense - now) if self._has_head else (dense - now).square()
+            total += float(distance.sum(dtype=torch.float64))
+        return total / self._scale
 
     @contextmanager
     def resuming_at(self, layer: int) -> Iterator[None]:
@@ -97,7 +116,7 @@ class OutputDivergence:
         try:
             with torch.no_grad():
                 for index in range(len(self._parts)):
-                    self._log_posteriors(index)
+                    self._output(index)
         finally:
             hook.remove()
         self._kept, self._kept_layers = kept, layer
@@ -122,32 +141,34 @@ class OutputDivergence:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 output.register_hook(add)
 
-            def add(gradient: Float[Tensor, "batch frames rows"]) -> None:
-                own = gradient.reshape(-1, gradient.shape[-1])[mask.flatten()]
-                sums[matrix.name] += own.square().sum(0, dtype=torch.float64).cpu()
+            def add(gradient: Float[Tensor, "batch _ _"]) -> None:
+                rows = input_rows(matrix.module, gradient)
+                valid = valid_rows(mask, rows.shape[1], positions=matrix.positions)
+                if len(rows) < len(valid):  # position embeddings, one for all utterances of the batch
+                    valid = valid.any(0, keepdim=True)
+                sums[matrix.name] += rows[valid].square().sum(0, dtype=torch.float64).cpu()
 
             return matrix.module.register_forward_hook(hook)
 
         with only_matrices_trainable(self.model, matrices), projections_as_modules(self.model), torch.enable_grad():
-            for index, mask in enumerate(self._masks):
-                hooks = [watch(matrix, mask) for matrix in matrices]
+            for index, masks in enumerate(self._masks):
+                hooks = [watch(matrix, masks[matrix.layer]) for matrix in matrices]
                 try:
-                    now = self._log_posteriors(index)
+                    now = self._output(index)
                     drawn = torch.multinomial(now.detach().exp().cpu(), 1, generator=generator).to(device)
                     now.gather(1, drawn).sum().backward()
                 finally:
                     for hook in hooks:
                         hook.remove()
                 for matrix in matrices:
-                    matrix.weight.grad = None
+                    matrix.parameter.grad = None
         return {name: total / self.frames for name, total in sums.items()}
 
 
 def _output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
     """Give a mask that is True where an utterance has a frame of the output, which an adapter may have subsampled."""
-    lengths: Any = model._get_feat_extract_output_lengths
-    counts = lengths(part["attention_mask"].sum(-1))
-    frames = int(lengths(torch.tensor(part["attention_mask"].shape[-1])))
+    counts = output_counts(model, part["attention_mask"].sum(-1))
+    frames = int(output_counts(model, torch.tensor([part["attention_mask"].shape[-1]])))
     return torch.arange(frames, device=counts.device) < counts[:, None]
 
 

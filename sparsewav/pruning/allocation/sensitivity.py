@@ -113,7 +113,7 @@ def estimate_traces(
 
         def sample(index: int) -> tuple[int, list[list[float]]]:
             parts = list(model_batches(model, sized[index], index))
-            utterances = sum(len(part["input_values"]) for part in parts)
+            utterances = sum(len(part["attention_mask"]) for part in parts)
             found = []
             for probe in range(probes):
                 generator = torch.Generator().manual_seed(_seed_of(seed, index, probe))
@@ -232,12 +232,14 @@ def _products_with_gradients(
     def multiply(index: int) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            products[index] += (z[index].double() * weight.grad.double()).sum().cpu()
+            products[index] += (z[index].double() * weight.grad.view_as(z[index]).double()).sum().cpu()
             weight.grad = None
 
         return hook
 
-    hooks = [matrix.weight.register_post_accumulate_grad_hook(multiply(index)) for index, matrix in enumerate(matrices)]
+    hooks = [
+        matrix.parameter.register_post_accumulate_grad_hook(multiply(index)) for index, matrix in enumerate(matrices)
+    ]
     try:
         for batch in batches:
             if "labels" not in batch:
@@ -280,7 +282,7 @@ def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatri
     for parameter in before:
         parameter.requires_grad_(False).grad = None
     for matrix in matrices:
-        matrix.weight.requires_grad_(True)
+        matrix.parameter.requires_grad_(True)
     try:
         yield
     finally:

@@ -1,0 +1,263 @@
+"""The families of CTC models: where a family's layers are, what of them is pruned, and how it takes padding.
+
+:data:`FAMILIES` is the one place that knows them. A model of another family whose layers have the names of one of these
+is treated like that one, with a warning (:func:`family_of`); every other model is refused.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sparsewav.errors import UserError
+
+OWN_PREFIX = "sparsewav-"
+"""Prefix of the ``model_type`` of models that this package's methods produce and transformers has no class for."""
+
+Frames = Callable[[Any, Int[Tensor, "..."]], Int[Tensor, "..."]]
+"""Gives the frames that reach a model's first layer, from (model, lengths of its input in samples or features)."""
+
+Between = Callable[[Any, int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+"""Gives what the next layer is called with, from (base model, index of a layer, its output, its other arguments)."""
+
+
+def _convolved(model: Any, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+    return lengths
+
+
+def _squeezed(model: Any, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """SEW's pooling drops the frames that do not fill a last window; its upsampling gives them back as zeros."""
+    return torch.div(_convolved(model, lengths), model.config.squeeze_factor, rounding_mode="floor")
+
+
+def _subsampled(model: Any, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    return model._get_subsampling_output_length(lengths).to(torch.int64)
+
+
+def _unchanged(model: Any, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    return lengths
+
+
+def _between_granite_layers(
+    encoder: Any, index: int, hidden_states: Float[Tensor, "batch frames width"], arguments: dict[str, Any]
+) -> tuple[Float[Tensor, "batch frames width"], dict[str, Any]]:
+    """Halve the mask after a layer that halves the frames, and add the posteriors of the middle layer."""
+    if index in encoder.config.subsample_layers and arguments["attention_mask"] is not None:
+        mask = arguments["attention_mask"]
+        half = mask.shape[1] // 2
+        arguments = arguments | {"attention_mask": mask[:, : 2 * half].unflatten(1, (half, 2)).all(2)}
+    if index + 1 == len(encoder.layers) // 2:
+        hidden_states = hidden_states + encoder.out_mid(encoder.out(hidden_states).softmax(-1))
+    return hidden_states, arguments
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the engine has to know about a family.
+
+    Attributes:
+        prunable: The names, within a layer, of the modules whose matrices are pruned: linear ones, and convolutions of
+            kernel 1, which multiply every frame by the same matrix. A model may lack some of them.
+        dense: The other such modules of a layer, and why they stay dense.
+        positions: Those of ``prunable`` that read position embeddings, alone or beside the hidden states.
+        layers: Where the list of the layers is, below the base model.
+        base: Where the base model is; None for the class's ``base_model_prefix``, and empty for the model itself.
+        head: The name of the CTC head.
+        front: The module below the base model that the audio passes first.
+        frames: How many frames reach the first layer.
+        padding: Whether a padded utterance gives the same as alone. A group norm in the front end, which takes its
+            statistics over the padding, and an adapter, whose convolutions reach into it, rule this out besides.
+        halving: The setting that lists the layers which halve the number of frames; empty where none do.
+        between: What the encoder does between its layers; None for nothing.
+        alike: The name of the family that a model which is not in the table is treated as.
+    """
+
+    prunable: tuple[str, ...]
+    dense: dict[str, str] = field(default_factory=dict)
+    positions: frozenset[str] = frozenset()
+    layers: str = "encoder.layers"
+    base: str | None = None
+    head: str = "lm_head"
+    front: str = "feature_extractor"
+    frames: Frames = _convolved
+    padding: bool = True
+    halving: str = ""
+    between: Between | None = None
+    alike: str = ""
+
+
+def _of(parent: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for name in names)
+
+
+_ADAPTER = {f"adapter_layer.linear_{number}": "a language's adapter, small and trained alone" for number in (1, 2)}
+
+_TRANSFORMER = Family(
+    prunable=(
+        *_of("attention", "q_proj", "k_proj", "v_proj", "out_proj"),
+        *_of("feed_forward", "intermediate_dense", "output_dense"),
+    ),
+    dense=_ADAPTER,
+)
+
+_CONFORMER = Family(
+    prunable=(
+        *_of("ffn1", "intermediate_dense", "output_dense"),
+        *_of("self_attn", "linear_q", "linear_k", "linear_v", "linear_pos", "linear_out"),
+        *_of("conv_module", "pointwise_conv1", "pointwise_conv2"),
+        *_of("ffn2", "intermediate_dense", "output_dense"),
+    ),
+    positions=frozenset({"self_attn.linear_pos"}),
+)
+
+_FAST_CONFORMER = Family(
+    prunable=(
+        *_of("feed_forward1", "linear1", "linear2"),
+        *_of("self_attn", "q_proj", "k_proj", "v_proj", "relative_k_proj", "o_proj"),
+        *_of("conv", "pointwise_conv1", "pointwise_conv2"),
+        *_of("feed_forward2", "linear1", "linear2"),
+    ),
+    positions=frozenset({"self_attn.relative_k_proj"}),
+    layers="layers",
+    base="encoder",
+    head="ctc_head",
+    front="subsampling",
+    frames=_subsampled,
+)
+
+FAMILIES: dict[str, Family] = {
+    "wav2vec2": _TRANSFORMER,
+    "hubert": _TRANSFORMER,
+    "wavlm": replace(_TRANSFORMER, dense={"attention.gru_rel_pos_linear": "the gate of the position bias, 8 rows"}),
+    "unispeech": _TRANSFORMER,
+    "unispeech-sat": _TRANSFORMER,
+    # The stacked positional convolutions reach across the mask.
+    "data2vec-audio": replace(_TRANSFORMER, padding=False),
+    # A window of the pooling holds padding beside the last frames of an utterance.
+    "sew": replace(_TRANSFORMER, dense={}, frames=_squeezed, padding=False),
+    "sew-d": Family(
+        prunable=(
+            *_of("attention.self", "query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj"),
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        ),
+        # The query and key project the relative positions, too, unless these have projections of their own.
+        positions=frozenset(_of("attention.self", "query_proj", "key_proj", "pos_key_proj", "pos_query_proj")),
+        layers="encoder.encoder.layer",
+        frames=_squeezed,
+        padding=False,
+    ),
+    # The convolutions in the layers reach across the mask.
+    "wav2vec2-conformer": replace(_CONFORMER, padding=False),
+    "wav2vec2-bert": replace(_CONFORMER, front="feature_projection", frames=_unchanged),
+    "parakeet_ctc": _FAST_CONFORMER,
+    "lasr_ctc": replace(_FAST_CONFORMER, front="subsampler"),
+    "granite_speech5_ctc": replace(
+        _FAST_CONFORMER,
+        prunable=tuple(name.replace("pointwise_conv", "pointwise_lin") for name in _FAST_CONFORMER.prunable),
+        front="input_linear",
+        frames=_unchanged,
+        halving="subsample_layers",
+        between=_between_granite_layers,
+    ),
+}
+"""The families by the ``model_type`` of their CTC models, as transformers names them."""
+
+ENCODERS = {
+    "parakeet_encoder": "parakeet_ctc",
+    "lasr_encoder": "lasr_ctc",
+    "granite_speech5_encoder": "granite_speech5_ctc",
+}
+"""The ``model_type`` of encoders without a head, where it is another one than that of the family."""
+
+
+def known_family(model_type: str) -> Family | None:
+    """Give the family of a ``model_type``; None for one that is not in the table."""
+    if model_type.startswith(OWN_PREFIX):
+        return _TRANSFORMER
+    return FAMILIES.get(ENCODERS.get(model_type, model_type))
+
+
+def encoder_config(config: PretrainedConfig) -> Any:
+    """Give the part of a CTC model's configuration that describes its encoder."""
+    return getattr(config, "encoder_config", config)
+
+
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
+    """Tell whether a module multiplies every frame by one matrix: a linear one, or a convolution of kernel 1."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
+    )
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Give the family of a model, from the table or by the names in its layers.
+
+    Raises:
+        UserError: The family is not in the table, and no list of modules has layers like those of one that is.
+    """
+    return known_family(model.config.model_type) or _family_alike(model)
+
+
+def _family_alike(model: PreTrainedModel) -> Family:
+    prefix = model.base_model_prefix
+    for name, family in FAMILIES.items():
+        for place, layers in model.named_modules():
+            if not isinstance(layers, nn.ModuleList) or not len(layers) or not _look_alike(layers, family):
+                continue
+            below = prefix and place.startswith(f"{prefix}.")
+            found = replace(
+                family,
+                layers=place.removeprefix(f"{prefix}.") if below else place,
+                base=prefix if below else "",
+                padding=False,
+                alike=name,
+            )
+            with suppress(AttributeError):  # its configuration or class does not tell how many frames it makes
+                found.frames(model, torch.tensor(16_000))
+                return found
+    raise UserError(
+        f"model {type(model).__name__} is of the family {model.config.model_type!r}, which is not supported; supported "
+        f"are {', '.join(FAMILIES)}"
+    )
+
+
+def _look_alike(layers: nn.ModuleList, family: Family) -> bool:
+    wanted = set(family.prunable) - family.positions
+    return all(wanted <= {name for name, module in layer.named_modules() if is_matrix(module)} for layer in layers)
+
+
+def left_dense(model: PreTrainedModel) -> dict[str, str]:
+    """Give the names, within a layer, of the modules that multiply by a matrix and are not pruned, and why."""
+    family = family_of(model)
+    layers: Any = model.get_submodule(".".join(filter(None, (base_name(model), family.layers))))
+    names = dict.fromkeys(name for layer in layers for name, module in layer.named_modules() if is_matrix(module))
+    return {name: family.dense.get(name, "not known") for name in names if name not in family.prunable}
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Give the attribute of a model that has the model below its head; empty if it is that itself."""
+    base = family_of(model).base
+    name = model.base_model_prefix if base is None else base
+    return name if hasattr(model, name) else ""
+
+
+def untried(model: PreTrainedModel) -> list[str]:
+    """Warn, in a sentence, of a model whose family is not in the table: what was found in it, and what is left."""
+    family = family_of(model)
+    if not family.alike:
+        return []
+    left = ", ".join(left_dense(model)) or "none"
+    return [
+        f"the family {model.config.model_type!r} was never tried: its layers look like those of {family.alike}, so "
+        f"that {', '.join(family.prunable)} are pruned, and {left} of the other matrices in a layer left dense; "
+        "utterances are not padded"
+    ]
