@@ -120,7 +120,7 @@ def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored:
         return f"\n{head}\n|---|---|---|\n{rows}"
     tuned = metrics["updates"] > 0
     columns = ["evaluated on", "utterances", "", "dense", "pruned", *(["pruned and tuned"] if tuned else [])]
-    lines = [" | ".join(columns), "|".join("---" for _ in columns)]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     for record in sets:
         for rate in scored:
             keys = (f"{rate}_dense", f"{rate}_pruned", *([rate] if tuned else []))
