@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +17,7 @@ from experiments.items import ITEMS, OURS, PAPER
 from experiments.page import write_page
 from experiments.results import Item, Result
 from experiments.sweeps import MODELS, Scale, Sweep, check_roles, jobs, launch
+from sparsewav.cli.explain import explain
 from sparsewav.errors import UserError
 
 GROUPS = {"all": [item for item in ITEMS.values() if not item.hours], "full": list(ITEMS.values())}
@@ -62,6 +65,9 @@ def main() -> int:
             console.print(f"[bold red]not done:[/bold red] {', '.join(failed)}; the same command does what is missing")
     except UserError as error:
         console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:  # of the settings behind --
+        console.print(f"[bold red]error:[/bold red] {escape(explain(error, 'config'))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where it stopped")

@@ -1,7 +1,16 @@
 """Tiny random CTC models of every family, noise as their input, and the command line in an empty folder."""
 
 # ruff: noqa: E402
+import os
+import tempfile
+
 from jaxtyping import install_import_hook
+
+from tests.hub import Hub, serve
+
+HUB = serve()
+# Before anything imports the hub's client, which reads them once. No test can reach the hub itself.
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": tempfile.mkdtemp(), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": ""}
 
 # Check the types and tensor shapes of the engine at every call, in all of its modules, which are imported after this.
 # As for mypy, an int is accepted as a float (PEP 484).
@@ -11,7 +20,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import random
 import shutil
 import subprocess
@@ -250,6 +258,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.tokenizer.save_pretrained(folder)
     processor.feature_extractor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub that this process and the processes it starts talk to; empty, as is its cache, and without a token."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield HUB
+    HUB.__init__(HUB.url)  # type: ignore[misc]
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 Completed = subprocess.CompletedProcess[str]

@@ -26,7 +26,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("source", metavar="SRC", help="folder of a run or a model, in either format")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of a run or a model in either format, or a name on the hub"
+    )
     parser.add_argument("destination", metavar="DST", help="folder to write; must not be there yet")
     parser.add_argument("--format", choices=("dense", "bitmask"), default="bitmask", help="default: bitmask")
     parser.add_argument(
@@ -35,10 +37,11 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     from sparsewav.models.bitmask import export  # imported here, so that --help does not wait for PyTorch
-    from sparsewav.models.load import locate_model
+    from sparsewav.models.load import find_model
 
     try:
-        folder = export(locate_model(arguments.source, "SRC"), arguments.destination, arguments.format, arguments.dtype)
+        source = find_model(arguments.source, "SRC")
+        folder = export(source, arguments.destination, arguments.format, arguments.dtype)
     except UserError as error:
         print_error(error)
         raise SystemExit(1) from None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   sparsewav-inspect outputs/RUN             the run's model; also checks its zeros against layers.csv and metrics.json
   sparsewav-inspect some/model --plot heat.png
+  sparsewav-inspect facebook/wav2vec2-base-100h --revision main      a model on the Hugging Face hub
 
 The exit code is 1 if the model is not what the run's files say.
 """
@@ -156,33 +157,37 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of a run or a model, in dense or bitmask format")
+    parser.add_argument("model", metavar="DIR", help="folder of a run or a model, or a name on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a name on the hub (default: its main branch)")
     parser.add_argument(
-        "--plot", type=Path, metavar="PNG", help="where to draw the heat map (default DIR/sparsity.png)"
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="where to draw the heat map (default sparsity.png in DIR, or NAME-sparsity.png here)",
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
     try:
-        raise SystemExit(_inspect(arguments.folder, arguments.plot, console))
+        raise SystemExit(_inspect(arguments.model, arguments.revision, arguments.plot, console))
     except UserError as error:
         print_error(error)
         raise SystemExit(1) from None
 
 
-def _inspect(given: Path, plot: Path | None, console: Console) -> int:
+def _inspect(name: str, revision: str | None, plot: Path | None, console: Console) -> int:
     quieten_libraries()
-    from sparsewav.models.load import load, locate_model
+    from sparsewav.models.load import find_model
     from sparsewav.pipeline import run_folder
 
-    folder = Path(locate_model(str(given.expanduser().absolute()), "DIR"))
+    folder, given = find_model(name, "DIR", revision), Path(name).expanduser()
     run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
-    model = load(folder)
+    model = _load(folder, name)
     matrices = matrix_sparsities(model)
-    console.print(_summary(folder, model, matrices))
+    console.print(_summary(name, folder, model, matrices))
     if run:
         console.print(_origin(run_folder.read_metrics(run)))
     console.print(heat_map(matrices))
-    plot = plot or given / "sparsity.png"
+    plot = plot or (given / "sparsity.png" if given.is_dir() else Path(f"{given.name}-sparsity.png"))
     plot_heat_map(matrices, plot)
     console.print(f"heat map: {plot}", highlight=False)
     if run is None:
@@ -195,23 +200,41 @@ def _inspect(given: Path, plot: Path | None, console: Console) -> int:
     return 1 if wrong else 0
 
 
-def _summary(folder: Path, model: "PreTrainedModel", matrices: "pandas.DataFrame") -> Table:
+def _load(folder: Path, name: str) -> "PreTrainedModel":
+    """Load a model in the type that its weights have; PyTorch's files, as the hub has them, in float32."""
+    import torch
+
+    from sparsewav.models.load import load, load_pretrained
+
+    return load_pretrained(str(folder), torch.float32, "DIR", name) if _is_pickled(folder) else load(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+
+
+def _is_pickled(folder: Path) -> bool:
+    return any(path.suffix == ".bin" for path in _weight_files(folder))
+
+
+def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "pandas.DataFrame") -> Table:
     from sparsewav.models.bitmask import format_of, stored_bytes
     from sparsewav.pipeline.run_folder import count_parameters
     from sparsewav.pruning.families import left_dense
 
-    table = Table(title=str(folder), show_header=False)
+    table = Table(title=name, show_header=False)
     weights = int((matrices["rows"] * matrices["cols"]).sum())
     parameters, nonzero = count_parameters(model)
     dense, bitmask = stored_bytes(model)
+    format = "PyTorch" if _is_pickled(folder) else format_of(folder)
     left = "; ".join(f"{name} ({reason})" for name, reason in left_dense(model).items())
     rows = {
-        "format": f"{format_of(folder)}, {str(model.dtype).removeprefix('torch.')}",
+        "format": f"{format}, {str(model.dtype).removeprefix('torch.')}",
         "parameters": f"{parameters:,}",
         "not zero": f"{nonzero:,}   ({100 * nonzero / parameters:.1f} %)",
         "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights",
         **({"left dense": f"in every layer {left}"} if left else {}),
-        "on disk": _megabytes(sum(path.stat().st_size for path in folder.glob("*.safetensors"))),
+        "on disk": _megabytes(sum(path.stat().st_size for path in _weight_files(folder))),
         "dense": _megabytes(dense),
         "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / dense:.1f} % of dense)",
     }

@@ -58,7 +58,8 @@ def main() -> None:
         check_chunks(arguments.chunk, arguments.overlap)
         for fault in device_faults(arguments.device):
             raise UserError(f"--{fault}")
-        speech = load_or_train(Model(arguments.model), choose_device(arguments.device))
+        model = Model(arguments.model, revision=arguments.revision)
+        speech = load_or_train(model, choose_device(arguments.device))
         if arguments.accelerate:
             errors.print(str(accelerate(speech.model)), markup=False, highlight=False)
     except UserError as error:
@@ -184,6 +185,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="demo", metavar="DIR", help="folder of a run or a model, or a name on the hub (default demo)"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a name on the hub (default: its main branch)")
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="text", help="text (default), json lines or srt")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a file for each audio file there")
     parser.add_argument("--chunk", type=float, default=30.0, metavar="SECONDS", help="length of a chunk (default 30)")

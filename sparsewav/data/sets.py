@@ -11,6 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from sparsewav.data.demo import SUBSETS, demo_root
+from sparsewav.data.fetched import fetched_once
 from sparsewav.data.huggingface import read_dataset, stream_shuffled, with_ids
 from sparsewav.data.librispeech import audio_without_transcript, read_librispeech_folder
 from sparsewav.data.manifest import read_manifest
@@ -188,7 +189,27 @@ class Sets:
         key, _ = self.data.subset("calibration")
         (name,) = self.data.names("calibration")
         data, split = _on_hub(self.data, key, name)
-        items, recognised = stream_shuffled(data, split, f"{key}={name}", count, seed, needs_text=self.needs_text)
+        # What never changes on the hub, and what no filter chooses from, is kept.
+        if not isinstance(self.data, LibriSpeechHub) or any(getattr(self.data, item) is not None for item in FILTERS):
+            return self._draw_from_stream(data, split, f"{key}={name}", count, seed)
+        identity = {
+            "data": data.path,
+            "name": data.name,
+            "split": split,
+            "count": count,
+            "seed": seed,
+            "text": self.needs_text,
+        }
+
+        def stream() -> Listing:
+            drawn = self._draw_from_stream(data, split, f"{key}={name}", count, seed)
+            return Listing(drawn.utterances, recognised=drawn.recognised)
+
+        kept = fetched_once(identity, stream)
+        return Subset(kept.utterances, listed=count, recognised=kept.recognised)
+
+    def _draw_from_stream(self, data: HuggingFace, split: str, given: str, count: int, seed: int) -> Subset:
+        items, recognised = stream_shuffled(data, split, given, count, seed, needs_text=self.needs_text)
         subset = Subset(recognised=recognised)
         with stage(Console(), f"Streaming {count} utterances of {split} of {data.path}") as progress:
             for item in items:
@@ -284,7 +305,16 @@ def _list(data: Data, key: str, name: str, *, needs_text: bool) -> Listing:
             listing.unused = f"audio without a transcript in {name} is left out: {len(files)} files, e.g. {files[0]}"
         return listing
     source, split = _on_hub(data, key, name)
-    return read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
+    if isinstance(data, HuggingFace):
+        return read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
+
+    def stream() -> Listing:
+        listing = read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
+        if listing.broken:
+            _refuse(listing.broken)
+        return listing
+
+    return fetched_once({"data": source.path, "name": source.name, "split": split, "text": needs_text}, stream)
 
 
 def _is_streamed(data: Data) -> bool:

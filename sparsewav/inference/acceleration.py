@@ -15,6 +15,7 @@ from sparsewav.errors import UserError
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
+from sparsewav.models.hub import commit_of
 from sparsewav.pruning.encoder import PrunableMatrix, check_unwrapped, prunable_matrices
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,9 @@ def _folder(model: PreTrainedModel) -> Path | None:
     """Give the folder that a model was loaded from; None for the hub, for a new model, and for this package's own."""
     folder = Path(model.name_or_path) if model.name_or_path else None
     package = Path(__file__).parents[1]
-    return folder if folder and folder.is_dir() and package not in folder.resolve().parents else None
+    if not folder or not folder.is_dir() or commit_of(folder) or package in folder.resolve().parents:
+        return None
+    return folder
 
 
 def _bucket(weight: Tensor) -> str:

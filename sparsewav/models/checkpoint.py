@@ -235,10 +235,10 @@ def check_archive(path: Path, called: str) -> None:
 
 
 def read_config(source: str, called: str) -> PretrainedConfig:
-    """Read the configuration of a CTC model in a folder or on the hub; code that it names is never run.
+    """Read the configuration of a CTC model in a folder; code that it names is never run.
 
     Args:
-        source: The folder, or the name on the hub.
+        source: The folder.
         called: What the user called it, for messages.
 
     Raises:
@@ -259,8 +259,7 @@ def read_config(source: str, called: str) -> PretrainedConfig:
         numbers = _numbers(config.to_dict())
     except Exception as error:  # a broken configuration raises almost any error
         raise UserError(
-            f"{called} cannot be loaded: {first_line(error)} "
-            "(give a folder with config.json, or a name on the hub and a network to fetch it)"
+            f"{called} cannot be loaded: {first_line(error)} (give the whole folder of one model)"
         ) from error
     if type(config) not in MODEL_FOR_CTC_MAPPING:  # otherwise its layers may tell how it is treated
         check_family(config.model_type, called)

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCTC, PreTrainedModel
 import sparsewav.models.fithubert
 import sparsewav.models.structured  # noqa: F401  (both imports register the package's own classes with transformers)
 from sparsewav.errors import UserError
+from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
 from sparsewav.models.checkpoint import (
     INDEX,
@@ -42,12 +43,14 @@ class SpeechModel:
         model: The model.
         processor: Its feature extractor and tokenizer; an encoder has no tokenizer.
         warnings: Sentences for the user about what was assumed in loading it.
+        folder: Where its files are; of a model of the hub, the folder of a commit in the hub's cache.
     """
 
     name: str
     model: PreTrainedModel
     processor: Processor
     warnings: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
     @property
     def writes(self) -> bool:
@@ -102,12 +105,13 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
     return str(folder)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
     """Load a model without its processor; :func:`sparsewav.load_model` loads it with one.
 
     Args:
         path: What :func:`locate_model` takes, in dense or bitmask format.
         dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
+        revision: A branch, a tag or a commit on the hub; None for the main branch.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -115,20 +119,43 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         UserError: There is no such model, or a broken one.
     """
-    return load_pretrained(locate_model(str(path), "path"), dtype, "path", str(path))
+    return load_pretrained(str(find_model(str(path), "path", revision)), dtype, "path", str(path))
+
+
+def find_model(name_or_path: str, key: str = "model.name_or_path", revision: str | None = None) -> Path:
+    """Give the folder of a model; the files of one on the hub are fetched first.
+
+    Args:
+        name_or_path: As in :func:`locate_model`.
+        key: The setting that names the model, for messages.
+        revision: A branch, a tag or a commit on the hub; None for the main branch.
+
+    Raises:
+        UserError: There is no such model, or a revision is given with a folder.
+    """
+    source = locate_model(name_or_path, key)
+    if not Path(source).is_dir():
+        return hub.fetch(source, revision, key)
+    if revision is not None:
+        raise UserError(f"{key}={name_or_path} is no name on the hub, and only those have a revision; leave it out")
+    return Path(source)
 
 
 def load_speech_model(
-    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
 ) -> SpeechModel:
     """Load a CTC model, or an encoder without a head, and its processor.
 
-    :func:`locate_model` says what it may be named.
+    :func:`find_model` says what it may be named.
 
     Raises:
         UserError: There is no such model, its family is unknown, or a file is missing.
     """
-    source = locate_model(name_or_path)
+    folder = find_model(name_or_path, revision=revision)
+    source = str(folder)
     called = f"model.name_or_path={name_or_path}"
     warnings: list[str] = []
     model = load_pretrained(source, dtype, "model.name_or_path", name_or_path, notes=warnings)
@@ -142,7 +169,7 @@ def load_speech_model(
             warnings.append(f"{parameter}, to which tuning sets masked frames, is zero, as where a checkpoint lacks it")
     placed: Any = model
     placed.to(device)
-    return SpeechModel(Path(name_or_path).name, model, processor, warnings)
+    return SpeechModel(Path(name_or_path).name, model, processor, warnings, folder)
 
 
 def load_fairseq_model(
@@ -164,7 +191,7 @@ def load_pretrained(
     """Load a CTC model, or an encoder without a head, in evaluation mode and without its processor.
 
     Args:
-        source: A folder or a name on the hub.
+        source: A folder.
         dtype: Type of the weights in memory; None for the stored one.
         key: The setting that names the model, for messages.
         name: The value of that setting, if it is not ``source``.

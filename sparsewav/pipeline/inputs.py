@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ Readers = Mapping[str, Callable[[], Iterable[Utterance]]]
 """By the role of a set, what reads it."""
 
 
-def of_run(config: Config, sets: Sets | None = None) -> dict[str, Any]:
+def of_run(config: Config, sets: Sets | None = None, revision: str | None = None) -> dict[str, Any]:
     """Give the record of what a run reads, without loading the model; see :func:`changes`.
 
     Files are hashed once and known by their times afterwards. Speech of the demo is known by its version, and what is
@@ -41,6 +42,7 @@ def of_run(config: Config, sets: Sets | None = None) -> dict[str, Any]:
     Args:
         config: A configuration that was checked.
         sets: Its sets of utterances, where some were read already.
+        revision: The commit of a model of the hub, where it is known; else that of the revision in the hub's cache.
 
     Returns:
         ``settings`` that the results depend on, ``code`` of this package, ``content`` (a hash by what was read; the
@@ -54,7 +56,9 @@ def of_run(config: Config, sets: Sets | None = None) -> dict[str, Any]:
     }
     readers = {role: readers[role] for role in config.roles}
     settings = identifying_settings(OmegaConf.structured(config))
-    return _record(settings, config.model.name_or_path, config.model.fairseq_checkpoint, sets, readers)
+    model = config.model
+    files = partial(_model_files, model.name_or_path, revision or model.revision, model.fairseq_checkpoint)
+    return _record(settings, files, sets, readers)
 
 
 def of_training(config: TrainConfig, sets: Sets | None = None) -> dict[str, Any]:
@@ -69,16 +73,17 @@ def of_training(config: TrainConfig, sets: Sets | None = None) -> dict[str, Any]
         "development": sets.development,
         "evaluation": lambda: chain.from_iterable(sets.evaluation().values()),
     }
-    return _record(settings, config.initial_model, None, sets, readers)
+    files = partial(_model_files, config.initial_model, config.initial_revision)
+    return _record(settings, files, sets, readers)
 
 
 def _record(
-    settings: dict[str, Any], model: str | None, fairseq: str | None, sets: Sets, readers: Readers
+    settings: dict[str, Any], model_files: Callable[[], list[Path]], sets: Sets, readers: Readers
 ) -> dict[str, Any]:
     content: dict[str, str] = {}
     unread: dict[str, str] = {}
     try:
-        content |= {f"model/{path.name}": content_hash(path) for path in _model_files(model, fairseq)}
+        content |= {f"model/{path.name}": content_hash(path) for path in model_files()}
     except (UserError, OSError) as error:
         unread["model"] = str(error)
     for role, read in readers.items():
@@ -100,7 +105,7 @@ def known_by_settings(data: Data) -> bool:
     return isinstance(data, LibriSpeechHub)
 
 
-def _model_files(model: str | None, fairseq: str | None) -> list[Path]:
+def _model_files(model: str | None, revision: str | None, fairseq: str | None = None) -> list[Path]:
     """List the files that a model comes from.
 
     Raises:
@@ -113,7 +118,7 @@ def _model_files(model: str | None, fairseq: str | None) -> list[Path]:
         return [item for item in (path, path.with_name(DICTIONARY)) if item.is_file()]
     if model is None:
         return []
-    folder = present_folder(model)
+    folder = present_folder(model, revision)
     if folder is None:
         raise UserError(f"{model} is not on this machine")
     return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})

@@ -44,7 +44,9 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
             for key in [key for key in values if not metadata_of(schema, key).get("identifies", True)]:
                 del values[key]
     # Of the two that can name the model one counts.
-    del settings["model"]["name_or_path" if settings["model"]["fairseq_checkpoint"] else "fairseq_checkpoint"]
+    unnamed = ("name_or_path", "revision") if settings["model"]["fairseq_checkpoint"] else ("fairseq_checkpoint",)
+    for key in unnamed:
+        del settings["model"][key]
     return settings
 
 

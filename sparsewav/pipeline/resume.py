@@ -14,16 +14,16 @@ from rich.console import Console
 from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import checksums, damage
+from sparsewav.files import checksums, damage, write_file
 from sparsewav.inference.representations import hidden_state_divergence
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.bitmask import export
-from sparsewav.models.load import SpeechModel
+from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.model_card import CARD, make_card
 from sparsewav.progress import print_warning, stage
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
-from sparsewav.training.recipes import load_or_train
 
 EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
 """The kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
@@ -89,9 +89,9 @@ def newest_step(folder: Path, identity: str) -> tuple[State, Path] | None:
     return None
 
 
-def write_step(step_folder: Path, speech: SpeechModel, state: State, card: str) -> None:
-    """Write the model of a step, its card, and the state after it."""
-    with run_folder.write_model(step_folder, speech.model, speech.processor, card) as temporary:
+def write_step(step_folder: Path, speech: SpeechModel, state: State) -> None:
+    """Write the model of a step and the state after it."""
+    with run_folder.write_model(step_folder, speech.model, speech.processor) as temporary:
         state.files = checksums(temporary)
         (temporary / run_folder.STEP).write_text(json.dumps(asdict(state)))
 
@@ -134,7 +134,7 @@ def _compare_encoders(
 ) -> None:
     """Add the divergence of the newest encoder's hidden states from the dense one's to the records of the sets."""
     with stage(console, f"Loading {config.model.source} again"):
-        dense = load_or_train(config.model, speech.model.device).model
+        dense = load_speech_model(str(speech.folder), device=speech.model.device).model
     for record in state.evaluation:
         name = record["name"]
         on_set = f" on {name}" if len(evaluation) > 1 else ""
@@ -150,15 +150,18 @@ def _compare_encoders(
     state.stages[-1] |= {"divergence": state.evaluation[0]["divergence"]}
 
 
-def finish_folder(config: Config, folder: Path) -> None:
-    """Write the model in the format of ``export``, if that is another one, and delete what a done run does not need.
+def finish_folder(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
+    """Write the model's card, and the model in the format of ``export``, and delete what a done run does not need.
 
     The model that an earlier launch kept stays, whatever ``save_model`` is now.
     """
     shutil.rmtree(folder / run_folder.STAGES, ignore_errors=True)
     model = folder / run_folder.MODEL
     unfinished = (model / run_folder.STEP).is_file()
-    (model / run_folder.STEP).unlink(missing_ok=True)
+    if unfinished:
+        with write_file(model / CARD) as temporary:
+            temporary.write_text(make_card(metrics), encoding="utf-8")
+        (model / run_folder.STEP).unlink()
     exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
     if exported and not exported.exists():
         export(model, exported, config.export.format, config.export.dtype)

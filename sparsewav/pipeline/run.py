@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -26,9 +27,9 @@ from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers, writing
 from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
-from sparsewav.models.fairseq import converted_folder
-from sparsewav.models.load import SpeechModel, choose_device, load_speech_model, locate_model
-from sparsewav.pipeline import compress, inputs, run_folder
+from sparsewav.models import hub
+from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
+from sparsewav.pipeline import compress, inputs, model_card, run_folder
 from sparsewav.pipeline.prune_folder import prune_checkpoint
 from sparsewav.pipeline.resume import (
     State,
@@ -58,7 +59,7 @@ from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
-from sparsewav.training.recipes import load_or_train, present_folder, train_if_recipe
+from sparsewav.training.recipes import load_or_train, present_folder
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
 
@@ -114,7 +115,8 @@ def _run(
         if metrics is not None:
             return metrics
     starts()
-    refuse_to_replace(folder, None if config.model.fairseq_checkpoint else present_folder(config.model.name_or_path))
+    named = config.model
+    refuse_to_replace(folder, None if named.fairseq_checkpoint else present_folder(named.name_or_path, named.revision))
     device = choose_device(config.device)
     ours = config.method.name == OURS
     if config.model.offload:
@@ -130,7 +132,8 @@ def _run(
         _check_encoder(config, speech)
     with reporting("Reading and hashing model and utterances", console):
         chosen = _utterances(config, sets, speech)
-        made_from = inputs.of_run(config, sets)
+        origin = model_card.provenance(config, speech)
+        made_from = inputs.of_run(config, sets, origin["commit"])
     for sentence in [*sets.recognised(), *chosen.assumed]:
         print_note(sentence)
     started_from = folder / run_folder.STAGES / run_folder.INPUTS
@@ -190,7 +193,7 @@ def _run(
         else:
             _finetune(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
-        write_step(step_folder, speech, state, (_card if ours else compress.card)(config, speech, state))
+        write_step(step_folder, speech, state)
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
@@ -202,7 +205,8 @@ def _run(
         "warnings": list(dict.fromkeys([*warnings, *state.warnings])),
         "left_out": sets.counts(),
         "inputs": made_from,
-        "model_files": {name: digest for name, digest in state.files.items() if name != "README.md"},
+        "provenance": origin,
+        "model_files": state.files,
     }
     return _finish(config, folder, speech, state, evaluation, before, about)
 
@@ -224,7 +228,7 @@ def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> di
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
     sets.needs_text = metrics.get("divergence") is None  # otherwise it was of an encoder
-    now = inputs.of_run(config, sets)
+    now = inputs.of_run(config, sets, _newest_commit(config, metrics))
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
         tell(f"{changed} changed since this run was made; doing it again")
@@ -236,13 +240,26 @@ def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> di
     model = folder / run_folder.MODEL
     if model.is_dir() and (damaged := damage(model, metrics.get("model_files", {}), remember=True)):
         tell(f"{model / damaged} is not as this run wrote it; force=true writes it again")
-    finish_folder(config, folder)  # it may have been killed right before
+    finish_folder(config, folder, metrics)  # it may have been killed right before
     (folder / run_folder.ERROR).unlink(missing_ok=True)
     code = "" if before.get("code") == now["code"] else "made by another version of the code; "
     console.print(f"Done already: {folder} ({code}force=true does it again)", soft_wrap=True)
     for part, reason in now["unread"].items():
         tell(f"the {part} could not be compared with what this run was made from: {reason}")
     return metrics
+
+
+def _newest_commit(config: Config, metrics: dict[str, Any]) -> str | None:
+    """Give the commit that the model of a finished run is at on the hub now; None where that is not known.
+
+    Where it is another one than the run's, its files are fetched, because they may be the same.
+    """
+    before = metrics.get("provenance", {}).get("commit")
+    commit = hub.newest_commit(config.model.name_or_path, config.model.revision) if before else None
+    if commit not in (before, None):
+        with suppress(UserError):  # what cannot be fetched cannot be compared, of which a line tells
+            hub.fetch(config.model.name_or_path, commit)
+    return commit
 
 
 def _refuse_interrupted(started_from: Path, made_from: dict[str, Any], folder: Path) -> None:
@@ -286,6 +303,7 @@ def _finish(
     first = state.evaluation[0]
     metrics = {
         "model": speech.name,
+        "model_type": speech.model.config.model_type,
         "method": config.method.name,
         **{
             group: getattr(config, group).name if ours else None
@@ -319,7 +337,7 @@ def _finish(
         **run_folder.environment(device),
     }
     run_folder.write_json(folder / run_folder.METRICS, metrics)
-    finish_folder(config, folder)
+    finish_folder(config, folder, metrics)
     return metrics
 
 
@@ -472,7 +490,8 @@ def _prune_from_disk(
     speech.model.eval().to("meta")  # what is left is its shape and configuration
     pruned = folder / run_folder.STAGES / "offloaded"
     shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
-    report = prune_checkpoint(_source_folder(config), pruned, batches, settings, device=device, progress=progress)
+    assert speech.folder is not None
+    report = prune_checkpoint(speech.folder, pruned, batches, settings, device=device, progress=progress)
     speech.model = load_speech_model(str(pruned), device=device).model
     return report
 
@@ -501,17 +520,6 @@ def _check_offload(config: Config) -> None:
     """Refuse at once what pruning from disk cannot do."""
     if distributed.world() > 1:
         raise UserError("model.offload=true prunes in one process; start it without torchrun")
-    if not Path(_source_folder(config)).is_dir():
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path} is not a folder, and model.offload=true reads the layers "
-            "from one; fetch the model from the hub and name its folder"
-        )
-
-
-def _source_folder(config: Config) -> str:
-    if config.model.fairseq_checkpoint:
-        return str(converted_folder(config.model.fairseq_checkpoint))
-    return locate_model(train_if_recipe(config.model.name_or_path))
 
 
 def _finetune(
@@ -551,42 +559,3 @@ def _finetune(
 def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
     """Write the log of a stage so far behind that of the stages before."""
     write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])
-
-
-def _card(config: Config, speech: SpeechModel, state: State) -> str:
-    """Write the model card, which says what was done."""
-    total, nonzero = run_folder.count_parameters(speech.model)
-    now, calibrated = state.stages[-1], ", ".join(config.data.names("calibration"))
-    path = ", then ".join(
-        f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
-        for record in state.stages
-    )
-    task, loader, figures = (
-        ("automatic-speech-recognition", "AutoModelForCTC", "The word error rates")
-        if speech.writes
-        else ("feature-extraction", "AutoModel", "The distances of its hidden states from the dense model's")
-    )
-    sparsity = str(config.sparsity) if config.sparsity.pattern else f"{now['sparsity']:g}"
-    tuned = "in one shot, without fine-tuning" if not now["updates"] else f"with {config.finetune_strategy.name} tuning"
-    return f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [sparsewav, pruning, speech]
----
-# {speech.name}, pruned to {sparsity} sparsity
-
-Made by SparseWAV from `{config.model.source}` {tuned}.
-
-| | |
-|---|---|
-| saliency | {config.saliency.name if config.solver.uses_saliency else "none"} |
-| solver | {config.solver.name}, objective {config.objective.name}, recovery {config.recovery.name} |
-| allocation | {config.allocation.name} |
-| sparsity of the transformer's matrices | {now["achieved_sparsity"]:.4f} (asked for: {sparsity}) |
-| pruned to | {path} |
-| parameters | {nonzero:,} of {total:,} are not zero |
-| calibration | {config.calibration.utterances} utterances of {calibrated}, seed {config.seed} |
-{compress.overlap_row(state)}
-`{loader}.from_pretrained` loads the dense weights, with their zeros, as any other model. {figures} are in the run's
-`metrics.json`, beside this folder.
-"""

@@ -130,8 +130,8 @@ def write_divergences(
 
 
 @contextmanager
-def write_model(path: Path, model: PreTrainedModel, processor: Processor, card: str) -> Iterator[Path]:
-    """Write a model that ``from_pretrained`` of its class loads, its processor and its card.
+def write_model(path: Path, model: PreTrainedModel, processor: Processor) -> Iterator[Path]:
+    """Write a model that ``from_pretrained`` of its class loads, and its processor.
 
     Yields:
         A temporary folder; what the block puts there appears together with the model.
@@ -147,7 +147,6 @@ def write_model(path: Path, model: PreTrainedModel, processor: Processor, card: 
     with write_folder(path) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
         yield temporary
 
 
@@ -178,14 +177,12 @@ tags: [sparsewav, speech]
 
 Written by SparseWAV. {nonzero:,} of {total:,} parameters are not zero.
 """
-    if (format, dtype) == ("dense", "model"):
-        with write_model(folder, speech.model, speech.processor, card):
-            return folder
+    plain = (format, dtype) == ("dense", "model")
     with TemporaryDirectory(prefix="sparsewav-") as temporary:
-        dense = Path(temporary) / MODEL
-        with write_model(dense, speech.model, speech.processor, card):
-            pass
-        return export(dense, folder, format, dtype)
+        dense = folder if plain else Path(temporary) / MODEL
+        with write_model(dense, speech.model, speech.processor) as written:
+            (written / "README.md").write_text(card, encoding="utf-8")
+        return folder if plain else export(dense, folder, format, dtype)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Model(Settings):
     """Which model is pruned."""
 
     name_or_path: str = option("demo", "demo, another model of the demo's, a folder, or a name on the hub")
+    revision: str | None = option(None, "branch, tag or commit of a name on the hub; null: its main branch")
     fairseq_checkpoint: str | None = option(None, "a file that fairseq saved, taken in place of name_or_path")
     offload: bool = option(False, "prune from disk with one transformer layer in memory at a time")
 
@@ -33,6 +34,11 @@ class Model(Settings):
     def source(self) -> str:
         """What the model is loaded from, as the user named it."""
         return self.fairseq_checkpoint or self.name_or_path
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.fairseq_checkpoint and self.revision:
+            yield f"revision={self.revision} is of a name on the hub; leave it out beside model.fairseq_checkpoint"
 
 
 @dataclass
@@ -167,6 +173,7 @@ class TrainConfig:
     data: Data = option(DemoData, "which speech is learned")
     architecture: dict[str, Any] = option(dict, "model_type and settings of transformers; empty: that of initial_model")
     initial_model: str | None = option(None, "model whose parameters are taken wherever name and shape agree")
+    initial_revision: str | None = option(None, "branch, tag or commit of an initial_model on the hub; null: main")
     vocabulary: str = option(
         "initial_model",
         "initial_model (its tokenizer, if it has a CTC head) or transcripts (their characters)",

@@ -33,14 +33,15 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import error_rates, transcribe
+from sparsewav.models import hub
 from sparsewav.models.checkpoint import not_finite, some
-from sparsewav.models.load import choose_device, load_pretrained, load_speech_model, locate_model, take_over
+from sparsewav.models.load import choose_device, find_model, load_pretrained, load_speech_model, take_over
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
 from sparsewav.settings.run import TrainConfig
-from sparsewav.training.recipes import TRAINING, train_if_recipe
+from sparsewav.training.recipes import TRAINING, is_on_hub, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
 from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
 
@@ -92,6 +93,10 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     checkpoints = folder / "checkpoints"
     started_from = checkpoints / "inputs.json"
     sets = Sets(config.data)
+    if config.initial_model and is_on_hub(config.initial_model, "initial_model"):
+        # Its main branch may have moved; a training that is done needs it for nothing but the comparison.
+        with suppress(UserError) if done.is_file() else nullcontext():
+            hub.fetch(config.initial_model, config.initial_revision, "initial_model")
     with reporting("Hashing the initial model and the utterances", console):
         made_from = inputs.of_training(config, sets)
     for path, key in ((done, "inputs"), (started_from, None)):
@@ -115,7 +120,10 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     device = choose_device(config.device)
     learning, measured = sets.training(config.training.seed), _measured(sets)
     refuse_unreadable(chain(learning, *measured.values()))
-    source = config.initial_model and locate_model(train_if_recipe(config.initial_model), "initial_model")
+    source = initial_commit = None
+    if config.initial_model is not None:
+        located = find_model(train_if_recipe(config.initial_model), "initial_model", config.initial_revision)
+        source, initial_commit = str(located), hub.commit_of(located)
     initial = load_pretrained(source, torch.float32, "initial_model") if source else None
     kept = source if initial is not None and has_head(initial) and config.vocabulary == "initial_model" else None
     processor = load_processor(kept) if kept else _processor_of_transcripts(sets, source, checkpoints)
@@ -190,6 +198,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "training_overlap": overlap,
         "left_out": sets.counts(),
         "initial_model": config.initial_model,
+        "initial_commit": initial_commit,
         "parameters": parameters,
         "prunable": prunable,
         "updates": updates,

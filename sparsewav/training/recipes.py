@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, cache_folder, conf_folder, damage, locked, write_checksums
+from sparsewav.models import hub
 from sparsewav.models.load import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import print_warning
 from sparsewav.settings.run import Model, device_faults
@@ -22,7 +22,7 @@ TRAINING = "training.json"
 """What a training writes last, beside its model: settings, seconds, word error rates."""
 
 
-def load_model(name_or_path: str | Path, *, device: str = "auto") -> SpeechModel:
+def load_model(name_or_path: str | Path, *, revision: str | None = None, device: str = "auto") -> SpeechModel:
     """Load a model with its processor, from whatever the command takes.
 
     >>> speech = sparsewav.load_model("outputs/RUN")  # doctest: +SKIP
@@ -31,6 +31,7 @@ def load_model(name_or_path: str | Path, *, device: str = "auto") -> SpeechModel
         name_or_path: ``demo`` or another option of ``model=``, such as ``wav2vec2-base-100h`` (the demo's relatives are
             trained on first use); the folder of a model, in dense or bitmask format, or of a run; a name on the Hugging
             Face hub; or a file that fairseq saved.
+        revision: A branch, a tag or a commit of a name on the hub; None for its main branch.
         device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
 
     Returns:
@@ -42,13 +43,14 @@ def load_model(name_or_path: str | Path, *, device: str = "auto") -> SpeechModel
     """
     named, path = str(name_or_path), Path(name_or_path).expanduser()
     option = conf_folder() / "model" / f"{named}.yaml"
-    settings = Model(named)
+    settings = Model(name_or_path=named, revision=revision)
     if path.is_file():
-        settings = Model(fairseq_checkpoint=str(path))
+        settings = Model(fairseq_checkpoint=str(path), revision=revision)
     elif option.is_file() and not path.exists():
         values = yaml.safe_load(option.read_text(encoding="utf-8"))
-        settings = Model(**{key: value for key, value in values.items() if key != "defaults"})
-    for fault in device_faults(device):
+        settings = Model(**{key: value for key, value in values.items() if key not in ("defaults", "revision")})
+        settings.revision = revision
+    for fault in (*settings.faults(), *device_faults(device)):
         raise UserError(fault)
     speech = load_or_train(settings, choose_device(device))
     for warning in speech.warnings:
@@ -64,7 +66,8 @@ def load_or_train(settings: Model, device: torch.device | str = "cpu") -> Speech
     """
     if settings.fairseq_checkpoint:
         return load_fairseq_model(settings.fairseq_checkpoint, device=device)
-    speech = load_speech_model(train_if_recipe(settings.name_or_path), device=device)
+    source = train_if_recipe(settings.name_or_path)
+    speech = load_speech_model(source, device=device, revision=settings.revision)
     speech.name = Path(settings.name_or_path).name
     return speech
 
@@ -98,8 +101,10 @@ def train_if_recipe(name_or_path: str) -> str:
     return str(folder)
 
 
-def present_folder(name_or_path: str) -> Path | None:
+def present_folder(name_or_path: str, revision: str | None = None) -> Path | None:
     """Give the folder on this machine that a model would be loaded from, without training or fetching anything.
+
+    ``revision`` is the branch, tag or commit of a model on the hub.
 
     Raises:
         UserError: The folder that is named does not exist.
@@ -107,11 +112,16 @@ def present_folder(name_or_path: str) -> Path | None:
     if name_or_path in _recipes():
         folder = trained_model_folder(name_or_path)
         return folder if (folder / TRAINING).is_file() else None
-    source = locate_model(name_or_path)
-    if not Path(source).is_dir():  # a name on the hub; its files lie in the folder of a commit
-        config = try_to_load_from_cache(source, "config.json")
-        return Path(config).parent if isinstance(config, str) else None
-    return Path(source)
+    return hub.present(name_or_path, revision) if is_on_hub(name_or_path) else Path(locate_model(name_or_path))
+
+
+def is_on_hub(name_or_path: str, key: str = "model.name_or_path") -> bool:
+    """Tell whether a model that is named is neither a recipe's nor in a folder.
+
+    Raises:
+        UserError: The folder that is named does not exist.
+    """
+    return name_or_path not in _recipes() and not Path(locate_model(name_or_path, key)).is_dir()
 
 
 def trained_model_folder(recipe: str) -> Path:

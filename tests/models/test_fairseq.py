@@ -478,7 +478,7 @@ def test_a_run_on_a_file(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["model"] == "wav2vec_tiny"
     assert metrics["achieved_sparsity"] == pytest.approx(0.6, abs=1e-3)
-    assert "`wav2vec_tiny.pt`" in (folder / "model" / "README.md").read_text()
+    assert "`wav2vec_tiny`" in (folder / "model" / "README.md").read_text()
     assert len(AutoModelForCTC.from_pretrained(folder / "model").wav2vec2.encoder.layers) == 2
     # The file names the model, whatever else is said of it.
     again = run_sparsewav("model=demo", *arguments)
