@@ -31,12 +31,12 @@ _RESULTS = {
     "cer": "CER %",
     "cer_delta": "CER − dense\n[95 % interval]",
     "divergence": "divergence",
+    "evaluation_overlap": "evaluated\non seen",
 }
 """What the terminal shows of every run, with its headings."""
 
 _BESIDE = {
     "updates": "updates",
-    "evaluation_overlap": "evaluated\non seen",
     "prune_seconds": "seconds",
     "seconds_cached": "cached",
 }
@@ -121,7 +121,7 @@ def _show_records(sweep: Sweep, figures: dict[str, str], console: Console) -> No
     for index, row in sweep.runs.iterrows():
         settings = [f"{key}={values[index]}" for key, values in labels.items() if values[index] != "-"]
         shown = [
-            f"{heading.partition('[')[0].replace('%', '').strip()} {_show(column, row)}"
+            f"{' '.join(heading.partition('[')[0].replace('%', '').split())} {_show(column, row)}"
             for column, heading in figures.items()
             if _show(column, row) not in ("", "-")
         ]
