@@ -5,32 +5,25 @@ A baseline has its own compression in the place of calibrating, allocating and s
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sparsewav import cache
-from sparsewav.data.batches import SpeechBatches, check_labels, check_lengths
-from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
-from sparsewav.data.text import Normalization, choose_normalization, normalized
+from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.files import damage, locked, remove_leftovers, writing
+from sparsewav.files import damage, locked, remove_leftovers
 from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
 from sparsewav.pipeline import compress, inputs, model_card, run_folder
-from sparsewav.pipeline.prune_folder import prune_checkpoint
 from sparsewav.pipeline.resume import (
     State,
     clear,
@@ -43,25 +36,19 @@ from sparsewav.pipeline.resume import (
 )
 from sparsewav.pipeline.shared_statistics import (
     Evaluation,
-    calibration_batches,
     evaluate_model,
-    gather_hessians,
-    gather_traces,
     identity_of,
 )
-from sparsewav.pipeline.workers import in_all_processes
+from sparsewav.pipeline.steps import prune_step, tune_step
+from sparsewav.pipeline.utterances import choose_utterances
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
-from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
-from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.pruning import distributed
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning, Traced
 from sparsewav.settings.run import Config
-from sparsewav.training.masks import masks_of
-from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.recipes import load_or_train, present_folder
-from sparsewav.training.schedule import Stage, plan_stages, too_short
-from sparsewav.training.trainer import Log, choose_precision, train_ctc, write_training_log
+from sparsewav.training.schedule import plan_stages, too_short
+from sparsewav.training.trainer import choose_precision, write_training_log
 
 OTHER_SETTINGS = "choose another folder, or force=true to replace this one"
 
@@ -131,7 +118,7 @@ def _run(
     if not speech.writes:
         _check_encoder(config, speech)
     with reporting("Reading and hashing model and utterances", console):
-        chosen = _utterances(config, sets, speech)
+        chosen = choose_utterances(config, sets, speech)
         origin = model_card.provenance(config, speech)
         made_from = inputs.of_run(config, sets, origin["commit"])
     for sentence in [*sets.recognised(), *chosen.assumed]:
@@ -187,11 +174,11 @@ def _run(
         step_folder = folder / (run_folder.MODEL if last else f"{run_folder.STAGES}/{number}-{kind}-{item.sparsity:g}")
         checkpoints = folder / run_folder.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
         if kind == "prune":
-            _prune(config, speech, calibration, item.sparsity, dense, state, folder, console)
+            prune_step(config, speech, calibration, item.sparsity, dense, state, folder, console)
         elif kind == "compress":
             compress.compress(config, speech, training, state, checkpoints, console)
         else:
-            _finetune(config, speech, training, item, checkpoints, state, folder, console)
+            tune_step(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state)
         if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
@@ -348,154 +335,6 @@ def _run_identity(made_from: dict[str, Any], dense: dict[str, Any], *sets: list[
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The utterances of a run, whose transcripts are normalized; sets that are not used are empty.
-
-    Attributes:
-        evaluation: By the names of the sets.
-        calibration, training: What the smaller model is made from.
-        how: What the transcripts are normalized by.
-        overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
-        notes: Sentences for the user that belong into the record, too.
-        assumed: Sentences on how the transcripts are normalized.
-    """
-
-    evaluation: dict[str, list[Utterance]]
-    calibration: list[Utterance]
-    training: list[Utterance]
-    how: Normalization
-    overlap: dict[str, int]
-    notes: list[str]
-    assumed: list[str]
-
-
-def _utterances(config: Config, sets: Sets, speech: SpeechModel) -> _Chosen:
-    """Read and check everything that a run reads, before anything is computed."""
-    data, roles = config.data, config.roles
-    evaluation = sets.evaluation()
-    calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
-    training = sets.training(config.training.seed) if "training" in roles else []
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
-    refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
-    notes, overlap = sets.left_out(), {}
-    for name, utterances in evaluation.items():
-        called = name if len(evaluation) > 1 else "evaluation"
-        overlap[name], found = find_overlap(
-            data, utterances, {"calibration": calibration, "training": training}, called
-        )
-        notes += found
-    how, assumed = choose_normalization(
-        (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
-    )
-    evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
-    calibration, training = normalized(calibration, how), normalized(training, how)
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
-    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
-    for utterances in (*evaluation.values(), calibration, training):
-        check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
-    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
-    check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return _Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
-
-
-def _prune(
-    config: Config,
-    speech: SpeechModel,
-    utterances: list[Utterance],
-    sparsity: float,
-    dense: dict[str, Any],
-    state: State,
-    folder: Path,
-    console: Console,
-) -> None:
-    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
-    first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
-    identity = dense if first else None
-    traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
-    hessians, calibrate_seconds, hessians_cached = None, 0.0, False
-    batches = calibration_batches(config, speech, utterances)
-    if config.calibration.propagation == "parallel" or isinstance(config.allocation, HAWQ | ErrorCurves):
-        hessians, calibrate_seconds, hessians_cached = gather_hessians(
-            config, speech, utterances, batches, identity, console
-        )
-    settings = config.pruning(sparsity)
-    recovers = config.recovery.name != "none"
-
-    def advance(piece: str, done: int, total: int) -> None:
-        if not recovers or piece == "recover":  # the bar shows what takes the longest
-            progress(done, total)
-
-    how = config.saliency.name if config.solver.uses_saliency else config.solver.name
-    # What the engine keeps on disk lies in temporary folders.
-    with writing(Path(tempfile.gettempdir())), stage(console, f"Pruning to {settings.sparsity} with {how}") as progress:
-        if config.model.offload:
-            report = _prune_from_disk(config, speech, batches, settings, folder, advance)
-        else:
-            report = in_all_processes(
-                prune_model,
-                speech.model,
-                batches,
-                settings=settings,
-                masks=None if first else masks_of(speech.model),
-                hessians=hessians,
-                traces=traces,
-                progress=advance,
-            )
-    new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
-    for warning in new:
-        print_warning(warning, log=False)  # by the engine
-    if sparsity != config.sparsity.fraction:
-        run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
-    else:
-        run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
-    state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
-    state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
-    for piece in ("solve", "recover"):
-        if piece in report.seconds:
-            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
-    if hessians_cached:
-        state.cached["calibrate"] = calibrate_seconds
-    if traces_cached:
-        state.cached["allocate"] = allocate_seconds
-    state.warnings += new
-    probes = next(iter(traces.values())).samples if traces else 0
-    state.stages.append(
-        {
-            "sparsity": sparsity,
-            "achieved_sparsity": report.sparsity,
-            "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
-            "updates": 0,
-        }
-        | (
-            {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
-            if report.allocated
-            else {}
-        )
-    )
-    if report.recoveries:
-        state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
-
-
-def _prune_from_disk(
-    config: Config,
-    speech: SpeechModel,
-    batches: SpeechBatches,
-    settings: Pruning,
-    folder: Path,
-    progress: StageProgress,
-) -> PruneReport:
-    """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
-    device = speech.model.device
-    speech.model.eval().to("meta")  # what is left is its shape and configuration
-    pruned = folder / run_folder.STAGES / "offloaded"
-    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
-    assert speech.folder is not None
-    report = prune_checkpoint(speech.folder, pruned, batches, settings, device=device, progress=progress)
-    speech.model = load_speech_model(str(pruned), device=device).model
-    return report
-
-
 def _check_encoder(config: Config, speech: SpeechModel) -> None:
     """Refuse at once what takes a CTC head.
 
@@ -520,42 +359,3 @@ def _check_offload(config: Config) -> None:
     """Refuse at once what pruning from disk cannot do."""
     if distributed.world() > 1:
         raise UserError("model.offload=true prunes in one process; start it without torchrun")
-
-
-def _finetune(
-    config: Config,
-    speech: SpeechModel,
-    training: list[Utterance],
-    item: Stage,
-    checkpoints: Path,
-    state: State,
-    folder: Path,
-    console: Console,
-) -> None:
-    """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
-    masks = masks_of(speech.model) if state.compression.get("masked", True) else None
-    tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
-    with writing(checkpoints), tuning as progress:
-        started = time.perf_counter()
-        arguments = (speech.processor, training, config.training, item.updates, checkpoints)
-        shown: Any = {
-            "progress": progress,
-            "write_log": partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity),
-        }
-        # Beside this process's group the Trainer would take the processes that wait in it for its own.
-        if config.training.processes == 1 and distributed.world() == 1:
-            log = train_ctc(speech.model, *arguments, masks=masks, **shown)
-        else:
-            speech.model, log = train_masked_in_processes(speech.model, *arguments, **shown)
-        state.seconds["finetune"] += time.perf_counter() - started
-    for matrix in prunable_matrices(speech.model) if masks else []:
-        assert masks is not None
-        if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
-            raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
-    state.stages[-1]["updates"] = item.updates
-    state.log += [{"stage": item.sparsity, **entry} for entry in log]
-
-
-def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
-    """Write the log of a stage so far behind that of the stages before."""
-    write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])

@@ -1,0 +1,172 @@
+"""The steps of a run that change its model: pruning and fine-tuning."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsewav.data.batches import SpeechBatches
+from sparsewav.data.utterances import Utterance
+from sparsewav.files import writing
+from sparsewav.models.load import SpeechModel, load_speech_model
+from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.prune_folder import prune_checkpoint
+from sparsewav.pipeline.resume import (
+    State,
+)
+from sparsewav.pipeline.shared_statistics import (
+    calibration_batches,
+    gather_hessians,
+    gather_traces,
+)
+from sparsewav.pipeline.workers import in_all_processes
+from sparsewav.progress import print_warning, stage
+from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
+from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning
+from sparsewav.settings.run import Config
+from sparsewav.training.masks import masks_of
+from sparsewav.training.processes import train_masked_in_processes
+from sparsewav.training.schedule import Stage
+from sparsewav.training.trainer import Log, train_ctc, write_training_log
+
+
+def prune_step(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    sparsity: float,
+    dense: dict[str, Any],
+    state: State,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
+    first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
+    identity = dense if first else None
+    traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
+    hessians, calibrate_seconds, hessians_cached = None, 0.0, False
+    batches = calibration_batches(config, speech, utterances)
+    if config.calibration.propagation == "parallel" or isinstance(config.allocation, HAWQ | ErrorCurves):
+        hessians, calibrate_seconds, hessians_cached = gather_hessians(
+            config, speech, utterances, batches, identity, console
+        )
+    settings = config.pruning(sparsity)
+    recovers = config.recovery.name != "none"
+
+    def advance(piece: str, done: int, total: int) -> None:
+        if not recovers or piece == "recover":  # the bar shows what takes the longest
+            progress(done, total)
+
+    how = config.saliency.name if config.solver.uses_saliency else config.solver.name
+    # What the engine keeps on disk lies in temporary folders.
+    with writing(Path(tempfile.gettempdir())), stage(console, f"Pruning to {settings.sparsity} with {how}") as progress:
+        if config.model.offload:
+            report = _prune_from_disk(config, speech, batches, settings, folder, advance)
+        else:
+            report = in_all_processes(
+                prune_model,
+                speech.model,
+                batches,
+                settings=settings,
+                masks=None if first else masks_of(speech.model),
+                hessians=hessians,
+                traces=traces,
+                progress=advance,
+            )
+    new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
+    for warning in new:
+        print_warning(warning, log=False)  # by the engine
+    if sparsity != config.sparsity.fraction:
+        run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
+    else:
+        run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
+    state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
+    state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
+    for piece in ("solve", "recover"):
+        if piece in report.seconds:
+            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
+    if hessians_cached:
+        state.cached["calibrate"] = calibrate_seconds
+    if traces_cached:
+        state.cached["allocate"] = allocate_seconds
+    state.warnings += new
+    probes = next(iter(traces.values())).samples if traces else 0
+    state.stages.append(
+        {
+            "sparsity": sparsity,
+            "achieved_sparsity": report.sparsity,
+            "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
+            "updates": 0,
+        }
+        | (
+            {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
+            if report.allocated
+            else {}
+        )
+    )
+    if report.recoveries:
+        state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+def _prune_from_disk(
+    config: Config,
+    speech: SpeechModel,
+    batches: SpeechBatches,
+    settings: Pruning,
+    folder: Path,
+    progress: StageProgress,
+) -> PruneReport:
+    """Let go of the dense model, prune its checkpoint, and take the pruned model in its place."""
+    device = speech.model.device
+    speech.model.eval().to("meta")  # what is left is its shape and configuration
+    pruned = folder / run_folder.STAGES / "offloaded"
+    shutil.rmtree(pruned, ignore_errors=True)  # of a launch that was killed later
+    assert speech.folder is not None
+    report = prune_checkpoint(speech.folder, pruned, batches, settings, device=device, progress=progress)
+    speech.model = load_speech_model(str(pruned), device=device).model
+    return report
+
+
+def tune_step(
+    config: Config,
+    speech: SpeechModel,
+    training: list[Utterance],
+    item: Stage,
+    checkpoints: Path,
+    state: State,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
+    masks = masks_of(speech.model) if state.compression.get("masked", True) else None
+    tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
+    with writing(checkpoints), tuning as progress:
+        started = time.perf_counter()
+        arguments = (speech.processor, training, config.training, item.updates, checkpoints)
+        shown: Any = {
+            "progress": progress,
+            "write_log": partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity),
+        }
+        # Beside this process's group the Trainer would take the processes that wait in it for its own.
+        if config.training.processes == 1 and distributed.world() == 1:
+            log = train_ctc(speech.model, *arguments, masks=masks, **shown)
+        else:
+            speech.model, log = train_masked_in_processes(speech.model, *arguments, **shown)
+        state.seconds["finetune"] += time.perf_counter() - started
+    for matrix in prunable_matrices(speech.model) if masks else []:
+        assert masks is not None
+        if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
+            raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
+    state.stages[-1]["updates"] = item.updates
+    state.log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
+    """Write the log of a stage so far behind that of the stages before."""
+    write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])

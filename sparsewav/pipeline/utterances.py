@@ -1,0 +1,63 @@
+"""The utterances of a run: read, normalized and checked before anything is computed."""
+
+from dataclasses import dataclass
+from itertools import chain
+
+from sparsewav.data.batches import check_labels, check_lengths
+from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
+from sparsewav.data.text import Normalization, choose_normalization, normalized
+from sparsewav.data.utterances import Utterance
+from sparsewav.models.load import SpeechModel
+from sparsewav.settings.pruning import Traced
+from sparsewav.settings.run import Config
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The utterances of a run, whose transcripts are normalized; sets that are not used are empty.
+
+    Attributes:
+        evaluation: By the names of the sets.
+        calibration, training: What the smaller model is made from.
+        how: What the transcripts are normalized by.
+        overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
+        notes: Sentences for the user that belong into the record, too.
+        assumed: Sentences on how the transcripts are normalized.
+    """
+
+    evaluation: dict[str, list[Utterance]]
+    calibration: list[Utterance]
+    training: list[Utterance]
+    how: Normalization
+    overlap: dict[str, int]
+    notes: list[str]
+    assumed: list[str]
+
+
+def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen:
+    """Read and check everything that a run reads, before anything is computed."""
+    data, roles = config.data, config.roles
+    evaluation = sets.evaluation()
+    calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
+    training = sets.training(config.training.seed) if "training" in roles else []
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
+    notes, overlap = sets.left_out(), {}
+    for name, utterances in evaluation.items():
+        called = name if len(evaluation) > 1 else "evaluation"
+        overlap[name], found = find_overlap(
+            data, utterances, {"calibration": calibration, "training": training}, called
+        )
+        notes += found
+    how, assumed = choose_normalization(
+        (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
+    )
+    evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
+    calibration, training = normalized(calibration, how), normalized(training, how)
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
+    for utterances in (*evaluation.values(), calibration, training):
+        check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
+    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
+    check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
+    return Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
