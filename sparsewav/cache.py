@@ -30,9 +30,15 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def utterances_fingerprint(utterances: Iterable[Utterance]) -> str:
-    """Hash ids, transcripts and the content of the audio, with the times of parts of it, in their order."""
+    """Hash ids, transcripts, speakers and the content of the audio, with the times of parts of it, in their order."""
     rows = [
-        (item.id, item.text, item.content_hash(), *((item.start, item.end) if item.start or item.end else ()))
+        (
+            item.id,
+            item.text,
+            item.speaker,
+            item.content_hash(),
+            *((item.start, item.end) if item.start or item.end else ()),
+        )
         for item in utterances
     ]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
-
+logger.addHandler(logging.NullHandler())  # else what is printed appears twice where no log is kept
 
 INTERVAL = 60.0
 """Seconds between two lines that say how far a stage is, where no bar does."""

@@ -14,6 +14,7 @@ import torch
 
 import sparsewav
 from sparsewav import cache
+from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import (
     CHECKSUMS,
@@ -220,3 +221,9 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
     assert done.stdout.startswith(f"cannot write {path}: "), done.stderr
     assert done.stdout.endswith("choose another folder (output_root, $SPARSEWAV_CACHE, $TMPDIR)\n")
+
+
+def test_a_corrected_speaker_is_another_set() -> None:
+    """Intervals are drawn over speakers, whom a run's predictions name."""
+    sets = [[Utterance("a", "x", b"audio", speaker)] for speaker in (None, "anna", "bert")]
+    assert len(set(map(cache.utterances_fingerprint, sets))) == 3

@@ -261,7 +261,7 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     voices = _speakers(utterances)
     drawn = f"{len(utterances):,} utterances" + (f" of {len(set(voices)):,} speakers" if voices else "")
     few = "; so few speakers make it too narrow" if voices and len(set(voices)) < FEW else ""
-    unknown = "" if voices else "; speakers are not drawn, as the data names none, or one alone"
+    unknown = "" if voices else "; speakers are not drawn, as the data names none, one alone, or not all"
     console.print(
         f"Below each figure its 95 % interval, from {RESAMPLES:,} samples of the {drawn}{few}{unknown}", soft_wrap=True
     )

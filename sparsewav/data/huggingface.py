@@ -171,7 +171,7 @@ def _saved(data: HuggingFace, split: str) -> Any:
         return None
     if split not in saved:
         raise UserError(f"data.path={data.path} has no split {split}; it has {', '.join(saved)}")
-    table = datasets.load_from_disk(str(folder / split))
+    table = datasets.load_from_disk(str(folder / split)).with_format(None)  # it may have been saved with one
     return table.to_iterable_dataset() if data.streaming else table
 
 
@@ -194,6 +194,12 @@ def _columns(data: HuggingFace, features: Mapping[str, Any], needs_text: bool) -
                 f"{', '.join(features) or 'its columns, which it does not list'}"
             )
         chosen.append(given or found[0])
+    kind = getattr(features.get(chosen[1]), "dtype", "string")
+    if "string" not in kind:  # as of numbers in metadata.csv, whose zeros in front are gone
+        raise UserError(
+            f"the column {chosen[1]} of data.path={data.path} has no text, but {kind}; name another with "
+            "data.text_column=, or, if they come from a CSV file, read it with data=manifest, which takes it as written"
+        )
     return chosen[0], chosen[1]
 
 

@@ -34,7 +34,7 @@ def read_kaldi_folder(folder: Path, key: str, audio_root: str | None = None) -> 
                 f"{folder / 'wav.scp'} line {number} is a pipe ({command}), and no command is run; write its output to "
                 "a file and name that"
             )
-        recordings[name] = root / command
+        recordings[name] = root / os.path.expanduser(command)
     segments: dict[str, tuple[str, float, float | None]] = {name: (name, 0.0, None) for name in recordings}
     if (folder / "segments").is_file():
         segments = {}

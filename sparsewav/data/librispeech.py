@@ -101,6 +101,8 @@ def text_lines(transcript: Path) -> Iterator[str]:
         content = transcript.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"{transcript} cannot be read ({error.strerror}); look at its permissions") from error
+    if content.startswith(b"\x1f\x8b"):
+        raise UserError(f"{transcript} is compressed; unpack it with gunzip")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
         raise UserError(f"{transcript}, line 1: the file is UTF-16, or no text at all; save it as UTF-8")
     for number, line in enumerate(content.split(b"\n"), start=1):

@@ -36,10 +36,10 @@ SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON", ".n
 def read_manifest(data: Manifest, name: str, key: str, *, needs_text: bool = True) -> Listing:
     """List the utterances of a manifest, ordered by id.
 
-    CSV is separated by commas, or by semicolons where the header has no comma, and may have quotes. In TSV quotes are
-    characters as any other, as in the files of Common Voice. JSON has one object a line. A row may be a part of its
-    recording, from ``offset`` on, for ``duration`` seconds; without ``offset`` the duration counts in NeMo's manifests
-    alone, where a row is that much of its recording.
+    CSV is separated by the first of comma, semicolon, tab and bar that its header has, and may have quotes. In TSV
+    quotes are characters as any other, as in the files of Common Voice. JSON has one object a line, where null and NaN
+    stand for no value. A row may be a part of its recording, from ``offset`` on, for ``duration`` seconds; without
+    ``offset`` the duration counts in NeMo's manifests alone, where a row is that much of its recording.
 
     Without a column of ids the id is the name of the audio file without its suffix, or its path where names repeat, and
     the times in milliseconds where a recording is on several lines.
@@ -66,13 +66,18 @@ def read_manifest(data: Manifest, name: str, key: str, *, needs_text: bool = Tru
             break
     if not head:
         raise UserError(f"{key}={name} has no utterances")
-    layout = _layout(data, path, row if isinstance(row, dict) else {}, needs_text)
+    if isinstance(row, str):
+        raise UserError(f"{key}={name} has no line that can be read, e.g. line {head[0][0]} {head[0][1]}")
+    layout = _layout(data, path, row, needs_text)
     listing = Listing([])
     if layout.said:
         listing.recognised = f"{path} is read as {layout.said}"
     found: dict[Path, bool] = {}
     for number, row in chain(head, rows):
         place = f"{path} line {number}"
+        if isinstance(row, dict):
+            odd = [key for key in (layout.audio, layout.text) if isinstance(row.get(key), list | dict | bool)]
+            row = f"has no text in {odd[0]}, but {row[odd[0]]!r}; correct the line" if odd else row
         if isinstance(row, str):
             listing.broken.append(Broken(place, place, f"{place} {row}"))
             continue
@@ -140,7 +145,7 @@ def _utterance(row: dict[str, Any], place: str, layout: _Layout) -> Utterance:
     """Read a row; its id is empty where the manifest has none."""
 
     def value(*columns: str) -> str:
-        return next((str(row[name]).strip() for name in columns if row.get(name) not in (None, "")), "")
+        return next((str(row[name]).strip() for name in columns if not _is_missing(row.get(name))), "")
 
     start, duration = _seconds(value("offset"), "offset", place), None
     if start is not None or layout.audio == "audio_filepath":
@@ -148,12 +153,16 @@ def _utterance(row: dict[str, Any], place: str, layout: _Layout) -> Utterance:
     return Utterance(
         value(*ID_COLUMNS),
         " ".join(value(layout.text).split()),
-        layout.root / value(layout.audio),
+        layout.root / os.path.expanduser(value(layout.audio)),
         value(*SPEAKER_COLUMNS) or None,
         place,
         start or 0.0,
         None if duration is None else (start or 0.0) + duration,
     )
+
+
+def _is_missing(value: Any) -> bool:
+    return value in (None, "") or value != value  # NaN, which pandas has for none
 
 
 def _seconds(value: str, column: str, place: str) -> float | None:
@@ -226,7 +235,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     if kind == "TSV":
         table = ((number, line.split("\t")) for number, line in lines)
     else:
-        table = _csv_rows(path, (f"{line}\n" for _, line in lines), number, "," if "," in head else ";")
+        separator = next((character for character in ",;\t|" if character in head), ",")
+        table = _csv_rows(path, (f"{line}\n" for _, line in lines), number, separator)
     _, names = next(table)
     header = [name.strip() for name in names]
     if repeated := sorted({name for name in header if header.count(name) > 1}):

@@ -138,8 +138,9 @@ class Sets:
             _refuse(subset.broken)
         if not subset.utterances:
             reasons = ", ".join(f"{number:,} by {self._setting(key)}" for key, number in self._left_out(subset))
+            first = f"; the first that cannot be read: {subset.broken[0].reason}" if subset.broken else ""
             raise UserError(
-                f"{given}: all of {subset.listed:,} utterances are left out, {reasons}; choose other values"
+                f"{given}: all of {subset.listed:,} utterances are left out, {reasons}; choose other values{first}"
             )
         return subset
 
@@ -286,7 +287,8 @@ def refuse_unreadable(utterances: Iterable[Utterance]) -> None:
 
 
 def _refuse(broken: Sequence[Broken]) -> NoReturn:
-    others = f" (and {len(broken) - 1:,} others cannot be read)" if len(broken) > 1 else ""
+    more = len(broken) - 1
+    others = f" (and {more:,} other{'s' if more > 1 else ''} cannot be read)" if more else ""
     raise UserError(f"{broken[0].reason}{others}; data.skip_broken=true goes on without")
 
 

@@ -34,16 +34,23 @@ class Normalization:
         removed: Characters that are left out, before and after the change of case.
         form: Unicode's form of letters with accents: one character (NFC), or letter and accent apart (NFD).
         letters: Letters whose other case is not that of Unicode.
+        apostrophe: Write the curly apostrophe between letters as the straight one.
     """
 
     case: Literal["keep", "lower", "upper"] = "keep"
     removed: str = ""
     form: Literal["NFC", "NFD"] = "NFC"
     letters: Mapping[str, str] = field(default_factory=dict)
+    apostrophe: bool = False
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Give what a run and a training record of it."""
-        return {"case": self.case, "removed_characters": self.removed, "unicode_form": self.form}
+        return {
+            "case": self.case,
+            "removed_characters": self.removed,
+            "unicode_form": self.form,
+            "straight_apostrophe": self.apostrophe,
+        }
 
 
 def normalize(text: str, how: Normalization) -> str:
@@ -52,7 +59,10 @@ def normalize(text: str, how: Normalization) -> str:
     No case is folded: ``straße`` stays ``straße`` in lower case. A capital letter that is lowered gives one letter.
     """
     without = str.maketrans("", "", how.removed)
-    text = unicodedata.normalize("NFC", text).translate(without)
+    text = unicodedata.normalize("NFC", text)
+    if how.apostrophe:  # first: where ’ is left out, it is so as a quotation mark
+        text = _APOSTROPHE.sub("'", text)
+    text = text.translate(without)
     if how.case == "lower":  # of the whole text, because Σ is ς at the end of a word
         text = text.translate({ord(letter): other for letter, other in how.letters.items()}).lower()
     elif how.case == "upper":
@@ -74,8 +84,9 @@ def choose_normalization(
     if that is not fewer. In upper case ``ß`` becomes ``ẞ``, or stays, where the vocabulary has that, and is ``SS``
     elsewhere, as Unicode has it; other letters whose capital is several letters stay where the vocabulary has them.
     Where ``ı`` or ``İ`` are frequent and the vocabulary has them, cases are those of Turkish: ``ı I`` and ``i İ``.
-    Elsewhere ``İ``, as in a foreign name, is lowered to ``i``. Letters and accents are apart (NFD) only where the
-    vocabulary has more of the characters in that form.
+    Elsewhere ``İ``, as in a foreign name, is lowered to ``i``. The apostrophe ``’`` between letters, as in ``don’t``,
+    is ``'`` where the vocabulary has that alone, also if ``’`` is left out. Letters and accents are apart (NFD) only
+    where the vocabulary has more of the characters in that form.
 
     Args:
         texts: The transcripts of all sets of a run.
@@ -88,12 +99,17 @@ def choose_normalization(
     """
     removed = unicodedata.normalize("NFC", remove or "")
     plain = Normalization(removed=removed)
-    counts = Counter(chain.from_iterable(normalize(text, plain).replace(" ", "") for text in texts))
+    counts = Counter(chain.from_iterable(normalize(text, Normalization()).replace(" ", "") for text in texts))
+    curly = [character for character in "’ʼ" if counts[character]]
+    for character in removed:
+        del counts[character]
     turkish = counts["ı"] + counts["İ"] > TURKISH * sum(counts[letter] for letter in "iıIİ")
     if tokenizer is None:
         chosen: Any = "keep" if case == "auto" else case
         return replace(plain, case=chosen, letters=_letters(chosen, "ıİ".__contains__, turkish)), []
     writes = writable(tokenizer)
+    if curly and writes("'") and not any(map(writes, curly)):
+        plain = replace(plain, apostrophe=True)
     cases: list[Any] = ["keep", "lower", "upper"] if case == "auto" else [case]
     forms: tuple[Any, ...] = ("NFC", "NFD")
     choices = [
@@ -116,6 +132,8 @@ def choose_normalization(
         )
     if how.letters.keys() & {"i", "I"}:
         notes.append("the transcripts have many ı or İ: the cases of i and ı are those of Turkish")
+    if how.apostrophe:
+        notes.append(f"{' and '.join(curly)} between letters is written as ', which the model's vocabulary has")
     if how.form != "NFC":
         notes.append("letters and accents are apart (NFD), as in the model's vocabulary")
     return how, notes
@@ -130,6 +148,8 @@ def _letters(case: str, writes: Callable[[str], bool], turkish: bool) -> dict[st
     kept = {letter: letter for letter in _WITHOUT_CAPITAL if writes(letter)}
     return kept | ({"ß": "ẞ"} if writes("ẞ") else {}) | ({"i": "İ", "ı": "I"} if turkish and writes("İ") else {})
 
+
+_APOSTROPHE = re.compile(r"(?<=[^\W\d_])[’ʼ](?=[^\W\d_])")
 
 _WITHOUT_CAPITAL = [letter for letter in map(chr, range(0x10000)) if len(letter.upper()) > 1]
 """Letters whose capital is several letters: ß, ligatures, and letters with rare accents."""

@@ -108,7 +108,12 @@ def test_a_lower_case_cyrillic_model_learns_and_reads_text_as_people_write_it(
     assert {row["reference"] for row in rows} == {"море река и дом"}
     assert set("".join(row["before"] + row["after"] for row in rows)) <= {*letters.values(), " "}
     metrics = json.loads((tmp_path / "mine" / "metrics.json").read_text())
-    assert metrics["text"] == {"case": "lower", "removed_characters": ",.«»", "unicode_form": "NFC"}
+    assert metrics["text"] == {
+        "case": "lower",
+        "removed_characters": ",.«»",
+        "unicode_form": "NFC",
+        "straight_apostrophe": False,
+    }
     assert metrics["cer"] == jiwer.cer([row["reference"] for row in rows], [row["after"] for row in rows])
 
 

@@ -71,6 +71,24 @@ def test_csv_has_quotes_and_lines_within_them_and_any_column_can_be_named(tmp_pa
     assert not listing.recognised, "all of it was said"
 
 
+def test_values_that_are_none_are_no_words_and_words_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON's NaN, as pandas writes it, is no transcript, speaker or duration; ``nan`` in a table is a word."""
+    _wavs(tmp_path, "a.wav", "b.wav", "c.wav")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.csv").write_text("audio\ttext\n~/a.wav\tnan\nb.wav\tnull\n")
+    assert _rows(_read(tmp_path / "m.csv")) == [("a", "nan"), ("b", "null")]
+    lines = [
+        '{"audio_filepath": "a.wav", "text": NaN, "speaker": NaN, "duration": NaN}',
+        '{"audio_filepath": "b.wav", "text": 42, "speaker": 0}',
+        '{"audio_filepath": "c.wav", "text": ["x"]}',
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    listing = _read(tmp_path / "m.jsonl")
+    assert _rows(listing) == [("a", ""), ("b", "42")]
+    assert [(item.speaker, item.end) for item in listing.utterances] == [(None, None), ("0", None)]
+    assert listing.broken[0].reason.endswith("m.jsonl line 3 has no text in text, but ['x']; correct the line")
+
+
 def test_a_nemo_manifest_may_have_parts_of_recordings(tmp_path: Path) -> None:
     """Each part is those very samples; a duration that was rounded is that of the whole recording."""
     samples = _noise(3.00003)
@@ -147,6 +165,7 @@ def test_a_folder_of_kaldi_is_read_with_its_segments_and_speakers(tmp_path: Path
         ("m.csv", "path,words\na.wav,x\n", r"m\.csv has no column audio and no column text; it has path, words; name"),
         ("m.csv", "audio,text\n", r"data\.test=.*m\.csv has no utterances"),
         ("m.csv", "", r"has no utterances"),
+        ("m.tsv", "audio\ttext\na.wav\tx\t\n", r"no line that can be read, e\.g\. line 2 has 3 fields, and the header"),
         ("m.csv", "audio,text\na.wav,x\na.wav,y\n", r"line 3 \(.*a\.wav\) is there a second time, after .*line 2"),
         ("m.csv", "id,audio,text\n1,a.wav,x\n1,b.wav,y\n", r"line 3 \(.*b\.wav\) has the id 1 a second time, after"),
         ("m.csv", "id,audio,text\n1,a.wav,x\n,b.wav,y\n", r"line 3 \(.*b\.wav\) has no id, which other lines have"),

@@ -36,6 +36,8 @@ TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
         (RUSSIAN.upper(), "вечером Шел", "upper", "ВЕЧЕРОМ ШЕЛ"),
         (ENGLISH, "IT'S  fine", "lower", "it's fine"),
         (ENGLISH + ENGLISH.upper(), "It's Fine", "keep", "It's Fine"),
+        (ENGLISH, "DON’T", "lower", "don't"),
+        (ENGLISH + "’", "DON’T", "lower", "don’t"),
         (GERMAN, "Straße", "lower", "straße"),
         (GERMAN, "STRAẞE", "lower", "straße"),
         ("ABCDEFGHIJKLMNOPQRSTUVWXYZÄÖÜẞ", "Straße", "upper", "STRAẞE"),
@@ -117,3 +119,11 @@ def test_error_rates_are_of_words_and_of_characters_with_spaces() -> None:
     assert (edits.tolist(), lengths.tolist()) == ([1, 5, 0], [7, 5, 4])
     with pytest.raises(UserError, match=r"utterance c \(c\) has an empty transcript"):
         error_rates([*utterances[:2], Utterance("c", " ", b"")], hypotheses)
+
+
+def test_a_curly_apostrophe_stays_one_when_the_same_character_is_left_out_as_a_quote(tmp_path: Path) -> None:
+    how, notes = choose_normalization(["he said ‘don’t’", "it’s"], _tokenizer(tmp_path, ENGLISH), remove="‘’")
+    assert normalize("he said ‘don’t’", how) == "he said don't"
+    assert notes == ["’ between letters is written as ', which the model's vocabulary has"]
+    how, _ = choose_normalization(["don’t"], _tokenizer(tmp_path, ENGLISH), remove="’'")
+    assert normalize("don’t", how) == "dont"
