@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparsewav import __version__
 from sparsewav.errors import UserError
 from sparsewav.progress import print_error, quieten_libraries, stage
 
@@ -28,6 +29,7 @@ def main() -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("name", metavar="NAME", help="of the repository, with or without its owner; made if not there")
     parser.add_argument("--private", action="store_true", help="make a repository that nobody else sees")
