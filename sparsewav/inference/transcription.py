@@ -70,7 +70,7 @@ def transcribe(
 
     Args:
         speech: What :func:`sparsewav.load_model` gave.
-        recordings: What :func:`~sparsewav.data.given.as_utterances` takes: a file, a folder, arrays, a data set.
+        recordings: What :func:`sparsewav.calibration_batches` takes: a file, a folder, arrays, a data set.
         sampling_rate: Samples a second of arrays that do not say it.
         chunk_seconds: Length of the chunks that a long recording is cut into.
         overlap_seconds: Overlap of neighbouring chunks.

@@ -106,7 +106,7 @@ def evaluate(
 
     Args:
         speech: What :func:`sparsewav.load_model` gave.
-        data: What :func:`~sparsewav.data.given.as_utterances` takes, with transcripts.
+        data: What :func:`sparsewav.calibration_batches` takes, with transcripts.
         seconds_per_batch: Most audio in one batch in seconds, padding included.
         case: Of references and hypotheses; :func:`sparsewav.calibration_batches` describes it and what follows.
         remove_characters: Characters that both are without.
