@@ -157,6 +157,15 @@ def test_what_is_no_speech_is_refused(mistake: str, files: list[Path], speech: S
         sparsewav.calibration_batches(make(files[0]), speech, utterances=count)
 
 
+def test_what_is_no_model_is_refused(files: list[Path], speech: SpeechModel, tmp_path: Path) -> None:
+    for model in ("demo", speech.model):
+        for use in (sparsewav.evaluate, sparsewav.transcribe, sparsewav.save):
+            with pytest.raises(UserError, match=f"of type {type(model).__name__}; give what sparsewav.load_model ret"):
+                use(model, tmp_path / "new")
+    with pytest.raises(UserError, match="name_or_path is of type NoneType; give a name or a folder"):
+        sparsewav.load_model(None)  # type: ignore[arg-type]
+
+
 def test_transcripts_are_asked_for_where_they_are_needed(files: list[Path], speech: SpeechModel) -> None:
     with pytest.raises(UserError, match="sensitivities need transcripts: give the calibration batches labels"):
         sparsewav.prune(speech, sparsewav.calibration_batches(files, speech), 0.6)
