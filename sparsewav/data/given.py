@@ -116,6 +116,8 @@ def prepared(
         UserError: The audio cannot be read, or a transcript is missing or has characters that the model cannot write.
     """
     refuse_unreadable(utterances)
+    if case not in (None, "auto", "keep", "lower", "upper"):
+        raise UserError(f"case={case} is not known; choose auto, keep, lower or upper")
     case = case or (data.case if data else "auto")
     remove = remove if remove is not None or data is None else data.remove_characters
     texts = (utterance.text for utterance in utterances)
@@ -251,6 +253,8 @@ def _utterance(item: Any, number: int, rate: int | None, audio_column: str, text
     elif isinstance(item, Mapping) and audio_column in item:
         columns = (text_column,) if text_column is not None else TEXT_COLUMNS
         audio, identifier = item[audio_column], item.get("id")
+        if text_column is not None and text_column not in item:
+            raise UserError(f"text_column={text_column} is not in item {number}; it has {', '.join(map(str, item))}")
         text = next((item[column] for column in columns if item.get(column) is not None), "")
     elif isinstance(item, Mapping) and not {"array", "bytes", "path"} & item.keys():
         raise UserError(
@@ -297,6 +301,8 @@ def _audio(audio: Any, number: int, rate: int | None) -> Path | bytes:
         )
     if rate is None:
         raise UserError(f"item {number} is an array; say how many samples it has in a second, sampling_rate=16000")
+    if rate != int(rate) or rate < 1:
+        raise UserError(f"sampling_rate={rate} of item {number} is no whole number of samples a second; give one")
     contents = io.BytesIO()
     if samples.dtype == np.int16:
         soundfile.write(contents, samples, int(rate), format="WAV", subtype="PCM_16")

@@ -145,6 +145,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "some": (lambda file: [(file, "SUN"), file], "flac has no transcript, and others have; give every utterance one"),
     "column": (lambda file: datasets.Dataset.from_dict({"clip": [str(file)]}), "audio_column=audio is not in the data"),
     "frame": (lambda file: pandas.DataFrame({"clip": [str(file)]}), "item 0 has no audio, but clip; .* audio_column="),
+    "rate of nothing": (
+        lambda file: {"array": np.zeros(9), "sampling_rate": 0},
+        "sampling_rate=0 of item 0 is no whole",
+    ),
     "letters": (lambda file: [(file, "süß")], "characters outside the model's vocabulary"),
 }
 
@@ -171,3 +175,7 @@ def test_transcripts_are_asked_for_where_they_are_needed(files: list[Path], spee
         sparsewav.prune(speech, sparsewav.calibration_batches(files, speech), 0.6)
     with pytest.raises(UserError, match="has an empty transcript"):
         sparsewav.evaluate(speech, files)
+    with pytest.raises(UserError, match="text_column=sad is not in item 0; it has audio, sentence"):
+        sparsewav.evaluate(speech, _rows(files), text_column="sad")
+    with pytest.raises(UserError, match="case=loewr is not known; choose auto, keep, lower or upper"):
+        sparsewav.evaluate(speech, _rows(files), case="loewr")
