@@ -123,7 +123,7 @@ def prepared(
     texts = (utterance.text for utterance in utterances)
     how, assumed = choose_normalization(texts, processor.tokenizer, case, remove)
     for sentence in assumed:
-        print_warning(sentence)
+        print_warning(sentence, log=False)  # logged, it would be on the screen twice
     utterances = normalized(utterances, how)
     check_labels(utterances, processor, how)
     return utterances, how
@@ -200,7 +200,7 @@ def _from_settings(data: Data, read: Callable[[Sets], list[Utterance]]) -> list[
     sets = Sets(data)
     utterances = read(sets)
     for sentence in (*sets.recognised(), *sets.left_out()):
-        print_warning(sentence)
+        print_warning(sentence, log=False)  # logged, it would be on the screen twice
     return utterances
 
 

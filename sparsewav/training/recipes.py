@@ -56,7 +56,7 @@ def load_model(name_or_path: str | Path, *, revision: str | None = None, device:
         raise UserError(fault)
     speech = load_or_train(settings, choose_device(device))
     for warning in speech.warnings:
-        print_warning(warning)
+        print_warning(warning, log=False)
     return speech
 
 
