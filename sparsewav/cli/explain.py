@@ -101,6 +101,8 @@ def check_overrides(words: Sequence[str], config_name: str) -> None:
         try:
             (override,) = OverridesParser.create().parse_overrides([word])
         except OverrideParseException:
+            if word.endswith(","):  # a shell cuts "0.5, 0.8" in two
+                raise UserError(f"{word} ends with a comma; write several values without spaces between them") from None
             raise UserError(
                 f"{word} cannot be read; quote what is special to Hydra, e.g. 'key=\"a,b\"' (brackets, commas, $)"
             ) from None
@@ -186,6 +188,8 @@ def _no_such_key(key: str, config_name: str) -> str:
                 f"{key} is a key of {command}, and {COMMANDS[config_name][0]} has none; conf/README.md lists them all"
             )
     same = [other for other in keys if other.endswith(f".{key}")]  # given without its group
+    if key == "preset":  # what Python calls it
+        same = ["experiment"]
     hint = f" (did you mean {' or '.join(same)}?)" if same else _nearest(key, list(keys))
     return f"there is no key {key}{hint}; conf/README.md lists them all"
 

@@ -204,4 +204,5 @@ def _save(arguments: argparse.Namespace) -> str:
     try:
         return build(arguments.entity, arguments.project, parts).save().url
     except Exception as error:  # wandb-workspaces raises the bare class when nobody is logged in
-        raise UserError(f"it cannot be saved: {error}; log in first (wandb login)") from None
+        login = "" if "wandb login" in str(error) else "; log in first (wandb login)"
+        raise UserError(f"W&B does not save it: {error}{login}") from None

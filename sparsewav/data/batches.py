@@ -48,6 +48,10 @@ class SpeechBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def __repr__(self) -> str:
+        seconds = sum(map(audio_seconds, self.utterances))
+        return f"<{type(self).__name__}: {len(self.utterances)} utterances, {seconds:.1f} s, in {len(self)} batches>"
+
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
         return collate([self.utterances[position] for position in self.groups[index]], self.processor)
 

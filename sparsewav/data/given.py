@@ -51,7 +51,10 @@ def calibration_batches(
     Without transcripts the batches have no labels, and the allocations ``hutchinson`` and ``hawq`` refuse them.
 
     Args:
-        data: What :func:`as_utterances` takes.
+        data: An audio file; a folder of them, in LibriSpeech's layout or without transcripts; a manifest (CSV, TSV,
+            JSON lines); a list of audio or of pairs (audio, text); a ``datasets.Dataset`` or a ``pandas.DataFrame``;
+            ``demo`` or an object of settings such as ``HuggingFace(path=...)``. Audio is a file, the bytes of one, an
+            array of shape (samples,), or a dictionary with ``array`` and ``sampling_rate``.
         processor: The processor of the model, or better what :func:`sparsewav.load_model` gave: without the model
             nothing is padded, and utterances of different lengths share no batch.
         utterances: The size of a random sample, as ``calibration.utterances`` of the command; None for all.
@@ -60,9 +63,10 @@ def calibration_batches(
         case: Of the labels: ``keep``, ``lower``, ``upper``, or ``auto`` for what the model can write most of; None for
             that of the settings, where they are given, or ``auto``.
         remove_characters: Characters that the labels are without; None for those of the settings, or none.
-        sampling_rate: As in :func:`as_utterances`.
-        audio_column: As there.
-        text_column: As there.
+        sampling_rate: Samples a second of arrays that do not say it.
+        audio_column: The column of a data set or manifest, or the key of a dictionary, that has the audio; None for the
+            only one of a data set, or ``audio``.
+        text_column: That of the transcripts; None for ``text``, ``sentence`` or the like, if there is one.
 
     Raises:
         UserError: The speech cannot be read, there is too little of it, or its transcripts cannot be labels.
@@ -70,6 +74,8 @@ def calibration_batches(
     model = None
     if isinstance(processor, SpeechModel):
         model, processor = processor.model, processor.processor
+    if utterances is not None and utterances < 1:
+        raise UserError(f"utterances={utterances} must be at least 1")
     settings = settings_of(data, audio_column, text_column)
     if settings is not None and utterances is not None:  # a stream is not read whole for a sample
         chosen = _from_settings(settings, lambda sets: sets.calibration(utterances, seed))
@@ -110,12 +116,14 @@ def prepared(
         UserError: The audio cannot be read, or a transcript is missing or has characters that the model cannot write.
     """
     refuse_unreadable(utterances)
+    if case not in (None, "auto", "keep", "lower", "upper"):
+        raise UserError(f"case={case} is not known; choose auto, keep, lower or upper")
     case = case or (data.case if data else "auto")
     remove = remove if remove is not None or data is None else data.remove_characters
     texts = (utterance.text for utterance in utterances)
     how, assumed = choose_normalization(texts, processor.tokenizer, case, remove)
     for sentence in assumed:
-        print_warning(sentence)
+        print_warning(sentence, log=False)  # logged, it would be on the screen twice
     utterances = normalized(utterances, how)
     check_labels(utterances, processor, how)
     return utterances, how
@@ -132,15 +140,11 @@ def as_utterances(
     """Give utterances; where there is no transcript, the text is empty.
 
     Args:
-        source: An audio file; a folder of them, in LibriSpeech's layout or without transcripts; a manifest (CSV, TSV,
-            JSON lines); a list of audio, of pairs (audio, text) or of utterances; a ``datasets.Dataset``; ``demo`` or
-            an object of settings such as ``HuggingFace(path=...)``. Audio is a file, the bytes of one, an array of
-            shape (samples,), or a dictionary with ``array`` and ``sampling_rate``.
+        source: What :func:`calibration_batches` takes, or a list of utterances.
         role: ``calibration`` or ``evaluation``, which settings have one of each.
-        sampling_rate: Samples a second of arrays that do not say it.
-        audio_column: The column of a data set or manifest, or the key of a dictionary, that has the audio; None for the
-            only one of a data set, or ``audio``.
-        text_column: That of the transcripts; None for ``text``, ``sentence`` or the like, if there is one.
+        sampling_rate: As in :func:`calibration_batches`.
+        audio_column: As there.
+        text_column: As there.
 
     Raises:
         UserError: Something is none of these, a file or a column is missing, or there are no utterances.
@@ -158,8 +162,12 @@ def as_utterances(
         source = [source]
     elif hasattr(source, "cast_column"):
         source = _undecoded(source, audio_column, text_column)
+    elif hasattr(source, "iterrows"):  # going through a DataFrame gives the names of its columns
+        source = source.to_dict("records")
     elif not isinstance(source, Iterable):
-        raise UserError(f"a {type(source).__name__} holds no speech; give audio files, arrays or a data set")
+        raise UserError(
+            f"something of type {type(source).__name__} holds no speech; give audio files, arrays or a data set"
+        )
     utterances = [
         _utterance(item, number, sampling_rate, audio_column, text_column) for number, item in enumerate(source)
     ]
@@ -192,7 +200,7 @@ def _from_settings(data: Data, read: Callable[[Sets], list[Utterance]]) -> list[
     sets = Sets(data)
     utterances = read(sets)
     for sentence in (*sets.recognised(), *sets.left_out()):
-        print_warning(sentence)
+        print_warning(sentence, log=False)  # logged, it would be on the screen twice
     return utterances
 
 
@@ -245,9 +253,19 @@ def _utterance(item: Any, number: int, rate: int | None, audio_column: str, text
     elif isinstance(item, Mapping) and audio_column in item:
         columns = (text_column,) if text_column is not None else TEXT_COLUMNS
         audio, identifier = item[audio_column], item.get("id")
+        if text_column is not None and text_column not in item:
+            raise UserError(f"text_column={text_column} is not in item {number}; it has {', '.join(map(str, item))}")
         text = next((item[column] for column in columns if item.get(column) is not None), "")
+    elif isinstance(item, Mapping) and not {"array", "bytes", "path"} & item.keys():
+        raise UserError(
+            f"item {number} has no {audio_column}, but {', '.join(map(str, item))}; say which is the audio, "
+            "audio_column=..."
+        )
     if not isinstance(text, str):
-        raise UserError(f"the transcript of item {number} is a {type(text).__name__}; give a text")
+        remedy = "give a text"
+        if isinstance(audio, np.ndarray | Tensor):  # (samples, rate), as torchaudio gives it
+            remedy += ", or write an array and its rate {'array': ..., 'sampling_rate': ...}"
+        raise UserError(f"the transcript of item {number} is of type {type(text).__name__}; {remedy}")
     found = _audio(audio, number, rate)
     # Utterances of one length are in a batch in the order of their names.
     name = identifier if identifier is not None else audio if isinstance(audio, str | Path) else f"{number:06}"
@@ -270,7 +288,10 @@ def _audio(audio: Any, number: int, rate: int | None) -> Path | bytes:
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu().numpy()
     if not isinstance(audio, np.ndarray | list) or not np.issubdtype(np.asarray(audio).dtype, np.number):
-        raise UserError(f"item {number} is a {type(audio).__name__}; give an audio file, or an array of samples")
+        raise UserError(
+            f"the audio of item {number} is of type {type(audio).__name__}; give a file, an array of samples, or "
+            "{'array': ..., 'sampling_rate': ...}"
+        )
     samples = np.squeeze(np.asarray(audio))
     if samples.ndim != 1:
         raise UserError(f"the samples of item {number} have shape {samples.shape}; give one channel, shape (samples,)")
@@ -280,6 +301,8 @@ def _audio(audio: Any, number: int, rate: int | None) -> Path | bytes:
         )
     if rate is None:
         raise UserError(f"item {number} is an array; say how many samples it has in a second, sampling_rate=16000")
+    if rate != int(rate) or rate < 1:
+        raise UserError(f"sampling_rate={rate} of item {number} is no whole number of samples a second; give one")
     contents = io.BytesIO()
     if samples.dtype == np.int16:
         soundfile.write(contents, samples, int(rate), format="WAV", subtype="PCM_16")

@@ -12,7 +12,7 @@ from sparsewav.data.given import as_utterances
 from sparsewav.data.tokens import collapse, write_words
 from sparsewav.data.utterances import Utterance, read_audio
 from sparsewav.errors import UserError
-from sparsewav.models.load import SpeechModel
+from sparsewav.models.load import SpeechModel, require_speech_model
 from sparsewav.pruning.encoder import input_key, output_counts
 from sparsewav.pruning.hessian import Progress
 
@@ -70,7 +70,7 @@ def transcribe(
 
     Args:
         speech: What :func:`sparsewav.load_model` gave.
-        recordings: What :func:`~sparsewav.data.given.as_utterances` takes: a file, a folder, arrays, a data set.
+        recordings: What :func:`sparsewav.calibration_batches` takes: a file, a folder, arrays, a data set.
         sampling_rate: Samples a second of arrays that do not say it.
         chunk_seconds: Length of the chunks that a long recording is cut into.
         overlap_seconds: Overlap of neighbouring chunks.
@@ -81,6 +81,7 @@ def transcribe(
     Raises:
         UserError: As :func:`transcribe_recording` does; or there are no recordings.
     """
+    require_speech_model(speech)
     return [
         transcribe_recording(speech, recording, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
         for recording in as_utterances(recordings, sampling_rate=sampling_rate)

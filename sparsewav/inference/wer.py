@@ -17,7 +17,7 @@ from sparsewav.data.text import Normalization, normalize
 from sparsewav.data.tokens import collapse, write_text
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.models.load import SpeechModel
+from sparsewav.models.load import SpeechModel, require_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import input_key, output_counts, takes_padding
 from sparsewav.pruning.hessian import Progress
@@ -106,7 +106,7 @@ def evaluate(
 
     Args:
         speech: What :func:`sparsewav.load_model` gave.
-        data: What :func:`~sparsewav.data.given.as_utterances` takes, with transcripts.
+        data: What :func:`sparsewav.calibration_batches` takes, with transcripts.
         seconds_per_batch: Most audio in one batch in seconds, padding included.
         case: Of references and hypotheses; :func:`sparsewav.calibration_batches` describes it and what follows.
         remove_characters: Characters that both are without.
@@ -117,6 +117,7 @@ def evaluate(
     Raises:
         UserError: The model writes no text, or the speech or a transcript is missing, broken or too short.
     """
+    require_speech_model(speech)
     processor = speech.processor
     if processor.tokenizer is None:
         raise UserError(f"{speech.name} is an encoder without a CTC head and writes no text; choose a CTC model")

@@ -143,8 +143,8 @@ def _fetched_before(name: str, revision: str | None, called: str, reason: str, w
     if folder is None or len(present) < (len(wanted) or 1):
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"{called}{at} is no folder, is not as a whole in the hub's cache {constants.HF_HUB_CACHE}, and {reason}; "
-            "give a folder, or a network"
+            f"{called}{at} is no folder, it is not complete in the hub's cache {constants.HF_HUB_CACHE}, and {reason}; "
+            f"give a folder, or {'unset HF_HUB_OFFLINE' if constants.HF_HUB_OFFLINE else 'connect to the network'}"
         )
     return folder
 

@@ -67,6 +67,16 @@ class SpeechModel:
         return f"<{type(self).__name__} " + "\n  ".join(lines) + ">"
 
 
+def require_speech_model(speech: object) -> None:
+    """Refuse a name or a bare model where a model with its processor is needed.
+
+    Raises:
+        UserError: It is no :class:`SpeechModel`.
+    """
+    if not isinstance(speech, SpeechModel):
+        raise UserError(f"the model is of type {type(speech).__name__}; give what sparsewav.load_model returns")
+
+
 def choose_device(name: str) -> torch.device:
     """Turn ``auto`` into a CUDA GPU if there is one and the CPU otherwise; a device that is named is never replaced.
 

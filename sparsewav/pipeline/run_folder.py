@@ -22,7 +22,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_file, write_folder
 from sparsewav.models.bitmask import check_export, export
 from sparsewav.models.checkpoint import not_finite
-from sparsewav.models.load import SpeechModel
+from sparsewav.models.load import SpeechModel, require_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning import MatrixReport
 
@@ -166,6 +166,7 @@ def save(speech: SpeechModel, folder: str | Path, *, format: str = "dense", dtyp
     Raises:
         UserError: The folder exists or cannot be written, or the model has numbers that are not finite or too large.
     """
+    require_speech_model(speech)
     folder = Path(folder).expanduser()
     check_export(folder, format, dtype)
     total, nonzero = count_parameters(speech.model)

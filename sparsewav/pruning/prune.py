@@ -220,6 +220,8 @@ def prune_model(
     unknown = sorted(set(masks or {}) - set(sizes))
     if unknown:
         raise UserError(f"masks name {unknown[0]}, which is not a prunable matrix of this model")
+    in_memory = [matrix for matrix in matrices if not matrix.weight.is_meta]
+    zeros = sum(matrix.size - int(matrix.weight.count_nonzero()) for matrix in in_memory)
     batches: Any = as_sequence(calibration_batches)
     parallel = settings.calibration.propagation == "parallel"
     seconds = {"calibrate": 0.0, "allocate": 0.0}
@@ -263,7 +265,7 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
-        warnings=_warnings(model, plan, outcome),
+        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values())),
         recoveries=outcome.recoveries,
         allocated=allocated,
     )
@@ -371,8 +373,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome) -> list[str]:
+def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float) -> list[str]:
     warnings = untried(model)
+    if unasked > 0.001:
+        warnings.append(
+            f"the model had {unasked:.2%} more zeros among its prunable weights than are removed now, because it was "
+            "pruned before; ask for a higher sparsity, or start from the dense model"
+        )
     warnings += [
         f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned (lower "
         "recovery.learning_rate)"

@@ -41,6 +41,8 @@ def load_model(name_or_path: str | Path, *, revision: str | None = None, device:
     Raises:
         UserError: There is no such model, it is broken, or its training failed.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise UserError(f"name_or_path is of type {type(name_or_path).__name__}; give a name or a folder")
     named, path = str(name_or_path), Path(name_or_path).expanduser()
     option = conf_folder() / "model" / f"{named}.yaml"
     settings = Model(name_or_path=named, revision=revision)
@@ -54,7 +56,7 @@ def load_model(name_or_path: str | Path, *, revision: str | None = None, device:
         raise UserError(fault)
     speech = load_or_train(settings, choose_device(device))
     for warning in speech.warnings:
-        print_warning(warning)
+        print_warning(warning, log=False)
     return speech
 
 

@@ -81,6 +81,8 @@ MISTAKES = [
     (["--config-name=foo"], "--config-name=foo does not exist; leave it out"),
     (["saliency=obs", "-m", "sparsity.target=2"], "sparsity.target=2 is not between 0 and 1"),
     (["sparsity.target"], "sparsity.target has no value; write it as sparsity.target=..."),
+    (["-m", "sparsity.target=0.5,", "0.8"], "sparsity.target=0.5, ends with a comma; write several values without"),
+    (["preset=best"], "there is no key preset (did you mean experiment?)"),
     (["sparsity.target=[0.5"], "sparsity.target=[0.5 cannot be read"),
     (
         ["finetune_strategy=progressive", "finetune_strategy.stages=0.5"],

@@ -241,5 +241,5 @@ def test_a_report_that_cannot_be_saved_is_one_sentence(run_sparsewav: Run, tmp_p
     nobody = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path), "WANDB_MODE": "offline"}
     result = run_sparsewav("--entity", "me", command=command, **nobody)
     assert result.returncode == 1
-    assert re.search(r"^error: it cannot be saved: .*; log in first", result.stderr, re.MULTILINE)
+    assert re.search(r"^error: W&B does not save it: .*wandb login", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr

@@ -1,6 +1,7 @@
 """Speech that a caller of Python gives: the same batches in whatever form, and the results of the command."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import soundfile
 import torch
@@ -47,6 +49,7 @@ FORMS: dict[str, Callable[[list[Path]], tuple[Any, dict[str, Any]]]] = {
     "stream": lambda files: (_table(files).to_iterable_dataset(), {}),
     "column": lambda files: (_table(files).rename_columns({"audio": "clip", "sentence": "said"}), COLUMNS),
     "rows": lambda files: (_rows(files), {}),
+    "frame": lambda files: (pandas.DataFrame(_rows(files)), {}),
     "table of names": lambda files: (datasets.Dataset.from_list(_rows(files)), {}),
 }
 COLUMNS = {"text_column": "said"}  # there is one of audio
@@ -66,7 +69,8 @@ def test_the_same_speech_in_any_form_makes_the_same_batches(form: str, files: li
     found = sparsewav.calibration_batches(given, speech, seconds_per_batch=3, **options)
     expected = sparsewav.calibration_batches(files, speech, seconds_per_batch=3)
     assert len(found) == len(expected) > 1
-    labeled = form in ("pairs", "table", "stream", "column", "rows", "table of names")
+    assert re.fullmatch(rf"<SpeechBatches: {len(files)} utterances, [\d.]+ s, in {len(found)} batches>", repr(found))
+    labeled = form in ("pairs", "table", "stream", "column", "rows", "frame", "table of names")
     for batch, other in zip(found, expected, strict=True):
         assert set(other) == {"input_values", "attention_mask"}
         assert set(batch) - set(other) == ({"labels"} if labeled else set())
@@ -126,18 +130,25 @@ def test_python_gives_the_bytes_and_error_rates_of_the_command(
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "number": (lambda file: 3, "a int holds no speech; give audio files, arrays or a data set"),
-    "numbers": (lambda file: [3.5], "item 0 is a float; give an audio file, or an array of samples"),
+    "number": (lambda file: 3, "of type int holds no speech; give audio files, arrays or a data set"),
+    "numbers": (lambda file: [3.5], "audio of item 0 is of type float; give a file, an array of samples"),
     "missing file": (lambda file: ["nowhere.wav"], "nowhere.wav is not a file; check the path"),
     "rate": (lambda file: [np.zeros(999)], "item 0 is an array; say how many samples .* sampling_rate=16000"),
     "channels": (lambda file: [np.zeros((2, 999))], r"item 0 have shape \(2, 999\); give one channel"),
     "integers": (lambda file: [np.zeros(999, np.int64)], "item 0 are int64; give floating-point numbers .* or int16"),
-    "text": (lambda file: [(file, 3)], "transcript of item 0 is a int; give a text"),
+    "text": (lambda file: [(file, 3)], "transcript of item 0 is of type int; give a text$"),
+    "pair": (lambda file: [(np.zeros(999), 16_000)], "type int; .*write an array and its rate {'array': ..., 'samp"),
+    "no utterances": (lambda file: [file], "utterances=0 must be at least 1"),
     "splits": (lambda file: datasets.DatasetDict(train=_table([file])), "several data sets: train; give one of them"),
     "nothing": (lambda file: [], "there are no utterances"),
     "empty folder": (lambda file: file.parents[3] / "train" / "none", "none is not a file"),
     "some": (lambda file: [(file, "SUN"), file], "flac has no transcript, and others have; give every utterance one"),
     "column": (lambda file: datasets.Dataset.from_dict({"clip": [str(file)]}), "audio_column=audio is not in the data"),
+    "frame": (lambda file: pandas.DataFrame({"clip": [str(file)]}), "item 0 has no audio, but clip; .* audio_column="),
+    "rate of nothing": (
+        lambda file: {"array": np.zeros(9), "sampling_rate": 0},
+        "sampling_rate=0 of item 0 is no whole",
+    ),
     "letters": (lambda file: [(file, "süß")], "characters outside the model's vocabulary"),
 }
 
@@ -145,8 +156,18 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_is_no_speech_is_refused(mistake: str, files: list[Path], speech: SpeechModel) -> None:
     make, message = MISTAKES[mistake]
+    count = 0 if mistake == "no utterances" else None
     with pytest.raises(UserError, match=message):
-        sparsewav.calibration_batches(make(files[0]), speech)
+        sparsewav.calibration_batches(make(files[0]), speech, utterances=count)
+
+
+def test_what_is_no_model_is_refused(files: list[Path], speech: SpeechModel, tmp_path: Path) -> None:
+    for model in ("demo", speech.model):
+        for use in (sparsewav.evaluate, sparsewav.transcribe, sparsewav.save):
+            with pytest.raises(UserError, match=f"of type {type(model).__name__}; give what sparsewav.load_model ret"):
+                use(model, tmp_path / "new")
+    with pytest.raises(UserError, match="name_or_path is of type NoneType; give a name or a folder"):
+        sparsewav.load_model(None)  # type: ignore[arg-type]
 
 
 def test_transcripts_are_asked_for_where_they_are_needed(files: list[Path], speech: SpeechModel) -> None:
@@ -154,3 +175,7 @@ def test_transcripts_are_asked_for_where_they_are_needed(files: list[Path], spee
         sparsewav.prune(speech, sparsewav.calibration_batches(files, speech), 0.6)
     with pytest.raises(UserError, match="has an empty transcript"):
         sparsewav.evaluate(speech, files)
+    with pytest.raises(UserError, match="text_column=sad is not in item 0; it has audio, sentence"):
+        sparsewav.evaluate(speech, _rows(files), text_column="sad")
+    with pytest.raises(UserError, match="case=loewr is not known; choose auto, keep, lower or upper"):
+        sparsewav.evaluate(speech, _rows(files), case="loewr")

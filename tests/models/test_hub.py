@@ -111,7 +111,7 @@ def test_without_the_hub_what_was_fetched_before_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In a line, where the user did not ask for it; what was not fetched, or not as a whole, is refused."""
+    """In a line, where the user did not ask for it; what was not fetched, or not completely, is refused."""
     commit = hub.publish(BASE, model_files(base(), weights="shards")).branches["main"]
     before = load_speech_model(BASE)
     capsys.readouterr()
@@ -124,6 +124,7 @@ def test_without_the_hub_what_was_fetched_before_is_taken(
     else:
         hub.broken = True
         reason = r"http://\S+ cannot be reached \(Server error '503 .*\)"
+    remedy = "unset HF_HUB_OFFLINE" if fault == "offline" else "connect to the network"
     again = load_speech_model(BASE)
     said = capsys.readouterr().out
     assert again.folder == before.folder
@@ -131,10 +132,10 @@ def test_without_the_hub_what_was_fetched_before_is_taken(
         fault != "offline"
     )
     for name, revision in (("facebook/other", None), (BASE, "v1")):
-        message = rf"{name}.* is no folder, is not as a whole in the hub's cache \S+, and {reason}; give a folder"
+        message = rf"{name}.* is no folder, it is not complete in the hub's cache \S+, and {reason}; .*, or {remedy}"
         with pytest.raises(UserError, match=message):
             load_speech_model(name, revision=revision)
     assert before.folder
     (before.folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="is not as a whole in the hub's cache"):
+    with pytest.raises(UserError, match="it is not complete in the hub's cache"):
         load_speech_model(BASE)

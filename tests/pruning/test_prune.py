@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -312,6 +313,14 @@ def test_hutchinson_spares_the_sensitive(tiny_model: Factory, batches: list[Batc
     assert sensitivities == sorted(sensitivities, reverse=True)  # type: ignore[type-var]
     assert [row.target_sparsity for row in rows] == pytest.approx([0.55 + 0.3 * rank / 11 for rank in range(12)])
     assert any("standard error" in warning for warning in report.warnings)
+
+
+def test_a_model_that_is_sparser_already_is_warned_about(tiny_model: Factory, batches: list[Batch]) -> None:
+    model = tiny_model("wav2vec2")
+    assert not sparsewav.prune(model, batches, 0.5, allocation="uniform").warnings
+    (warning,) = sparsewav.prune(model, batches, 0.3, allocation="uniform").warnings
+    assert re.match(r"the model had (20\.0|19\.9)\d% more zeros .* pruned before; ask for a higher sparsity", warning)
+    assert not sparsewav.prune(model, batches, 0.6, allocation="uniform").warnings
 
 
 def test_emptied_matrix_is_warned_about(tiny_model: Factory, batches: list[Batch]) -> None:
