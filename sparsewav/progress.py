@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -129,7 +130,8 @@ def print_error(error: Exception | str) -> None:
 
 
 def quieten_libraries() -> None:
-    """Keep transformers and the hub from printing bars and messages."""
+    """Keep transformers and the hub from printing bars and messages, and PyTorch from a warning of every WavLM."""
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
     # Set before transformers is imported, which is why that happens here and not above.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

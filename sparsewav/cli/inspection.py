@@ -186,10 +186,11 @@ def _inspect(name: str, revision: str | None, plot: Path | None, console: Consol
     console.print(_summary(name, folder, model, matrices))
     if run:
         console.print(_origin(run_folder.read_metrics(run)))
-    console.print(heat_map(matrices))
-    plot = plot or (given / "sparsity.png" if given.is_dir() else Path(f"{given.name}-sparsity.png"))
-    plot_heat_map(matrices, plot)
-    console.print(f"heat map: {plot}", highlight=False)
+    if len(matrices):
+        console.print(heat_map(matrices))
+        plot = plot or (given / "sparsity.png" if given.is_dir() else Path(f"{given.name}-sparsity.png"))
+        plot_heat_map(matrices, plot)
+        console.print(f"heat map: {plot}", highlight=False)
     if run is None:
         return 0
     wrong = discrepancies(matrices, run_folder.count_parameters(model)[1], run)
@@ -232,7 +233,9 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
         "format": f"{format}, {str(model.dtype).removeprefix('torch.')}",
         "parameters": f"{parameters:,}",
         "not zero": f"{nonzero:,}   ({100 * nonzero / parameters:.1f} %)",
-        "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights",
+        "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights"
+        if weights
+        else "no matrices of the transformer are left",
         **({"left dense": f"in every layer {left}"} if left else {}),
         "on disk": _megabytes(sum(path.stat().st_size for path in _weight_files(folder))),
         "dense": _megabytes(dense),

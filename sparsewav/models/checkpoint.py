@@ -48,7 +48,10 @@ SETTINGS = (".json", ".md", ".model", ".txt")
 HEADS = ("lm_head.", "ctc_head.")
 """What the names of a CTC head's tensors start with."""
 
-PRETRAINING = ("quantizer.", "project_q.", "project_hid.", "ctc_proj.", "speaker_proj.", "label_embeddings_concat")
+PRETRAINING = (
+    *("quantizer.", "project_q.", "project_hid.", "ctc_proj.", "speaker_proj."),
+    *("label_embeddings_concat", "layer_norm_for_extract."),
+)
 """What the names of tensors start with that self-supervised pretraining alone needs, in transformers' classes of it."""
 
 DTYPES = {
@@ -269,9 +272,9 @@ def read_config(source: str, called: str) -> PretrainedConfig:
     for key, number in numbers:
         if not math.isfinite(number):
             raise UserError(f"{called} has {key}={number} in its config.json; give it a finite number")
-    has_size = isinstance(config.vocab_size, int) and config.vocab_size >= 1
-    if not has_size and not (config.vocab_size is None and is_encoder(config, None)):
-        raise UserError(f"{called} has vocab_size={config.vocab_size} in its config.json; give the size of its head")
+    size: Any = getattr(config, "vocab_size", None)  # an encoder of some families has no such setting
+    if not (isinstance(size, int) and size >= 1) and not (size is None and is_encoder(config, None)):
+        raise UserError(f"{called} has vocab_size={size} in its config.json; give the size of its head")
     for key in ("conv_kernel", "conv_stride"):
         if min(getattr(config, key, (1,)), default=0) < 1:  # a model that takes features has none
             raise UserError(
@@ -424,6 +427,12 @@ def refuse_differences(
     tied = {name: other for pair in dict(ties).items() for name, other in (pair, pair[::-1])}
     missing = {name for name in missing if not name.endswith(OPTIONAL) and tied.get(name, name) in missing}
     unexpected = {name for name in unexpected if not name.startswith(PRETRAINING)}
+    said = (model.config.architectures or [type(model).__name__])[0]
+    if unexpected and not missing and not said.endswith(("ForCTC", "ForPreTraining", "Model", "Encoder")):
+        raise UserError(
+            f"{where} is a {said} by its config.json, with {some(sorted(unexpected))}; give a CTC model, or an encoder "
+            "without a head"
+        )
     for what, names in (
         ("lacks", missing),
         ("has tensors that its config.json knows nothing of:", unexpected),

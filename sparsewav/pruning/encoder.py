@@ -332,7 +332,7 @@ def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[d
         raise UserError(
             f"row {int(short.nonzero()[0])} {called} is too short for a single frame; remove that utterance"
         )
-    labels = {"labels": pieces["labels"].to(model.device)} if "labels" in pieces else {}
+    labels = {"labels": pieces["labels"].to(model.device)} if "labels" in pieces and has_head(model) else {}
     if labels and labels["labels"].max() >= model.config.vocab_size:
         raise UserError(
             f"row {int(labels['labels'].max(1).values.argmax())} {called} has the label {int(labels['labels'].max())}, "

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from itertools import chain
@@ -34,12 +34,13 @@ from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models import hub
-from sparsewav.models.checkpoint import not_finite, some
+from sparsewav.models.checkpoint import HEADS, not_finite, some
 from sparsewav.models.load import choose_device, find_model, load_pretrained, load_speech_model, take_over
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
+from sparsewav.pruning.families import ENCODERS
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.recipes import TRAINING, is_on_hub, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
@@ -140,7 +141,8 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
     # The tokenizer of a model may name tokens behind its outputs.
     outputs = initial.config.vocab_size if kept and initial is not None else len(processor.tokenizer)
     letters = {"vocab_size": outputs, "pad_token_id": processor.tokenizer.pad_token_id}
-    model: Any = _initial_model(config, source, initial, letters, console)
+    # The head of another vocabulary may have as many outputs, each for another letter.
+    model: Any = _initial_model(config, source, initial, letters, console, without=() if kept else HEADS)
     for utterances in (learning, *measured.values()):
         check_lengths(utterances, model, processor, labels=utterances is learning)
     model.to(device)
@@ -276,9 +278,17 @@ def _processor_of_transcripts(sets: Sets, source: str | None, folder: Path) -> P
 
 
 def _initial_model(
-    config: TrainConfig, source: str | None, initial: PreTrainedModel | None, letters: dict[str, int], console: Console
+    config: TrainConfig,
+    source: str | None,
+    initial: PreTrainedModel | None,
+    letters: dict[str, int],
+    console: Console,
+    without: Sequence[str],
 ) -> PreTrainedModel:
-    """Make a model with random weights and so many outputs, and copy the weights of the initial model that fit."""
+    """Make a model with random weights and so many outputs, and copy the weights of the initial model that fit.
+
+    Those whose names have a part that is in ``without`` are not copied.
+    """
     try:
         if config.architecture:
             architecture = dict(config.architecture)
@@ -288,7 +298,11 @@ def _initial_model(
         else:
             assert source is not None
             assert config.initial_model is not None
-            settings = AutoConfig.from_pretrained(source, **letters, ctc_zero_infinity=True, ctc_loss_reduction="mean")
+            loss: dict[str, Any] = {**letters, "ctc_zero_infinity": True, "ctc_loss_reduction": "mean"}
+            settings = AutoConfig.from_pretrained(source, **loss)
+            if settings.model_type in ENCODERS:  # whose settings are a part of those of the model with a head
+                encoder = AutoConfig.from_pretrained(source).to_dict()
+                settings = AutoConfig.for_model(ENCODERS[settings.model_type], encoder_config=encoder, **loss)
             check_family(settings.model_type, config.initial_model)
         # Otherwise a checkpoint of half precision would set the precision.
         model = AutoModelForCTC.from_config(settings, dtype=torch.float32)
@@ -297,12 +311,13 @@ def _initial_model(
             raise
         raise UserError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     if initial is not None:
-        left = take_over(model, initial)
+        left = take_over(model, initial, without)
         if len(left) == len(model.state_dict()):
             raise UserError(f"initial_model={config.initial_model} has no parameter that fits the architecture")
         if left:
             console.print(
                 f"[yellow]! {len(left)} of {len(model.state_dict())} tensors begin with random numbers, because "
-                f"initial_model={config.initial_model} has none of their name and shape: {some(left)}[/yellow]"
+                f"initial_model={config.initial_model} has none of their name, shape and vocabulary: {some(left)}"
+                "[/yellow]"
             )
     return model

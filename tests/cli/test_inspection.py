@@ -12,6 +12,7 @@ import torch
 import sparsewav
 from sparsewav.cli.inspection import draw_heat_map, heat_map, matrix_sparsities
 from sparsewav.models.load import locate_model
+from sparsewav.models.structured import StructuredWavLMConfig, StructuredWavLMForCTC
 from sparsewav.pruning.families import FAMILIES
 
 Run = Callable[..., Any]
@@ -112,6 +113,19 @@ def test_export_without_the_plain_model(run_sparsewav: Run, arguments: list[str]
     assert "Done already" in run_sparsewav(*words).stdout
     further = [f"model.name_or_path={folder / 'model-bitmask-float16'}", *arguments[1:], "sparsity.target=0.9"]
     assert run_sparsewav(*further).returncode == 0
+
+
+def test_inspect_takes_a_model_whose_layers_were_cut_to_nothing(
+    run_sparsewav: Run, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As the methods with gates may leave it."""
+    dense = tiny_model("wavlm", "group")
+    nothing = [{"heads": [], "query_dims": [], "value_dims": [], "units": 0}] * 2
+    config = StructuredWavLMConfig(**dense.config.to_dict() | {"layers": nothing})
+    StructuredWavLMForCTC(config).save_pretrained(tmp_path / "model")
+    result = run_sparsewav("model", command="sparsewav-inspect")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "no matrices of the transformer are left" in result.stdout
 
 
 def test_inspect_refuses(run_sparsewav: Run, tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ from transformers import (
     AutoModel,
     AutoModelForCTC,
     PreTrainedModel,
+    SequenceFeatureExtractor,
+    UniSpeechSatConfig,
+    UniSpeechSatForPreTraining,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
+    Wav2Vec2ForSequenceClassification,
 )
 
 import sparsewav
@@ -27,6 +31,8 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.inference.representations import hidden_state_divergence
 from sparsewav.models.load import load_speech_model
+from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.families import FAMILIES
 
 Run = Callable[..., Any]
 FRONT: dict[str, Any] = {"conv_dim": (16, 16), "conv_kernel": (20, 8), "conv_stride": (20, 8)}
@@ -161,6 +167,41 @@ def test_a_pretrained_checkpoint_is_an_encoder_and_says_what_it_leaves_out(tmp_p
     stored = load_file(tmp_path / "model.safetensors")
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, stored[f"wav2vec2.{name}"])
+
+
+def test_encoders_of_every_family_are_loaded_and_pruned(
+    tiny_model: Callable[..., PreTrainedModel],
+    noise_batch: Callable[..., dict[str, Tensor]],
+    model_input: Callable[..., dict[str, Tensor]],
+    extractors: dict[str, SequenceFeatureExtractor],
+    tmp_path: Path,
+) -> None:
+    """Also those whose configuration has no vocabulary, given batches with labels, which they do not read."""
+    for family in FAMILIES.keys() - {"granite_speech5_ctc"}:
+        encoder: Any = base_of(tiny_model(family))
+        encoder.save_pretrained(tmp_path / family)
+        extractors.get(family, Wav2Vec2FeatureExtractor()).save_pretrained(tmp_path / family)
+        speech = load_speech_model(str(tmp_path / family))
+        assert type(speech.model) is type(encoder), family
+        report = sparsewav.prune(speech, [model_input(encoder, noise_batch([640]))], 0.5, allocation="uniform")
+        assert report.sparsity == pytest.approx(0.5, abs=0.01), family
+
+
+def test_the_tensors_of_every_pretraining_are_left_out(tmp_path: Path) -> None:
+    """Of UniSpeech-SAT, which has other ones than wav2vec 2.0."""
+    codes = {"num_codevectors_per_group": 4, "codevector_dim": 8, "proj_codevector_dim": 8, "num_clusters": 4}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    UniSpeechSatForPreTraining(UniSpeechSatConfig(**codes, **sizes, **FRONT)).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(tmp_path)
+    assert type(load_speech_model(str(tmp_path)).model).__name__ == "UniSpeechSatModel"
+
+
+def test_a_model_with_another_head_is_called_what_it_is(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    Wav2Vec2ForSequenceClassification(tiny_model("wav2vec2", **FRONT).config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is a Wav2Vec2ForSequenceClassification by its config\.json, with classifier"):
+        load_speech_model(str(tmp_path))
 
 
 def test_harmless_differences_of_a_ctc_checkpoint_are_taken(

@@ -21,7 +21,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCTC, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
+from transformers import (
+    AutoModelForCTC,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SequenceFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+)
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from sparsewav.data.tokens import labels_of, write_text
@@ -41,6 +47,9 @@ ARCHITECTURE = (
     "architecture.num_conv_pos_embeddings=4",
     "architecture.num_conv_pos_embedding_groups=2",
 )
+
+
+PARTS = ("training", "development", "evaluation")
 
 
 @pytest.fixture
@@ -340,3 +349,43 @@ def test_a_training_keeps_the_tokenizer_of_its_initial_model(
     assert trained.processor.feature_extractor.do_normalize is False
     assert "2 of " in result.stdout
     assert "tensors begin with random numbers" in result.stdout
+
+
+def test_a_head_for_other_letters_is_not_taken_over(
+    run_sparsewav: Run, arguments: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    """Where the new vocabulary is as large as the old one."""
+    _write_transcripts(own_corpus, ["abcde fgh"])
+    first = [*arguments, f"data.root={own_corpus}", "training.epochs=1", "training.learning_rate=1e-9"]
+    assert run_sparsewav(*first, "output=first", command="sparsewav-train").returncode == 0
+    _write_transcripts(own_corpus, ["ijklm nop"])
+    words = ["initial_model=first", "vocabulary=transcripts", "output=second", "training.seed=1"]
+    result = run_sparsewav(*first, *words, command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(
+        r"! 2 of \d+ tensors begin with random .* vocabulary: lm_head\.weight, lm_head\.bias", result.stdout
+    )
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert before["lm_head.weight"].shape == after["lm_head.weight"].shape
+    assert not torch.allclose(before["lm_head.weight"], after["lm_head.weight"], atol=1e-3)
+
+
+def test_an_encoder_whose_settings_are_a_part_of_its_models_gets_a_head(
+    run_sparsewav: Run,
+    corpus: Path,
+    tiny_model: Callable[..., PreTrainedModel],
+    extractors: dict[str, SequenceFeatureExtractor],
+    tmp_path: Path,
+) -> None:
+    encoder: PreTrainedModel = tiny_model("parakeet_ctc").encoder
+    encoder.save_pretrained(tmp_path / "encoder")
+    extractors["parakeet_ctc"].save_pretrained(tmp_path / "encoder")
+    subsets = [f"data.{part}_subset={'train' if part == 'training' else 'test'}" for part in PARTS]
+    words = ["initial_model=encoder", "architecture=same", "training.epochs=1", "training.batch_size=6", "output=new"]
+    words += ["data=librispeech_dir", f"data.root={corpus}", *subsets, "training.learning_rate=1e-9", "device=cpu"]
+    result = run_sparsewav(*words, command="sparsewav-train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    model = load_speech_model(str(tmp_path / "new")).model
+    assert type(model).__name__ == "ParakeetForCTC"
+    for name, tensor in encoder.named_parameters():
+        assert torch.allclose(model.get_parameter(f"encoder.{name}"), tensor, atol=1e-2), name
