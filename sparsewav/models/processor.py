@@ -1,7 +1,9 @@
 """Processors: the feature extractor and the tokenizer of a model, of any kind, compared with the model."""
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import (
@@ -82,15 +84,27 @@ def _load_feature_extractor(source: str) -> Any:
     except ImportError as error:
         raise UserError(f"the feature extractor of {source} needs a package: {first_line(error)}") from error
     except Exception as error:  # a broken file raises almost any error
+        settings = Path(source) / "preprocessor_config.json"
+        if not settings.is_file():
+            raise UserError(f"{source} has no preprocessor_config.json; copy it from the model's origin") from error
+        named = None
         with suppress(Exception):  # of a family that transformers has no entry for, and settings that name no class
-            return Wav2Vec2FeatureExtractor.from_pretrained(source)
-        raise UserError(f"{source} has no preprocessor_config.json; copy it from the model's origin") from error
+            named = json.loads(settings.read_bytes()).get("feature_extractor_type")
+            if named is None:
+                return Wav2Vec2FeatureExtractor.from_pretrained(source)
+        wrong = f"names the feature extractor {named}, which cannot be loaded" if named else "is damaged"
+        raise UserError(f"{settings} {wrong}; copy it again from the model's origin") from error
 
 
 def _load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        whole = Path(source) / "tokenizer.json"
+        if whole.is_file():
+            raise UserError(
+                f"{whole} cannot be read ({first_line(error)}); copy it again from the model's origin"
+            ) from error
         with suppress(Exception):  # of a family that transformers has no entry for, with a vocab.json
             return Wav2Vec2CTCTokenizer.from_pretrained(source)
         raise UserError(

@@ -53,6 +53,28 @@ def test_a_missing_piece_is_named(model_folder: Path, tmp_path: Path, missing: s
         load_speech_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", "{", r"tokenizer\.json cannot be read \("),
+        ("preprocessor_config.json", "{", r"preprocessor_config\.json is damaged"),
+        (
+            "preprocessor_config.json",
+            '{"feature_extractor_type": "No"}',
+            "names the feature extractor No, which cannot",
+        ),
+    ],
+)
+def test_no_other_processor_takes_the_place_of_a_broken_one(
+    model_folder: Path, tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / file).write_text(content)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=message):
+        load_speech_model(str(folder))
+
+
 def test_truncated_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     weights = folder / "model.safetensors"
