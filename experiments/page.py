@@ -19,6 +19,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
 nav a { margin-right: .8rem; white-space: nowrap }
+p { overflow-wrap: anywhere }
 .wide { overflow-x: auto }
 @media (min-width: 62rem) { .wide { width: fit-content; max-width: 96vw; position: relative; left: 50%;
   transform: translateX(-50%) } }

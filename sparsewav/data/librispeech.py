@@ -46,7 +46,7 @@ def read_librispeech_folder(
     if not texts and not broken:
         raise UserError(
             f"{folder} has no transcripts (<speaker>/<chapter>/<speaker>-<chapter>.trans.txt); "
-            "data.root must have LibriSpeech's layout"
+            "data.root must have LibriSpeech's layout; data=manifest reads any list of files"
         )
     ids = {audio: audio.stem for audio in texts}
     if len(set(ids.values())) < len(ids):
