@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sparsewav import __version__
+from sparsewav.cli.command import end_without_reader
 from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
@@ -37,7 +38,7 @@ from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_f
 from sparsewav.pipeline.naming import SETTINGS, changes_results, run_name, short_hash
 from sparsewav.progress import quieten_libraries
 from sparsewav.settings.data import Data, subset_faults
-from sparsewav.settings.options import MISSING
+from sparsewav.settings.options import MISSING, no_value
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ def data_of_words(words: Sequence[str], model: str) -> Data:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, "config")) from error
     if missing := sorted(OmegaConf.missing_keys(data)):
-        raise UserError("\n".join(f"{key} has no value; give it: {key}=..." for key in missing))
+        raise UserError("\n".join(map(no_value, missing)))
     result: Any = OmegaConf.to_object(data)
     if faults := [*(f"data.{fault}" for fault in result.faults()), *subset_faults(result, ["evaluation"])]:
         raise UserError("\n".join(faults))
@@ -356,9 +357,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    except BrokenPipeError:  # the reader, such as head, has seen enough; Python would say so at its end, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    except BrokenPipeError:
+        end_without_reader()
     except OSError as error:  # of Hydra's own folders and files, which do not always say which they are
         path = Path(error.filename) if error.filename else RememberSweep.folder or Path("the output folder")
         raise SystemExit(f"error: {cannot_write(error, path) or explain(error, config_name)}") from None

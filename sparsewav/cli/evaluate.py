@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav import __version__
+from sparsewav.cli.command import command_parser, exit_on_user_error
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
-from sparsewav.progress import print_error, print_note, print_warning, quieten_libraries
+from sparsewav.progress import print_note, print_warning, quieten_libraries
 from sparsewav.settings.data import Data
 from sparsewav.settings.run import Model, device_faults
 
@@ -49,22 +49,18 @@ def main() -> None:
     arguments = _parse()
     quieten_libraries()
     try:
-        _evaluate(arguments)
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
+        with exit_on_user_error():
+            _evaluate(arguments)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; what was transcribed is kept, and the same command goes on") from None
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-evaluate",
-        description="Measure word and character error rates of models, with their 95 % intervals.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "sparsewav-evaluate",
+        "Measure word and character error rates of models, with their 95 % intervals.",
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first one is what the others are compared with")
     parser.add_argument("--data", nargs="+", default=[], metavar="KEY=VALUE", help="options of data, as of sparsewav")
     parser.add_argument(

@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue
 
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
-from sparsewav.settings.options import MISSING
+from sparsewav.settings.options import MISSING, no_value
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 COMMANDS: dict[str, tuple[str, type]] = {"config": ("sparsewav", Config), "train": ("sparsewav-train", TrainConfig)}
@@ -55,7 +55,7 @@ def explain(error: Exception, config_name: str) -> str:
             return _no_such_option(group, option, _options(group))
         return _no_such_plugin(*error.missing_cfg_file.rpartition("/")[::2], error.options or ())
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} has no value; give it: {error.full_key}=..."
+        return no_value(str(error.full_key))
     if isinstance(error, InterpolationKeyError) and (match := re.search(r"key '([\w.]+)' not found", text)):
         return _cannot_follow(error.full_key or "a value", match[1], config_name)
     if match := re.search(r"Could not override '([\w./@-]+)'", text):

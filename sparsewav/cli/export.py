@@ -1,12 +1,8 @@
 """Console command ``sparsewav-export``: write a model in another format."""
 
-import argparse
-
 from rich.console import Console
 
-from sparsewav import __version__
-from sparsewav.errors import UserError
-from sparsewav.progress import print_error
+from sparsewav.cli.command import command_parser, exit_on_user_error
 
 _EPILOG = """examples:
   sparsewav-export outputs/RUN/model small --dtype float16   numbers of half the size, too
@@ -18,14 +14,12 @@ A folder in bitmask format holds model.bitmask.safetensors; sparsewav.load("smal
 
 def main() -> None:
     """Console entry ``sparsewav-export SRC DST``."""
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-export",
-        description="Write a pruned model in another format: bitmask stores a bit for every weight and the values of "
+    parser = command_parser(
+        "sparsewav-export",
+        "Write a pruned model in another format: bitmask stores a bit for every weight and the values of "
         "those that are not zero; dense is a plain checkpoint.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "source", metavar="SRC", help="folder of a run or a model in either format, or a name on the hub"
     )
@@ -39,12 +33,9 @@ def main() -> None:
     from sparsewav.models.bitmask import export  # imported here, so that --help does not wait for PyTorch
     from sparsewav.models.load import find_model
 
-    try:
+    with exit_on_user_error():
         source = find_model(arguments.source, "SRC")
         folder = export(source, arguments.destination, arguments.format, arguments.dtype)
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     console.print(f"{folder}: {written / 1e6:,.1f} MB of weights in {arguments.format} format", highlight=False)
 

@@ -1,6 +1,5 @@
 """Console command ``sparsewav-inspect``: size and sparsity of a model, and whether its run reports the same."""
 
-import argparse
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsewav import __version__
-from sparsewav.errors import UserError
-from sparsewav.progress import print_error, quieten_libraries
+from sparsewav.cli.command import command_parser, exit_on_user_error
+from sparsewav.progress import quieten_libraries
 
 if TYPE_CHECKING:
     import pandas
@@ -150,13 +148,11 @@ def draw_heat_map(matrices: "pandas.DataFrame") -> "Figure":
 
 def main() -> None:
     """Console entry ``sparsewav-inspect DIR``."""
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-inspect",
-        description="Show a model's size, its sparsity matrix by matrix, and how it was made.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "sparsewav-inspect",
+        "Show a model's size, its sparsity matrix by matrix, and how it was made.",
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("model", metavar="DIR", help="folder of a run or a model, or a name on the hub")
     parser.add_argument("--revision", help="branch, tag or commit of a name on the hub (default: its main branch)")
     parser.add_argument(
@@ -167,11 +163,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
-    try:
+    with exit_on_user_error():
         raise SystemExit(_inspect(arguments.model, arguments.revision, arguments.plot, console))
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
 
 
 def _inspect(name: str, revision: str | None, plot: Path | None, console: Console) -> int:

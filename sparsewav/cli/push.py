@@ -1,13 +1,11 @@
 """Console command ``sparsewav-push``: publish the model of a run on the Hugging Face hub."""
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-from sparsewav import __version__
-from sparsewav.errors import UserError
-from sparsewav.progress import print_error, quieten_libraries, stage
+from sparsewav.cli.command import command_parser, exit_on_user_error
+from sparsewav.progress import quieten_libraries, stage
 
 _EPILOG = """examples:
   sparsewav-push outputs/RUN my-pruned-model --private           as <your account>/my-pruned-model
@@ -23,13 +21,11 @@ of the dense model states; where it states none, you have to know them.
 
 def main() -> None:
     """Console entry ``sparsewav-push RUN NAME``."""
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-push",
-        description="Publish the model of a run, with its card, on the Hugging Face hub.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "sparsewav-push",
+        "Publish the model of a run, with its card, on the Hugging Face hub.",
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("name", metavar="NAME", help="of the repository, with or without its owner; made if not there")
     parser.add_argument("--private", action="store_true", help="make a repository that nobody else sees")
@@ -46,7 +42,7 @@ def main() -> None:
     quieten_libraries()
     from sparsewav.pipeline.publish import prepare, publish  # so that --help does not wait for PyTorch
 
-    try:
+    with exit_on_user_error():
         stated = {"license": arguments.license, "language": arguments.language}
         with prepare(arguments.run, arguments.format, arguments.dtype, stated) as files:
             if arguments.dry_run:
@@ -58,9 +54,6 @@ def main() -> None:
             with stage(console, f"Publishing {arguments.name}"):
                 url = publish(files, arguments.name, private=arguments.private, branch=arguments.branch)
             console.print(url, markup=False, highlight=False)
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

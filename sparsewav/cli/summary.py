@@ -1,6 +1,5 @@
 """Console command ``sparsewav-summary``: the runs of a sweep in one table and one figure."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from sparsewav import __version__
+from sparsewav.cli.command import command_parser, exit_on_user_error
 from sparsewav.cli.sweep_figure import draw
 from sparsewav.cli.sweep_runs import Sweep, read_sweep
+from sparsewav.errors import UserError
 from sparsewav.files import write_file
-from sparsewav.progress import print_error
 
 SUMMARY = "summary.csv"
 FIGURE = "summary.png"
@@ -152,15 +151,14 @@ def _show(column: str, row: pandas.Series) -> str:
 
 def main() -> None:
     """Console entry ``sparsewav-summary FOLDER``: write and show the summary of a sweep's folder again."""
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-summary",
-        description="Show the runs in a folder, finished and failed, and write summary.csv and summary.png there.",
-        epilog="The exit code is 1 if a run has failed.",
+    parser = command_parser(
+        "sparsewav-summary",
+        "Show the runs in a folder, finished and failed, and write summary.csv and summary.png there.",
+        "The exit code is 1 if a run has failed.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a sweep, e.g. outputs/methods")
     folder = parser.parse_args().folder
-    if not folder.is_dir():
-        print_error(f"{folder} is not a folder; give the folder of a sweep")
-        raise SystemExit(1)
+    with exit_on_user_error():
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folder of a sweep")
     raise SystemExit(1 if summarize(folder, Console()) else 0)

@@ -14,7 +14,7 @@ import yaml
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.inference.bootstrap import bootstrap_difference
-from sparsewav.inference.wer import count_edits
+from sparsewav.inference.wer import count_edits, unspaced
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.naming import LATER_CHOICES, SETTINGS, changes_results, papers_choice
 from sparsewav.progress import print_warning
@@ -135,7 +135,7 @@ def _delta(run: Path, metrics: dict[str, Any]) -> dict[str, float]:
         references, before, after = (rows[key].tolist() for key in ("reference", "before", "after"))
     except (OSError, ValueError, KeyError, IndexError):
         return {}
-    rate = "cer" if "cer" in metrics and 2 * sum(" " in text for text in references) < len(references) else "wer"
+    rate = "cer" if "cer" in metrics and unspaced(references) else "wer"
     edits, lengths = count_edits(references, after, characters=rate == "cer")
     edits_before, _ = count_edits(references, before, characters=rate == "cer")
     value, low, high = bootstrap_difference(edits[None], edits_before[None], lengths, None)

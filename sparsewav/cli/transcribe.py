@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from sparsewav import __version__
+from sparsewav.cli.command import command_parser, end_without_reader, exit_on_user_error
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.progress import print_error, quieten_libraries, stage
@@ -53,7 +53,7 @@ def main() -> None:
     from sparsewav.training.recipes import load_or_train
 
     errors = Console(stderr=True, soft_wrap=True)
-    try:
+    with exit_on_user_error():
         outputs = _outputs(arguments)
         check_chunks(arguments.chunk, arguments.overlap)
         for fault in device_faults(arguments.device):
@@ -62,16 +62,12 @@ def main() -> None:
         speech = load_or_train(model, choose_device(arguments.device))
         if arguments.accelerate:
             errors.print(str(accelerate(speech.model)), markup=False, highlight=False)
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
     failed = False
     for name, output in zip(arguments.files, outputs, strict=True):
         try:
             _transcribe(name, output, speech, arguments, errors)
-        except BrokenPipeError:  # as with | head: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python flushes at its end
-            raise SystemExit(1) from None
+        except BrokenPipeError:
+            end_without_reader()
         except Exception as error:  # whatever is wrong with one file, the others are transcribed nevertheless
             reason = " ".join(str(error).split())
             print_error(reason if isinstance(error, UserError) else f"{name}: {type(error).__name__}: {reason}")
@@ -174,13 +170,11 @@ def _names(path: Path) -> list[str]:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-transcribe",
-        description="Print what is said in audio files.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "sparsewav-transcribe",
+        "Print what is said in audio files.",
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio; - reads it from a pipe")
     parser.add_argument(
         "--model", default="demo", metavar="DIR", help="folder of a run or a model, or a name on the hub (default demo)"

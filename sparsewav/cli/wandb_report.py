@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsewav import __version__
+from sparsewav.cli.command import command_parser, exit_on_user_error
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
-from sparsewav.progress import print_error
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
@@ -164,14 +163,12 @@ def _name(metric: str) -> str:
 
 def main() -> None:
     """Console entry ``sparsewav-wandb-report``: build the report or workspace, and save it to W&B."""
-    parser = argparse.ArgumentParser(
-        prog="sparsewav-wandb-report",
-        description="Make a report, or a workspace, on Weights & Biases that compares the runs of sweeps by what "
+    parser = command_parser(
+        "sparsewav-wandb-report",
+        "Make a report, or a workspace, on Weights & Biases that compares the runs of sweeps by what "
         "varies in them; they were run with tracker=wandb.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="of a sweep (without one: the paper's experiments)"
     )
@@ -179,11 +176,8 @@ def main() -> None:
     parser.add_argument("--project", default="sparsewav", help="default: sparsewav")
     parser.add_argument("--workspace", action="store_true", help="make a workspace, which is live, and no report")
     arguments = parser.parse_args()
-    try:
+    with exit_on_user_error():
         url = _save(arguments)
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(1) from None
     print(url)
 
 

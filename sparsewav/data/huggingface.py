@@ -9,6 +9,7 @@ from typing import Any
 from pyarrow import compute
 from rich.console import Console
 
+from sparsewav.data.manifest import ID_COLUMNS, SPEAKER_COLUMNS, first_value
 from sparsewav.data.utterances import Broken, Listing, StoredAudio, Utterance
 from sparsewav.errors import UserError
 from sparsewav.progress import stage
@@ -16,10 +17,6 @@ from sparsewav.settings.data import HuggingFace
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
 """One of them has the transcripts where ``data.text_column`` names none."""
-
-ID_COLUMNS = ("id", "utt_id", "utterance_id")
-SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
-"""Columns of what a data set may say besides; of each the first that it has is taken."""
 
 BUFFER = 4
 """The buffer in which a stream is shuffled has so many rows for every utterance that is drawn from it."""
@@ -233,7 +230,7 @@ def _item(
     """Give an utterance, or what is wrong with it; its id is empty where the row does not say one."""
     from datasets.utils.file_utils import xopen
 
-    name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) not in (None, "")), Path(path or "").stem)
+    name = first_value(row, *ID_COLUMNS) or Path(path or "").stem
     words, fault = str(row.get(text) or "").split(), ""
     if audio is None and path and "://" in path:
         with xopen(path, "rb") as file:  # a file of a repository on the hub
@@ -246,5 +243,4 @@ def _item(
         fault = f"{place} ({name}) has no audio"
     if fault or audio is None:
         return Broken(name, place, f"{fault}; leave it out of the data set")
-    speaker = next((str(row[key]) for key in SPEAKER_COLUMNS if row.get(key) not in (None, "")), None)
-    return Utterance(name, " ".join(words), audio, speaker, place)
+    return Utterance(name, " ".join(words), audio, first_value(row, *SPEAKER_COLUMNS) or None, place)

@@ -28,7 +28,7 @@ KNOWN_COLUMNS = (
 
 ID_COLUMNS = ("id", "utt_id", "utterance_id")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-"""Columns of what a manifest may say besides; of each the first that it has is taken."""
+"""Columns of what a manifest, or a data set, may say besides; of each the first that has a value is taken."""
 
 SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON"}
 
@@ -144,21 +144,23 @@ def _layout(data: Manifest, path: Path, columns: Collection[str], needs_text: bo
 def _utterance(row: dict[str, Any], place: str, layout: _Layout) -> Utterance:
     """Read a row; its id is empty where the manifest has none."""
 
-    def value(*columns: str) -> str:
-        return next((str(row[name]).strip() for name in columns if not _is_missing(row.get(name))), "")
-
-    start, duration = _seconds(value("offset"), "offset", place), None
+    start, duration = _seconds(first_value(row, "offset"), "offset", place), None
     if start is not None or layout.audio == "audio_filepath":
-        duration = _seconds(value("duration"), "duration", place)
+        duration = _seconds(first_value(row, "duration"), "duration", place)
     return Utterance(
-        value(*ID_COLUMNS),
-        " ".join(value(layout.text).split()),
-        layout.root / os.path.expanduser(value(layout.audio)),
-        value(*SPEAKER_COLUMNS) or None,
+        first_value(row, *ID_COLUMNS),
+        " ".join(first_value(row, layout.text).split()),
+        layout.root / os.path.expanduser(first_value(row, layout.audio)),
+        first_value(row, *SPEAKER_COLUMNS) or None,
         place,
         start or 0.0,
         None if duration is None else (start or 0.0) + duration,
     )
+
+
+def first_value(row: Mapping[str, Any], *columns: str) -> str:
+    """Give the first value that a row has in the columns, as text without white space around; empty if it has none."""
+    return next((str(row[name]).strip() for name in columns if not _is_missing(row.get(name))), "")
 
 
 def _is_missing(value: Any) -> bool:

@@ -28,6 +28,7 @@ from sparsewav.data.utterances import (
 from sparsewav.errors import UserError
 from sparsewav.progress import stage
 from sparsewav.settings.data import Data, DemoData, HuggingFace, LibriSpeechFolder, LibriSpeechHub, Manifest
+from sparsewav.settings.options import no_value
 
 EVALUATION_SEED = 0
 """Draws ``data.evaluation_utterances``: not the run's seed, so that runs of several seeds are measured on the same."""
@@ -85,7 +86,7 @@ class Sets:
         key, _ = self.data.subset(role)
         names = self.data.names(role)
         if not names:
-            raise UserError(f"{key} has no value; give it: {key}=...")
+            raise UserError(no_value(key))
         for name in names:
             if name not in self._subsets:
                 self._subsets[name] = self._filtered(

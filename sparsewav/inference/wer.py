@@ -158,6 +158,6 @@ def count_edits(
     return np.array(edits), np.array(lengths)
 
 
-def unspaced(utterances: Sequence[Utterance]) -> bool:
+def unspaced(references: Sequence[str]) -> bool:
     """Tell whether most transcripts have no space, so that the CER is their figure and not the WER."""
-    return 2 * sum(" " in utterance.text for utterance in utterances) < len(utterances)
+    return 2 * sum(" " in text for text in references) < len(references)

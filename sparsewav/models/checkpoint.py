@@ -34,6 +34,9 @@ INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+"""Patterns of the files with weights, whole or in shards, and of their indices."""
+
 MASK_EMBEDDING = "masked_spec_embed"
 COUNT = ".num_batches_tracked"
 OPTIONAL = (MASK_EMBEDDING, COUNT)

@@ -16,6 +16,7 @@ from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import content_hash
+from sparsewav.models.checkpoint import WEIGHT_FILES
 from sparsewav.models.fairseq import DICTIONARY
 from sparsewav.pipeline.naming import identifying_settings
 from sparsewav.settings.data import Data, DemoData, HuggingFace, LibriSpeechHub
@@ -25,7 +26,7 @@ from sparsewav.training.recipes import present_folder
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("vocab.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "*.model"),
-    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *WEIGHT_FILES,
 )
 """What a model and its processor are loaded from, as patterns of names in its folder."""
 

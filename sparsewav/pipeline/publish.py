@@ -13,13 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from sparsewav.errors import UserError
 from sparsewav.files import damage
 from sparsewav.models.bitmask import export
-from sparsewav.models.checkpoint import first_line
+from sparsewav.models.checkpoint import WEIGHT_FILES, first_line
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.model_card import CARD, make_card
 from sparsewav.progress import print_warning
-
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-"""Patterns of weights: those of an earlier commit would be loaded in the place of, or beside, the new ones."""
 
 
 @contextmanager
@@ -93,7 +90,8 @@ def publish(files: Mapping[str, Path], name: str, *, private: bool, branch: str 
         if branch:
             api.create_branch(url.repo_id, branch=branch, exist_ok=True)
         there = api.list_repo_files(url.repo_id, revision=branch)
-        stale = [path for path in there if path not in files and any(fnmatch(path, item) for item in REPLACED)]
+        # Weights of an earlier commit would be loaded in the place of, or beside, the new ones.
+        stale = [path for path in there if path not in files and any(fnmatch(path, item) for item in WEIGHT_FILES)]
         operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
         operations += [CommitOperationDelete(path) for path in stale]
         api.create_commit(url.repo_id, operations, commit_message="Upload a model pruned by SparseWAV", revision=branch)

@@ -21,6 +21,7 @@ from sparsewav.models.bitmask import export
 from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.model_card import CARD, make_card
+from sparsewav.pipeline.utterances import on_set
 from sparsewav.progress import print_warning, stage
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
@@ -114,8 +115,7 @@ def evaluate_step(
     hypotheses = {}
     for record in state.evaluation:
         name = record["name"]
-        on_set = f" on {name}" if len(evaluation) > 1 else ""
-        with stage(console, f"Evaluating the {EVALUATED[kind]} model{on_set}") as progress:
+        with stage(console, f"Evaluating the {EVALUATED[kind]} model{on_set(name, evaluation)}") as progress:
             started = time.perf_counter()
             hypotheses[name] = transcribe(
                 speech.model, speech.processor, evaluation[name], config.seconds_per_batch, progress, how
@@ -137,8 +137,7 @@ def _compare_encoders(
         dense = load_speech_model(str(speech.folder), device=speech.model.device).model
     for record in state.evaluation:
         name = record["name"]
-        on_set = f" on {name}" if len(evaluation) > 1 else ""
-        with stage(console, f"Comparing hidden states with the dense encoder's{on_set}") as progress:
+        with stage(console, f"Comparing hidden states with the dense encoder's{on_set(name, evaluation)}") as progress:
             started = time.perf_counter()
             divergence = hidden_state_divergence(
                 dense, speech.model, speech.processor, evaluation[name], config.seconds_per_batch, progress

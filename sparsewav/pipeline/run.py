@@ -40,7 +40,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.steps import prune_step, tune_step
-from sparsewav.pipeline.utterances import choose_utterances
+from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.prune import check_allocation
@@ -132,12 +132,13 @@ def _run(
     dense = identity_of(speech, config.seconds_per_batch)  # of the dense model, before anything changes it
     before = evaluate_model(speech, "the dense model", evaluation, how, dense, console, enabled=config.cache)
     for name, rates in before.rates.items():
-        kind, rate = ("character", rates.cer) if unspaced(evaluation[name]) else ("word", rates.wer)
-        on_set = f" on {name}" if len(evaluation) > 1 else ""
+        characters = unspaced([utterance.text for utterance in evaluation[name]])
+        kind, rate = ("character", rates.cer) if characters else ("word", rates.wer)
         if rate > USELESS:
             print_warning(
-                f"the dense model's {kind} error rate{on_set} is {100 * rate:.0f} %: check its tokenizer, sampling "
-                "rate and language, and that its CTC head was trained, before you trust what pruning does to it"
+                f"the dense model's {kind} error rate{on_set(name, evaluation)} is {100 * rate:.0f} %: check its "
+                "tokenizer, sampling rate and language, and that its CTC head was trained, before you trust what "
+                "pruning does to it"
             )
     stages = plan_stages(config, len(training))
     for warning in too_short(config.training, stages, len(training)):

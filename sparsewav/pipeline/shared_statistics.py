@@ -17,6 +17,7 @@ from sparsewav.inference.wer import ErrorRates, error_rates, transcribe
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import describe
 from sparsewav.pipeline import run_folder
+from sparsewav.pipeline.utterances import on_set
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
 from sparsewav.pruning import Hessians, Trace, collect_hessians
@@ -79,10 +80,9 @@ def evaluate_model(
     if not speech.writes:
         return result
     for name, utterances in evaluation.items():
-        on_set = f" on {name}" if len(evaluation) > 1 else ""
 
-        def make(folder: Path, utterances: list[Utterance] = utterances, on_set: str = on_set) -> None:
-            with stage(console, f"Evaluating {called}{on_set}") as progress:
+        def make(folder: Path, name: str = name, utterances: list[Utterance] = utterances) -> None:
+            with stage(console, f"Evaluating {called}{on_set(name, evaluation)}") as progress:
                 started = time.perf_counter()
                 limit = identity["seconds_per_batch"]
                 hypotheses = transcribe(speech.model, speech.processor, utterances, limit, progress, how)

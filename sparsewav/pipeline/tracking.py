@@ -220,9 +220,10 @@ class Tracking:
             "params/total": metrics["params_total"],
             "stages": wandb.Table(dataframe=pandas.DataFrame(metrics["stages"])),
         }
-        if (self.folder / run_folder.PREDICTIONS).is_file():  # an encoder without a head has none
+        if (self.folder / run_folder.PREDICTIONS).is_file():
             predictions = pandas.read_json(self.folder / run_folder.PREDICTIONS, lines=True, dtype=False)
-            figures["transcripts"] = wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN))
+            table = "transcripts" if "reference" in predictions else "divergences"  # of an encoder, which writes none
+            figures[table] = wandb.Table(dataframe=predictions.head(TRANSCRIPTS_SHOWN))
         if (self.folder / run_folder.LAYERS).is_file():  # a baseline has none
             figures["layers"] = wandb.Table(dataframe=pandas.read_csv(self.folder / run_folder.LAYERS))
         self._run.log(figures)

@@ -1,5 +1,6 @@
 """The utterances of a run: read, normalized and checked before anything is computed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,6 +33,11 @@ class Chosen:
     overlap: dict[str, int]
     notes: list[str]
     assumed: list[str]
+
+
+def on_set(name: str, evaluation: Mapping[str, object]) -> str:
+    """Name an evaluation set for messages, where there are several."""
+    return f" on {name}" if len(evaluation) > 1 else ""
 
 
 def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsewav.settings.options import MISSING, Settings, option
+from sparsewav.settings.options import MISSING, Settings, no_value, option
 
 ROLES = ("calibration", "evaluation", "training", "development")
 """What a run or a training reads speech for."""
@@ -73,7 +73,7 @@ class Data(Settings):
 def subset_faults(data: Data, roles: Iterable[str]) -> Iterator[str]:
     """Give a sentence for every role that has no subset, beginning with the key that names one."""
     keys = dict.fromkeys(data.subset(role)[0] for role in roles if not data.names(role))
-    yield from (f"{key} has no value; give it: {key}=..." for key in keys)
+    yield from map(no_value, keys)
 
 
 @dataclass

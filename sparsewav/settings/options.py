@@ -132,6 +132,11 @@ class Option(Settings):
             yield f"name={self.name} cannot be set; choose another option of the group instead"
 
 
+def no_value(key: str) -> str:
+    """Give the sentence on a key that the user has to give."""
+    return f"{key} has no value; give it: {key}=..."
+
+
 def group_faults(settings: Any) -> Iterator[str]:
     """Give the faults of a configuration and of all its groups, each beginning with ``key=`` or ``group.key=``."""
     yield from range_faults(settings)
@@ -139,6 +144,6 @@ def group_faults(settings: Any) -> Iterator[str]:
         value = getattr(settings, item.name)
         for inner in fields(value) if is_dataclass(value) else ():
             if getattr(value, inner.name) == MISSING:
-                yield f"{item.name}.{inner.name} has no value; give it: {item.name}.{inner.name}=..."
+                yield no_value(f"{item.name}.{inner.name}")
         if hasattr(value, "faults"):
             yield from (f"{item.name}.{fault}" for fault in value.faults())

@@ -223,9 +223,9 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
 
 def _measured(sets: Sets) -> dict[str, list[Utterance]]:
     """Give what the model is measured on: ``development``, and ``evaluation``, with a name for each of several."""
+    found = sets.evaluation()
     evaluation = {
-        "evaluation" if len(sets.evaluation()) == 1 else f"evaluation {name}": utterances
-        for name, utterances in sets.evaluation().items()
+        "evaluation" if len(found) == 1 else f"evaluation {name}": utterances for name, utterances in found.items()
     }
     return {"development": sets.development(), **evaluation}
 
