@@ -18,19 +18,8 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_folder
-from sparsewav.models.checkpoint import (
-    INDEX,
-    SETTINGS,
-    WEIGHTS,
-    Checkpoint,
-    check_tensors,
-    checksum,
-    load_whole,
-    make_skeleton,
-    opened,
-    read_config,
-    read_headers,
-)
+from sparsewav.models.checkpoint import INDEX, SETTINGS, WEIGHTS, Checkpoint, checksum, opened, read_headers
+from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
 from sparsewav.pruning.encoder import prunable_matrices, stays_single
 
 FORMATS = ("dense", "bitmask")
@@ -101,7 +90,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None 
     Args:
         folder: It has ``config.json`` and ``model.safetensors`` (or its shards) or ``model.bitmask.safetensors``.
         dtype: Type of the weights in memory. None keeps the stored one, bit for bit.
-        notes: As in :func:`~sparsewav.models.checkpoint.load_whole`.
+        notes: As in :func:`~sparsewav.models.skeleton.load_whole`.
 
     Raises:
         UserError: The folder holds no such model, or a broken one.

@@ -14,20 +14,10 @@ import sparsewav.models.structured  # noqa: F401  (both imports register the pac
 from sparsewav.errors import UserError
 from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
-from sparsewav.models.checkpoint import (
-    INDEX,
-    MASK_EMBEDDING,
-    WEIGHTS,
-    check_tensors,
-    first_line,
-    is_encoder,
-    load_whole,
-    make_skeleton,
-    read_config,
-    read_pickled_headers,
-)
+from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, read_pickled_headers
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
+from sparsewav.models.skeleton import MASK_EMBEDDING, check_tensors, is_encoder, load_whole, make_skeleton, read_config
 from sparsewav.pruning.encoder import base_of, has_head
 
 DEMO_MODEL = "demo"

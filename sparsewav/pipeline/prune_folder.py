@@ -31,17 +31,13 @@ from sparsewav.models.checkpoint import (
     SETTINGS,
     WEIGHTS,
     Checkpoint,
-    check_tensors,
     checksum,
-    is_encoder,
-    load_whole,
-    make_skeleton,
     not_finite,
     opened,
-    read_config,
     refuse_infinite,
 )
 from sparsewav.models.load import choose_device, locate_model
+from sparsewav.models.skeleton import check_tensors, is_encoder, load_whole, make_skeleton, read_config
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
 from sparsewav.pruning.families import encoder_config, family_of

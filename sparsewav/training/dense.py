@@ -34,9 +34,10 @@ from sparsewav.errors import UserError
 from sparsewav.files import locked, make_readable, remove_leftovers, writing
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models import hub
-from sparsewav.models.checkpoint import HEADS, not_finite, some
+from sparsewav.models.checkpoint import not_finite, some
 from sparsewav.models.load import choose_device, find_model, load_pretrained, load_speech_model, take_over
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
+from sparsewav.models.skeleton import HEADS
 from sparsewav.pipeline import inputs, run_folder
 from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
