@@ -2,19 +2,17 @@
 
 import json
 import re
-import subprocess
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
 
 import sparsewav
+from tests.terminal import Run
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MISTAKES = [
     (["sparsity=0.5"], "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?); choose one of n_m, unstruct"),

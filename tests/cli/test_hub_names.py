@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from transformers import PreTrainedModel
 from sparsewav.files import conf_folder
 from tests.hub import Hub
 from tests.published import Blank, model_files, vocabulary
+from tests.terminal import Run
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 BASE = "facebook/wav2vec2-base-100h"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from sparsewav.models.load import load_speech_model
 from sparsewav.pipeline.model_card import make_card
 from tests.hub import TOKEN, USER, Hub
 from tests.published import model_files, vocabulary
+from tests.terminal import Run
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 BASE = "facebook/wav2vec2-base-100h"
 
 

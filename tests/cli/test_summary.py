@@ -4,8 +4,7 @@ import io
 import itertools
 import json
 import re
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from sparsewav.cli.summary import summarize
 from sparsewav.cli.sweep_figure import _points
 from sparsewav.cli.sweep_runs import read_sweep
 from sparsewav.cli.wandb_report import build_report, build_workspace, paper_parts, sweep_part
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run
 
 SPARSITIES = {"sparsity.target": [0.5, 0.7, 0.9]}
 NAMES: dict[str, Sequence[Any]] = {"saliency": ["obs", "wanda"], "solver": ["obs", "obs_refit"]}

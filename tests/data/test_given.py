@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from sparsewav.data.given import as_utterances
 from sparsewav.data.utterances import read_audio
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel, load_speech_model
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run
 
 
 @pytest.fixture(scope="module")

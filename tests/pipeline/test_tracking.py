@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +12,10 @@ import wandb
 
 from sparsewav.pipeline import tracking
 from sparsewav.pipeline.tracking import RunDescription, _used_options
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run, run_folder_in
 
 TUNING = ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=2", "data.training_subset=train"]
 OFFLINE = ["tracker=wandb", "tracker.mode=offline"]
-
-
-def _folder(tmp_path: Path) -> Path:
-    (metrics,) = (tmp_path / "outputs").glob("*/metrics.json")
-    return metrics.parent
 
 
 def _read_wandb(folder: Path) -> dict[str, dict[str, str]]:
@@ -64,7 +56,7 @@ def test_results_reach_wandb(run_sparsewav: Run, small: list[str], tmp_path: Pat
     run_settings = ["data.evaluation_utterances=6", "experiment=smoke", "calibration.utterances=10"]
     result = run_sparsewav(*small, *TUNING, *OFFLINE, *run_settings)
     assert result.returncode == 0, result.stdout + result.stderr
-    folder = _folder(tmp_path)
+    folder = run_folder_in(tmp_path)
     metrics = json.loads((folder / "metrics.json").read_text())
     found = _read_wandb(folder)
     run = found["run"]
@@ -104,7 +96,7 @@ def test_wandb_out_of_reach_loses_nothing(run_sparsewav: Run, small: list[str], 
     result = run_sparsewav(*small, "tracker=wandb", "tracker.mode=online", **nobody)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"W&B cannot be reached .*; the run is kept offline", result.stdout)
-    assert (_folder(tmp_path) / "metrics.json").is_file()
+    assert (run_folder_in(tmp_path) / "metrics.json").is_file()
     assert list((tmp_path / "outputs").glob("*/wandb/offline-run-*/*.wandb"))
 
 
@@ -153,14 +145,14 @@ def test_a_run_is_tracked_from_its_start_and_its_loss_while_it_is_tuned(
     assert losses[0][3] is False, "before the run was finished"
     updates = [event[2] for event in service.events if event[:2] == ("log", "finetune/update")]
     assert updates == sorted(set(updates)), "each of them once"
-    assert updates[-1] == json.loads((_folder(tmp_path) / "metrics.json").read_text())["updates"]
+    assert updates[-1] == json.loads((run_folder_in(tmp_path) / "metrics.json").read_text())["updates"]
     assert service.events[-1] == ("finish", 0)
 
     # Launched again it is done, and nothing is told twice; the first time with a tracker it is told.
-    (_folder(tmp_path) / "wandb").mkdir()  # as W&B leaves it
+    (run_folder_in(tmp_path) / "wandb").mkdir()  # as W&B leaves it
     assert "Tracked before: " in run_sparsewav(*arguments).stdout
     assert len(service.begun) == 1
-    (_folder(tmp_path) / "wandb").rmdir()
+    (run_folder_in(tmp_path) / "wandb").rmdir()
     assert run_sparsewav(*arguments).returncode == 0
     assert len(service.begun) == 2
     assert service.events[-1] == ("finish", 0)

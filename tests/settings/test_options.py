@@ -1,8 +1,7 @@
 """Every option of every configuration group: explained, composing and valid; and the names of runs' folders."""
 
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from sparsewav.files import conf_folder
 from sparsewav.pipeline.naming import identifying_settings, run_name
 from sparsewav.settings.options import MISSING
 from sparsewav.settings.run import SCHEMAS, Config
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run
 
 assert app, "its import registers the dataclasses with Hydra"
 

@@ -35,8 +35,7 @@ from sparsewav.files import conf_folder
 from sparsewav.models.load import load_speech_model
 from sparsewav.settings.run import TrainConfig
 from sparsewav.training.dense import LETTERS
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run
 
 ARCHITECTURE = (
     "architecture.hidden_size=16",

@@ -4,9 +4,7 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +42,7 @@ from sparsewav.training.trainer import (
     train_ctc,
     write_training_log,
 )
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.terminal import Run
 
 
 def _settings(**changes: object) -> Training:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import subprocess
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,6 +20,7 @@ from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrice
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.allocation.levels import build_level_store, choose_levels, exact_sparsities, level_grid
 from sparsewav.pruning.allocation.search import measure_costs, search_swaps
+from tests.terminal import Run
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -256,9 +256,6 @@ def test_weights_that_compete_over_the_whole_matrix(within: str) -> None:
         rebuilt[row, mask] = torch.linalg.solve(hessian[mask][:, mask], hessian[mask] @ weight[row])
     errors = [float(((weight - other) @ inputs).square().sum()) for other in (rebuilt, pruned.weight)]
     assert errors[0] <= errors[1] < 2 * errors[0]
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
