@@ -199,6 +199,90 @@ class Reconstruction(Recovery):
 
 
 @dataclass(kw_only=True)
+class Quantization(Option):
+    """To how few values the weights that are kept are rounded, after the solver and the recovery.
+
+    Attributes:
+        widths: Bits that a weight of a prunable matrix may have; empty where they stay floating-point numbers.
+    """
+
+    widths: ClassVar[tuple[int, ...]] = ()
+
+
+@dataclass(kw_only=True)
+class NoQuantization(Quantization):
+    """The paper's: no weight is rounded."""
+
+    name: str = field(default="none", init=False)
+
+
+@dataclass(kw_only=True)
+class Float16(Quantization):
+    """Every number of the model is rounded to half precision."""
+
+    name: str = field(default="float16", init=False)
+
+
+@dataclass(kw_only=True)
+class Integers(Quantization):
+    """Weights become whole multiples of the scale of their group."""
+
+    group_size: int | None = option(
+        128, "consecutive weights of a row that share a scale; null: the whole row", least=1
+    )
+    symmetric: bool = option(True, "as many values below zero as above; false: every group has a zero point")
+    rounding: str = option(
+        "obs", "obs (the weights that are kept make up for what is rounded) or nearest", choices=("obs", "nearest")
+    )
+    rest: str = option(
+        "int8",
+        "of the weights that are not prunable: int8 (convolutions and matrices; biases and norms in float16), float16 "
+        "or model (as they are)",
+        choices=("int8", "float16", "model"),
+    )
+
+
+@dataclass(kw_only=True)
+class Int8(Integers):
+    """8 bits a weight."""
+
+    name: str = field(default="int8", init=False)
+    widths: ClassVar[tuple[int, ...]] = (8,)
+
+
+@dataclass(kw_only=True)
+class Int4(Integers):
+    """4 bits a weight."""
+
+    name: str = field(default="int4", init=False)
+    widths: ClassVar[tuple[int, ...]] = (4,)
+
+
+@dataclass(kw_only=True)
+class Int3(Integers):
+    """3 bits a weight: seven values."""
+
+    name: str = field(default="int3", init=False)
+    widths: ClassVar[tuple[int, ...]] = (3,)
+
+
+@dataclass(kw_only=True)
+class Int2(Integers):
+    """2 bits a weight: minus the scale, zero, the scale."""
+
+    name: str = field(default="int2", init=False)
+    widths: ClassVar[tuple[int, ...]] = (2,)
+
+
+@dataclass(kw_only=True)
+class Mixed(Integers):
+    """Every matrix has the bits that ``sparsity=megabytes`` gives it."""
+
+    name: str = field(default="mixed", init=False)
+    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+
+
+@dataclass(kw_only=True)
 class Allocation(Option):
     """How the sparsity is shared among the matrices."""
 
@@ -310,6 +394,7 @@ OPTIONS: dict[str, tuple[type[Option], ...]] = {
     "solver": (OBS, OBSRefit, ALPS),
     "objective": (Symmetric, Asymmetric),
     "recovery": (NoRecovery, Reconstruction, Affine),
+    "quantization": (NoQuantization, Float16, Int8, Int4, Int3, Int2, Mixed),
     "allocation": (Hutchinson, Uniform, HAWQ, ErrorCurves, Search),
 }
 """The choices of every group, the paper's first."""
@@ -344,6 +429,7 @@ class Pruning:
     solver: Solver = option(OBS, "how mask and kept weights are found")
     objective: Objective = option(Symmetric, "which error is minimised")
     recovery: Recovery = option(NoRecovery, "what a pruned layer learns afterwards")
+    quantization: Quantization = option(NoQuantization, "to how few values the kept weights are rounded")
     allocation: Allocation = option(Hutchinson, "how the sparsity is shared among the matrices")
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
     seed: int = option(
