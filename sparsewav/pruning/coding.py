@@ -222,8 +222,9 @@ def _encode_values(plain: Tensor, tensor: Tensor) -> tuple[list[bytes], Coding]:
 def _deflate(content: NDArray[np.uint8]) -> bytes:
     """Give the shortest of the bytes as they are, deflated with Huffman codes alone, and with repetitions."""
     shortest = content.tobytes()
-    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
-        deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    # Repetitions are rare, and long where there are some, as of rows of zeros: a quick search finds them.
+    for level, strategy in ((6, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY)):
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
         deflated = deflate.compress(content.data) + deflate.flush()
         if len(deflated) < len(shortest):
             shortest = deflated
