@@ -37,10 +37,13 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
             "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
             + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            **({"bits": f"{metrics['bits']:g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
             "parameters, before": f"{metrics['params_total']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
             "seconds": ", ".join(
-                _spent(metrics, stage) for stage in ("calibrate", "allocate", "solve", "recover") if stage in seconds
+                _spent(metrics, stage)
+                for stage in ("calibrate", "allocate", "solve", "recover", "quantize")
+                if stage in seconds
             )
             + f"; prune {seconds['prune']:.1f}",
         }

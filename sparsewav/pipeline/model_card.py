@@ -139,7 +139,8 @@ def _describe(metrics: Mapping[str, Any]) -> str:
         source += f" (commit `{origin['commit']}`)"
     elif origin["base_model"]:
         source += f", which was made from `{origin['base_model']}`"
-    done = f"pruned to {_asked(metrics)} sparsity" if ours else f"compressed with {metrics['method']}"
+    rounded = f" and rounded to {metrics['quantization']}" if metrics["quantization"] not in (None, "none") else ""
+    done = f"pruned to {_asked(metrics)} sparsity{rounded}" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)
     sets = metrics["evaluation"]
@@ -173,6 +174,7 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "solver": f"{metrics['solver']}, objective {metrics['objective']}, recovery {metrics['recovery']}",
         "allocation": metrics["allocation"],
         "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
+        **({"bits of their weights": f"{metrics['bits']:g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         "parameters": f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
         "calibration": f"{metrics['n_calibration_utterances']:,} utterances of {sample}, seed {metrics['seed']}",
