@@ -119,7 +119,8 @@ def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored:
         head = "| evaluated on | utterances | distance of hidden states from the dense model's |"
         return f"\n{head}\n|---|---|---|\n{rows}"
     tuned = metrics["updates"] > 0
-    columns = ["evaluated on", "utterances", "", "dense", "pruned", *(["pruned and tuned"] if tuned else [])]
+    last = "pruned and tuned" if metrics["quantization"] in (None, "none") else "pruned, tuned and rounded"
+    columns = ["evaluated on", "utterances", "", "dense", "pruned", *([last] if tuned else [])]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     for record in sets:
         for rate in scored:

@@ -1,6 +1,7 @@
 """One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record.
 
-Where the model is tuned, which takes weights off their grid, they are rounded after the last stage. A baseline has its own compression in the place of calibrating, allocating and solving.
+Where the model is tuned, which takes weights off their grid, they are rounded after the last stage. A baseline has its
+own compression in the place of calibrating, allocating and solving.
 """
 
 import hashlib
@@ -187,10 +188,7 @@ def _run(
             tune_step(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state)
-        if kind in (
-            "compress",
-            "finetune",
-        ):  # Accelerate's autocast stays around the trained model: go on with what is saved
+        if kind in ("compress", "finetune"):  # Accelerate's autocast stays around a trained model: go on with the saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
     replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
