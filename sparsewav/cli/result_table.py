@@ -67,6 +67,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         ),
         **tuned,
         **made,
+        "size": f"{metrics['bytes'] / 1e6:.2f} MB of weights in bitmask format",
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
         "outputs": str(folder),
     }

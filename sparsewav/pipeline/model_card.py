@@ -178,6 +178,7 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         **({"bits of their weights": f"{metrics['bits']:g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         "parameters": f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
+        "weights in bitmask format": f"{metrics['bytes'] / 1e6:.2f} MB",
         "calibration": f"{metrics['n_calibration_utterances']:,} utterances of {sample}, seed {metrics['seed']}",
     }
 

@@ -23,6 +23,7 @@ from sparsewav.files import damage, locked, remove_leftovers
 from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
+from sparsewav.models.checkpoint import Checkpoint
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
 from sparsewav.pipeline import compress, inputs, model_card, run_folder
 from sparsewav.pipeline.resume import (
@@ -44,6 +45,7 @@ from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
+from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
@@ -294,6 +296,7 @@ def _finish(
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
     executed, nonzero_products = multiply_accumulates(speech.model, silence(speech.processor.feature_extractor))
+    saved = Checkpoint(folder / run_folder.MODEL)
     first = state.evaluation[0]
     metrics = {
         "model": speech.name,
@@ -312,6 +315,7 @@ def _finish(
         "bits": state.stages[-1].get("bits"),
         "params_total": total,
         "params_nonzero": nonzero,
+        "bytes": file_bytes(saved.read(saved.files)),
         "macs_per_second": executed,
         "macs_per_second_nonzero": nonzero_products,
         **{key: first[key] for key in run_folder.RATES},
