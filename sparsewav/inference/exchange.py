@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.data.batches import Batch
 from sparsewav.errors import UserError
-from sparsewav.inference.runtime import LOGITS, MASK, ExportedModel, of_extra
+from sparsewav.inference.runtime import LOGITS, MASK, ExportedModel, exported_model, of_extra
 from sparsewav.models.bitmask import BITMASK_NOTE
 from sparsewav.models.checkpoint import EXPORTED, first_line
 from sparsewav.models.load import SpeechModel
@@ -139,7 +139,7 @@ def write_exchange(
         (folder / card.name).write_text(f"{text}\n{note}", encoding="utf-8")
     speech.model.config.save_pretrained(folder)
     speech.processor.save_pretrained(folder)
-    return ExportedModel(path, speech.model)
+    return _started(path, speech)
 
 
 def write_record(folder: Path, format: str, *, int8: bool, source: str, figures: dict[str, Any]) -> None:
@@ -156,6 +156,10 @@ def write_record(folder: Path, format: str, *, int8: bool, source: str, figures:
         "versions": {name: version(name) for name in ("sparsewav", *libraries)},
     }
     (folder / RECORD).write_text(json.dumps(record | figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _started(path: Path, speech: SpeechModel) -> ExportedModel:
+    return exported_model(path, type(speech.model), speech.model.config)
 
 
 class _Logits(nn.Module):
@@ -351,7 +355,7 @@ def _zeros_openvino(path: Path) -> Iterator[Bool[np.ndarray, "rows cols"]]:
 
 
 def _convert_onnx(traced: Path, path: Path, *, int8: bool, check: SpeechModel) -> None:
-    check_same(check, ExportedModel(traced, check.model))
+    check_same(check, _started(traced, check))
     if not int8:
         for item in traced.parent.iterdir():
             item.replace(path.parent / item.name)
@@ -375,7 +379,7 @@ def _convert_openvino(traced: Path, path: Path, calibration: Sequence[Batch] | N
     model = openvino.Core().read_model(str(traced))
     whole = traced.parent / path.name
     openvino.save_model(model, str(whole), compress_to_fp16=False)
-    check_same(check, ExportedModel(whole, check.model))
+    check_same(check, _started(whole, check))
     if calibration is None:
         for item in (whole, whole.with_suffix(".bin")):
             item.replace(path.parent / item.name)

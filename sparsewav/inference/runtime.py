@@ -3,6 +3,7 @@
 :mod:`~sparsewav.inference.exchange` writes them. They run on the CPU, in as many threads as PyTorch has.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCTC, PreTrainedModel
+from transformers import MODEL_FOR_CTC_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from sparsewav.errors import UserError
@@ -33,51 +34,33 @@ Session = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Gives the logits (batch, frames, vocabulary) of the inputs by their names."""
 
 
-class ExportedModel:
-    """A model in a file, called as that of transformers is, which says everything else about it.
+class ExportedModel(PreTrainedModel):
+    """A model in a file; :func:`exported_model` makes it a model of transformers, whose own weights take no memory.
 
     Attributes:
-        skeleton: The model of transformers, without its weights.
         path: The file.
         files: All files with its graph and weights.
+        inputs: The names of what it takes.
         runtime: Name and version of what runs it.
     """
 
-    device = torch.device("cpu")
-    dtype = torch.float32
+    path: Path
+    files: list[Path]
+    inputs: list[str]
+    runtime: str
+    session: Session
 
-    def __init__(self, path: Path, skeleton: PreTrainedModel) -> None:
-        self.path, self.skeleton = path, skeleton
-        format = "onnx" if path.suffix == ".onnx" else "openvino"
-        self.files = exported_files(path)
-        for file in self.files:
-            if not file.is_file():
-                raise UserError(f"{file} is missing, which belongs to {path}; copy the whole folder")
-        try:
-            self._run, self.inputs, outputs, self.runtime = _START[format](path)
-        except UserError:
-            raise
-        except Exception as error:  # a broken file raises almost any error
-            raise UserError(
-                f"{path} cannot be loaded: {first_line(error)}; write it again with sparsewav-export"
-            ) from error
-        key = input_key(skeleton)
-        if not {key} <= set(self.inputs) <= {key, MASK} or LOGITS not in outputs:
-            raise UserError(
-                f"{path} takes {', '.join(self.inputs)} and gives {', '.join(outputs)}; a {type(skeleton).__name__} "
-                f"takes {key}, perhaps {MASK}, and gives {LOGITS}: write it with sparsewav-export"
-            )
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "skeleton":  # it is not set yet
-            raise AttributeError(name)
-        return getattr(self.skeleton, name)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs."""
+        return torch.float32
 
-    def __call__(
-        self,
-        inputs: Float[Tensor, "batch length ..."],
-        attention_mask: Int[Tensor, "batch length"] | None = None,
-    ) -> CausalLMOutput:
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
         """Give the logits, as the model of transformers does."""
         return CausalLMOutput(logits=torch.from_numpy(self.run(inputs, attention_mask)))
 
@@ -89,7 +72,7 @@ class ExportedModel:
         Raises:
             UserError: Utterances are padded, and the file has no input for their mask.
         """
-        feed = {input_key(self.skeleton): inputs.numpy()}
+        feed = {input_key(self): inputs.numpy()}
         if MASK in self.inputs:
             mask = torch.ones(inputs.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
             feed[MASK] = mask.to(torch.long).numpy()
@@ -98,16 +81,55 @@ class ExportedModel:
                 f"{self.path} takes no {MASK}, without which padding would change what it writes; write it with "
                 "sparsewav-export"
             )
-        return self._run(feed)
+        return self.session(feed)
 
     def __repr__(self) -> str:
-        return f"{type(self.skeleton).__name__} in {self.path}, run by {self.runtime}"
+        return f"{type(self).__name__} in {self.path}, run by {self.runtime}"
 
     @property
     def fingerprint(self) -> list[Any]:
         """What its output depends on: the bytes of its files, what runs it, and in how many threads."""
-        settings = self.skeleton.config.to_json_string(use_diff=False)
+        settings = self.config.to_json_string(use_diff=False)
         return [[content_hash(file) for file in self.files], self.runtime, torch.get_num_threads(), settings]
+
+
+def exported_model(path: Path, kind: type[PreTrainedModel], config: PretrainedConfig) -> ExportedModel:
+    """Start the runtime of an exported model.
+
+    Args:
+        path: The file of the model.
+        kind: The class of transformers that it was made from.
+        config: Its configuration.
+
+    Raises:
+        UserError: A file is missing or broken or that of another model, or its runtime is not installed.
+    """
+    files = exported_files(path)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which belongs to {path}; copy the whole folder")
+    try:
+        session, inputs, outputs, runtime = _START["onnx" if path.suffix == ".onnx" else "openvino"](path)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file raises almost any error
+        raise UserError(
+            f"{path} cannot be loaded: {first_line(error)}; write it again with sparsewav-export"
+        ) from error
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model: Any = kind(copy.deepcopy(config)).eval()
+    except Exception as error:  # a broken configuration raises almost any error
+        raise UserError(f"the config.json of {path} does not describe a CTC model ({first_line(error)})") from error
+    key = input_key(model)
+    if not {key} <= set(inputs) <= {key, MASK} or LOGITS not in outputs:
+        raise UserError(
+            f"{path} takes {', '.join(inputs)} and gives {', '.join(outputs)}; a {kind.__name__} takes {key}, perhaps "
+            f"{MASK}, and gives {LOGITS}: write it with sparsewav-export"
+        )
+    model.__class__ = type(kind.__name__, (ExportedModel, kind), {"__module__": ExportedModel.__module__})
+    model.path, model.files, model.inputs, model.runtime, model.session = path, files, inputs, runtime, session
+    return model
 
 
 def load_exported(path: str | Path) -> SpeechModel:
@@ -127,14 +149,12 @@ def load_exported(path: str | Path) -> SpeechModel:
     if file is None:
         raise UserError(f"{path} holds no exported model ({' or '.join(EXPORTED.values())}); check the path")
     config = read_config(str(file.parent), str(path))
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            skeleton = AutoModelForCTC.from_config(config).eval()
-    except Exception as error:  # a broken configuration raises almost any error
-        raise UserError(f"the config.json of {path} does not describe a CTC model ({first_line(error)})") from error
-    model: Any = ExportedModel(file, skeleton)
+    kind: Any = MODEL_FOR_CTC_MAPPING.get(type(config), None)
+    if kind is None:
+        raise UserError(f"{path} is of the family {config.model_type!r}, of which there is no CTC model")
+    model = exported_model(file, kind, config)
     processor = load_processor(str(file.parent))
-    warnings = agree_on_tokens(skeleton, processor, str(path)) + agree_on_audio(skeleton, processor, str(path))
+    warnings = agree_on_tokens(model, processor, str(path)) + agree_on_audio(model, processor, str(path))
     return SpeechModel(Path(path).name, model, processor, warnings, file.parent)
 
 

@@ -48,9 +48,9 @@ class SpeechModel:
         return self.processor.tokenizer is not None
 
     def __repr__(self) -> str:
-        if not isinstance(self.model, PreTrainedModel):  # an exported one, whose weights are in its file
-            return f"<{type(self).__name__} {self.name}: {self.model!r}>"
         parameters = list(self.model.parameters())
+        if any(parameter.is_meta for parameter in parameters):  # an exported model, whose weights are in its file
+            return f"<{type(self).__name__} {self.name}: {self.model!r}>"
         total = sum(parameter.numel() for parameter in parameters)
         zero = total - sum(int(parameter.count_nonzero()) for parameter in parameters)
         dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device

@@ -30,7 +30,7 @@ from sparsewav.settings.run import Config
 
 def identity_of(speech: SpeechModel, seconds_per_batch: float) -> dict[str, Any]:
     """Give what the shared results of a model depend on, besides the utterances."""
-    model: Any = speech.model
+    model = speech.model
     return {
         "model": model.fingerprint if isinstance(model, ExportedModel) else cache.model_fingerprint(model),
         "processor": describe(speech.processor),
