@@ -145,7 +145,7 @@ def _exchange(arguments: argparse.Namespace) -> None:
             batches = _few(speech, [utterance for utterances in evaluation.values() for utterance in utterances])
             agrees = agreement(speech, exported, batches)
             record |= _report(found, sizes, exported, agrees, console)
-        write_record(folder, arguments.format, int8=arguments.int8, source=speech.name, figures=record)
+        write_record(folder, speech, exported, int8=arguments.int8, figures=record)
     console.print(f"Written: {destination}", soft_wrap=True, highlight=False)
     if not scored:
         before = ", before int8" if arguments.int8 else ""

@@ -23,6 +23,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsewav import __version__
 from sparsewav.data.batches import Batch
 from sparsewav.errors import UserError
 from sparsewav.inference.runtime import LOGITS, MASK, ExportedModel, exported_model, of_extra
@@ -142,18 +143,22 @@ def write_exchange(
     return _started(path, speech)
 
 
-def write_record(folder: Path, format: str, *, int8: bool, source: str, figures: dict[str, Any]) -> None:
+def write_record(
+    folder: Path, speech: SpeechModel, exported: ExportedModel, *, int8: bool, figures: dict[str, Any]
+) -> None:
     """Write what an exported folder is: format, family, sampling rate, versions, and figures as they were measured."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    format = next(format for format, name in EXPORTED.items() if name == exported.path.name)
     libraries = [*EXTRAS[format], *(["nncf"] if int8 and format == "openvino" else []), "torch", "transformers"]
     record = {
         "format": format,
-        "file": EXPORTED[format],
+        "file": exported.path.name,
+        "inputs": exported.inputs,
         "int8": int8,
         "opset": OPSET,
-        "family": config["model_type"],
-        "source": source,
-        "versions": {name: version(name) for name in ("sparsewav", *libraries)},
+        "family": speech.model.config.model_type,
+        "sampling_rate": speech.processor.feature_extractor.sampling_rate,
+        "source": speech.name,
+        "versions": {"sparsewav": __version__} | {name: version(name) for name in libraries},
     }
     (folder / RECORD).write_text(json.dumps(record | figures, indent=1) + "\n", encoding="utf-8")
 
@@ -316,20 +321,27 @@ def _compare(
 def zeros_kept(model: PreTrainedModel, exported: ExportedModel) -> tuple[float, float]:
     """Give the share of the pruned weights that are zero in an exported file, and of the matrices that are in it.
 
-    Exporters rename and transpose matrices, so each is compared with all of its shape, and the most alike counts.
+    Exporters rename and transpose matrices, so each is compared with those of its shape, and the most alike counts.
     """
     stored: dict[tuple[int, ...], list[Bool[np.ndarray, "rows cols"]]] = {}
     for zero in (_zeros_onnx if exported.path.suffix == ".onnx" else _zeros_openvino)(exported.path):
-        for form in (zero, zero.T):
-            stored.setdefault(form.shape, []).append(form)
+        stored.setdefault(tuple(sorted(zero.shape)), []).append(zero)
     pruned = kept = found = 0
     matrices = prunable_matrices(model)
     for matrix in matrices:
         zero = (matrix.weight == 0).cpu().numpy()
-        alike = [int((zero & other).sum()) for other in stored.get(zero.shape, [])]
-        found += bool(alike)
-        if alike:
-            pruned, kept = pruned + int(zero.sum()), kept + max(alike)
+        candidates = stored.get(tuple(sorted(zero.shape)), [])
+        found += bool(candidates)
+        count, best = int(zero.sum()), 0
+        for index, candidate in enumerate(candidates):
+            for form in (candidate, candidate.T):
+                best = max(best, int((zero & form).sum()) if form.shape == zero.shape else 0)
+            if best == count:
+                if count:  # the file has them in the model's order, so that the next one is found at once
+                    del candidates[index]
+                break
+        if candidates or best:
+            pruned, kept = pruned + count, kept + best
     return kept / pruned if pruned else 1.0, found / len(matrices)
 
 

@@ -178,10 +178,16 @@ def load_runnable(settings: Model, device: str = "auto") -> SpeechModel:
 
 
 def exported_file(path: str | Path) -> Path | None:
-    """Give the file of an exported model that a user named, or its folder; None for anything else."""
+    """Give the file of an exported model that a user named, or its folder; None for anything else.
+
+    Raises:
+        UserError: The file that is named does not exist, or the folder holds two.
+    """
     path = Path(path).expanduser()
-    if path.is_file():
-        return path if path.suffix in (".onnx", ".xml") else None
+    if path.suffix in (".onnx", ".xml") and not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; check the path")
+        return path
     found = [path / name for name in EXPORTED.values() if (path / name).is_file()]
     if not found or any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
         return None

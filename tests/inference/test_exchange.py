@@ -256,7 +256,7 @@ def test_a_run_is_exported_scored_and_used(
     assert rates["onnx"]["wer"] == pytest.approx(metrics["wer"])
     assert record["agreement"]["difference"] < 1e-4
     assert record["agreement"]["same"] == record["agreement"]["zeros_kept"] == 1
-    assert (record["family"], record["int8"], record["scored"]) == ("wav2vec2", False, True)
+    assert (record["family"], record["sampling_rate"], record["int8"]) == ("wav2vec2", 16_000, False)
     assert "ONNX Runtime" in (tmp_path / "out" / "README.md").read_text()
 
     compared = run_sparsewav("mine", "out", command="sparsewav-evaluate")
@@ -276,6 +276,7 @@ def test_a_run_is_exported_scored_and_used(
         (["model.name_or_path=out", "data=demo"], "sparsewav", "give the model that it was made from"),
         (["out", "small"], "sparsewav-export", "neither model.safetensors nor"),
         ([audio, "--model", "out", "--device", "cuda"], "sparsewav-transcribe", "runs on the CPU"),
+        ([audio, "--model", "there/is/no.onnx"], "sparsewav-transcribe", "there/is/no.onnx does not exist"),
         ([audio, "--model", "out", "--accelerate"], "sparsewav-transcribe", "--accelerate is for models that PyTorch"),
     ]:
         refused = run_sparsewav(*arguments, command=command)
