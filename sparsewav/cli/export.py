@@ -186,7 +186,7 @@ def _references(
     from sparsewav.training.recipes import load_or_train
 
     found, sizes = [], {}
-    models = {f"{Path(run).name} (PyTorch)": speech}
+    models = {f"{Path(run).absolute().name} (PyTorch)": speech}
     if settings:
         try:
             dense = load_or_train(Model(**settings["model"]))

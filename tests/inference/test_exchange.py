@@ -35,8 +35,6 @@ Batch = dict[str, torch.Tensor]
 Run = Callable[..., Any]
 
 UNSUPPORTED = "granite_speech5_ctc"
-FORMATS = ("onnx", "openvino")
-
 openvino = of_extra("openvino", "openvino")
 
 
@@ -199,12 +197,11 @@ def demo() -> SpeechModel:
     return load_speech_model("demo")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_int8_writes_nearly_the_same_and_keeps_zeros(format: str, demo: SpeechModel, tmp_path: Path) -> None:
     """The layers' products are quantised, and the convolutions are not."""
     speech = load_speech_model("demo")
-    _prune(speech.model)
-    with torch.no_grad():  # so many zeros at random would leave no speech to compare
+    with torch.no_grad():
         for pruned, whole in zip(prunable_matrices(speech.model), prunable_matrices(demo.model), strict=True):
             small = whole.weight.abs() < whole.weight.abs().quantile(0.3)
             pruned.weight.copy_(whole.weight.masked_fill(small, 0))
