@@ -64,8 +64,8 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = command_parser(
         "sparsewav-export",
-        "Write a pruned model in another format: bitmask stores a bit for every weight and the values of "
-        "those that are not zero; dense is a plain checkpoint; onnx and openvino are for other runtimes.",
+        "Write a pruned model in another format: bitmask stores no zeros, and rounded weights in few bits; dense is a "
+        "plain checkpoint; onnx and openvino are for other runtimes.",
         _EPILOG,
     )
     parser.add_argument(
@@ -74,7 +74,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("destination", type=Path, metavar="DST", help="folder to write; must not be there yet")
     parser.add_argument("--format", choices=FORMATS, default="bitmask", help="default: bitmask")
     parser.add_argument(
-        "--dtype", choices=("model", "float16"), default="model", help="model (default) keeps every bit; float16 rounds"
+        "--dtype",
+        choices=("model", "float16"),
+        default="model",
+        help="model (default) keeps every bit; float16 rounds, and is refused where that makes a bitmask file larger",
     )
     exchange = parser.add_argument_group("of onnx and openvino")
     exchange.add_argument("--int8", action="store_true", help="quantise with the runtime's own tool")

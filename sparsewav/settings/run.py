@@ -67,11 +67,13 @@ class Export(Settings):
 
     format: str = option(
         "dense",
-        "bitmask: model-bitmask/, a bit for every weight and the values that are kept",
+        "bitmask: model-bitmask/, without the zeros, and in few bits what was rounded",
         choices=("dense", "bitmask"),
     )
     dtype: str = option(
-        "model", "model (the numbers as they are) or float16 (half the bytes)", choices=("model", "float16")
+        "model",
+        "model (the numbers as they are) or float16 (half the bytes; not for a rounded model as bitmask)",
+        choices=("model", "float16"),
     )
 
 
@@ -164,6 +166,8 @@ class Config(Pruning):
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
         if self.sparsity.pattern:
             yield f"sparsity=n_m goes with method={OURS} alone; choose sparsity=unstructured"
+        if self.quantization.name != "none":
+            yield f"quantization={self.quantization.name} goes with method={OURS} alone; choose quantization=none"
 
 
 @dataclass
