@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas
 
+    from sparsewav.data.sets import Sets
     from sparsewav.data.utterances import Utterance
     from sparsewav.models.load import SpeechModel
 
@@ -32,9 +33,10 @@ _EPILOG = """examples:
   sparsewav-evaluate outputs/A outputs/B --data data=librispeech_dir data.root=/data/LibriSpeech
   sparsewav-evaluate outputs/A outputs/B --output errors.csv
 
-A MODEL is the folder of a run or of a model, a name on the hub, or demo. Speech is named as for sparsewav; what --data
-does not say is that of the first MODEL's run. The difference of every model to the first one is paired: both are
-measured on the same samples of utterances, and of speakers where they are known. Spaces count in the CER.
+A MODEL is the folder of a run or of a model, exported or not, a name on the hub, or demo. Speech is named as for
+sparsewav; what --data does not say is that of the first MODEL's run. The difference of every model to the first one is
+paired: both are measured on the same samples of utterances, and of speakers where they are known. Spaces count in the
+CER.
 """
 
 UNITS = {"wer": "words", "cer": "characters"}
@@ -77,7 +79,7 @@ def _parse() -> argparse.Namespace:
 
 
 @dataclass
-class _Errors:
+class Errors:
     """What one model wrote on one set, and its errors in words and in characters.
 
     Attributes:
@@ -85,6 +87,7 @@ class _Errors:
         utterances: With transcripts as the model can write them.
         hypotheses: In the order of the utterances.
         edits, lengths: Number of edits, and of words or characters in the reference, of every utterance, by the rate.
+        seconds: What transcribing all sets took, now or when it was first done.
     """
 
     model: str
@@ -93,15 +96,14 @@ class _Errors:
     hypotheses: list[str]
     edits: "dict[str, np.ndarray]"
     lengths: "dict[str, np.ndarray]"
+    seconds: float
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     import pandas
 
-    from sparsewav.cli.app import data_of_words
-    from sparsewav.data.sets import Sets, refuse_unreadable
+    from sparsewav.inference.runtime import load_runnable
     from sparsewav.models.load import choose_device
-    from sparsewav.training.recipes import load_or_train
 
     console = Console()
     if arguments.output and arguments.output.suffix not in (".csv", ".json"):
@@ -112,10 +114,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seconds {arguments.seconds:g} must be above 0")
     if repeated := {name for name in arguments.models if arguments.models.count(name) > 1}:
         raise UserError(f"{', '.join(sorted(repeated))} is named twice; name every model once")
-    data = data_of_words(arguments.data, arguments.models[0])
-    if not any(word.startswith("data=") for word in arguments.data):
-        print_note(f"the speech is that of {arguments.models[0]}: {'='.join(map(str, data.subset('evaluation')))}")
-    device = choose_device(arguments.device)
+    choose_device(arguments.device)  # before anything is read
+    data, _, evaluation = read_speech(arguments.data, arguments.models[0])
+    found: list[Errors] = []
+    for name in arguments.models:
+        speech = load_runnable(Model(name), arguments.device)
+        for warning in speech.warnings:
+            print_warning(warning)
+        if not speech.writes:
+            raise UserError(f"{name} is an encoder without a CTC head and writes no text; leave it out")
+        found += measure_errors(name, speech, evaluation, data, arguments.seconds, console)
+        del speech  # before the next one is loaded
+    first = {errors.set: errors for errors in found if errors.model == arguments.models[0]}
+    table = pandas.DataFrame([rates_of(errors, first[errors.set]) for errors in found])
+    if arguments.output:
+        _write(arguments.output, found, table, data)
+    for name, errors in first.items():
+        show_rates(table[table["set"] == name], errors.utterances, console)
+    if arguments.output:
+        console.print(f"Written: {arguments.output}", soft_wrap=True)
+
+
+def read_speech(words: list[str], model: str) -> "tuple[Data, Sets, dict[str, list[Utterance]]]":
+    """Give the options of data that a command line names upon those of a model's run, the sets, and what is evaluated.
+
+    Raises:
+        UserError: As :func:`~sparsewav.cli.app.data_of_words` does, or speech is missing or broken.
+    """
+    from sparsewav.cli.app import data_of_words
+    from sparsewav.data.sets import Sets, refuse_unreadable
+
+    data = data_of_words(words, model)
+    if not any(word.startswith("data=") for word in words):
+        print_note(f"the speech is that of {model}: {'='.join(map(str, data.subset('evaluation')))}")
     sets = Sets(data)
     evaluation = sets.evaluation()
     for note in sets.recognised():
@@ -123,33 +154,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for note in sets.left_out():
         print_warning(note)
     refuse_unreadable(utterance for utterances in evaluation.values() for utterance in utterances)
-    found: list[_Errors] = []
-    for name in arguments.models:
-        speech = load_or_train(Model(name), device)
-        for warning in speech.warnings:
-            print_warning(warning)
-        if not speech.writes:
-            raise UserError(f"{name} is an encoder without a CTC head and writes no text; leave it out")
-        found += _errors(name, speech, evaluation, data, arguments.seconds, console)
-        del speech  # before the next one is loaded
-    first = {errors.set: errors for errors in found if errors.model == arguments.models[0]}
-    table = pandas.DataFrame([_rates(errors, first[errors.set]) for errors in found])
-    if arguments.output:
-        _write(arguments.output, found, table, data)
-    for name, errors in first.items():
-        _show(table[table["set"] == name], errors.utterances, console)
-    if arguments.output:
-        console.print(f"Written: {arguments.output}", soft_wrap=True)
+    return data, sets, evaluation
 
 
-def _errors(
+def measure_errors(
     name: str,
     speech: "SpeechModel",
     evaluation: "Mapping[str, list[Utterance]]",
     data: Data,
     seconds_per_batch: float,
     console: Console,
-) -> list[_Errors]:
+) -> list[Errors]:
     """Transcribe every set with one model, or take its hypotheses from the cache, and count the errors."""
     from sparsewav.data.batches import check_labels, check_lengths
     from sparsewav.data.text import choose_normalization, normalized
@@ -171,11 +186,11 @@ def _errors(
         references, hypotheses = [utterance.text for utterance in utterances], result.hypotheses[of]
         counted = {rate: count_edits(references, hypotheses, characters=rate == "cer") for rate in UNITS}
         edits, lengths = ({rate: pair[index] for rate, pair in counted.items()} for index in (0, 1))
-        found.append(_Errors(name, of, utterances, hypotheses, edits, lengths))
+        found.append(Errors(name, of, utterances, hypotheses, edits, lengths, result.seconds))
     return found
 
 
-def _rates(errors: _Errors, first: _Errors) -> dict[str, str | int | float | None]:
+def rates_of(errors: Errors, first: Errors) -> dict[str, str | int | float | None]:
     """Give the error rates of a model with their intervals, and their differences to those of the first one.
 
     Raises:
@@ -208,7 +223,7 @@ def _speakers(utterances: "list[Utterance]") -> list[str] | None:
     return speakers if len(speakers) == len(utterances) and len(set(speakers)) > 1 else None
 
 
-def _write(path: Path, found: list[_Errors], table: "pandas.DataFrame", data: Data) -> None:
+def _write(path: Path, found: list[Errors], table: "pandas.DataFrame", data: Data) -> None:
     """Write a row for every model and utterance as CSV, or with the rates and the options of data as JSON."""
     import pandas
 
@@ -230,8 +245,10 @@ def _write(path: Path, found: list[_Errors], table: "pandas.DataFrame", data: Da
             temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Console) -> None:
-    """Print the rates on one set, and what the intervals are drawn over."""
+def show_rates(
+    table: "pandas.DataFrame", utterances: "list[Utterance]", console: Console, against: str = "to the first"
+) -> None:
+    """Print the rates on one set, the differences to those of one model, and what the intervals are drawn over."""
     import pandas
 
     from sparsewav.inference.bootstrap import RESAMPLES
@@ -240,7 +257,7 @@ def _show(table: "pandas.DataFrame", utterances: "list[Utterance]", console: Con
     shown.add_column("model", overflow="fold")
     keys = {"wer": "WER %", "cer": "CER %"}
     if len(table) > 1:
-        keys = {"wer": "WER %", "wer_difference": "to the first", "cer": "CER %", "cer_difference": "to the first"}
+        keys = {"wer": "WER %", "wer_difference": against, "cer": "CER %", "cer_difference": against}
     for heading in keys.values():
         shown.add_column(heading, justify="right", no_wrap=True)
     last = [Path(model).name for model in table["model"]]

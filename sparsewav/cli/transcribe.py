@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   sparsewav-transcribe talk.mp3                                          the demo's model: English, and small
   sparsewav-transcribe talk.flac --model outputs/RUN                     a run's pruned model
+  sparsewav-transcribe talk.flac --model small-onnx/model.onnx           a model that was exported
   sparsewav-transcribe *.wav --model outputs/RUN --format json > talks.jsonl
   sparsewav-transcribe one.ogg two.ogg --format srt --output subtitles   subtitles/one.srt, subtitles/two.srt
 
@@ -48,9 +49,8 @@ def main() -> None:
     arguments = _parse()
     quieten_libraries()
     from sparsewav.inference import accelerate
+    from sparsewav.inference.runtime import exported_file, load_runnable
     from sparsewav.inference.transcription import check_chunks
-    from sparsewav.models.load import choose_device
-    from sparsewav.training.recipes import load_or_train
 
     errors = Console(stderr=True, soft_wrap=True)
     with exit_on_user_error():
@@ -58,8 +58,9 @@ def main() -> None:
         check_chunks(arguments.chunk, arguments.overlap)
         for fault in device_faults(arguments.device):
             raise UserError(f"--{fault}")
-        model = Model(arguments.model, revision=arguments.revision)
-        speech = load_or_train(model, choose_device(arguments.device))
+        if arguments.accelerate and exported_file(arguments.model):
+            raise UserError("--accelerate is for models that PyTorch runs; leave it out for an exported one")
+        speech = load_runnable(Model(arguments.model, revision=arguments.revision), arguments.device)
         if arguments.accelerate:
             errors.print(str(accelerate(speech.model)), markup=False, highlight=False)
     failed = False
@@ -177,7 +178,10 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio; - reads it from a pipe")
     parser.add_argument(
-        "--model", default="demo", metavar="DIR", help="folder of a run or a model, or a name on the hub (default demo)"
+        "--model",
+        default="demo",
+        metavar="MODEL",
+        help="folder of a run or a model, an exported model (its folder or file), or a name on the hub (default demo)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a name on the hub (default: its main branch)")
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="text", help="text (default), json lines or srt")

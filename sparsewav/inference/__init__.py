@@ -2,6 +2,7 @@
 
 :mod:`wer` evaluates, :mod:`transcription` transcribes recordings, :mod:`macs` counts multiply-accumulates, and
 :mod:`acceleration` replaces products by those of :mod:`sparse_linear` and :mod:`kernel` where :mod:`timing` favours it.
+:mod:`exchange` writes ONNX and OpenVINO files, which :mod:`runtime` runs.
 """
 
 from sparsewav.inference.acceleration import AcceleratedMatrix, AccelerationReport, accelerate, restore

@@ -28,6 +28,9 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 """Patterns of the files with weights, whole or in shards, and of their indices."""
 
+EXPORTED = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+"""The file of a model that was exported for another runtime, by its format; Hugging Face's Optimum names them so."""
+
 SETTINGS = (".json", ".md", ".model", ".txt")
 """Suffixes of the files beside the weights: configuration, card, and those of tokenizer and feature extractor."""
 

@@ -14,7 +14,7 @@ import sparsewav.models.structured  # noqa: F401  (both imports register the pac
 from sparsewav.errors import UserError
 from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
-from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, read_pickled_headers
+from sparsewav.models.checkpoint import EXPORTED, INDEX, WEIGHTS, first_line, read_pickled_headers
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.models.skeleton import MASK_EMBEDDING, check_tensors, is_encoder, load_whole, make_skeleton, read_config
@@ -49,6 +49,8 @@ class SpeechModel:
 
     def __repr__(self) -> str:
         parameters = list(self.model.parameters())
+        if any(parameter.is_meta for parameter in parameters):  # an exported model, whose weights are in its file
+            return f"<{type(self).__name__} {self.name}: {self.model!r}>"
         total = sum(parameter.numel() for parameter in parameters)
         zero = total - sum(int(parameter.count_nonzero()) for parameter in parameters)
         dtype, device = str(self.model.dtype).removeprefix("torch."), self.model.device
@@ -206,6 +208,11 @@ def load_pretrained(
     try:
         if any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS)):
             return read_model(folder, dtype, notes)
+        if exported := [file for file in EXPORTED.values() if (folder / file).is_file()]:
+            raise UserError(
+                f"it was exported ({exported[0]}), and only sparsewav-transcribe and sparsewav-evaluate run it; give "
+                "the model that it was made from"
+            )
         if headers := read_pickled_headers(folder):
             check_tensors(make_skeleton(config, headers, source), headers, source)
         kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC

@@ -13,6 +13,7 @@ from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
+from sparsewav.inference.runtime import ExportedModel
 from sparsewav.inference.wer import ErrorRates, error_rates, transcribe
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import describe
@@ -29,8 +30,9 @@ from sparsewav.settings.run import Config
 
 def identity_of(speech: SpeechModel, seconds_per_batch: float) -> dict[str, Any]:
     """Give what the shared results of a model depend on, besides the utterances."""
+    model = speech.model
     return {
-        "model": cache.model_fingerprint(speech.model),
+        "model": model.fingerprint if isinstance(model, ExportedModel) else cache.model_fingerprint(model),
         "processor": describe(speech.processor),
         "code": cache.code_fingerprint(),
         "device": run_folder.device_name(speech.model.device),
