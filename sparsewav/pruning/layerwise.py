@@ -237,10 +237,15 @@ def prune_layer_by_layer(
                     with outcome.timing("recover"):
                         shown = _of_layer(progress, index, len(layers))
                         recovery = recover(layer, own, run, inputs, settings.recovery, settings.seed, shown)
-                        outcome.recoveries.append(recovery)
                     if plan.bits and plan.rounds:
                         for group, hessians in solved:
                             quantize(group, hessians, plan, outcome)
+                        with outcome.timing("recover"):
+                            again = recover(
+                                layer, own, run, inputs, settings.recovery, settings.seed, shown, on_grid=True
+                            )
+                        recovery = replace(again, diverged=again.diverged or recovery.diverged)
+                    outcome.recoveries.append(recovery)
                     with outcome.timing("recover"):
                         _measure_again(solved, dense_weights, outcome)
                 for item in inputs if index + 1 < len(layers) else []:

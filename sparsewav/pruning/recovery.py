@@ -4,6 +4,10 @@ No labels are needed: the target of the regression is the dense layer's output o
 its inputs are the hidden states of the model as pruned so far. Either the kept weights, biases and layer norms of the
 layer are trained (``reconstruction``), or its last bias or layer norm is solved for (``affine``); pruned weights stay
 zero.
+
+After the weights were rounded the layer can be recovered once more on the grid: biases and norms learn as before, and a
+weight moves by whole multiples of its scale, by straight-through gradients (Bengio et al. 2013): Adam moves a copy that
+is not rounded, and the gradient is taken at what that copy is rounded to.
 """
 
 import math
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import PrunableMatrix
+from sparsewav.pruning.grid import find_grid
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
 from sparsewav.settings.pruning import Reconstruction, Recovery
@@ -50,6 +55,8 @@ def recover(
     settings: Recovery,
     seed: int,
     progress: Progress | None = None,
+    *,
+    on_grid: bool = False,
 ) -> LayerRecovery:
     """Fit a pruned layer's output to the dense model's, in place; a weight that is zero stays zero.
 
@@ -61,6 +68,7 @@ def recover(
         settings: ``Reconstruction`` or ``Affine``.
         seed: The seed of the order of the batches.
         progress: Called after every step.
+        on_grid: Whether the matrices were rounded: their scales stay, and every weight a whole multiple of its own.
 
     Raises:
         UserError: The outputs of the dense or of the pruned layer are not finite, as where they overflow float16.
@@ -68,7 +76,15 @@ def recover(
     if isinstance(settings, Reconstruction):
         steps, learning_rate = settings.steps, settings.learning_rate
         return reconstruct_layer(
-            layer, matrices, run, inputs, steps=steps, learning_rate=learning_rate, seed=seed, progress=progress
+            layer,
+            matrices,
+            run,
+            inputs,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+            on_grid=on_grid,
         )
     return correct_layer(layer, matrices, run, inputs)
 
@@ -84,6 +100,7 @@ def reconstruct_layer(
     learning_rate: float,
     seed: int,
     progress: Progress | None = None,
+    on_grid: bool = False,
 ) -> LayerRecovery:
     """Train a pruned layer on the dense model's outputs, with Adam and a learning rate that falls linearly to zero.
 
@@ -91,28 +108,63 @@ def reconstruct_layer(
     not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``.
     """
     device = next(layer.parameters()).device
-    learning = list(_learning(layer, matrices))
+    grids = {matrix.parameter: _grid_of(matrix) for matrix in matrices} if on_grid else {}
+    learning = [parameter for parameter in _learning(layer, matrices) if grids.get(parameter, True)]
     masks = [parameter == 0 if parameter.dim() > 1 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
     error_before = _finite_error(run, inputs, device)
-    optimizer = torch.optim.Adam(learning, lr=learning_rate)
+    # Of a rounded weight Adam has a copy that moves freely, of any other parameter the parameter itself.
+    moved = [parameter.detach().clone() if parameter in grids else parameter for parameter in learning]
+    optimizer = torch.optim.Adam(moved, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     batches = _in_random_order(inputs, seed)
     for step in range(steps):
         with distributed.together(), torch.enable_grad(), _requiring_gradients(learning):
             gradients, frames = _gradients(run, next(batches, None), learning, device)
         distributed.add_up(frames)
-        for parameter, gradient, removed in zip(learning, gradients, masks, strict=True):
+        for free, gradient, removed in zip(moved, gradients, masks, strict=True):
             distributed.add_up(gradient)
             gradient /= frames
-            parameter.grad = gradient if removed is None else gradient.masked_fill_(removed, 0.0)
+            free.grad = gradient if removed is None else gradient.masked_fill_(removed, 0.0)
         optimizer.step()
         schedule.step()
+        for parameter, free in zip(learning, moved, strict=True):
+            if grid := grids.get(parameter):
+                parameter.copy_(grid.nearest(free))
         if progress:
             progress(step + 1, steps)
     for parameter in learning:
         parameter.grad = None
     return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
+
+
+@dataclass(frozen=True)
+class _WeightGrid:
+    """The values that the weights of a rounded matrix may take, in the shape of its parameter.
+
+    Attributes:
+        scales: The scale of every weight.
+        low: The least whole number of the matrix.
+        high: The largest one.
+    """
+
+    scales: Float[Tensor, "..."]
+    low: int
+    high: int
+
+    def nearest(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Round to the grid; zero is positive, as the file has it."""
+        return (weight / self.scales).round_().clamp_(self.low, self.high).mul_(self.scales).add_(0.0)
+
+
+def _grid_of(matrix: PrunableMatrix) -> _WeightGrid | None:
+    """Find the grid of a rounded matrix; None, so that it does not learn, if it has none."""
+    weight = matrix.weight.detach()
+    found = find_grid(weight.cpu())
+    if found is None:
+        return None
+    scales = found.scales.repeat_interleave(found.group, 1)[:, : weight.shape[1]].to(weight)
+    return _WeightGrid(scales.view_as(matrix.parameter), int(found.codes.min()), int(found.codes.max()))
 
 
 @torch.no_grad()

@@ -40,9 +40,9 @@ def round_tensor(name: str, tensor: Tensor, quantization: Quantization, prunable
     rest = quantization.rest if isinstance(quantization, Integers) else quantization.name
     if not tensor.is_floating_point() or rest in ("none", "model") or (prunable and whole_numbers):
         return tensor
-    if rest == "int8" and tensor.dim() > 1 and len(tensor) > 1:
+    if rest in ("int8", "int6") and tensor.dim() > 1 and len(tensor) > 1:
         single = tensor.float()
-        result = round_to_nearest(single.flatten(1), 8).reshape(tensor.shape)
+        result = round_to_nearest(single.flatten(1), int(rest.removeprefix("int"))).reshape(tensor.shape)
     else:
         result = tensor.to(torch.float16)
         if not result.isfinite().all():

@@ -231,15 +231,26 @@ class Integers(Quantization):
         128, "consecutive weights of a row that share a scale; null: the whole row", least=1
     )
     symmetric: bool = option(True, "as many values below zero as above; false: every group has a zero point")
+    range: str = option(
+        "clipped",
+        "clipped (2 to the power of bits values; larger weights are cut off) or coded (one scale a matrix, so coarse "
+        "that a weight takes about so many bits on disk; nothing is cut off, and group_size plays no part)",
+        choices=("clipped", "coded"),
+    )
     rounding: str = option(
         "obs", "obs (the weights that are kept make up for what is rounded) or nearest", choices=("obs", "nearest")
     )
     rest: str = option(
         "int8",
-        "of the weights that are not prunable: int8 (convolutions and matrices; biases and norms in float16), float16 "
-        "or model (as they are)",
-        choices=("int8", "float16", "model"),
+        "of the weights that are not prunable: int8 or int6 (convolutions and matrices; biases and norms in float16), "
+        "float16 or model (as they are)",
+        choices=("int8", "int6", "float16", "model"),
     )
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.range == "coded" and not self.symmetric:
+            yield "symmetric=False does not go with quantization.range=coded, which cuts nothing off; choose true"
 
 
 @dataclass(kw_only=True)

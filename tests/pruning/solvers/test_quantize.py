@@ -144,3 +144,21 @@ def test_nothing_to_round() -> None:
     exact = torch.randint(-3, 4, (6, 40)).float() / 64
     assert torch.equal(quantize_matrix(exact, layer(6, 40, 0, seed=5)[1], Integers(group_size=20), 3), exact)
     assert torch.equal(round_to_nearest(exact, 3), exact)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_coded_weights_have_one_scale_and_the_entropy_asked_for(bits: int) -> None:
+    """Nothing is cut off, not even a weight that is far from all others; and the mask holds."""
+    weight, hessian, keep = layer(48, 96, 0.0, seed=5)
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(1))
+    weight[3, 7] = 9.0
+    found = quantize(weight, hessian, Integers(range="coded"), bits)
+    assert len(found.scales.unique()) == 1
+    shares = found.codes.unique(return_counts=True)[1] / found.codes.numel()
+    assert float(-(shares * shares.log2()).sum()) == pytest.approx(bits, abs=0.3)
+    assert (
+        errors(weight, found.weight, hessian).sum()
+        < errors(weight, (weight / found.scales[0, 0]).round() * found.scales[0, 0], hessian).sum()
+    )
+    keep = keep & (torch.arange(96) % 3 > 0)
+    assert not quantize_matrix(weight, hessian, Integers(range="coded"), bits, keep=keep)[~keep].any()
