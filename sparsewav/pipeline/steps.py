@@ -40,13 +40,16 @@ def prune_step(
     config: Config,
     speech: SpeechModel,
     utterances: list[Utterance],
-    sparsity: float,
+    sparsity: float | None,
     dense: dict[str, Any],
     state: State,
     folder: Path,
     console: Console,
 ) -> None:
-    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done."""
+    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done.
+
+    The sparsity is None where the allocation finds it.
+    """
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
     traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
@@ -82,7 +85,7 @@ def prune_step(
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
     for warning in new:
         print_warning(warning, log=False)  # by the engine
-    if sparsity != config.sparsity.fraction:
+    if sparsity is not None and sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
         run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
@@ -167,6 +170,6 @@ def tune_step(
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
 
 
-def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
+def _write_log(path: Path, before: Log, sparsity: float | None, log: Log) -> None:
     """Write the log of a stage so far behind that of the stages before."""
     write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])
