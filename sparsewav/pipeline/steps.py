@@ -28,7 +28,7 @@ from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
-from sparsewav.settings.pruning import HAWQ, ErrorCurves, Pruning
+from sparsewav.settings.pruning import Pruning
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -55,7 +55,7 @@ def prune_step(
     traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
     hessians, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = calibration_batches(config, speech, utterances)
-    if config.calibration.propagation == "parallel" or isinstance(config.allocation, HAWQ | ErrorCurves):
+    if config.dense_hessians:
         hessians, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )

@@ -467,6 +467,12 @@ class Pruning:
         """Whether the dense model's activations are needed beside the pruned model's."""
         return isinstance(self.objective, Asymmetric) or not isinstance(self.recovery, NoRecovery)
 
+    @property
+    def dense_hessians(self) -> bool:
+        """Whether Hessians of the dense model's inputs are needed, whatever inputs the solver sees afterwards."""
+        by_levels = isinstance(self.allocation, Leveled) or isinstance(self.sparsity, Megabytes)
+        return self.calibration.propagation == "parallel" or by_levels
+
     def check(self) -> None:
         """Refuse values that cannot be.
 

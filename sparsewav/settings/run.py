@@ -115,6 +115,11 @@ class Config(Pruning):
         early = strategy.stages if isinstance(strategy, Progressive) and target is not None else []
         return [*(stage for stage in early if target is not None and stage < target), target]
 
+    @property
+    def weights_format(self) -> str:
+        """In which format the weights are written beside ``model/``; a budget in bytes is that of a bitmask file."""
+        return "bitmask" if isinstance(self.sparsity, Megabytes) else self.export.format
+
     def pruning(self, sparsity: float | None) -> Pruning:
         """Give the settings of pruning alone, for a stage at some sparsity."""
         values = {item.name: getattr(self, item.name) for item in fields(Pruning)}
@@ -137,6 +142,11 @@ class Config(Pruning):
         yield from device_faults(self.device)
         if self.model.offload:
             yield from self._offload_faults()
+        if isinstance(self.sparsity, Megabytes) and self.export.dtype != "model":
+            yield (
+                f"export.dtype={self.export.dtype} would change the file whose size sparsity=megabytes counts; choose "
+                "export.dtype=model, and quantization=float16 for half precision"
+            )
         if isinstance(self.finetune_strategy, OnePass):
             yield from self._finetune_faults(self.finetune_strategy)
         if self.method.name != OURS:

@@ -75,8 +75,8 @@ class ByteBudget:
             bits = f" with {min(self.quantization.widths)} bits" if self.quantization.widths else ""
             raise UserError(
                 f"sparsity.megabytes={self.total / 1e6:g} is too small: what is not prunable takes "
-                f"{self.rest / 1e6:.3f} MB, and the matrices{bits} at {HIGHEST:.0%} sparsity {least / 1e6:.3f} MB; choose at least "
-                f"{possible:.3f}, or fewer bits (quantization)"
+                f"{self.rest / 1e6:.3f} MB, and the matrices{bits} at {HIGHEST:.0%} sparsity {least / 1e6:.3f} MB; "
+                f"choose at least {possible:.3f}, or fewer bits (quantization)"
             )
 
     def more_than_needed(self, most: int) -> str | None:
@@ -200,6 +200,17 @@ class Fit:
         bits = {name: self.levels[name][index].bits for name, index in self.chosen.items()}
         return {name: width for name, width in bits.items() if width is not None}
 
+    @property
+    def chosen_costs(self) -> dict[str, float]:
+        """The cost of every matrix's level."""
+        return {name: float(self.costs[name][index]) for name, index in self.chosen.items()}
+
+    @classmethod
+    def at_best(cls, store: LevelStore) -> "Fit":
+        """Choose the largest level of every matrix; no cost is measured."""
+        costs = {name: np.zeros(len(levels)) for name, levels in store.levels.items()}
+        return cls(store.levels, store.bytes, costs, {name: len(own) - 1 for name, own in store.levels.items()})
+
     def smaller(self, excess: int) -> "Fit | None":
         """Give a choice with fewer bytes, by at least ``excess``; None if there is none.
 
@@ -253,6 +264,11 @@ class UniformFit:
     def bits(self) -> dict[str, int]:
         """The bits of every matrix that is rounded to integers."""
         return {} if self.width is None else dict.fromkeys(self.names, self.width)
+
+    @property
+    def chosen_costs(self) -> dict[str, float]:
+        """Nothing: no cost is measured."""
+        return {}
 
     def smaller(self, excess: int) -> "UniformFit | None":
         """Give the sparsity for fewer bytes, by at least ``excess``; None if it is beyond the highest."""

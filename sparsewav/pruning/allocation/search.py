@@ -14,8 +14,9 @@ which swaps to evaluate first.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ class LevelAllocation:
     fit: Fit | UniformFit | None = None
     note: str | None = None
 
+    @classmethod
+    def of_fit(cls, fit: Fit | UniformFit, **known: Any) -> "LevelAllocation":
+        """Make one of a choice of levels that fits."""
+        return cls(sparsities=fit.sparsities, bits=fit.bits, fit=fit, costs=fit.chosen_costs, **known)
+
+    def smaller(self, excess: int) -> "LevelAllocation | None":
+        """Give one whose levels take fewer bytes, by at least ``excess``; None if there is none."""
+        fit = self.fit.smaller(excess) if self.fit else None
+        if fit is None:
+            return None
+        return replace(self, sparsities=fit.sparsities, bits=fit.bits, fit=fit, costs=fit.chosen_costs)
+
 
 @torch.no_grad()
 def allocate_by_levels(
@@ -116,14 +129,15 @@ def allocate_by_levels(
 
     dense = [matrix.weight.detach().clone() for matrix in matrices]
     divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches)
-    in_bytes = isinstance(goal, ByteBudget)
     store = build_level_store(
         matrices,
         hessians,
-        goal.sparsities(settings.step) if in_bytes else [goal.sparsity(offset) for offset in goal.offsets],
+        goal.sparsities(settings.step)
+        if isinstance(goal, ByteBudget)
+        else [goal.sparsity(offset) for offset in goal.offsets],
         solve,
         memory=settings.level_cache_gib * 2**30,
-        rounding=goal.levels if in_bytes else None,
+        rounding=goal.levels if isinstance(goal, ByteBudget) else None,
         progress=lambda _, __: advance(),
     )
     try:
@@ -131,7 +145,7 @@ def allocate_by_levels(
             if isinstance(goal, ByteBudget):
                 goal.check(sum(int(own[0]) for own in store.bytes.values()))
                 if note := goal.more_than_needed(sum(int(own[-1]) for own in store.bytes.values())):
-                    return _of_fit(Fit.at_best(store), note=note)
+                    return LevelAllocation.of_fit(Fit.at_best(store), note=note)
                 store.reference = goal.reference(store, sizes)
             else:
                 store.reference = dict.fromkeys(sizes, goal.index(0))
@@ -163,7 +177,9 @@ def allocate_by_levels(
             matrix.weight.data.copy_(weight)
     measured = divergence.evaluations if divergence else 0
     if isinstance(goal, ByteBudget):
-        return _of_fit(Fit(store.levels, store.bytes, costs, chosen), divergence=least, evaluations=measured)
+        return LevelAllocation.of_fit(
+            Fit(store.levels, store.bytes, costs, chosen), divergence=least, evaluations=measured
+        )
     offsets = {name: goal.lowest + index for name, index in chosen.items()}
     return LevelAllocation(
         sparsities=exact_sparsities(sizes, offsets, goal, removed),
