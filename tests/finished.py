@@ -8,8 +8,10 @@ from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from sparsewav.pipeline import run_folder
 
 
-def finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], dense: float = 0.05) -> None:
-    """Write the records of finished runs."""
+def finish(
+    sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], dense: float = 0.05, **more: object
+) -> None:
+    """Write the records of finished runs, with more keys where they are given."""
     for job in jobs(sweep, scale):
         config = job.config
         ours = config.method.name == "sparsewav"
@@ -53,7 +55,7 @@ def finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], d
             metrics["target_megabytes"] = config.sparsity.megabytes
         metrics["stages"] = [{"sparsity": target}]
         write_details(job.folder, metrics["wer"])
-        run_folder.write_json(job.folder / run_folder.METRICS, metrics)
+        run_folder.write_json(job.folder / run_folder.METRICS, metrics | more)
 
 
 def write_details(folder: Path, wer: float) -> None:

@@ -1,4 +1,4 @@
-"""Measurements of the time of models on a CPU."""
+"""Measurements of models: their time on a CPU, and their bytes and WER when they are rounded."""
 
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsewav
+from sparsewav.data.sets import Sets
 from sparsewav.errors import UserError
 from sparsewav.inference.timing import in_turns
+from sparsewav.models.load import choose_device
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
-from sparsewav.settings.run import Model
+from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.solvers.quantize import round_to_nearest
+from sparsewav.settings.run import Config, Model
 from sparsewav.training.recipes import load_or_train
 
 AUDIO = 10  # seconds
 ROUNDS = 15
+ROUNDINGS = {"float32": 32, "float16": 16, "int8": 8}
+"""How numbers are stored, and their bits; the first leaves them as they are."""
 
 
 def measure_times(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
@@ -85,3 +91,62 @@ def _time(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, Any]
         "faster": before / after,
         "swapped": swapped,
     }
+
+
+def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
+    """Round the models of runs, and the dense model that they come from; count their bytes and transcribe anew.
+
+    Args:
+        config: The settings that the dense model is loaded by, and the evaluation set.
+        runs: Folders of the runs.
+
+    Returns:
+        A row for every model and way of rounding, the dense one first, with the columns run; rounding: float32 (as it
+        is; the dense model alone), float16, int8; bytes of the weights file in bitmask format; bits of a weight of the
+        transformer's matrices; wer.
+
+    Raises:
+        UserError: A run has no model.
+    """
+    _require_models(runs)
+    quieten_libraries()
+    device = choose_device(config.device)
+    utterances = next(iter(Sets(config.data).evaluation().values()))
+    rows = []
+    with stage(Console(), "Measuring rounded models") as progress:
+        for done, run in enumerate([None, *runs]):
+            for rounding, bits in ROUNDINGS.items():
+                if run is not None and rounding == "float32":  # Table 2 has it
+                    continue
+                speech = load_or_train(config.model if run is None else Model(str(run / "model")), device)
+                speech.model = speech.model.float()
+                round_numbers(speech.model, rounding)
+                rates = sparsewav.evaluate(
+                    speech,
+                    utterances,
+                    seconds_per_batch=config.seconds_per_batch,
+                    case=config.data.case,
+                    remove_characters=config.data.remove_characters,
+                )
+                name = config.model.source if run is None else str(run)
+                row = {"run": name, "rounding": rounding, "bytes": file_bytes(speech.model.state_dict())}
+                rows.append(row | {"bits": bits, "wer": rates.wer})
+            progress(done, len(runs))
+    return pandas.DataFrame(rows)
+
+
+def round_numbers(model: PreTrainedModel, rounding: str) -> None:
+    """Round all weights of a float32 model in place, each to the nearest number.
+
+    Args:
+        model: Any model, whether matrices were cut or pruned.
+        rounding: One of :data:`ROUNDINGS`. With int8 the weights of at least two dimensions and more than one row get a
+            scale a row, and the others are rounded to float16. What is zero stays zero.
+    """
+    if rounding == "float32":
+        return
+    with torch.no_grad():
+        for parameter in model.parameters():
+            rows = parameter.flatten(1) if parameter.dim() > 1 and len(parameter) > 1 else None
+            rounded = parameter.half() if rounding == "float16" or rows is None else round_to_nearest(rows, 8)
+            parameter.copy_(rounded.view_as(parameter))

@@ -305,7 +305,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
         dense = better.get(sweep.role, 0.05)
         if sweep not in ITEMS["table1"].sweeps:
             finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
-    items = [name for name in ITEMS if name not in ("table1", "speed")]
+    items = [name for name in ITEMS if name not in ("table1", "size", "budgets", "speed")]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     for name in ("figure1", "figure2", "figure3", "figure4", "accuracy_curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -428,8 +428,8 @@ def test_dry_run_says_which_items_need_a_sweep(
         needed[-1] += [item.strip()] if item.strip() else []
     sweeps = ITEMS["table2"].sweeps
     assert needed[: len(sweeps)] == (by_items := [needed_by(sweep) for sweep in sweeps])
-    assert by_items[0] == ["table2", "speed"]
-    assert ["table2", "table3", "speed"] in by_items
+    assert by_items[0] == ["table2", "size", "speed"]
+    assert ["table2", "table3", "size", "speed"] in by_items
     assert needed_by(ITEMS["figure1"].sweeps[0]) == ["figure1"]
 
 
@@ -439,7 +439,7 @@ def test_help_and_errors_name_every_item(monkeypatch: pytest.MonkeyPatch, capsys
     said = capsys.readouterr().out
     for item in ITEMS.values():
         assert re.search(rf"^  {item.name} +{re.escape(item.title)}$", said, re.MULTILINE)
-    assert "every item but accuracy_table and accuracy_curves (default)" in said
+    assert "every item but accuracy_table, accuracy_curves, size and budgets (default)" in said
     with pytest.raises(SystemExit):
         _reproduce("table4", monkeypatch=monkeypatch)
     assert "table4 is none of demo, paper, all, full, table1" in capsys.readouterr().err
