@@ -168,7 +168,16 @@ def launch(sweep: Sweep, scale: Scale, extra: Iterable[str] = ()) -> int:
 NUMBERS = ("wer", "wer_dense", "achieved_sparsity")
 """Keys of ``metrics.json`` that every table reads, and that have to be numbers."""
 
-CHOICES = ("method", "saliency", "solver", "objective", "recovery", "allocation", "finetune_strategy")
+CHOICES = (
+    "method",
+    "saliency",
+    "solver",
+    "objective",
+    "recovery",
+    "quantization",
+    "allocation",
+    "finetune_strategy",
+)
 """Groups of whose options ``metrics.json`` has the names; what a baseline does not use is null there."""
 
 TARGETS = {"target": "target_sparsity", "megabytes": "target_megabytes"}

@@ -18,14 +18,19 @@ from sparsewav.models.load import choose_device
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.pruning.coding import file_bytes
-from sparsewav.pruning.solvers.quantize import round_to_nearest
+from sparsewav.pruning.rest import round_tensor
+from sparsewav.settings.pruning import Float16, Int8, NoQuantization, Quantization
 from sparsewav.settings.run import Config, Model
 from sparsewav.training.recipes import load_or_train
 
 AUDIO = 10  # seconds
 ROUNDS = 15
-ROUNDINGS = {"float32": 32, "float16": 16, "int8": 8}
-"""How numbers are stored, and their bits; the first leaves them as they are."""
+ROUNDINGS: dict[str, tuple[int, Quantization]] = {
+    "float32": (32, NoQuantization()),
+    "float16": (16, Float16()),
+    "int8": (8, Int8(rest="int8")),
+}
+"""How numbers are stored: their bits, and how they are rounded."""
 
 
 def measure_times(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
@@ -115,12 +120,12 @@ def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
     rows = []
     with stage(Console(), "Measuring rounded models") as progress:
         for done, run in enumerate([None, *runs]):
-            for rounding, bits in ROUNDINGS.items():
+            for rounding, (bits, quantization) in ROUNDINGS.items():
                 if run is not None and rounding == "float32":  # Table 2 has it
                     continue
                 speech = load_or_train(config.model if run is None else Model(str(run / "model")), device)
                 speech.model = speech.model.float()
-                round_numbers(speech.model, rounding)
+                round_numbers(speech.model, quantization)
                 rates = sparsewav.evaluate(
                     speech,
                     utterances,
@@ -135,18 +140,8 @@ def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def round_numbers(model: PreTrainedModel, rounding: str) -> None:
-    """Round all weights of a float32 model in place, each to the nearest number.
-
-    Args:
-        model: Any model, whether matrices were cut or pruned.
-        rounding: One of :data:`ROUNDINGS`. With int8 the weights of at least two dimensions and more than one row get a
-            scale a row, and the others are rounded to float16. What is zero stays zero.
-    """
-    if rounding == "float32":
-        return
-    with torch.no_grad():
-        for parameter in model.parameters():
-            rows = parameter.flatten(1) if parameter.dim() > 1 and len(parameter) > 1 else None
-            rounded = parameter.half() if rounding == "float16" or rows is None else round_to_nearest(rows, 8)
-            parameter.copy_(rounded.view_as(parameter))
+@torch.no_grad()
+def round_numbers(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Round all weights of a float32 model in place, whether matrices were cut or pruned, as the rest of ours is."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(round_tensor(name, parameter, quantization, prunable=False))

@@ -11,7 +11,7 @@ import sparsewav
 from experiments.estimate import typed
 from experiments.items import ITEMS
 from experiments.ours import speed
-from experiments.ours.model_costs import measure_rounded, round_numbers
+from experiments.ours.model_costs import ROUNDINGS, measure_rounded, round_numbers
 from experiments.ours.size import POINTS, SIZES, Point
 from experiments.ours.size_figure import BOTH, BUDGET, PRUNED, QUANTIZED
 from experiments.results import write_measured
@@ -135,7 +135,7 @@ def test_models_of_other_methods_are_rounded_and_counted_as_the_file_would_be(
     ]
     for row in table.iloc[3:].to_dict("records"):
         speech = sparsewav.load_model(str(run / "model"))
-        round_numbers(speech.model, row["rounding"])
+        round_numbers(speech.model, ROUNDINGS[row["rounding"]][1])
         sparsewav.save(speech, tmp_path / row["rounding"], format="bitmask")
         written = tmp_path / row["rounding"] / "model.bitmask.safetensors"
         assert os.path.getsize(written) == row["bytes"]
