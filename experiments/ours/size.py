@@ -7,7 +7,7 @@ import pandas
 
 from experiments.estimate import typed
 from experiments.ours import speed
-from experiments.ours.size_figure import BOTH, BUDGET, DENSE, NEAREST, PRUNED, QUANTIZED, plot
+from experiments.ours.size_figure import BOTH, BUDGET, DENSE, NEAREST, OTHERS, PRUNED, QUANTIZED, plot
 from experiments.paper import baselines
 from experiments.results import Item, Result, describe, measured_before, reached, summarize, write_measured
 from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Job, Scale, Sweep, check_comparable, jobs, read
@@ -19,8 +19,8 @@ SIZES = {"demo": (1.5, 1.2, 1.0, 0.8), "paper": (48.0, 38.0, 32.0, 25.0)}
 LARGER = {"demo": 2.5, "paper": 79.0}
 """A size at which pruning alone is still useful."""
 
-BOTH_WIDTHS = ("int3", "int3", "int3", "int2")
-"""The bits of every size that were best with a uniform sparsity on the development set."""
+BOTH_WIDTHS = ("int4", "int3", "int3", "int2")
+"""The bits of every size that were best with a uniform sparsity on the development set (experiments/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class Point:
     label: str
     sweep: Sweep
     size: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}: {self.label}"
 
 
 def _nearest(width: str) -> Point:
@@ -74,9 +70,9 @@ def _fitting(kind: str, size: int | None, preset: str, seconds: float, *settings
 
 POINTS = (
     *(_nearest(width) for width in ("int8", "int4", "int3", "int2")),
-    *(_quantized(width, 128) for width in ("int8", "int4", "int3", "int2")),
-    *(_quantized("int3", group) for group in (32, None)),
-    *(_quantized("int2", group) for group in (32, None)),
+    *(_quantized(width, 128) for width in ("int8", "int4", "int3")),
+    *(_quantized(width, None) for width in ("int4", "int3", "int2")),
+    _quantized("int2", 32),
     *(
         _fitting(PRUNED, size, "best_oneshot", 60.0, "allocation=uniform", "quantization=float16")
         for size in (None, *range(4))
@@ -89,7 +85,7 @@ POINTS = (
 )
 SWEEPS = (*(point.sweep for point in POINTS), *speed.SWEEPS)
 
-SHOWN_IN_PAPER = ("Model", "WER %", "MB", "Bits", "Reached", "Seeds", "Front")
+SHOWN_IN_PAPER = ("Kind", "Model", "WER %", "MB", "Bits", "Reached", "Seeds", "Front")
 
 
 def asked(point: Point, scale: Scale) -> str:
@@ -157,7 +153,7 @@ def make(item: Item, scale: Scale) -> Result:
         for rounding, rows in measured[measured["run"].isin(chosen["run"])].groupby("rounding", sort=False):
             rounded = rows.set_index("run").loc[chosen["run"]]
             values.append(
-                {"kind": "Table 2, rounded", "label": f"{method_name(chosen)}, {rounding}", "method": _method(chosen)}
+                {"kind": f"{OTHERS}, {rounding}", "label": _method_name(chosen), "method": _method(chosen)}
                 | summarize(chosen.assign(wer=rounded["wer"].to_numpy()), scale.folder)
                 | {"bytes": rounded["bytes"].mean(), "bits": rounded["bits"].iloc[0], "seconds": seconds_of(chosen)}
             )
@@ -175,7 +171,7 @@ def make(item: Item, scale: Scale) -> Result:
         f"uniform sparsity that fits into the megabytes asked for. {PRUNED.capitalize()}: numbers in float16. "
         f"{BOTH.capitalize()}: the bits were chosen on the development set. {BUDGET.capitalize()}: "
         f"experiment=smallest. {NEAREST.capitalize()}: without calibration, groups of 128. None of them is fine-tuned.",
-        "Table 2, rounded: its models, fine-tuned with labels as the column updates says, then rounded to the nearest "
+        f"{OTHERS}: its models, fine-tuned with labels as the column updates says, then rounded to the nearest "
         "and evaluated anew: float16, or int8 (convolutions and matrices, with a scale a row; biases and norms in "
         "float16).",
     ]
@@ -208,7 +204,7 @@ def _method(runs: pandas.DataFrame) -> str:
     return str(runs["method"].iloc[0])
 
 
-def method_name(runs: pandas.DataFrame) -> str:
+def _method_name(runs: pandas.DataFrame) -> str:
     """The name of a row of Table 2, for ours with the sparsity reached."""
     names = {row.method: name for name, row in baselines.registered().items()}
     return names.get(_method(runs), f"SparseWAV, progressive, {reached(runs['achieved_sparsity'].mean())}")
@@ -219,7 +215,8 @@ def _printed(value: dict[str, Any], dense: float) -> dict[str, object]:
     known = pandas.notna(value["seeds"])
     wer, deviation = 100 * value["wer_mean"], 100 * value["wer_deviation"]
     return {
-        "Model": f"{value['kind']}: {value['label']}",
+        "Kind": value["kind"],
+        "Model": value["label"],
         "WER %": f"{wer:.2f}" + (f" ± {deviation:.2f}" if pandas.notna(deviation) else ""),
         "MB": f"{value['bytes'] / 1e6:.2f}",
         "Of dense": f"{value['bytes'] / dense:.3f}",

@@ -20,6 +20,7 @@ QUANTIZED = "quantised only"
 PRUNED = "pruned only"
 BOTH = "both"
 BUDGET = "budget"
+OTHERS = "Table 2"
 
 CURVES: dict[str, dict[str, Any]] = {
     NEAREST: {"color": COLORS[3], "marker": "D", "linestyle": ":", "fillstyle": "none"},
@@ -85,20 +86,17 @@ def _others(axes: Axes, points: pandas.DataFrame) -> list[Line2D]:
     own = points[~points["kind"].isin([*CURVES, DENSE])]
     handles: list[Line2D] = []
     markers = iter(METHOD_MARKERS)
-    models = own.assign(model=own["label"].str.rpartition(", ")[0])
     sparse = KIND_COLORS["SparseWAV"]
-    for model, rows in models.groupby("model", sort=False):
+    for model, rows in own.groupby("label", sort=False):
         kind = KINDS.get(rows["method"].iloc[0], CUT)
         color, marker = (sparse, "h") if kind == "SparseWAV" else (KIND_COLORS[kind], next(markers))
         axes.plot(rows["megabytes"], rows["wer"], color=color, linewidth=0.6, alpha=0.6, zorder=1)
         for row in rows.to_dict("records"):
-            style = "none" if row["label"].endswith("float16") else "full"
+            style = "none" if row["kind"].endswith("float16") else "full"
             axes.plot(row["megabytes"], row["wer"], marker, color=color, fillstyle=style, markersize=4, alpha=0.8)
         label = "SparseWAV, fine-tuned" if kind == "SparseWAV" else str(model)
         if label not in [handle.get_label() for handle in handles]:
             handles.append(Line2D([], [], color=color, marker=marker, markersize=4, linestyle="none", label=label))
-    hollow = Line2D(
-        [], [], color="#777777", marker="o", fillstyle="none", linestyle="none", label="of Table 2: float16"
-    )
-    filled = Line2D([], [], color="#777777", marker="o", linestyle="none", label="of Table 2: int8")
+    hollow = Line2D([], [], color="#777777", marker="o", fillstyle="none", linestyle="none", label=f"{OTHERS}: float16")
+    filled = Line2D([], [], color="#777777", marker="o", linestyle="none", label=f"{OTHERS}: int8")
     return [*handles, hollow, filled]

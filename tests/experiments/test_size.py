@@ -21,9 +21,10 @@ from tests.finished import change, finish
 
 
 def _size(point: Point, place: int) -> int:
-    """Bytes a little below what was asked for, or, of those that have one size, one size each."""
-    asked = jobs(point.sweep, Scale("demo", Path()))[0].config.sparsity.get("megabytes")
-    return round(1e6 * asked) - 10_000 if asked else 700_000 + 50_000 * place
+    """Bytes a little below what was asked for, or, where no size was, one for each point."""
+    if point.size is None:
+        return 700_000 + 50_000 * place
+    return round(1e6 * SIZES["demo"][point.size]) - 10_000
 
 
 def _wer(point: Point, place: int) -> float:
@@ -31,10 +32,16 @@ def _wer(point: Point, place: int) -> float:
     return worth.get(point.kind, 0.3) + 0.01 * (place % 5)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder, of which every sweep is composed once."""
+    return tmp_path_factory.mktemp("demo")
+
+
 @pytest.fixture
-def scale(tmp_path: Path) -> Scale:
+def scale(folder: Path) -> Scale:
     """A folder with finished runs of every point and of Table 2, and with what was measured of the latter."""
-    scale = Scale("demo", tmp_path)
+    scale = Scale("demo", folder)
     for place, point in enumerate(POINTS):
 
         def wer(settings: dict[str, str], point: Point = point, place: int = place) -> float:
@@ -46,11 +53,11 @@ def scale(tmp_path: Path) -> Scale:
     folders = [job.folder for sweep in speed.SWEEPS for job in jobs(sweep, scale)]
     rows = [
         {"run": run, "rounding": rounding, "bytes": size, "bits": bits, "wer": wer}
-        for run, wer in [("demo", 0.05), *((str(folder), 0.6) for folder in folders)]
+        for run, wer in [("demo", 0.05), *((str(run), 0.6) for run in folders)]
         for rounding, bits, size in (("float32", 32, 12e6), ("float16", 16, 6e6), ("int8", 8, 3e6))
         if run == "demo" or bits < 32
     ]
-    write_measured(tmp_path / "size-measured.csv", pandas.DataFrame(rows), folders)
+    write_measured(folder / "size-measured.csv", pandas.DataFrame(rows), folders)
     return scale
 
 
@@ -67,7 +74,7 @@ def test_the_figure_of_sizes_has_every_model_and_marks_the_front(scale: Scale) -
     ours = table[table["kind"] == BUDGET].iloc[0]
     assert ours[["seeds", "bits", "bytes", "seconds"]].tolist() == [3, 3, 1_490_000, 6]
     assert ours["wer_deviation"] == pytest.approx(0.01)
-    rounded = table[table["label"] == "PARP, int8"].iloc[0]
+    rounded = table.set_index(["kind", "label"]).loc[("Table 2, int8", "PARP")]
     assert rounded[["wer_mean", "bytes", "updates"]].tolist() == [0.6, 3e6, 400], "measured anew, and not the run's own"
     change(jobs(speed.SWEEPS[0], scale)[0].folder, wer=0.4)
     with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo size"):
