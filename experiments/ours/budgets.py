@@ -12,7 +12,9 @@ from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable
 from experiments.tables import mean_and_deviation, write_table
 
 KINDS = (QUANTIZED, PRUNED, BOTH, BUDGET)
-COMPARED = tuple(point for point in POINTS if point.kind in KINDS)
+COMPARED = tuple(
+    point for point in POINTS if point.kind == QUANTIZED or (point.kind in KINDS and point.size is not None)
+)
 SWEEPS = tuple(point.sweep for point in COMPARED)
 SHOWN_IN_PAPER = ("At most", *KINDS, "Budget − best other")
 
