@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -288,7 +288,7 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
-        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values())),
+        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values()), allocated),
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
@@ -329,8 +329,10 @@ def prune_to_size(
         smaller = allocated.smaller(excess + int(MARGIN * number * size.bytes))
         if smaller is None or number == TRIES:
             break
-        logger.info(f"the file is {excess:,} bytes larger than {size}; pruning again, to less")
-        allocated = smaller
+        allocated = replace(
+            smaller,
+            note=f"the file was {excess / size.bytes:.1%} larger than {size} at first: pruned {number + 1} times",
+        )
         model.load_state_dict(before)
     raise UserError(
         f"the weights file came out {excess:,} bytes larger than sparsity.megabytes={size.megabytes:g} after {number} "
@@ -462,8 +464,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float) -> list[str]:
-    warnings = untried(model)
+def _warnings(
+    model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float, allocated: LevelAllocation | None
+) -> list[str]:
+    warnings = [*untried(model), *([allocated.note] if allocated and allocated.note else [])]
     if unasked > 0.001:
         warnings.append(
             f"the model had {unasked:.2%} more zeros among its prunable weights than are removed now, because it was "
