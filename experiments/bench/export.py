@@ -29,13 +29,12 @@ from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import WEIGHTS
 from sparsewav.models.load import load
 from sparsewav.pruning import prunable_matrices
-from sparsewav.pruning.rest import round_rest
-from sparsewav.pruning.solvers.quantize import round_to_nearest
-from sparsewav.settings.pruning import Int4, Int8, Integers
+from sparsewav.pruning.solvers.quantize import round_scales
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 COMPRESSORS = {"gzip": ("gzip", "-6"), "zstd": ("zstd", "-3", "-q")}
-ROUNDED: dict[str, Integers] = {"int8": Int8(), "int4": Int4()}
+ROUNDED = {"int8": 8, "int4": 4}
+GROUP = 128
 NUMBERS = ("float32", "float16", *ROUNDED)
 
 
@@ -113,10 +112,15 @@ def _rounded(model: PreTrainedModel, name: str) -> PreTrainedModel:
     if name == "float16":
         return model.half()
     if name in ROUNDED:
-        (bits,) = ROUNDED[name].widths
-        for matrix in prunable_matrices(model):
-            matrix.weight.copy_(round_to_nearest(matrix.weight, bits, group_size=ROUNDED[name].group_size))
-        round_rest(model, ROUNDED[name])
+        prunable = {f"{matrix.name}.weight" for matrix in prunable_matrices(model)}
+        for parameter, weight in model.named_parameters():
+            if weight.dim() > 1 and len(weight) > 1:
+                bits, group = (ROUNDED[name], GROUP) if parameter in prunable else (8, weight[0].numel())
+                groups = weight.view(-1, group)
+                scales = round_scales(groups.abs().amax(1, keepdim=True).clamp(min=1e-6) / (2 ** (bits - 1) - 1))
+                weight.copy_(((groups / scales).round() * scales + 0.0).view_as(weight))  # no −0
+            else:
+                weight.copy_(weight.half())
     return model
 
 
