@@ -77,7 +77,8 @@ def main() -> int:
 
 def _epilog() -> str:
     """The items with their titles, the words that stand for several, and examples."""
-    hours = " and ".join(item.name for item in ITEMS.values() if item.hours)
+    *most, last = [item.name for item in ITEMS.values() if item.hours]
+    hours = f"{', '.join(most)} and {last}"
     lists = {
         "items of the paper": [(item.name, item.title) for item in PAPER],
         "items of this project": [(item.name, item.title) for item in OURS],

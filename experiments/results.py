@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import yaml
 
 from experiments.sweeps import CHOICES, Scale, Sweep
 from sparsewav.errors import UserError
+from sparsewav.files import content_hash, write_file
+from sparsewav.pipeline import run_folder
 
 WARNINGS = 3
 """How many different warnings of the runs a table repeats."""
@@ -107,6 +110,40 @@ def summarize(runs: pandas.DataFrame, folder: Path) -> dict[str, Any]:
         "wer_deviation": runs["wer"].std(),
         "runs": "; ".join(relative_to(run, folder) for run in runs["run"]),
     }
+
+
+def write_measured(path: Path, table: pandas.DataFrame, runs: list[Path]) -> None:
+    """Write what was measured of the models of runs, with the hash of each run's metrics.
+
+    Args:
+        path: A CSV file.
+        table: Its column ``run`` has the folder of a run, or names the dense model.
+        runs: The runs' folders.
+    """
+    with write_file(path) as temporary:
+        table.assign(metrics=table["run"].map(_fingerprints(runs))).to_csv(temporary, index=False)
+
+
+def measured_before(path: Path, runs: list[Path], figures: list[str]) -> pandas.DataFrame | None:
+    """What was measured of these very runs and not of others, nor before one was made again; None if there is no such.
+
+    Args:
+        path: What :func:`write_measured` wrote.
+        runs: The runs' folders.
+        figures: Columns that have to be finite.
+    """
+    try:
+        table = pandas.read_csv(path)
+        known = table.dropna(subset="metrics").set_index("run")["metrics"].to_dict()
+        finite = bool(np.isfinite(table[figures]).all(axis=None))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return table if finite and known == _fingerprints(runs) else None
+
+
+def _fingerprints(runs: list[Path]) -> dict[str, str]:
+    """Hashes of the runs' metrics, which tell whether a run was made again after it was measured."""
+    return {str(run): content_hash(run / run_folder.METRICS) for run in runs}
 
 
 def relative_to(run: str, folder: Path) -> str:

@@ -73,7 +73,7 @@ class Sweep:
     Attributes:
         experiment: The file of ``conf/experiment`` with the grid.
         role: Which of the paper's models is pruned, a key of :data:`MODELS`.
-        demo: Settings at demo scale alone.
+        demo, paper: Settings at this scale alone.
         both: Settings at either scale.
         preset: A preset of ``conf/experiment`` that the grid is run with.
         seconds: Duration of a one-shot run at demo scale, for the estimate; None where it is that of the paper's
@@ -86,12 +86,13 @@ class Sweep:
     both: tuple[str, ...] = ()
     preset: str | None = None
     seconds: float | None = None
+    paper: tuple[str, ...] = ()
 
     def settings(self, scale: Scale) -> list[str]:
         """Arguments of the command ``sparsewav`` but for the folder."""
         experiment = f"[{self.preset},{self.experiment}]" if self.preset else self.experiment
         model = MODELS[scale.name][self.role]
-        own = (*self.both, *(self.demo if scale.name == "demo" else ()))
+        own = (*self.both, *(self.demo if scale.name == "demo" else self.paper))
         return [f"experiment={experiment}", f"scale={scale.name}", f"model={model}", *own, *scale.overrides]
 
     def arguments(self, scale: Scale) -> list[str]:
@@ -167,8 +168,20 @@ def launch(sweep: Sweep, scale: Scale, extra: Iterable[str] = ()) -> int:
 NUMBERS = ("wer", "wer_dense", "achieved_sparsity")
 """Keys of ``metrics.json`` that every table reads, and that have to be numbers."""
 
-CHOICES = ("method", "saliency", "solver", "objective", "recovery", "allocation", "finetune_strategy")
+CHOICES = (
+    "method",
+    "saliency",
+    "solver",
+    "objective",
+    "recovery",
+    "quantization",
+    "allocation",
+    "finetune_strategy",
+)
 """Groups of whose options ``metrics.json`` has the names; what a baseline does not use is null there."""
+
+TARGETS = {"target": "target_sparsity", "megabytes": "target_megabytes"}
+"""Options of the group ``sparsity``, and what they are in ``metrics.json``."""
 
 
 def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
@@ -194,10 +207,13 @@ def read(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
             )
         for job in jobs(sweep, scale):
             metrics = read_run(job.folder)
-            asked = {"seed": job.config.seed, "target_sparsity": job.config.sparsity.target}
+            asked = {"seed": job.config.seed}
+            asked |= {key: job.config.sparsity[own] for own, key in TARGETS.items() if own in job.config.sparsity}
             asked |= {group: job.config[group].name for group in CHOICES if metrics[group] is not None}
             foreign = [
-                f"{key}={metrics[key]} instead of {value}" for key, value in asked.items() if metrics[key] != value
+                f"{key}={metrics.get(key)} instead of {value}"
+                for key, value in asked.items()
+                if metrics.get(key) != value
             ]
             if foreign:
                 raise UserError(

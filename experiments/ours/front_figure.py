@@ -42,7 +42,7 @@ PAPER, BEST_ONESHOT, BEST = (variant for variant in VARIANTS if variant.curve)
 LABELS = {PAPER: "the paper's method", BEST_ONESHOT: "best_oneshot, no labels", BEST: "best, no labels"}
 OUTPUT = Path(__file__).parents[1] / "figures"
 SCALE = Scale("demo", Path("outputs/demo"))
-METHOD = ("method", "saliency", "solver", "objective", "allocation", "recovery", "finetune_strategy")
+METHOD = ("method", "saliency", "solver", "objective", "allocation", "recovery", "quantization", "finetune_strategy")
 """Keys of ``metrics.json`` that tell the methods apart."""
 RECORD = ".hydra/config.yaml"
 """The settings of a run, in its folder."""

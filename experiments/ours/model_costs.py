@@ -1,7 +1,5 @@
-"""Measurements of the size of models on disk and of their time on a CPU."""
+"""Measurements of models: their time on a CPU, and their bytes and WER when they are rounded."""
 
-import copy
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsewav
+from sparsewav.data.sets import Sets
 from sparsewav.errors import UserError
 from sparsewav.inference.timing import in_turns
+from sparsewav.models.load import choose_device
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.pruning.coding import file_bytes
-from sparsewav.settings.run import Model
+from sparsewav.pruning.rest import round_tensor
+from sparsewav.settings.pruning import Float16, Int8, NoQuantization, Quantization
+from sparsewav.settings.run import Config, Model
 from sparsewav.training.recipes import load_or_train
 
 AUDIO = 10  # seconds
 ROUNDS = 15
+ROUNDINGS: dict[str, tuple[int, Quantization]] = {
+    "float32": (32, NoQuantization()),
+    "float16": (16, Float16()),
+    "int8": (8, Int8(rest="int8")),
+}
+"""How numbers are stored: their bits, and how they are rounded."""
 
 
-def measure_models(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
-    """Measure the models of runs, and the dense model that they come from.
+def measure_times(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
+    """Time the models of runs, and the dense model that they come from.
 
     Each model and the dense one take turns on the CPU with ten seconds of noise. Models from which weights were removed
     are accelerated.
@@ -36,29 +44,25 @@ def measure_models(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
         runs: Folders of the runs.
 
     Returns:
-        A row a model, the dense one first, with the columns run; megabytes on disk in float16, in bitmask format where
-        weights were removed, as they are where that takes fewer; milliseconds for a second of audio;
+        A row a model, the dense one first, with the columns run; milliseconds for a second of audio;
         milliseconds_dense, the dense model's in the same turns; faster, the ratio of the two; swapped, the number of
         matrices that multiply sparse; and audio_seconds, rounds, threads and machine of the measurement.
 
     Raises:
         UserError: A run has no model.
     """
-    for run in runs:
-        if not (run / "model").is_dir():
-            raise UserError(f"{run} has no model; run it again with save_model=true force=true")
+    _require_models(runs)
     quieten_libraries()
     audio = torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
     dense = load_or_train(dense_model).model
     rows = []
-    with stage(Console(), "Measuring size and speed") as progress:
+    with stage(Console(), "Measuring speed") as progress:
         for done, run in enumerate(runs, start=1):
-            rows.append({"run": str(run)} | _measure(run / "model", dense, audio))
+            rows.append({"run": str(run)} | _time(run / "model", dense, audio))
             progress(done, len(runs))
     table = pandas.DataFrame(rows)
     first = {
         "run": dense_model.source,
-        "megabytes": _megabytes(dense, "dense"),
         "milliseconds": table["milliseconds_dense"].median(),
         "milliseconds_dense": table["milliseconds_dense"].median(),
         "faster": 1.0,
@@ -72,17 +76,21 @@ def measure_models(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
     )
 
 
-def _measure(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, Any]:
+def _require_models(runs: list[Path]) -> None:
+    for run in runs:
+        if not (run / "model").is_dir():
+            raise UserError(f"{run} has no model; run it again with save_model=true force=true")
+
+
+def _time(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, Any]:
     """The columns of one model."""
     model: Any = sparsewav.load(folder, torch.float32)
     total, nonzero = count_parameters(model)
     pruned = nonzero < 0.9 * total  # weights were removed, where other methods make matrices smaller
-    megabytes = _megabytes(model, "bitmask" if pruned else "dense")
     swapped = sparsewav.accelerate(model).swapped if pruned else 0
     with torch.inference_mode():
         before, after = in_turns(ROUNDS, [partial(dense, audio), partial(model, audio)])
     return {
-        "megabytes": megabytes,
         "milliseconds": 1000 * after / AUDIO,
         "milliseconds_dense": 1000 * before / AUDIO,
         "faster": before / after,
@@ -90,11 +98,50 @@ def _measure(folder: Path, dense: PreTrainedModel, audio: Tensor) -> dict[str, A
     }
 
 
-def _megabytes(model: PreTrainedModel, format: str) -> float:
-    """Size of a model's weights on disk in float16; in bitmask format, as they are if that is smaller."""
-    half = copy.deepcopy(model).half()
-    if format == "bitmask":
-        return min(file_bytes(model.state_dict()), file_bytes(half.state_dict())) / 1e6
-    with tempfile.TemporaryDirectory() as temporary:
-        half.save_pretrained(temporary)
-        return sum(path.stat().st_size for path in Path(temporary).glob("*.safetensors")) / 1e6
+def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
+    """Round the models of runs, and the dense model that they come from; count their bytes and transcribe anew.
+
+    Args:
+        config: The settings that the dense model is loaded by, and the evaluation set.
+        runs: Folders of the runs.
+
+    Returns:
+        A row for every model and way of rounding, the dense one first, with the columns run; rounding: float32 (as it
+        is; the dense model alone), float16, int8; bytes of the weights file in bitmask format; bits of a weight of the
+        transformer's matrices; wer.
+
+    Raises:
+        UserError: A run has no model.
+    """
+    _require_models(runs)
+    quieten_libraries()
+    device = choose_device(config.device)
+    utterances = next(iter(Sets(config.data).evaluation().values()))
+    rows = []
+    with stage(Console(), "Measuring rounded models") as progress:
+        for done, run in enumerate([None, *runs]):
+            for rounding, (bits, quantization) in ROUNDINGS.items():
+                if run is not None and rounding == "float32":  # Table 2 has it
+                    continue
+                speech = load_or_train(config.model if run is None else Model(str(run / "model")), device)
+                speech.model = speech.model.float()
+                round_numbers(speech.model, quantization)
+                rates = sparsewav.evaluate(
+                    speech,
+                    utterances,
+                    seconds_per_batch=config.seconds_per_batch,
+                    case=config.data.case,
+                    remove_characters=config.data.remove_characters,
+                )
+                name = config.model.source if run is None else str(run)
+                row = {"run": name, "rounding": rounding, "bytes": file_bytes(speech.model.state_dict())}
+                rows.append(row | {"bits": bits, "wer": rates.wer})
+            progress(done, len(runs))
+    return pandas.DataFrame(rows)
+
+
+@torch.no_grad()
+def round_numbers(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Round all weights of a float32 model in place, whether matrices were cut or pruned, as the rest of ours is."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(round_tensor(name, parameter, quantization, prunable=False))

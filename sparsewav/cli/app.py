@@ -31,7 +31,7 @@ from rich.markup import escape
 
 from sparsewav import __version__
 from sparsewav.cli.command import end_without_reader
-from sparsewav.cli.explain import COMMANDS, check_overrides, explain, refuse_added_keys
+from sparsewav.cli.explain import COMMANDS, check_overrides, choices_of_keys, explain, refuse_added_keys
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
@@ -345,6 +345,7 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
         return
     try:
         check_overrides(sys.argv[1:], config_name)
+        sys.argv += choices_of_keys(sys.argv[1:]) if config_name == "config" else []
         if any(word in ("-sc", "--shell-completion") for word in sys.argv[1:]):
             _complete(start)
         else:

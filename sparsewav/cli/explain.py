@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.settings.options import MISSING, no_value
+from sparsewav.settings.pruning import OPTIONS
 from sparsewav.settings.run import SCHEMAS, Config, TrainConfig
 
 COMMANDS: dict[str, tuple[str, type]] = {"config": ("sparsewav", Config), "train": ("sparsewav-train", TrainConfig)}
@@ -125,6 +126,19 @@ def check_overrides(words: Sequence[str], config_name: str) -> None:
                 continue
             shown = "null" if value is None else value
             raise UserError(_no_such_option(key, str(shown), _options(key)))
+
+
+def choices_of_keys(words: Sequence[str]) -> list[str]:
+    """Give the choice of sparsity that a key on a command line is of, where the command line chooses none.
+
+    ``sparsity.megabytes=20`` is as good as ``sparsity=megabytes sparsity.megabytes=20``.
+    """
+    others = OPTIONS["sparsity"][1:]  # the first is the default
+    if any(word.startswith("sparsity=") for word in words):
+        return []
+    names = {item.name: other().name for other in others for item in fields(other) if item.init}
+    keys = [match[1] for word in words if (match := re.match(r"sparsity\.(\w+)=", word))]
+    return [f"sparsity={name}" for name in sorted({names[key] for key in keys if key in names})]
 
 
 def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") -> None:

@@ -204,7 +204,9 @@ def _option_text(path: Path, schema: type) -> str:
     text = path.read_text(encoding="utf-8")
     settings: Any = OmegaConf.to_container(OmegaConf.load(path))
     header = text[: text.index("defaults:")]
-    lines = [f"defaults: [base_{schema.__name__}, _self_]"]
+    choices = [item for item in settings["defaults"] if isinstance(item, dict)]  # of other groups, that it brings
+    brought = [f"{group}: {name}" for item in choices for group, name in item.items()]
+    lines = [f"defaults: [{', '.join([f'base_{schema.__name__}', *brought, '_self_'])}]"]
     for item in _own_fields(schema):
         value = plain(_default(item))
         raw = settings.get(item.name)

@@ -36,8 +36,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         }
     else:
         made = {
-            "sparsity, asked": f"{metrics['target_sparsity']:.4f}"
-            + (f"   ({metrics['pattern']})" if metrics["pattern"] else ""),
+            **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
             **({"bits": f"{metrics['bits']:g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
             "parameters, before": f"{metrics['params_total']:,}",
@@ -83,6 +82,14 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _asked(metrics: dict[str, Any]) -> dict[str, str]:
+    if metrics["target_megabytes"] is not None:
+        reached = f"{metrics['bytes'] / 1e6:.4f}   the weights file of model-bitmask"
+        return {"megabytes, asked": f"{metrics['target_megabytes']:g}", "megabytes, reached": reached}
+    pattern = f"   ({metrics['pattern']})" if metrics["pattern"] else ""
+    return {"sparsity, asked": f"{metrics['target_sparsity']:.4f}{pattern}"}
 
 
 def _rates(metrics: dict[str, Any], model: str) -> str:

@@ -140,8 +140,9 @@ def _describe(metrics: Mapping[str, Any]) -> str:
         source += f" (commit `{origin['commit']}`)"
     elif origin["base_model"]:
         source += f", which was made from `{origin['base_model']}`"
+    unit = "" if metrics["target_sparsity"] is None else " sparsity"
     rounded = f" and rounded to {metrics['quantization']}" if metrics["quantization"] not in (None, "none") else ""
-    done = f"pruned to {_asked(metrics)} sparsity{rounded}" if ours else f"compressed with {metrics['method']}"
+    done = f"pruned to {_asked(metrics)}{unit}{rounded}" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)
     sets = metrics["evaluation"]
@@ -161,12 +162,15 @@ Made by SparseWAV from {source}{tuned}.
 
 
 def _asked(metrics: Mapping[str, Any]) -> str:
+    if metrics["target_megabytes"] is not None:
+        return f"at most {metrics['target_megabytes']:g} MB"
     return metrics["pattern"] or f"{metrics['target_sparsity']:g}"
 
 
 def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
     stages = ", then ".join(
-        f"{record['sparsity']:g}" + (f" and {record['updates']:,} updates" if record["updates"] else "")
+        (_asked(metrics) if record["sparsity"] is None else f"{record['sparsity']:g}")
+        + (f" and {record['updates']:,} updates" if record["updates"] else "")
         for record in metrics["stages"]
     )
     sample = ", ".join(metrics["provenance"]["subsets"]["calibration"])

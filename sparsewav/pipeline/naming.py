@@ -61,12 +61,18 @@ def run_name(*, _root_: DictConfig) -> str:
     parts = (
         Path(model["name_or_path"]).name if "name_or_path" in model else Path(model["fairseq_checkpoint"]).stem,
         *choices,
-        f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}",
+        _sparsity_part(sparsity),
         *(name for group, name in later if name != papers_choice(group)),
         *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
         short_hash(settings),
     )
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
+
+
+def _sparsity_part(sparsity: dict[str, Any]) -> str:
+    if "megabytes" in sparsity:  # a value that is missing is a string, of which the check tells
+        return f"{sparsity['megabytes']}MB".replace(".0MB", "MB")
+    return f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}"
 
 
 def changes_results(override: str) -> bool:

@@ -153,7 +153,7 @@ def _compare_encoders(
 
 
 def finish_folder(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
-    """Write the model's card, and the model in the format of ``export``, and delete what a done run does not need.
+    """Write the model's card, and the model in the format that is asked for, and delete what a done run does not need.
 
     The model that an earlier launch kept stays, whatever ``save_model`` is now.
     """
@@ -164,9 +164,9 @@ def finish_folder(config: Config, folder: Path, metrics: dict[str, Any]) -> None
         with write_file(model / CARD) as temporary:
             temporary.write_text(make_card(metrics), encoding="utf-8")
         (model / run_folder.STEP).unlink()
-    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
+    exported = run_folder.export_folder(folder, config.weights_format, config.export.dtype)
     if exported and not exported.exists():
-        export(model, exported, config.export.format, config.export.dtype)
+        export(model, exported, config.weights_format, config.export.dtype)
     if unfinished and not config.save_model:
         shutil.rmtree(model, ignore_errors=True)
 
@@ -210,7 +210,7 @@ def missing(config: Config, folder: Path) -> Path | None:
     model = folder / run_folder.MODEL
     if any(model.glob("*.safetensors")):
         return None
-    exported = run_folder.export_folder(folder, config.export.format, config.export.dtype)
+    exported = run_folder.export_folder(folder, config.weights_format, config.export.dtype)
     if config.save_model:
         return model
     return exported if exported and not exported.is_dir() else None

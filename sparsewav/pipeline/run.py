@@ -48,6 +48,7 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
+from sparsewav.settings.pruning import Megabytes
 from sparsewav.settings.run import Config
 from sparsewav.training.recipes import load_or_train, present_folder
 from sparsewav.training.schedule import plan_stages, too_short
@@ -311,6 +312,7 @@ def _finish(
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
         "target_sparsity": config.sparsity.fraction,
+        "target_megabytes": config.sparsity.megabytes if isinstance(config.sparsity, Megabytes) else None,
         "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
         "bits": state.stages[-1].get("bits"),
         "params_total": total,

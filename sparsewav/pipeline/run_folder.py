@@ -77,7 +77,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); do the run again") from error
-    numbers = ("target_sparsity", "achieved_sparsity", *RATES, "updates", "seed")
+    numbers = ("target_sparsity", "target_megabytes", "achieved_sparsity", *RATES, "updates", "seed")
     if (
         not isinstance(metrics, dict)
         or not isinstance(metrics.get("seconds"), dict)

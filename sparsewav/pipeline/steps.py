@@ -31,9 +31,7 @@ from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
-    HAWQ,
     OBS,
-    ErrorCurves,
     Integers,
     Magnitude,
     NoRecovery,
@@ -52,7 +50,7 @@ def prune_step(
     config: Config,
     speech: SpeechModel,
     utterances: list[Utterance],
-    sparsity: float,
+    sparsity: float | None,
     dense: dict[str, Any],
     state: State,
     folder: Path,
@@ -62,14 +60,15 @@ def prune_step(
 ) -> None:
     """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done.
 
-    Without ``rounds`` a later step rounds the weights to the bits that ``layers.csv`` has.
+    The sparsity is None where the allocation finds it. Without ``rounds`` a later step rounds the weights to the bits
+    that ``layers.csv`` has.
     """
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
     traces, allocate_seconds, traces_cached = gather_traces(config, speech, utterances, identity, console)
     hessians, calibrate_seconds, hessians_cached = None, 0.0, False
     batches = calibration_batches(config, speech, utterances)
-    if config.calibration.propagation == "parallel" or isinstance(config.allocation, HAWQ | ErrorCurves):
+    if config.dense_hessians:
         hessians, calibrate_seconds, hessians_cached = gather_hessians(
             config, speech, utterances, batches, identity, console
         )
@@ -100,7 +99,7 @@ def prune_step(
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
     for warning in new:
         print_warning(warning, log=False)  # by the engine
-    if sparsity != config.sparsity.fraction:
+    if sparsity is not None and sparsity != config.sparsity.fraction:
         run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
     else:
         run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
@@ -229,6 +228,6 @@ def tune_step(
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
 
 
-def _write_log(path: Path, before: Log, sparsity: float, log: Log) -> None:
+def _write_log(path: Path, before: Log, sparsity: float | None, log: Log) -> None:
     """Write the log of a stage so far behind that of the stages before."""
     write_training_log(path, [*before, *({"stage": sparsity, **entry} for entry in log)])

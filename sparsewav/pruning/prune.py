@@ -3,9 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
+from sparsewav.pruning.allocation.budget import MARGIN, ByteBudget, fit_uniformly
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
+from sparsewav.pruning.coding import coded_bytes, file_bytes
 from sparsewav.pruning.encoder import (
     as_sequence,
     check_model,
@@ -43,7 +46,7 @@ from sparsewav.pruning.layerwise import (
     solve,
 )
 from sparsewav.pruning.recovery import LayerRecovery
-from sparsewav.pruning.rest import round_rest
+from sparsewav.pruning.rest import round_rest, round_tensor
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
@@ -52,6 +55,7 @@ from sparsewav.settings.pruning import (
     ErrorCurves,
     Hutchinson,
     Integers,
+    Megabytes,
     NoQuantization,
     Objective,
     Pruning,
@@ -76,22 +80,24 @@ class PruneReport:
         matrices: A report for every matrix, in the model's order.
         masks: The mask of every matrix by name, True where a weight is kept; empty without ``keep_masks``.
         sparsity: Pruned weights over prunable weights.
-        target_sparsity: The sparsity that was asked for.
+        target_sparsity: The sparsity that was asked for; None where a size was.
         seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, of ``recover`` where there is a
             recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
         warnings: Sentences that the user should read.
         recoveries: What the recovery of every transformer layer achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
+        bytes: The size of the weights file in bitmask format, where one was asked for.
     """
 
     matrices: list[MatrixReport]
     masks: dict[str, Bool[Tensor, "_rows _cols"]]
     sparsity: float
-    target_sparsity: float
+    target_sparsity: float | None
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
     recoveries: list[LayerRecovery] = field(default_factory=list)
     allocated: LevelAllocation | None = None
+    bytes: int | None = None
 
     @property
     def bits(self) -> float | None:
@@ -106,11 +112,12 @@ class PruneReport:
     def __repr__(self) -> str:
         worst = max(self.matrices, key=lambda matrix: matrix.relative_error)
         seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+        asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
+        size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
         lines = [
-            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero (asked for: "
-            f"{self.target_sparsity:.2%})"
+            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
             + (f", the others have {self.bits:.3g} bits" if self.bits else "")
-            + f"; {seconds}",
+            + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
         ]
@@ -159,7 +166,8 @@ def prune(
             frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
             ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
             not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
-        sparsity: The share of the prunable weights to remove, or ``NM(n, m)``.
+        sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
+            of the weights file allows, for which ``allocation`` is ``error_curves`` unless one is given.
         preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended) or ``best``,
             the same as ``experiment=`` of the command.
         saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
@@ -195,6 +203,8 @@ def prune(
         if value is not None:
             setattr(settings, group, resolve(group, value))
     settings.sparsity, settings.seed = resolve("sparsity", sparsity), seed
+    if isinstance(settings.sparsity, Megabytes) and allocation is None and isinstance(settings.allocation, Traced):
+        settings.allocation = ErrorCurves()  # as sparsity=megabytes of the command brings it
     settings.calibration = calibration or settings.calibration
     settings.check()
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
@@ -248,14 +258,14 @@ def prune_model(
     batches: Any = as_sequence(calibration_batches)
     parallel = settings.calibration.propagation == "parallel"
     seconds = {"calibrate": 0.0, "allocate": 0.0}
-    outcome = Outcome()
     with in_evaluation_mode(model):
         if traces is None and levels is None and isinstance(settings.allocation, Traced):
             with _timed(seconds, "allocate"):
                 traces = traces_of(model, batches, settings, stage_progress(progress, "allocate"))
         if traces is not None:  # GPU sums are not deterministic, and all processes must rank alike
             traces = distributed.broadcast(traces)
-        by_levels = isinstance(settings.allocation, HAWQ | ErrorCurves) and levels is None
+        by_levels = isinstance(settings.allocation, HAWQ | ErrorCurves) or isinstance(settings.sparsity, Megabytes)
+        by_levels = by_levels and levels is None
         if levels is not None:
             targets = {name: levels[name][0] for name in sizes}
         else:
@@ -273,20 +283,31 @@ def prune_model(
                 )
         allocated = None
         if by_levels:
-            assert hessians is not None  # of the dense model's inputs, whatever inputs the solver sees afterwards
+            assert hessians is not None
             with _timed(seconds, "allocate"):
                 allocated = allocate_levels(model, batches, plan, hessians, stage_progress(progress, "allocate"))
-            plan.targets = allocated.sparsities
-        if parallel:
-            assert hessians is not None
-            solve(matrices, hessians, plan, outcome, stage_progress(progress, "solve"))
+
+        def prune_to_plan() -> Outcome:
+            outcome = Outcome()
+            if parallel:
+                assert hessians is not None
+                solve(matrices, hessians, plan, outcome, stage_progress(progress, "solve"))
+            else:
+                with _timed(seconds, "calibrate"):
+                    prune_layer_by_layer(model, batches, plan, outcome, load_layer=load_layer, progress=progress)
+                seconds["calibrate"] -= sum(outcome.seconds.values())
+            if rounds:
+                with outcome.timing("quantize"):
+                    round_rest(model, settings.quantization)
+            return outcome
+
+        if allocated is None:
+            outcome = prune_to_plan()
+        elif isinstance(settings.sparsity, Megabytes):
+            outcome, allocated = prune_to_size(model, settings.sparsity, plan, allocated, prune_to_plan)
         else:
-            with _timed(seconds, "calibrate"):
-                prune_layer_by_layer(model, batches, plan, outcome, load_layer=load_layer, progress=progress)
-            seconds["calibrate"] -= sum(outcome.seconds.values())
-        if rounds:
-            with outcome.timing("quantize"):
-                round_rest(model, settings.quantization)
+            plan.targets = allocated.sparsities
+            outcome = prune_to_plan()
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
     stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
     removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
@@ -296,9 +317,58 @@ def prune_model(
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
         seconds=seconds | {stage: outcome.seconds[stage] for stage, happens in stages.items() if happens},
-        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values())),
+        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values()), allocated),
         recoveries=outcome.recoveries,
         allocated=allocated,
+        bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
+    )
+
+
+TRIES = 5
+"""How often a model is pruned to a size: what comes out too large is done again with less."""
+
+
+def prune_to_size(
+    model: PreTrainedModel,
+    size: Megabytes,
+    plan: Plan,
+    allocated: LevelAllocation,
+    prune_to_plan: Callable[[], Outcome],
+) -> tuple[Outcome, LevelAllocation]:
+    """Prune a model to the levels that were chosen, and, while its file is too large, again to smaller ones.
+
+    Args:
+        model: A model, which is given its weights back before it is pruned again.
+        size: The size of the file at most.
+        plan: Is given the sparsities and bits that ``prune_to_plan`` reads.
+        allocated: The levels.
+        prune_to_plan: Prunes and rounds the model.
+
+    Raises:
+        UserError: It is too large after :data:`TRIES`, or there are no smaller levels.
+    """
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    spent: Counter[str] = Counter()
+    for number in range(1, TRIES + 1):
+        plan.targets, plan.bits = allocated.sparsities, allocated.bits
+        outcome = prune_to_plan()
+        spent.update(outcome.seconds)
+        outcome.seconds = dict(spent)
+        excess = file_bytes(model.state_dict()) - size.bytes
+        if excess <= 0:
+            return outcome, allocated
+        # A margin, as the next may miss by as much as this one.
+        smaller = allocated.smaller(excess + int(MARGIN * number * size.bytes))
+        if smaller is None or number == TRIES:
+            break
+        allocated = replace(
+            smaller,
+            note=f"the file was {excess / size.bytes:.1%} larger than {size} at first: pruned {number + 1} times",
+        )
+        model.load_state_dict(before)
+    raise UserError(
+        f"the weights file came out {excess:,} bytes larger than sparsity.megabytes={size.megabytes:g} after {number} "
+        f"tries; choose at least {math.ceil((size.bytes + excess) / 1000 + 1) / 1000:.3f}"
     )
 
 
@@ -365,6 +435,7 @@ def _bits(
 def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, Trace] | None) -> dict[str, float]:
     """Give the sparsity of every matrix by name, uniformly or by its rank (eq. 6 and 7)."""
     allocation, target = settings.allocation, settings.sparsity.fraction
+    assert target is not None
     if not isinstance(allocation, Hutchinson):
         return allocate_uniformly(sizes, target)
     assert traces is not None
@@ -379,27 +450,48 @@ def allocate_levels(
     model: PreTrainedModel, batches: Any, plan: Plan, hessians: Hessians, progress: Progress | None = None
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
-    allocation = plan.settings.allocation
-    assert isinstance(allocation, HAWQ | ErrorCurves)
+    settings, matrices = plan.settings, prunable_matrices(model)
+    allocation, sparsity = settings.allocation, settings.sparsity
     found: LevelAllocation | None = None
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
-            found = allocate_by_levels(
-                model,
-                prunable_matrices(model),
-                hessians,
-                first_utterances(batches, allocation.utterances),
-                plan.settings.sparsity.fraction,
-                plan.solve_levels,
-                allocation,
-                traces=plan.traces,
-                masks=plan.masks,
-                seed=plan.settings.seed,
-                progress=progress,
-            )
+            goal: float | ByteBudget
+            if isinstance(sparsity, Megabytes):
+                rest = bytes_of_rest(model, settings.quantization)
+                goal = ByteBudget(sparsity.bytes, rest, settings.quantization, settings.solver.damping)
+            else:
+                assert sparsity.fraction is not None
+                goal = sparsity.fraction
+            if isinstance(allocation, HAWQ | ErrorCurves):
+                found = allocate_by_levels(
+                    model,
+                    matrices,
+                    hessians,
+                    first_utterances(batches, allocation.utterances),
+                    goal,
+                    plan.solve_levels,
+                    allocation,
+                    traces=plan.traces,
+                    masks=plan.masks,
+                    seed=settings.seed,
+                    progress=progress,
+                )
+            else:
+                assert isinstance(goal, ByteBudget)
+                found = LevelAllocation.of_fit(fit_uniformly(goal, matrices, hessians, plan.solve_levels, progress))
     found = distributed.broadcast(found)
     assert found is not None
     return found
+
+
+def bytes_of_rest(model: PreTrainedModel, quantization: Quantization) -> int:
+    """Give what a model takes in its file besides the prunable matrices, rounded as it will be, with the header."""
+    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in prunable_matrices(model)}
+    tensors = {
+        name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
+        for name, tensor in model.state_dict().items()
+    }
+    return file_bytes(tensors) - sum(map(coded_bytes, empty.values()))
 
 
 def stage_progress(progress: StageProgress | None, stage: str) -> Progress | None:
@@ -426,8 +518,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - started
 
 
-def _warnings(model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float) -> list[str]:
-    warnings = untried(model)
+def _warnings(
+    model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float, allocated: LevelAllocation | None
+) -> list[str]:
+    warnings = [*untried(model), *([allocated.note] if allocated and allocated.note else [])]
     if unasked > 0.001:
         warnings.append(
             f"the model had {unasked:.2%} more zeros among its prunable weights than are removed now, because it was "

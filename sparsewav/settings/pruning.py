@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from sparsewav.errors import UserError
-from sparsewav.settings.options import Option, Settings, group_faults, option
+from sparsewav.settings.options import MISSING, Option, Settings, group_faults, option
 
 
 @dataclass(kw_only=True)
@@ -14,8 +14,8 @@ class Sparsity(Option):
     """How many weights are removed."""
 
     @property
-    def fraction(self) -> float:
-        """The share of the prunable weights to remove."""
+    def fraction(self) -> float | None:
+        """The share of the prunable weights to remove; None where the allocation finds it."""
         raise NotImplementedError
 
     @property
@@ -63,6 +63,28 @@ class NM(Sparsity):
         yield from wrong
         if not wrong and not 0 < self.n < self.m:
             yield f"n={self.n} and sparsity.m={self.m} make no pattern; choose 0 < n < m, e.g. 2 and 4"
+
+
+@dataclass
+class Megabytes(Sparsity):
+    """As few weights are removed as the size of the weights file allows, the best model that fits."""
+
+    name: str = field(default="megabytes", init=False)
+    megabytes: float = option(
+        MISSING, "size of the whole weights file in bitmask format at most, in 10^6 bytes", above=0
+    )
+
+    @property
+    def fraction(self) -> None:
+        return None
+
+    @property
+    def bytes(self) -> int:
+        """The size of the weights file at most."""
+        return int(round(self.megabytes * 1e6, 3))
+
+    def __str__(self) -> str:
+        return f"{self.megabytes:g} MB"
 
 
 @dataclass(kw_only=True)
@@ -400,7 +422,7 @@ class Calibration(Settings):
 
 
 OPTIONS: dict[str, tuple[type[Option], ...]] = {
-    "sparsity": (Unstructured, NM),
+    "sparsity": (Unstructured, NM, Megabytes),
     "saliency": (FirstOrder, SecondOrder, Wanda, Magnitude),
     "solver": (OBS, OBSRefit, ALPS),
     "objective": (Symmetric, Asymmetric),
@@ -456,6 +478,12 @@ class Pruning:
         """Whether the dense model's activations are needed beside the pruned model's."""
         return isinstance(self.objective, Asymmetric) or not isinstance(self.recovery, NoRecovery)
 
+    @property
+    def dense_hessians(self) -> bool:
+        """Whether Hessians of the dense model's inputs are needed, whatever inputs the solver sees afterwards."""
+        by_levels = isinstance(self.allocation, Leveled) or isinstance(self.sparsity, Megabytes)
+        return self.calibration.propagation == "parallel" or by_levels
+
     def check(self) -> None:
         """Refuse values that cannot be.
 
@@ -476,8 +504,10 @@ class Pruning:
         sparsity, allocation, propagation = self.sparsity, self.allocation, self.calibration.propagation
         if sparsity.pattern and not isinstance(allocation, Uniform):
             yield f"sparsity=n_m gives every matrix the sparsity {sparsity}; choose allocation=uniform with it"
-        if isinstance(allocation, Hutchinson) and not list(sparsity.faults()):
+        if isinstance(allocation, Hutchinson) and sparsity.fraction is not None and not list(sparsity.faults()):
             yield from alpha_faults(allocation.alpha, sparsity.fraction)
+        if isinstance(sparsity, Megabytes):
+            yield from self._budget_faults()
         if isinstance(self.solver, OBS) and self.solver.comparison_group != "block" and sparsity.pattern:
             yield (
                 f"solver.comparison_group={self.solver.comparison_group} does not go with sparsity=n_m; choose block"
@@ -501,6 +531,19 @@ class Pruning:
                     f"{group}={names[group]} needs what the pruned layers give; choose "
                     "calibration.propagation=true_sequential (or sequential) with it"
                 )
+
+    def _budget_faults(self) -> Iterator[str]:
+        if isinstance(self.allocation, Traced):
+            yield (
+                f"allocation={self.allocation.name} knows no bytes, which sparsity=megabytes shares among the "
+                "matrices; choose allocation=error_curves (or search, uniform) with it"
+            )
+        widths = self.quantization.widths
+        if isinstance(self.allocation, Uniform) and len(widths) > 1:
+            yield (
+                f"quantization={self.quantization.name} gives every matrix its own bits, and allocation=uniform the "
+                "same to all; choose allocation=error_curves, or quantization=int4, with it"
+            )
 
 
 def alpha_faults(alpha: float, sparsity: float) -> Iterator[str]:

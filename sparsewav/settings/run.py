@@ -17,7 +17,16 @@ from sparsewav.settings.data import (
     subset_faults,
 )
 from sparsewav.settings.options import Option, Settings, group_faults, option
-from sparsewav.settings.pruning import OPTIONS, Calibration, Hutchinson, Pruning, Uniform, Unstructured, alpha_faults
+from sparsewav.settings.pruning import (
+    OPTIONS,
+    Calibration,
+    Hutchinson,
+    Megabytes,
+    Pruning,
+    Uniform,
+    Unstructured,
+    alpha_faults,
+)
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
 
 
@@ -98,17 +107,27 @@ class Config(Pruning):
     export: Export = option(Export, "format of the weights beside model/", identifies=False)
 
     @property
-    def stages(self) -> list[float]:
-        """The sparsities at which the model is pruned, one after the other; the last is the target."""
+    def stages(self) -> list[float | None]:
+        """The sparsities at which the model is pruned, one after the other; the last is the target.
+
+        It is None alone where the allocation finds the sparsity.
+        """
         target = self.sparsity.fraction
         strategy = self.finetune_strategy
-        early = strategy.stages if isinstance(strategy, Progressive) else []
-        return [*(stage for stage in early if stage < target), target]
+        early = strategy.stages if isinstance(strategy, Progressive) and target is not None else []
+        return [*(stage for stage in early if target is not None and stage < target), target]
 
-    def pruning(self, sparsity: float) -> Pruning:
+    @property
+    def weights_format(self) -> str:
+        """In which format the weights are written beside ``model/``; a budget in bytes is that of a bitmask file."""
+        return "bitmask" if isinstance(self.sparsity, Megabytes) else self.export.format
+
+    def pruning(self, sparsity: float | None) -> Pruning:
         """Give the settings of pruning alone, for a stage at some sparsity."""
         values = {item.name: getattr(self, item.name) for item in fields(Pruning)}
-        return Pruning(**values if self.sparsity.pattern else values | {"sparsity": Unstructured(sparsity)})
+        if not self.sparsity.pattern and sparsity is not None:
+            values["sparsity"] = Unstructured(sparsity)
+        return Pruning(**values)
 
     @property
     def roles(self) -> list[str]:
@@ -125,6 +144,11 @@ class Config(Pruning):
         yield from device_faults(self.device)
         if self.model.offload:
             yield from self._offload_faults()
+        if isinstance(self.sparsity, Megabytes) and self.export.dtype != "model":
+            yield (
+                f"export.dtype={self.export.dtype} would change the file whose size sparsity=megabytes counts; choose "
+                "export.dtype=model, and quantization=float16 for half precision"
+            )
         if isinstance(self.finetune_strategy, OnePass):
             yield from self._finetune_faults(self.finetune_strategy)
         if self.method.name != OURS:
@@ -138,6 +162,11 @@ class Config(Pruning):
             )
         if self.finetune_strategy.name != "none":
             yield "model.offload=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
+        if isinstance(self.sparsity, Megabytes):
+            yield (
+                "model.offload=true writes layer after layer and cannot go back when the file comes out too large; "
+                "choose sparsity=unstructured, or model.offload=false"
+            )
         if self.two_models:
             yield (
                 f"model.offload=true has one layer in memory, and objective={self.objective.name} with "
@@ -145,12 +174,17 @@ class Config(Pruning):
             )
 
     def _finetune_faults(self, strategy: OnePass) -> Iterator[str]:
-        if self.sparsity.pattern:
+        if isinstance(self.sparsity, Megabytes):
+            yield (
+                f"finetune_strategy={strategy.name} changes the weights whose bytes sparsity=megabytes has counted; "
+                "choose finetune_strategy=none (recovery=reconstruction learns without labels) or sparsity=unstructured"
+            )
+        elif self.sparsity.pattern:
             yield f"finetune_strategy={strategy.name} wants a share of weights; choose sparsity=unstructured with it"
         elif strategy.more_when_sparser and self.sparsity.fraction == 1:
             yield "sparsity.target=1 leaves nothing to tune; choose finetune_strategy=none"
         if isinstance(strategy, Progressive) and isinstance(self.allocation, Hutchinson):
-            for stage in self.stages[:-1]:
+            for stage in filter(None, self.stages[:-1]):
                 for fault in alpha_faults(self.allocation.alpha, stage):
                     yield f"{fault} (one of finetune_strategy.stages)"
 
@@ -164,8 +198,8 @@ class Config(Pruning):
             yield f"model.offload=true goes with method={OURS} alone"
         if self.training.processes != 1 and self.finetune_strategy.name != "none":
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
-        if self.sparsity.pattern:
-            yield f"sparsity=n_m goes with method={OURS} alone; choose sparsity=unstructured"
+        if self.sparsity.pattern or isinstance(self.sparsity, Megabytes):
+            yield f"sparsity={self.sparsity.name} goes with method={OURS} alone; choose sparsity=unstructured"
         if self.quantization.name != "none":
             yield f"quantization={self.quantization.name} goes with method={OURS} alone; choose quantization=none"
 

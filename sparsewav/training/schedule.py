@@ -10,9 +10,9 @@ from sparsewav.training.trainer import updates_of
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: the sparsity to prune to, and the number of optimizer steps that follow."""
+    """One stage of a run: the sparsity to prune to (None: as sizes allow), and the optimizer steps that follow."""
 
-    sparsity: float
+    sparsity: float | None
     updates: int
 
 
@@ -27,8 +27,8 @@ def plan_stages(config: Config, training_utterances: int) -> list[Stage]:
     if not isinstance(strategy, OnePass):
         return [Stage(config.sparsity.fraction, 0)]
 
-    def updates(sparsity: float) -> int:
-        growth = max(1.0, 0.5 / (1 - sparsity)) if strategy.more_when_sparser else 1.0
+    def updates(sparsity: float | None) -> int:
+        growth = max(1.0, 0.5 / (1 - sparsity)) if strategy.more_when_sparser and sparsity is not None else 1.0
         return updates_of(training.epochs * growth, training_utterances, training.batch_size)
 
     if isinstance(strategy, Progressive) and not strategy.same_updates:

@@ -15,7 +15,21 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 MISTAKES = [
-    (["sparsity=0.5"], "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?); choose one of n_m, unstruct"),
+    (["sparsity=megabytes"], "sparsity.megabytes has no value; give it: sparsity.megabytes=..."),
+    (["sparsity.megabytes=0"], "sparsity.megabytes=0 must be above 0"),
+    (["sparsity.megabytes=1", "allocation=hawq"], "allocation=hawq knows no bytes, .*; choose allocation=error_curves"),
+    (["sparsity.megabytes=1", "allocation=uniform", "quantization=mixed"], "choose .*, or quantization=int4"),
+    (["sparsity.megabytes=1", "finetune_strategy=one_pass"], "finetune_strategy=one_pass changes the weights whose"),
+    (
+        ["sparsity.megabytes=1", "method=parp", "finetune_strategy=one_pass"],
+        "sparsity=megabytes goes with method=spars",
+    ),
+    (["sparsity.megabytes=1", "export.dtype=float16"], "choose export.dtype=model, and quantization=float16"),
+    (["sparsity.megabytes=1", "sparsity.target=0.5"], "sparsity has the key target with sparsity=unstructured alone"),
+    (
+        ["sparsity=0.5"],
+        "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?); choose one of megabytes, n_m, ",
+    ),
     (["-m", "sparsity=0.5,0.6"], "sparsity=0.5 does not exist (did you mean sparsity.target=0.5?)"),
     (
         ["-m", "seed=0,1", "allocation=hutchinson,0.3"],

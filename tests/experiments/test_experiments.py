@@ -35,6 +35,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.pipeline import run_folder
 from sparsewav.pruning.encoder import prunable_matrices
+from tests.finished import change, finish
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ("best", "best_oneshot")
@@ -139,70 +140,6 @@ def _small(corpus: Path, model_folder: Path) -> list[str]:
     ]
 
 
-def _finish(sweep: Sweep, scale: Scale, wer: Callable[[dict[str, str]], float], dense: float = 0.05) -> None:
-    """Write the records of finished runs."""
-    for job in jobs(sweep, scale):
-        config = job.config
-        ours = config.method.name == "sparsewav"
-        groups = ("saliency", "solver", "objective", "recovery", "allocation")
-        metrics = {
-            "model": MODELS[scale.name][sweep.role],
-            "method": config.method.name,
-            **{group: config[group].name if ours else None for group in groups},
-            "finetune_strategy": config.finetune_strategy.name,
-            "seed": config.seed,
-            "target_sparsity": config.sparsity.target,
-            "achieved_sparsity": config.sparsity.target - 0.01,
-            "params_total": 3_000_000,
-            "params_nonzero": 800_000,
-            "wer_dense": dense,
-            "wer": wer(job.settings),
-            "updates": 0 if config.finetune_strategy.name == "none" else 400,
-            "n_utterances": 30,
-            "n_calibration_utterances": 128,
-            "macs_per_second": 200_000_000,
-            "macs_per_second_nonzero": 100_000_000,
-            "compression": None,
-            "warnings": [],
-            "seconds": {"calibrate": 1.0, "allocate": 2.0, "solve": 3.0, "prune": 6.0, "finetune": 4.0},
-            "seconds_cached": {},
-            "device": "cpu",
-            "threads": 2,
-        }
-        if not ours:
-            metrics["compression"] = {
-                "updates": 200,
-                "batch_size": 24,
-                "params_dense": 3_200_000,
-                "update_divisor": 1e3,
-                "lr_multiplier": 4.0,
-            }
-            metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
-        metrics["stages"] = [{"sparsity": config.sparsity.target}]
-        _write_details(job.folder, metrics["wer"])
-        run_folder.write_json(job.folder / run_folder.METRICS, metrics)
-
-
-def _write_details(folder: Path, wer: float) -> None:
-    """Write transcripts of 30 utterances of ten words with so many errors, and a matrix's error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [f"word{number}" for number in range(10)]
-    rows = []
-    for utterance in range(30):
-        errors = min(int((utterance + 1) * 10 * wer) - int(utterance * 10 * wer), 10)
-        wrong = ["wrong"] * errors + words[errors:]
-        rows.append(
-            {
-                "set": "test",
-                "id": f"{utterance % 6}-0-{utterance:04d}",
-                "reference": " ".join(words),
-                "after": " ".join(wrong),
-            }
-        )
-    (folder / run_folder.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / run_folder.LAYERS).write_text("name,relative_error\nq,0.1\nk,0.2\n")
-
-
 def _reproduce(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["reproduce.sh", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
@@ -219,7 +156,7 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     def wer(settings: dict[str, str]) -> float:
         return base.get((settings["saliency"], settings["allocation"]), 0.5) + 0.01 * int(settings["seed"])
 
-    _finish(one_shot, scale, wer)
+    finish(one_shot, scale, wer)
     assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 1
     said = capsys.readouterr().out
     assert "6 of 6 runs are missing" in said
@@ -228,7 +165,7 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
     )
 
     progressive = {"0": 0.07, "1": 0.07, "2": 0.09}
-    _finish(tuned, scale, lambda at: 0.08 if at["finetune_strategy"] == "one_pass" else progressive[at["seed"]])
+    finish(tuned, scale, lambda at: 0.08 if at["finetune_strategy"] == "one_pass" else progressive[at["seed"]])
     assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     table = pandas.read_csv(tmp_path / "table1.csv")
     assert table["paper_wer"].tolist() == pytest.approx([0.061, 0.5795, 0.5379, 0.5301, 0.0754, 0.0711])
@@ -251,10 +188,10 @@ def test_table1_compares_rows_by_seed_and_says_where_the_ordering_fails(
 def test_a_row_at_another_sparsity_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = Scale("demo", tmp_path)
     for sweep in ITEMS["table1"].sweeps:
-        _finish(sweep, scale, lambda settings: 0.2)
+        finish(sweep, scale, lambda settings: 0.2)
         for job in jobs(sweep, scale):
             if job.config.allocation.name == "hutchinson":
-                _change(job.folder, achieved_sparsity=0.732 - 0.001 * job.config.seed)
+                change(job.folder, achieved_sparsity=0.732 - 0.001 * job.config.seed)
     assert _reproduce("table1", "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     markdown = (tmp_path / "table1.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("| +")]
@@ -270,19 +207,19 @@ DAMAGE = {
         lambda path: path.write_text(path.read_text().replace('"achieved_sparsity"', '"achieved"')),
         "has no achieved_sparsity",
     ),
-    "not a number": (lambda path: _change(path.parent, wer=math.nan), "wer is nan, which is not a finite number"),
-    "another seed": (lambda path: _change(path.parent, seed=7), "is of another run (seed=7 instead of 1)"),
-    "another method": (lambda path: _change(path.parent, saliency="wanda"), "saliency=wanda instead of obs"),
-    "another dense model": (lambda path: _change(path.parent, wer_dense=0.06), "the dense model's WER (0.05 and 0.06)"),
+    "not a number": (lambda path: change(path.parent, wer=math.nan), "wer is nan, which is not a finite number"),
+    "another seed": (lambda path: change(path.parent, seed=7), "is of another run (seed=7 instead of 1)"),
+    "another method": (lambda path: change(path.parent, saliency="wanda"), "saliency=wanda instead of obs"),
+    "another dense model": (lambda path: change(path.parent, wer_dense=0.06), "the dense model's WER (0.05 and 0.06)"),
     "other weights of the same name": (
-        lambda path: _change(path.parent, inputs={"content": {"model/model.safetensors": "0"}}),
+        lambda path: change(path.parent, inputs={"content": {"model/model.safetensors": "0"}}),
         "two runs differ in the content of the model's files",
     ),
     "another model": (
-        lambda path: _change(path.parent, model="other"),
+        lambda path: change(path.parent, model="other"),
         "two runs differ in the model (demo and other)",
     ),
-    "another length of tuning": (lambda path: _change(path.parent, updates=9), "differ in updates (0, 9)"),
+    "another length of tuning": (lambda path: change(path.parent, updates=9), "differ in updates (0, 9)"),
     "other transcripts": (
         lambda path: (file := path.with_name("predictions.jsonl")).write_text(file.read_text().replace("word9", "x")),
         "two runs differ in the evaluated utterances or their transcripts",
@@ -298,12 +235,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_runs_that_are_damaged_or_not_the_same_are_not_averaged(damage: str, tmp_path: Path) -> None:
     """The sentence names the run."""
-    change, said = DAMAGE[damage]
+    damages, said = DAMAGE[damage]
     item, scale = ITEMS["table1"], Scale("demo", tmp_path)
     for sweep in item.sweeps:
-        _finish(sweep, scale, lambda settings: 0.2)
+        finish(sweep, scale, lambda settings: 0.2)
     job = next(job for job in jobs(item.sweeps[0], scale) if job.config.seed == 1 and job.config.saliency.name == "obs")
-    change(job.folder / run_folder.METRICS)
+    damages(job.folder / run_folder.METRICS)
     with pytest.raises(UserError) as refused:
         item.make(item, scale)
     assert said in str(refused.value)
@@ -327,7 +264,7 @@ def test_the_page_names_the_command_that_made_it(tmp_path: Path, monkeypatch: py
     overrides = ("data=librispeech_dir", "data.root=/with space/$HOME", "training.batch_size=4")
     scale = Scale("demo", folder, overrides)
     for sweep in ITEMS["table1"].sweeps:
-        _finish(sweep, scale, lambda settings: 0.2)
+        finish(sweep, scale, lambda settings: 0.2)
     words = ["table1", "--output", str(folder), "--", *overrides, "hydra/launcher=joblib"]
     assert _reproduce("--draw", *words, monkeypatch=monkeypatch) == 0
     (commands,) = re.findall("<pre>(.*?)</pre>", (folder / "index.html").read_text(), re.DOTALL)
@@ -354,11 +291,6 @@ def test_a_latex_table_compiles_and_has_its_notes_below(tmp_path: Path) -> None:
     assert "Overfull" not in result.stdout
 
 
-def _change(folder: Path, **metrics: object) -> None:
-    path = folder / run_folder.METRICS
-    run_folder.write_json(path, json.loads(path.read_text()) | metrics)
-
-
 @pytest.mark.slow
 def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -372,8 +304,8 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     for sweep in SWEEPS:
         dense = better.get(sweep.role, 0.05)
         if sweep not in ITEMS["table1"].sweeps:
-            _finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
-    items = [name for name in ITEMS if name not in ("table1", "size_and_speed")]
+            finish(sweep, scale, lambda settings, dense=dense: dense + wer(settings), dense)
+    items = [name for name in ITEMS if name not in ("table1", "size", "budgets", "speed")]
     assert _reproduce(*items, "--draw", "--output", str(tmp_path), monkeypatch=monkeypatch) == 0
     for name in ("figure1", "figure2", "figure3", "figure4", "accuracy_curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -432,38 +364,36 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_size_and_speed_are_measured_once_on_the_models_of_the_runs(
+def test_speed_is_measured_once_on_the_models_of_the_runs(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_costs, "AUDIO", 1)
     monkeypatch.setattr(model_costs, "ROUNDS", 3)
-    item, scale = ITEMS["size_and_speed"], Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
+    item, scale = ITEMS["speed"], Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
     assert item.measure is not None
     for sweep in item.sweeps:
-        _finish(sweep, scale, lambda settings: 0.1)
+        finish(sweep, scale, lambda settings: 0.1)
         for job in jobs(sweep, scale):
             model = sparsewav.load(model_folder)
             if job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
                 for matrix in prunable_matrices(model):
                     remove_at_random(matrix.weight, job.config.sparsity.target)
             model.save_pretrained(job.folder / "model")
-    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo size_and_speed"):
+    with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo speed"):
         item.make(item, scale)
     item.measure(item, scale)
     result = item.make(item, scale)
     assert result.table is not None
     rows = result.table.set_index("Model")
-    measured = tmp_path / "size_and_speed-measured.csv"
-    sizes = pandas.read_csv(measured, index_col="run")["megabytes"].set_axis(rows.index)
-    assert sizes["SparseWAV, 89.0 %"] < sizes["SparseWAV, 84.0 %"] < sizes["SparseWAV, 69.0 %"] < sizes["dense"]
-    assert sizes["DPHuBERT"] == sizes["dense"], "the same dense model in this test"
+    measured = tmp_path / "speed-measured.csv"
+    assert rows.index.tolist()[:4] == ["dense", "SparseWAV, 69.0 %", "SparseWAV, 84.0 %", "SparseWAV, 89.0 %"]
     assert (rows["Times faster"].astype(float) > 0).all()
-    assert (tmp_path / "size_and_speed.png").is_file()
+    assert (tmp_path / "speed.png").is_file()
     before = measured.read_bytes()
     item.measure(item, scale)
     assert measured.read_bytes() == before, "measured already"
-    assert pandas.read_csv(tmp_path / "size_and_speed.csv")["updates"].tolist()[1:] == [400] * (len(rows) - 1)
-    _change(jobs(item.sweeps[0], scale)[0].folder, wer=0.2)
+    assert pandas.read_csv(tmp_path / "speed.csv")["updates"].tolist()[1:] == [400] * (len(rows) - 1)
+    change(jobs(item.sweeps[0], scale)[0].folder, wer=0.2)
     with pytest.raises(UserError, match="not measured"):
         item.make(item, scale)
 
@@ -498,8 +428,8 @@ def test_dry_run_says_which_items_need_a_sweep(
         needed[-1] += [item.strip()] if item.strip() else []
     sweeps = ITEMS["table2"].sweeps
     assert needed[: len(sweeps)] == (by_items := [needed_by(sweep) for sweep in sweeps])
-    assert by_items[0] == ["table2", "size_and_speed"]
-    assert ["table2", "table3", "size_and_speed"] in by_items
+    assert by_items[0] == ["table2", "size", "speed"]
+    assert ["table2", "table3", "size", "speed"] in by_items
     assert needed_by(ITEMS["figure1"].sweeps[0]) == ["figure1"]
 
 
@@ -509,7 +439,7 @@ def test_help_and_errors_name_every_item(monkeypatch: pytest.MonkeyPatch, capsys
     said = capsys.readouterr().out
     for item in ITEMS.values():
         assert re.search(rf"^  {item.name} +{re.escape(item.title)}$", said, re.MULTILINE)
-    assert "every item but accuracy_table and accuracy_curves (default)" in said
+    assert "every item but accuracy_table, accuracy_curves, size and budgets (default)" in said
     with pytest.raises(SystemExit):
         _reproduce("table4", monkeypatch=monkeypatch)
     assert "table4 is none of demo, paper, all, full, table1" in capsys.readouterr().err

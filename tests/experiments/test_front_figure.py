@@ -21,6 +21,7 @@ COMMON = {
     "method": "sparsewav",
     "saliency": "obs_first_order",
     "objective": "symmetric",
+    "quantization": "none",
     "finetune_strategy": "none",
     "n_utterances": 1,
     "updates": 0,

@@ -181,8 +181,10 @@ def test_the_name_of_a_runs_folder_tells_apart_what_changes_its_results(
             "my_w2v-obs_first_order-hutchinson-0.5",
         ),
         (["method=parp", "finetune_strategy=one_pass"], "demo-parp-0.75-one_pass"),
+        (["sparsity=megabytes", "sparsity.megabytes=1.2"], "demo-obs_first_order-error_curves-1.2MB"),
+        (["sparsity=megabytes", "sparsity.megabytes=20", "allocation=search"], "demo-obs_first_order-search-20MB"),
     ],
-    ids=["default", "pattern", "refused", "fairseq", "baseline"],
+    ids=["default", "pattern", "refused", "fairseq", "baseline", "size", "size, searched"],
 )
 def test_the_name_of_a_runs_folder_can_be_read(overrides: list[str], expected: str) -> None:
     name, _, digest = run_name(_root_=composed(*overrides)).rpartition("-")

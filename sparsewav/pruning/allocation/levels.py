@@ -2,10 +2,13 @@
 
 All levels of the matrices that read one input are solved side by side with one factorisation of the Hessian. The levels
 of the OBS sweep equal those of matrices pruned alone; those of ALPS nearly do, because they share its schedule of
-penalties. Every level is a whole number of steps above or below the target sparsity, so that the target itself is one
-of them; a choice meets the budget when the sum of the steps, weighted by the matrices' sizes, is zero. Given the cost
-of every level of every matrix, the choice with the least sum of costs is found by dynamic programming (as in OBC and
-SPDY).
+penalties. Given the cost of every level of every matrix, the choice with the least sum of costs is found by dynamic
+programming (as in OBC and SPDY), within one of two budgets:
+
+- of weights: every level is a whole number of steps above or below the target sparsity, so that the target itself is
+  one of them; a choice meets the budget when the sum of the steps, weighted by the matrices' sizes, is zero;
+- of bytes (:mod:`~sparsewav.pruning.allocation.budget`): a level is a sparsity and, where the weights are rounded, a
+  number of bits, and takes the bytes that it would take in the file.
 """
 
 import math
@@ -30,13 +33,35 @@ from sparsewav.pruning.solvers.solve import PrunedMatrix
 SolveLevels = Callable[[list[PrunableMatrix], Float[Tensor, "cols cols"], list[float]], list[PrunedMatrix]]
 """Prunes matrices that read the same input, given its Hessian, each to its own sparsity; the model is not changed."""
 
+RoundLevels = Callable[
+    [PrunableMatrix, Sequence["Level"], Sequence[PrunedMatrix], Float[Tensor, "cols cols"]],
+    tuple[list["Level"], list[PrunedMatrix], np.ndarray],
+]
+"""Makes levels of a matrix, and their bytes in the weights file, of those that are pruned and not rounded."""
+
+GRAINS_OF_A_MATRIX = 400
+"""For the choice of levels, bytes are rounded up to this fraction of a matrix's mean share of the budget."""
+
 GRAINS = 5000
 """For the choice of levels, sizes without a large common divisor are rounded to this fraction of all weights."""
 
 
 @dataclass(frozen=True)
+class Level:
+    """What a matrix may become.
+
+    Attributes:
+        sparsity: The share of its weights that are removed.
+        bits: Bits of a kept weight; None where they are not rounded to integers.
+    """
+
+    sparsity: float
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
 class Grid:
-    """The levels that a matrix may take.
+    """The sparsities that a matrix may take around that of the whole model.
 
     Attributes:
         target: The sparsity of the whole model.
@@ -73,19 +98,23 @@ def level_grid(target: float, step: float, spread: float) -> Grid:
 
 
 class LevelStore(AbstractContextManager["LevelStore"]):
-    """The pruned weights of every matrix at every level, in memory or on disk.
+    """The weights of every matrix at every level, in memory or on disk.
 
     Attributes:
-        grid: The levels.
+        levels: By matrix, its levels.
         row_errors: By matrix, the error of each row's output at each level, shape (levels, rows): ||(w − ŵ)X||², to
             which the OBS sweep's λ||w − ŵ||² is added.
         changes: By matrix, ||W − Ŵ||² at each level, shape (levels,).
+        bytes: By matrix, what it takes in the weights file at each level, shape (levels,); empty where nobody asked.
+        reference: By matrix, the index of the level of the others while one is measured.
     """
 
-    def __init__(self, grid: Grid, on_disk: bool) -> None:
-        self.grid = grid
+    def __init__(self, on_disk: bool) -> None:
+        self.levels: dict[str, list[Level]] = {}
         self.row_errors: dict[str, Float[Tensor, "levels rows"]] = {}
         self.changes: dict[str, Float[Tensor, " levels"]] = {}
+        self.bytes: dict[str, np.ndarray] = {}
+        self.reference: dict[str, int] = {}
         self._scratch = ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder()) if on_disk else None
         self._weights: dict[str, list[Tensor]] = {}
@@ -100,36 +129,37 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         self,
         name: str,
         dense: Float[Tensor, "rows cols"],
-        levels: Sequence[PrunedMatrix],
+        levels: Sequence[Level],
+        solved: Sequence[PrunedMatrix],
         hessian: Float[Tensor, "cols cols"],
     ) -> None:
         """Store a matrix at all levels."""
-        changes = [dense.float() - level.weight.float() for level in levels]
+        changes = [dense.float() - one.weight.float() for one in solved]
+        self.levels[name] = list(levels)
         self.row_errors[name] = torch.stack(
             [
-                level.increments.double() if level.increments is not None else _row_errors(change, hessian)
-                for level, change in zip(levels, changes, strict=True)
+                one.increments.double() if one.increments is not None else row_errors(change, hessian)
+                for one, change in zip(solved, changes, strict=True)
             ]
         )
         self.changes[name] = torch.stack([change.square().sum(dtype=torch.float64) for change in changes])
         if self._folder is None:
-            self._weights[name] = [level.weight for level in levels]
+            self._weights[name] = [one.weight for one in solved]
         else:
             save_file(
-                {str(index): level.weight.cpu().contiguous() for index, level in enumerate(levels)},
+                {str(index): one.weight.cpu().contiguous() for index, one in enumerate(solved)},
                 self._folder / f"{name}.safetensors",
             )
 
-    def weight(self, name: str, offset: int) -> Float[Tensor, "rows cols"]:
-        """Give a matrix at a level, by its offset from the target in steps."""
-        index = self.grid.index(offset)
+    def weight(self, name: str, index: int) -> Float[Tensor, "rows cols"]:
+        """Give a matrix at a level, by the level's index."""
         if self._folder is None:
             return self._weights[name][index]
         with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
             return file.get_tensor(str(index))
 
 
-def _row_errors(change: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " rows"]:
+def row_errors(change: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " rows"]:
     """Give ||δX||² for every row δ of a change."""
     return ((change @ hessian.to(change.dtype)) * change).sum(1, dtype=torch.float64)
 
@@ -138,10 +168,11 @@ def _row_errors(change: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols
 def build_level_store(
     matrices: Sequence[PrunableMatrix],
     hessians: Hessians,
-    grid: Grid,
+    sparsities: Sequence[float],
     solve: SolveLevels,
     *,
     memory: float,
+    rounding: RoundLevels | None = None,
     progress: Progress | None = None,
 ) -> LevelStore:
     """Prune every matrix to every level; the model is not changed.
@@ -149,29 +180,74 @@ def build_level_store(
     Args:
         matrices: The matrices of the model.
         hessians: Their Hessians.
-        grid: The levels.
+        sparsities: Those of the levels.
         solve: Prunes matrices with the same input, each to its own sparsity.
         memory: The bytes that the store may take in memory; a larger one is written to disk.
+        rounding: Makes the levels of a matrix that are worth having of its pruned ones, and measures their bytes; None
+            takes them as they are.
         progress: Called after every input.
     """
-    levels = [grid.sparsity(offset) for offset in grid.offsets]
     by_name = {matrix.name: matrix for matrix in matrices}
-    size = sum(matrix.size * matrix.weight.element_size() for matrix in matrices) * len(levels)
-    store = LevelStore(grid, on_disk=size > memory)
+    plain = [Level(sparsity) for sparsity in sparsities]
+    size = sum(matrix.size * matrix.weight.element_size() for matrix in matrices) * len(plain)
+    size *= 2 if rounding else 1  # about: of several widths, most levels are not worth having
+    store = LevelStore(on_disk=size > memory)
     try:
         for done, (key, names) in enumerate(hessians.groups().items(), start=1):
-            group = [by_name[name] for name in names]
-            stacked = [matrix for matrix in group for _ in levels]
-            pruned = solve(stacked, hessians.by_input[key], levels * len(group))
+            group, hessian = [by_name[name] for name in names], hessians.by_input[key]
+            stacked = [matrix for matrix in group for _ in plain]
+            pruned = solve(stacked, hessian, [*sparsities] * len(group))
             for index, matrix in enumerate(group):
-                own = pruned[index * len(levels) : (index + 1) * len(levels)]
-                store.add(matrix.name, matrix.weight.detach(), own, hessians.by_input[key])
+                own, dense = pruned[index * len(plain) : (index + 1) * len(plain)], matrix.weight.detach()
+                levels = plain
+                if rounding:
+                    levels, own, store.bytes[matrix.name] = rounding(matrix, plain, own, hessian)
+                store.add(matrix.name, dense, levels, own, hessian)
             if progress:
                 progress(done, len(hessians.by_input))
     except BaseException:
         store.__exit__(None, None, None)
         raise
     return store
+
+
+def cheapest(
+    costs: Sequence[np.ndarray], amounts: Sequence[np.ndarray], capacity: int
+) -> tuple[np.ndarray, Callable[[int], list[int]]]:
+    """Find the least sum of costs for every sum of amounts, by dynamic programming.
+
+    Args:
+        costs: Of every matrix the cost of each level, shape (levels,); infinite for a level that it cannot have.
+        amounts: Of every matrix what each level takes of the budget, whole numbers of at least 0, shape (levels,).
+        capacity: The largest sum of amounts.
+
+    Returns:
+        The least sum of costs for the sums of amounts 0 to capacity, infinite where there is none, and a function that
+        gives the index of every matrix's level for a sum of amounts.
+    """
+    best = np.full(capacity + 1, np.inf)
+    best[0] = 0.0
+    choices = np.zeros((len(costs), capacity + 1), dtype=np.int16)
+    for row, (own, taken) in enumerate(zip(costs, amounts, strict=True)):
+        following = np.full_like(best, np.inf)
+        for index, amount in enumerate(map(int, taken)):
+            if amount > capacity:
+                continue
+            candidate = np.full_like(best, np.inf)
+            candidate[amount:] = best[: capacity + 1 - amount] + own[index]
+            better = candidate < following
+            following[better] = candidate[better]
+            choices[row, better] = index
+        best = following
+
+    def choice(total: int) -> list[int]:
+        chosen = []
+        for row in range(len(costs) - 1, -1, -1):
+            chosen.append(int(choices[row, total]))
+            total -= int(amounts[row][chosen[-1]])
+        return chosen[::-1]
+
+    return best, choice
 
 
 def choose_levels(sizes: Mapping[str, int], costs: Mapping[str, np.ndarray], grid: Grid) -> dict[str, int]:
@@ -190,33 +266,42 @@ def choose_levels(sizes: Mapping[str, int], costs: Mapping[str, np.ndarray], gri
         UserError: No choice of levels meets the budget.
     """
     units = _units(sizes)
-    names = list(sizes)
-    reach = max(abs(grid.lowest), grid.highest) * sum(units.values())
-    best = np.full(2 * reach + 1, np.inf)  # the least cost of every sum of units · offsets, from −reach to reach
-    best[reach] = 0.0
-    choices = np.zeros((len(names), len(best)), dtype=np.int16)
-    for row, name in enumerate(names):
-        following = np.full_like(best, np.inf)
-        for index, offset in enumerate(grid.offsets):
-            shift = units[name] * offset
-            candidate = np.full_like(best, np.inf)
-            source = best[max(-shift, 0) : len(best) - max(shift, 0)] + costs[name][index]
-            candidate[max(shift, 0) : len(best) - max(-shift, 0)] = source
-            better = candidate < following
-            following[better] = candidate[better]
-            choices[row, better] = offset
-        best = following
-    if not np.isfinite(best[reach]):
+    # Counted from the lowest level, so that no amount is negative.
+    amounts = [units[name] * np.arange(len(grid.offsets)) for name in sizes]
+    target = -grid.lowest * sum(units.values())
+    best, choice = cheapest([costs[name] for name in sizes], amounts, target)
+    if not np.isfinite(best[target]):
         raise UserError(
             f"no choice of levels gives the whole model sparsity {grid.target:g}: earlier masks have removed too much; "
             "raise allocation.spread or sparsity.target"
         )
-    balance = reach
-    chosen = {}
-    for row in range(len(names) - 1, -1, -1):
-        chosen[names[row]] = int(choices[row, balance])
-        balance -= units[names[row]] * chosen[names[row]]
-    return {name: chosen[name] for name in names}
+    return {name: grid.lowest + index for name, index in zip(sizes, choice(target), strict=True)}
+
+
+def choose_within(
+    costs: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray], budget: int
+) -> dict[str, int] | None:
+    """Choose a level for every matrix so that their bytes fit a budget and the sum of the costs is least.
+
+    Bytes are rounded up to whole grains, of which the budget has :data:`GRAINS_OF_A_MATRIX` for every matrix, so that
+    it is never exceeded; where the least costly choice that is found uses it up to some grains, a better one may exist.
+
+    Args:
+        costs: The costs of every matrix, shape (levels,); infinite for a level that the matrix cannot have.
+        sizes: The bytes of every matrix at its levels, shape (levels,).
+        budget: The bytes that they may have together.
+
+    Returns:
+        The index of every matrix's level; None if nothing fits.
+    """
+    if budget <= 0:
+        return None
+    grains = GRAINS_OF_A_MATRIX * len(costs)
+    grain = max(budget / grains, 1.0)
+    amounts = [np.ceil(sizes[name] / grain).astype(np.int64) for name in costs]
+    best, choice = cheapest([costs[name] for name in costs], amounts, int(budget / grain))
+    total = int(best.argmin())
+    return dict(zip(costs, choice(total), strict=True)) if np.isfinite(best[total]) else None
 
 
 def _units(sizes: Mapping[str, int]) -> dict[str, int]:

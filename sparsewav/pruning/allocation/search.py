@@ -14,8 +14,9 @@ which swaps to evaluate first.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.allocation.budget import ByteBudget, Fit, UniformFit
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.allocation.levels import (
-    Grid,
     LevelStore,
     SolveLevels,
     build_level_store,
@@ -50,16 +51,34 @@ class LevelAllocation:
     """The result of an allocation by levels.
 
     Attributes:
-        sparsities: The sparsity of every matrix, meeting the budget to one weight.
+        sparsities: The sparsity of every matrix, meeting a budget of weights to one weight.
         costs: The cost of every matrix's level, in the unit of the costs.
         divergence: The output divergence of the model at these levels; None if it was not measured (HAWQ).
         evaluations: The number of evaluations of the output divergence.
+        bits: The bits of every matrix that is rounded to integers, where a budget of bytes chose them.
+        fit: What a smaller choice can be made from, for a budget of bytes.
+        note: A sentence for the user; None where there is nothing to say.
     """
 
     sparsities: dict[str, float]
-    costs: dict[str, float]
-    divergence: float | None
-    evaluations: int
+    costs: dict[str, float] = field(default_factory=dict)
+    divergence: float | None = None
+    evaluations: int = 0
+    bits: dict[str, int] = field(default_factory=dict)
+    fit: Fit | UniformFit | None = None
+    note: str | None = None
+
+    @classmethod
+    def of_fit(cls, fit: Fit | UniformFit, **known: Any) -> "LevelAllocation":
+        """Make one of a choice of levels that fits."""
+        return cls(sparsities=fit.sparsities, bits=fit.bits, fit=fit, costs=fit.chosen_costs, **known)
+
+    def smaller(self, excess: int) -> "LevelAllocation | None":
+        """Give one whose levels take fewer bytes, by at least ``excess``; None if there is none."""
+        fit = self.fit.smaller(excess) if self.fit else None
+        if fit is None:
+            return None
+        return replace(self, sparsities=fit.sparsities, bits=fit.bits, fit=fit, costs=fit.chosen_costs)
 
 
 @torch.no_grad()
@@ -68,7 +87,7 @@ def allocate_by_levels(
     matrices: Sequence[PrunableMatrix],
     hessians: Hessians,
     batches: Iterable[dict[str, Tensor]],
-    sparsity: float,
+    sparsity: float | ByteBudget,
     solve: SolveLevels,
     settings: HAWQ | ErrorCurves,
     *,
@@ -77,14 +96,14 @@ def allocate_by_levels(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LevelAllocation:
-    """Find every matrix's sparsity; the model is bit for bit the same afterwards.
+    """Find every matrix's sparsity, and within bytes its bits, too; the model is bit for bit the same afterwards.
 
     Args:
         model: A CTC model in evaluation mode.
         matrices: All of its prunable matrices.
         hessians: Their Hessians.
         batches: The evaluation batches of the output divergence; labels are not read.
-        sparsity: The sparsity of the whole model.
+        sparsity: The sparsity of the whole model, or the bytes of its file.
         solve: Prunes matrices with the solver that the model is going to be pruned with.
         settings: The allocation; ``Search`` searches after ``ErrorCurves``.
         traces: The Hessian traces, for ``HAWQ``.
@@ -96,7 +115,7 @@ def allocate_by_levels(
         UserError: A setting is wrong, or no choice of levels meets the budget.
     """
     sizes = {matrix.name: matrix.size for matrix in matrices}
-    grid = level_grid(sparsity, settings.step, settings.spread)
+    goal = sparsity if isinstance(sparsity, ByteBudget) else level_grid(sparsity, settings.step, settings.spread)
     effect = "trace" if isinstance(settings, HAWQ) else settings.effect
     evaluations = settings.evaluations if isinstance(settings, Search) else 0
     steps = len(hessians.by_input) + (len(matrices) if effect == "output" else 0) + evaluations
@@ -111,10 +130,25 @@ def allocate_by_levels(
     dense = [matrix.weight.detach().clone() for matrix in matrices]
     divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches)
     store = build_level_store(
-        matrices, hessians, grid, solve, memory=settings.level_cache_gib * 2**30, progress=lambda _, __: advance()
+        matrices,
+        hessians,
+        goal.sparsities(settings.step)
+        if isinstance(goal, ByteBudget)
+        else [goal.sparsity(offset) for offset in goal.offsets],
+        solve,
+        memory=settings.level_cache_gib * 2**30,
+        rounding=goal.levels if isinstance(goal, ByteBudget) else None,
+        progress=lambda _, __: advance(),
     )
     try:
         with store:
+            if isinstance(goal, ByteBudget):
+                goal.check(sum(int(own[0]) for own in store.bytes.values()))
+                if note := goal.more_than_needed(sum(int(own[-1]) for own in store.bytes.values())):
+                    return LevelAllocation.of_fit(Fit.at_best(store), note=note)
+                store.reference = goal.reference(store, sizes)
+            else:
+                store.reference = dict.fromkeys(sizes, goal.index(0))
             if isinstance(settings, HAWQ):
                 costs = _trace_costs(store, traces)
             else:
@@ -125,21 +159,33 @@ def allocate_by_levels(
                     costs = measure_costs(divergence, matrices, store, settings.others, advance)
             removed = {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
             for name, count in removed.items():
-                for index, offset in enumerate(grid.offsets):
-                    if sizes[name] * grid.sparsity(offset) < count - 1:  # counts are rounded
+                for index, level in enumerate(store.levels[name]):
+                    if sizes[name] * level.sparsity < count - 1:  # counts are rounded
                         costs[name][index] = np.inf
-            chosen = choose_levels(sizes, costs, grid)
+            if isinstance(goal, ByteBudget):
+                chosen, room = goal.choose(costs, store.bytes), goal.room
+            else:
+                offsets, room = choose_levels(sizes, costs, goal), None
+                chosen = {name: goal.index(offset) for name, offset in offsets.items()}
             least = None
             if divergence is not None:
-                chosen, least = search_swaps(divergence, matrices, store, costs, chosen, evaluations, seed, advance)
+                chosen, least = search_swaps(
+                    divergence, matrices, store, costs, chosen, evaluations, seed, advance, room=room
+                )
     finally:
         for matrix, weight in zip(matrices, dense, strict=True):
             matrix.weight.data.copy_(weight)
+    measured = divergence.evaluations if divergence else 0
+    if isinstance(goal, ByteBudget):
+        return LevelAllocation.of_fit(
+            Fit(store.levels, store.bytes, costs, chosen), divergence=least, evaluations=measured
+        )
+    offsets = {name: goal.lowest + index for name, index in chosen.items()}
     return LevelAllocation(
-        sparsities=exact_sparsities(sizes, chosen, grid, removed),
-        costs={name: float(costs[name][grid.index(offset)]) for name, offset in chosen.items()},
+        sparsities=exact_sparsities(sizes, offsets, goal, removed),
+        costs={name: float(costs[name][index]) for name, index in chosen.items()},
         divergence=least,
-        evaluations=divergence.evaluations if divergence else 0,
+        evaluations=measured,
     )
 
 
@@ -164,13 +210,14 @@ def measure_costs(
     others: str = "dense",
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Measure the output divergence with one matrix at each level and the others dense or at the target's level.
+    """Measure the output divergence with one matrix at each level and the others dense or at the store's reference.
 
     Afterwards the model has the weights that ``others`` names. The result is, by matrix, an array of shape (levels,).
     """
-    offsets = store.grid.offsets
     rest = {
-        matrix.name: store.weight(matrix.name, 0) if others == "pruned" else matrix.weight.detach().clone()
+        matrix.name: store.weight(matrix.name, store.reference[matrix.name])
+        if others == "pruned"
+        else matrix.weight.detach().clone()
         for matrix in matrices
     }
     for matrix in matrices:
@@ -181,9 +228,10 @@ def measure_costs(
         with divergence.resuming_at(layer):
             for matrix in group:
                 values = []
-                for offset in offsets:
-                    matrix.weight.data.copy_(store.weight(matrix.name, offset))
-                    values.append(divergence.measure() if offset or at_rest is None else at_rest)
+                for index in range(len(store.levels[matrix.name])):
+                    matrix.weight.data.copy_(store.weight(matrix.name, index))
+                    is_rest = at_rest is not None and index == store.reference[matrix.name]
+                    values.append(at_rest if is_rest else divergence.measure())
                 matrix.weight.data.copy_(rest[matrix.name])
                 costs[matrix.name] = np.array(values)
                 advance()
@@ -199,6 +247,8 @@ def search_swaps(
     evaluations: int,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    *,
+    room: int | None = None,
 ) -> tuple[dict[str, int], float]:
     """Improve a choice of levels by swaps that keep the budget, each evaluated by the whole model's divergence.
 
@@ -207,16 +257,19 @@ def search_swaps(
         matrices: The matrices of the model.
         store: Their levels.
         costs: The estimated cost of each level; infinite for a level that the matrix cannot have.
-        start: The initial offset of every matrix from the target in steps.
+        start: The index of every matrix's initial level.
         evaluations: The number of swaps to evaluate.
         seed: The seed of the swaps.
         advance: Called after each evaluation.
+        room: The bytes that all matrices may have; None: as many weights are removed as at the start.
 
     Returns:
         The choice with the least divergence found, and its divergence.
     """
-    sizes = {matrix.name: matrix.size for matrix in matrices}
     by_name = {matrix.name: matrix for matrix in matrices}
+    amounts = store.bytes
+    if room is None:  # of weights; levels follow one another at the same distance
+        amounts = {name: matrix.size * np.arange(len(store.levels[name])) for name, matrix in by_name.items()}
     generator = np.random.default_rng(seed)
 
     def put(choice: Mapping[str, int], names: Iterable[str]) -> None:
@@ -228,10 +281,10 @@ def search_swaps(
     least = divergence.measure()
     measured = {tuple(best.values())}
     for _ in range(evaluations):
-        drawn = [_draw_swap(best, sizes, costs, store.grid, generator) for _ in range(DRAWS)]
+        drawn = [_draw_swap(best, amounts, costs, room, generator) for _ in range(DRAWS)]
         fresh = [swap for swap in drawn if swap and tuple((best | swap).values()) not in measured]
         if fresh:
-            swap = min(fresh, key=lambda swap: _predicted(best, swap, costs, store.grid))
+            swap = min(fresh, key=lambda swap: _predicted(best, swap, costs))
             measured.add(tuple((best | swap).values()))
             put(swap, swap)
             found = divergence.measure()
@@ -243,34 +296,37 @@ def search_swaps(
     return best, least
 
 
-def _predicted(
-    choice: Mapping[str, int], swap: Mapping[str, int], costs: Mapping[str, np.ndarray], grid: Grid
-) -> float:
-    return sum(
-        float(costs[name][grid.index(offset)] - costs[name][grid.index(choice[name])]) for name, offset in swap.items()
-    )
+def _predicted(choice: Mapping[str, int], swap: Mapping[str, int], costs: Mapping[str, np.ndarray]) -> float:
+    return sum(float(costs[name][index] - costs[name][choice[name]]) for name, index in swap.items())
 
 
 def _draw_swap(
     choice: Mapping[str, int],
-    sizes: Mapping[str, int],
+    amounts: Mapping[str, np.ndarray],
     costs: Mapping[str, np.ndarray],
-    grid: Grid,
+    room: int | None,
     generator: np.random.Generator,
 ) -> dict[str, int] | None:
-    """Move random matrices up and others down by a step each until the budget is met; give None if it is not."""
+    """Move random matrices up and others down by a level each until the budget is met; give None if it is not.
+
+    It is met when the sum of the amounts is that of ``choice``, or, where there is a ``room``, when it is no larger
+    than that and a matrix has moved up, because moving down alone makes no model better.
+    """
     swap: dict[str, int] = {}
-    names = list(sizes)
-    balance = 0
+    names = list(choice)
+    now = sum(int(amounts[name][choice[name]]) for name in names)
+    balance, up = now - (now if room is None else room), False
     for place in generator.permutation(len(names)):
         name = names[place]
-        step = int(np.sign(-balance)) if swap else int(generator.choice((-1, 1)))
-        offset = choice[name] + step
-        if not grid.lowest <= offset <= grid.highest or not np.isfinite(costs[name][grid.index(offset)]):
+        wanted = int(np.sign(-balance)) if room is None else 1 if balance <= 0 else -1
+        step = wanted if swap else int(generator.choice((-1, 1)))
+        index = choice[name] + step
+        if not 0 <= index < len(costs[name]) or not np.isfinite(costs[name][index]):
             continue
-        swap[name] = offset
-        balance += step * sizes[name]
-        if balance == 0:
+        swap[name] = index
+        balance += int(amounts[name][index] - amounts[name][choice[name]])
+        up = up or step > 0
+        if balance == 0 if room is None else balance <= 0 and up:
             return swap
         if len(swap) == LARGEST_SWAP:
             return None

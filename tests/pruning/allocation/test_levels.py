@@ -84,11 +84,12 @@ def test_library_holds_what_the_solver_gives_for_every_level(
     model = tiny_model("wav2vec2").eval()
     matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     grid = level_grid(0.6, 0.2, 0.4)
-    with build_level_store(matrices, hessians, grid, solve, memory=0 if on_disk else 1e9) as library:
+    sparsities = [grid.sparsity(offset) for offset in grid.offsets]
+    with build_level_store(matrices, hessians, sparsities, solve, memory=0 if on_disk else 1e9) as library:
         for matrix in matrices:
             hessian = hessians.of(matrix.name)
             for offset in grid.offsets:
-                level = library.weight(matrix.name, offset)
+                level = library.weight(matrix.name, grid.index(offset))
                 alone = prune_matrix(matrix.weight, hessian, grid.sparsity(offset), saliency="obs")
                 torch.testing.assert_close(level, alone.weight, rtol=1e-4, atol=1e-5)
                 change = matrix.weight.detach() - level
@@ -161,15 +162,14 @@ def test_search_is_never_worse_than_its_start_and_repeats_itself(tiny_model: Fac
     sizes = {matrix.name: matrix.size for matrix in matrices}
     grid = level_grid(0.6, 0.1, 0.3)
     divergence = OutputDivergence(model, batches)
-    with build_level_store(matrices, hessians, grid, solve, memory=1e9) as library:
+    sparsities = [grid.sparsity(offset) for offset in grid.offsets]
+    start = dict.fromkeys(sizes, grid.index(0))
+    with build_level_store(matrices, hessians, sparsities, solve, memory=1e9) as library:
         costs = {name: np.zeros(len(grid.offsets)) for name in sizes}
-        found = [
-            search_swaps(divergence, matrices, library, costs, dict.fromkeys(sizes, 0), evaluations)
-            for evaluations in (0, 30, 30)
-        ]
+        found = [search_swaps(divergence, matrices, library, costs, start, evaluations) for evaluations in (0, 30, 30)]
     assert found[1] == found[2]
     assert found[1][1] < found[0][1]
-    assert sum(sizes[name] * step for name, step in found[1][0].items()) == 0
+    assert sum(sizes[name] * (index - start[name]) for name, index in found[1][0].items()) == 0
 
 
 @pytest.mark.parametrize("others", ["dense", "pruned"])
@@ -182,13 +182,15 @@ def test_measured_costs_are_those_of_one_matrix_at_one_level(
     grid = level_grid(0.6, 0.2, 0.2)
     dense = [matrix.weight.detach().clone() for matrix in matrices]
     divergence = OutputDivergence(model, batches)
-    with build_level_store(matrices, hessians, grid, solve, memory=1e9) as library:
+    sparsities = [grid.sparsity(offset) for offset in grid.offsets]
+    with build_level_store(matrices, hessians, sparsities, solve, memory=1e9) as library:
+        library.reference = {matrix.name: grid.index(0) for matrix in matrices}
         costs = measure_costs(divergence, matrices, library, others)
         for place in (0, len(matrices) - 1):
-            for index, offset in enumerate(grid.offsets):
+            for index in range(len(sparsities)):
                 for other, weight in zip(matrices, dense, strict=True):
-                    other.weight.data.copy_(weight if others == "dense" else library.weight(other.name, 0))
-                matrices[place].weight.data.copy_(library.weight(matrices[place].name, offset))
+                    other.weight.data.copy_(weight if others == "dense" else library.weight(other.name, grid.index(0)))
+                matrices[place].weight.data.copy_(library.weight(matrices[place].name, index))
                 assert costs[matrices[place].name][index] == pytest.approx(divergence.measure(), rel=1e-4, abs=1e-7)
 
 
