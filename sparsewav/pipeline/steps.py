@@ -153,7 +153,7 @@ def quantize_step(
             return
         rows = pandas.read_csv(folder / run_folder.LAYERS).set_index("name")
         masks = masks_of(speech.model)
-        levels = {name: (float((~mask).sum()) / mask.numel(), int(rows.bits[name])) for name, mask in masks.items()}
+        levels = {name: (float((~mask).sum()) / mask.numel(), float(rows.bits[name])) for name, mask in masks.items()}
         # Everything that may be removed is removed already, and nothing but the rounding changes the others.
         settings = replace(
             config.pruning(config.sparsity.fraction),

@@ -76,7 +76,7 @@ class MatrixReport:
     rank: int | None
     target_sparsity: float
     sparsity: float
-    bits: int | None
+    bits: float | None
     relative_error: float
 
 
@@ -99,7 +99,7 @@ class Plan:
     targets: dict[str, float]
     traces: Mapping[str, Trace] | None = None
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
-    bits: Mapping[str, int] = field(default_factory=dict)
+    bits: Mapping[str, float] = field(default_factory=dict)
     rounds: bool = True
     keep_masks: bool = True
     batched_devices: tuple[str, ...] = BATCHED_DEVICES

@@ -223,7 +223,7 @@ def prune_model(
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
     hessians: Hessians | None = None,
     traces: Mapping[str, Trace] | None = None,
-    levels: Mapping[str, tuple[float, int | None]] | None = None,
+    levels: Mapping[str, tuple[float, float | None]] | None = None,
     rounds: bool = True,
     load_layer: LoadLayer | None = None,
     keep_masks: bool = True,
@@ -424,8 +424,8 @@ def check_quantization(model: PreTrainedModel, quantization: Quantization) -> No
 
 
 def _bits(
-    sizes: Mapping[str, int], settings: Pruning, levels: Mapping[str, tuple[float, int | None]] | None
-) -> dict[str, int]:
+    sizes: Mapping[str, int], settings: Pruning, levels: Mapping[str, tuple[float, float | None]] | None
+) -> dict[str, float]:
     """Give the bits of every matrix by name; empty where the weights stay floating-point numbers."""
     if levels is not None:
         return {name: bits for name, (_, bits) in levels.items() if bits is not None}

@@ -228,7 +228,7 @@ class Quantization(Option):
         widths: Bits that a weight of a prunable matrix may have; empty where they stay floating-point numbers.
     """
 
-    widths: ClassVar[tuple[int, ...]] = ()
+    widths: ClassVar[tuple[float, ...]] = ()
 
 
 @dataclass(kw_only=True)
@@ -280,7 +280,7 @@ class Int8(Integers):
     """8 bits a weight."""
 
     name: str = field(default="int8", init=False)
-    widths: ClassVar[tuple[int, ...]] = (8,)
+    widths: ClassVar[tuple[float, ...]] = (8,)
 
 
 @dataclass(kw_only=True)
@@ -288,7 +288,7 @@ class Int4(Integers):
     """4 bits a weight."""
 
     name: str = field(default="int4", init=False)
-    widths: ClassVar[tuple[int, ...]] = (4,)
+    widths: ClassVar[tuple[float, ...]] = (4,)
 
 
 @dataclass(kw_only=True)
@@ -296,7 +296,7 @@ class Int3(Integers):
     """3 bits a weight: seven values."""
 
     name: str = field(default="int3", init=False)
-    widths: ClassVar[tuple[int, ...]] = (3,)
+    widths: ClassVar[tuple[float, ...]] = (3,)
 
 
 @dataclass(kw_only=True)
@@ -304,15 +304,22 @@ class Int2(Integers):
     """2 bits a weight: minus the scale, zero, the scale."""
 
     name: str = field(default="int2", init=False)
-    widths: ClassVar[tuple[int, ...]] = (2,)
+    widths: ClassVar[tuple[float, ...]] = (2,)
 
 
 @dataclass(kw_only=True)
 class Mixed(Integers):
-    """Every matrix has the bits that ``sparsity=megabytes`` gives it."""
+    """Every matrix has the bits that ``sparsity=megabytes`` gives it, 0.75 to 6 on disk for a weight."""
 
     name: str = field(default="mixed", init=False)
-    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    widths: ClassVar[tuple[float, ...]] = (0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6)
+    range: str = option("coded")
+    rest: str = option("int6")
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.range == "clipped":
+            yield "range=clipped does not go with quantization=mixed, whose bits are no whole numbers; choose coded"
 
 
 @dataclass(kw_only=True)

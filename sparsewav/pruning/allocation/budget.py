@@ -31,6 +31,9 @@ from sparsewav.settings.pruning import Float16, Integers, Quantization
 HIGHEST = 0.95
 """The highest sparsity of a level."""
 
+CODED_SPARSITIES = (0.0, 0.5, 0.75)
+"""The sparsities of the levels of ``quantization=mixed``."""
+
 CLOSEST = 1.03
 """Ratio of the bytes of two levels of a matrix at least: closer ones are not worth measuring."""
 
@@ -60,8 +63,9 @@ class ByteBudget:
         return int(self.total * (1 - MARGIN)) - self.rest
 
     def sparsities(self, step: float) -> list[float]:
-        """Give the sparsities of the levels; they may lie further apart where every one has several widths."""
-        step = 2 * step if len(self.quantization.widths) > 1 else step
+        """Give the sparsities of the levels; few suffice where a coarse scale makes zeros by itself."""
+        if len(self.quantization.widths) > 1:
+            return list(CODED_SPARSITIES)
         return [*(index * step for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
 
     def check(self, least: int) -> None:
@@ -135,7 +139,7 @@ class ByteBudget:
         return chosen
 
     def rounded(
-        self, pruned: Sequence[PrunedMatrix], hessian: Float[Tensor, "cols cols"], bits: int | None, name: str
+        self, pruned: Sequence[PrunedMatrix], hessian: Float[Tensor, "cols cols"], bits: float | None, name: str
     ) -> list[PrunedMatrix]:
         """Round a matrix at several sparsities as the pruned model's are rounded."""
         if isinstance(self.quantization, Float16):
@@ -195,7 +199,7 @@ class Fit:
         return {name: self.levels[name][index].sparsity for name, index in self.chosen.items()}
 
     @property
-    def bits(self) -> dict[str, int]:
+    def bits(self) -> dict[str, float]:
         """The bits of every matrix that is rounded to integers."""
         bits = {name: self.levels[name][index].bits for name, index in self.chosen.items()}
         return {name: width for name, width in bits.items() if width is not None}
@@ -246,7 +250,7 @@ class UniformFit:
     measured: list[tuple[float, int]]
     room: float
     names: list[str]
-    width: int | None
+    width: float | None
 
     @property
     def sparsities(self) -> dict[str, float]:
@@ -261,7 +265,7 @@ class UniformFit:
         return dict.fromkeys(self.names, sparsity)
 
     @property
-    def bits(self) -> dict[str, int]:
+    def bits(self) -> dict[str, float]:
         """The bits of every matrix that is rounded to integers."""
         return {} if self.width is None else dict.fromkeys(self.names, self.width)
 

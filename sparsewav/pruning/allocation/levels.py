@@ -56,7 +56,7 @@ class Level:
     """
 
     sparsity: float
-    bits: int | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class LevelAllocation:
     costs: dict[str, float] = field(default_factory=dict)
     divergence: float | None = None
     evaluations: int = 0
-    bits: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
     fit: Fit | UniformFit | None = None
     note: str | None = None
 

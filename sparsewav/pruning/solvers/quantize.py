@@ -83,7 +83,7 @@ def quantize_matrix(
     weight: Float[Tensor, "rows cols"],
     hessian: Float[Tensor, "cols cols"],
     settings: Integers,
-    bits: int | Int[Tensor, " rows"],
+    bits: float | Float[Tensor, " rows"],
     *,
     keep: Bool[Tensor, "rows cols"] | None = None,
     damping: float = 0.01,
@@ -110,7 +110,7 @@ def quantize_matrices(
     weights: Sequence[Float[Tensor, "_rows _cols"]],
     hessian: Float[Tensor, "_cols _cols"],
     settings: Integers,
-    bits: Sequence[int],
+    bits: Sequence[float],
     *,
     keeps: Sequence[Bool[Tensor, "_rows _cols"]],
     damping: float = 0.01,
@@ -152,7 +152,7 @@ def quantize(
     weight: Float[Tensor, "rows cols"],
     hessian: Float[Tensor, "cols cols"],
     settings: Integers,
-    bits: int | Int[Tensor, " rows"],
+    bits: float | Float[Tensor, " rows"],
     *,
     keep: Bool[Tensor, "rows cols"] | None = None,
     damping: float = 0.01,
@@ -217,7 +217,7 @@ def _find_grid(
     keep: Bool[Tensor, "cols rows"],
     importance: Float[Tensor, " cols"],
     settings: Integers,
-    bits: int | Int[Tensor, " rows"],
+    bits: float | Float[Tensor, " rows"],
     given: Float[Tensor, " rows"] | None = None,
 ) -> _Grid:
     """Give every group the range with the smallest error of its kept weights, squared and times their importance.
@@ -296,7 +296,7 @@ def _sweep(
     factor: Float[Tensor, "cols cols"],
     importance: Float[Tensor, " cols"],
     settings: Integers,
-    bits: int | Int[Tensor, " rows"],
+    bits: float | Float[Tensor, " rows"],
     given: Float[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, "cols rows"], _Grid, Float[Tensor, " rows"]]:
     """Round column by column, while the columns to come make up for it; a block's scales are found when it begins.
