@@ -42,7 +42,19 @@ from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrice
 from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
 from sparsewav.pruning.families import encoder_config, family_of
 from sparsewav.pruning.layerwise import Outcome, StageProgress
-from sparsewav.settings.pruning import Allocation, Calibration, Pruning, Saliency, Solver, Sparsity, Uniform, resolve
+from sparsewav.pruning.rest import in_dtype, round_tensor
+from sparsewav.settings.pruning import (
+    Allocation,
+    Calibration,
+    Integers,
+    Pruning,
+    Quantization,
+    Saliency,
+    Solver,
+    Sparsity,
+    Uniform,
+    resolve,
+)
 from sparsewav.settings.run import device_faults
 
 SHARED = ("attention.rel_attn_embed.weight",)
@@ -63,6 +75,7 @@ def prune_folder(
     *,
     saliency: str | Saliency = "obs_first_order",
     solver: str | Solver = "obs",
+    quantization: str | Quantization = "none",
     allocation: str | Allocation = "uniform",
     calibration: Calibration | None = None,
     seed: int = 0,
@@ -74,9 +87,9 @@ def prune_folder(
     """Prune a CTC checkpoint into a new folder, with one transformer layer in memory at a time.
 
     It does the same as :func:`sparsewav.prune` with propagation ``sequential``, computes in float32 and writes the
-    checkpoint's own dtype; tensors that are not pruned keep their bytes. Memory holds the front end, one layer, its
-    Hessians and the activations of one batch; the hidden states of the calibration set wait in the folder for temporary
-    files.
+    checkpoint's own dtype; tensors that are not pruned keep their bytes, unless they are rounded. Memory holds the
+    front end, one layer, its Hessians and the activations of one batch; the hidden states of the calibration set wait
+    in the folder for temporary files.
 
     Args:
         source: A folder with ``config.json`` and ``model.safetensors``, or its shards with their index; or that of a
@@ -88,6 +101,7 @@ def prune_folder(
         sparsity: As there.
         saliency: As there.
         solver: As there.
+        quantization: As there; the checkpoint's dtype must hold the multiples of the scales, which float16 mostly does.
         allocation: ``uniform``; or ``hutchinson``, where ``traces`` are given.
         calibration: As there; its propagation must be ``sequential``.
         seed: As there.
@@ -110,6 +124,7 @@ def prune_folder(
         sparsity=resolve("sparsity", sparsity),
         saliency=resolve("saliency", saliency),
         solver=resolve("solver", solver),
+        quantization=resolve("quantization", quantization),
         allocation=resolve("allocation", allocation),
         calibration=calibration or Calibration(propagation="sequential"),
         seed=seed,
@@ -177,7 +192,7 @@ def _prune(
     batches: Any = as_sequence(calibration_batches)
     identity = [settings, traces, str(device), code_fingerprint()]
     with _kept_folder(destination, _fingerprint(checkpoint, batches, masks or {}, identity)) as unfinished:
-        layers = _Layers(checkpoint, model, unfinished)
+        layers = _Layers(checkpoint, model, unfinished, settings.quantization)
         report = prune_model(
             model,
             batches,
@@ -295,10 +310,13 @@ def _fill(layer: nn.Module, checkpoint: Checkpoint, names: Iterable[str], model:
 class _Layers:
     """Loads layers of a checkpoint into a model one at a time, and writes each to a shard when it is done."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, destination: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: PreTrainedModel, destination: Path, quantization: Quantization
+    ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.destination = destination
+        self.quantization = quantization
         self.layers = encoder_layers(model)
         self.shards = len(self.layers) + 1
         self.pruned = {f"{matrix.name}.weight": matrix for matrix in prunable_matrices(model)}
@@ -330,7 +348,10 @@ class _Layers:
                 save_file(weights, temporary, {"record": record})
         tensors = self.checkpoint.read(name for name in self.checkpoint.files if name.startswith(prefix))
         for name in tensors.keys() & own.keys():
-            tensors[name] = own[name].parameter.detach().to("cpu", tensors[name].dtype)
+            weight = own[name].parameter.detach().cpu()
+            dtype = tensors[name].dtype
+            exact = isinstance(self.quantization, Integers)
+            tensors[name] = in_dtype(name, weight, dtype, self.quantization) if exact else weight.to(dtype)
         layer.load_state_dict(hollow, assign=True)
         self._write(index + 2, tensors)
 
@@ -361,6 +382,9 @@ class _Layers:
         (self.destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        tensors = {
+            name: round_tensor(name, tensor, self.quantization, name in self.pruned) for name, tensor in tensors.items()
+        }
         if broken := not_finite(tensors):
             raise UserError(f"{broken} came to numbers that are not finite in {tensors[broken].dtype}; use float32")
         name = f"model-{number:05}-of-{self.shards:05}.safetensors"

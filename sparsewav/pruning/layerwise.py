@@ -1,5 +1,6 @@
-"""The loop over the layers: collect the Hessians of a layer, solve its matrices, recover its output, and propagate.
+"""The loop over the layers: collect a layer's Hessians, solve its matrices, recover its output, round, and propagate.
 
+Where nothing is recovered a matrix is rounded right after it is solved, so that what comes after it makes up for both.
 With propagation ``parallel`` there is no loop: all Hessians come from one pass of the dense model.
 """
 
@@ -30,8 +31,9 @@ from sparsewav.pruning.hidden_states import (
     scratch_folder,
 )
 from sparsewav.pruning.recovery import LayerRecovery, recover
+from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
-from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
+from sparsewav.settings.pruning import Asymmetric, Integers, NoRecovery, Pruning
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
@@ -59,7 +61,9 @@ class MatrixReport:
         sensitivity_error: The standard error of the sensitivity.
         rank: The rank by sensitivity, 0 for the highest.
         target_sparsity: The allocated sparsity.
-        sparsity: The achieved sparsity, pruned weights over weights.
+        sparsity: The achieved sparsity, pruned weights over weights; a kept weight that is rounded to zero is not
+            pruned.
+        bits: Bits of a weight; None where the weights are not rounded to whole numbers.
         relative_error: ||WX − ŴX||² / ||WX||² on the calibration set; with the asymmetric objective
             ||WX − ŴX̂||² / ||WX||², where X are the dense model's inputs and X̂ those that the matrix was pruned on.
     """
@@ -72,6 +76,7 @@ class MatrixReport:
     rank: int | None
     target_sparsity: float
     sparsity: float
+    bits: int | None
     relative_error: float
 
 
@@ -84,6 +89,8 @@ class Plan:
         targets: The sparsity of every matrix, by name.
         traces: The Hessian traces that the allocation used.
         masks: The masks already in force, by name.
+        bits: The bits of every matrix, by name; empty where the weights are not rounded to whole numbers.
+        rounds: Whether the matrices are to be rounded now; otherwise their bits are only reported.
         keep_masks: Whether the outcome is to hold the masks, a byte for every weight.
         batched_devices: Types of device on which matrices whose inputs are equally wide are solved in one batch.
     """
@@ -92,6 +99,8 @@ class Plan:
     targets: dict[str, float]
     traces: Mapping[str, Trace] | None = None
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
+    rounds: bool = True
     keep_masks: bool = True
     batched_devices: tuple[str, ...] = BATCHED_DEVICES
 
@@ -118,6 +127,22 @@ class Plan:
             names=[matrix.name for matrix in matrices],
         )
 
+    def quantize(
+        self, names: list[str], weights: list[Tensor], keeps: list[Tensor], hessian: Float[Tensor, "cols cols"]
+    ) -> list[Tensor]:
+        """Round matrices that read the same input to their bits; the model is not changed."""
+        quantization = self.settings.quantization
+        assert isinstance(quantization, Integers)
+        return quantize_matrices(
+            weights,
+            hessian,
+            quantization,
+            [self.bits[name] for name in names],
+            keeps=keeps,
+            damping=self.settings.solver.damping,
+            names=names,
+        )
+
     def solve_levels(
         self, matrices: list[PrunableMatrix], hessian: Float[Tensor, "cols cols"], sparsities: list[float]
     ) -> list[PrunedMatrix]:
@@ -133,20 +158,20 @@ class Outcome:
         reports: A report of every matrix, by name.
         masks: The masks, True where a weight is kept; empty without ``keep_masks``.
         recoveries: What the recovery of every layer achieved.
-        seconds: The seconds spent in the stages ``solve`` and ``recover``.
+        seconds: The seconds spent in the stages ``solve``, ``recover`` and ``quantize``.
     """
 
     reports: dict[str, MatrixReport] = field(default_factory=dict)
     masks: dict[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
     recoveries: list[LayerRecovery] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"solve": 0.0, "recover": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("solve", "recover", "quantize"), 0.0))
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Add the seconds that a block takes to a stage."""
-        started = time.perf_counter()
+        """Add the seconds that a block takes to a stage, but for those of the stages within it."""
+        started, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[stage] += time.perf_counter() - started
+        self.seconds[stage] += time.perf_counter() - started - (sum(self.seconds.values()) - before)
 
 
 @torch.no_grad()
@@ -199,11 +224,12 @@ def prune_layer_by_layer(
                 groups = [] if pruned_already else [own]
                 if settings.calibration.propagation == "true_sequential" and groups:
                     groups = in_reading_order(groups[0], inputs, run)
-                solved = []  # the dense weights and Hessians, for the errors after the recovery
+                solved: list[tuple[list[PrunableMatrix], Hessians]] = []  # for the roundings and errors that follow
+                dense_weights = {matrix.name: matrix.weight.detach().clone() for matrix in own if recovers}
                 for group in groups:
                     hessians = collect_layer_hessians(group, inputs, run, settings, layer, dense_layer, device)
                     if recovers:
-                        solved += [(matrix, matrix.weight.detach().clone(), hessians) for matrix in group]
+                        solved.append((group, hessians))
                     solve(group, hessians, plan, outcome)
                 for item in inputs if settings.two_models else []:
                     item.save("dense_states", run(item, dense_layer, "dense_states"))
@@ -212,7 +238,11 @@ def prune_layer_by_layer(
                         shown = _of_layer(progress, index, len(layers))
                         recovery = recover(layer, own, run, inputs, settings.recovery, settings.seed, shown)
                         outcome.recoveries.append(recovery)
-                        _measure_again(solved, outcome)
+                    if plan.bits and plan.rounds:
+                        for group, hessians in solved:
+                            quantize(group, hessians, plan, outcome)
+                    with outcome.timing("recover"):
+                        _measure_again(solved, dense_weights, outcome)
                 for item in inputs if index + 1 < len(layers) else []:
                     outputs = {"hidden_states": run(item)}
                     if settings.two_models:
@@ -285,6 +315,8 @@ def solve(
 ) -> None:
     """Prune matrices in place, those with the same input together; the processes of a group share the work.
 
+    They are rounded, too, unless a recovery is to come first.
+
     Args:
         matrices: The matrices to prune.
         hessians: Their Hessians.
@@ -293,20 +325,11 @@ def solve(
         progress: Called with the number of matrices done.
     """
     with outcome.timing("solve"):
-        by_name = {matrix.name: matrix for matrix in matrices}
-        groups = hessians.groups()
-        # The cost in operations is that of factoring a Hessian and of sweeping the matrices that share it.
-        sizes = [sum(by_name[name].size for name in names) for names in groups.values()]
-        widths = [len(hessians.by_input[key]) for key in groups]
-        costs = [cols**3 / 3 + size * cols for size, cols in zip(sizes, widths, strict=True)]
-        owners = dict(zip(groups, distributed.deal(costs), strict=True))
+        dealt, owners = _dealt_groups(matrices, hessians)
+        rounds = bool(plan.bits) and plan.rounds and isinstance(plan.settings.recovery, NoRecovery)
         done: dict[str, tuple[MatrixReport, Tensor]] = {}
         with distributed.together():
-            own = {
-                key: [by_name[name] for name in names]
-                for key, names in groups.items()
-                if owners[key] == distributed.rank()
-            }
+            own = {key: items for key, items in dealt.items() if owners[key] == distributed.rank()}
             for keys in _batches_of(own, plan.batched_devices):
                 asked = [
                     plan.group(
@@ -317,7 +340,8 @@ def solve(
                     )
                     for key in keys
                 ]
-                for key, results in zip(keys, prune_groups(asked, plan.settings), strict=True):
+                for key, group, found in zip(keys, asked, prune_groups(asked, plan.settings), strict=True):
+                    results = _rounded(group, found, plan, outcome) if rounds else found
                     for matrix, result in zip(own[key], results, strict=True):
                         if not is_finite(result.weight):
                             raise UserError(
@@ -329,15 +353,55 @@ def solve(
                 if progress:
                     progress(len(done), len(matrices))
         if distributed.world() > 1:
-            for key, names in groups.items():
-                for name in names:
-                    weight = by_name[name].weight.data
-                    received: Any = distributed.broadcast((weight, done.get(name)), owners[key])
+            for key, items in dealt.items():
+                for matrix in items:
+                    weight = matrix.weight.data
+                    received: Any = distributed.broadcast((weight, done.get(matrix.name)), owners[key])
                     weight.copy_(received[0])
-                    done[name] = received[1]
+                    done[matrix.name] = received[1]
         outcome.reports |= {name: report for name, (report, _) in done.items()}
         if plan.keep_masks:
             outcome.masks |= {name: mask for name, (_, mask) in done.items()}
+
+
+@torch.no_grad()
+def quantize(matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome) -> None:
+    """Round matrices in place that are solved and recovered; what is zero stays zero. Processes share the work."""
+    with outcome.timing("quantize"):
+        groups, owners = _dealt_groups(matrices, hessians)
+        with distributed.together():
+            for key, group in groups.items():
+                if owners[key] == distributed.rank():
+                    weights = [matrix.weight.detach() for matrix in group]
+                    keeps = [weight != 0 for weight in weights]
+                    names = [matrix.name for matrix in group]
+                    rounded = plan.quantize(names, weights, keeps, hessians.by_input[key])
+                    for weight, new in zip(weights, rounded, strict=True):
+                        weight.copy_(new)
+        for key, group in groups.items() if distributed.world() > 1 else ():
+            for matrix in group:
+                matrix.weight.data.copy_(distributed.broadcast(matrix.weight.data, owners[key]))
+
+
+def _rounded(group: MatrixGroup, found: list[PrunedMatrix], plan: Plan, outcome: Outcome) -> list[PrunedMatrix]:
+    """Round matrices that were just solved, and read the same input."""
+    with outcome.timing("quantize"):
+        weights, keeps = [item.weight for item in found], [item.keep for item in found]
+        rounded = plan.quantize(list(group.names), weights, keeps, group.hessian)
+        return [replace(item, weight=new, increments=None) for item, new in zip(found, rounded, strict=True)]
+
+
+def _dealt_groups(
+    matrices: list[PrunableMatrix], hessians: Hessians
+) -> tuple[dict[str, list[PrunableMatrix]], dict[str, int]]:
+    """Give the matrices by the input that they read, and the rank of the process that works on each group."""
+    by_name = {matrix.name: matrix for matrix in matrices}
+    groups = {key: [by_name[name] for name in names] for key, names in hessians.groups().items()}
+    # The cost in operations is that of factoring a Hessian and of sweeping the matrices that share it.
+    sizes = [sum(matrix.size for matrix in group) for group in groups.values()]
+    widths = [len(hessians.by_input[key]) for key in groups]
+    costs = [cols**3 / 3 + size * cols for size, cols in zip(sizes, widths, strict=True)]
+    return groups, dict(zip(groups, distributed.deal(costs), strict=True))
 
 
 def _batches_of(groups: Mapping[str, list[PrunableMatrix]], batched_devices: tuple[str, ...]) -> list[list[str]]:
@@ -372,18 +436,21 @@ def _report(matrix: PrunableMatrix, pruned: PrunedMatrix, hessians: Hessians, pl
         rank=plan.ranks.get(matrix.name),
         target_sparsity=plan.targets[matrix.name],
         sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
+        bits=plan.bits.get(matrix.name),
         relative_error=_error_of(dense, pruned, hessians, matrix.name) / _output_energy(dense, hessians, matrix.name),
     )
 
 
 def _measure_again(
-    solved: list[tuple[PrunableMatrix, Float[Tensor, "_rows _cols"], Hessians]], outcome: Outcome
+    solved: list[tuple[list[PrunableMatrix], Hessians]], dense_weights: Mapping[str, Tensor], outcome: Outcome
 ) -> None:
-    """Update the errors in the matrices' reports after the recovery."""
-    for matrix, dense, hessians in solved:
-        error = output_error(dense, matrix.weight, hessians, matrix.name)
-        relative = error / _output_energy(dense, hessians, matrix.name)
-        outcome.reports[matrix.name] = replace(outcome.reports[matrix.name], relative_error=relative)
+    """Update the errors in the matrices' reports after the recovery and the rounding."""
+    for group, hessians in solved:
+        for matrix in group:
+            dense = dense_weights[matrix.name]
+            error = output_error(dense, matrix.weight, hessians, matrix.name)
+            relative = error / _output_energy(dense, hessians, matrix.name)
+            outcome.reports[matrix.name] = replace(outcome.reports[matrix.name], relative_error=relative)
 
 
 def _error_of(dense: Float[Tensor, "rows cols"], pruned: PrunedMatrix, hessians: Hessians, name: str) -> float:

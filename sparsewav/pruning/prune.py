@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -53,7 +54,9 @@ from sparsewav.settings.pruning import (
     Calibration,
     ErrorCurves,
     Hutchinson,
+    Integers,
     Megabytes,
+    NoQuantization,
     Objective,
     Pruning,
     Quantization,
@@ -78,8 +81,8 @@ class PruneReport:
         masks: The mask of every matrix by name, True where a weight is kept; empty without ``keep_masks``.
         sparsity: Pruned weights over prunable weights.
         target_sparsity: The sparsity that was asked for; None where a size was.
-        seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, and of ``recover`` where there is a
-            recovery; a stage whose result was passed in takes none.
+        seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, of ``recover`` where there is a
+            recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
         warnings: Sentences that the user should read.
         recoveries: What the recovery of every transformer layer achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
@@ -96,6 +99,12 @@ class PruneReport:
     allocated: LevelAllocation | None = None
     bytes: int | None = None
 
+    @property
+    def bits(self) -> float | None:
+        """Mean bits of a prunable weight; None where they are not rounded to whole numbers."""
+        counted = [(matrix.bits, matrix.rows * matrix.cols) for matrix in self.matrices if matrix.bits is not None]
+        return sum(bits * size for bits, size in counted) / sum(size for _, size in counted) if counted else None
+
     def to_frame(self) -> pandas.DataFrame:
         """Give a table with a row for every matrix, whose name is the index, as in a run's ``layers.csv``."""
         return pandas.DataFrame([asdict(matrix) for matrix in self.matrices]).set_index("name")
@@ -106,7 +115,9 @@ class PruneReport:
         asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
         size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
         lines = [
-            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}{size}; {seconds}",
+            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
+            + (f", the others have {self.bits:.3g} bits" if self.bits else "")
+            + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
         ]
@@ -130,6 +141,7 @@ def prune(
     solver: str | Solver | None = None,
     objective: str | Objective | None = None,
     recovery: str | Recovery | None = None,
+    quantization: str | Quantization | None = None,
     allocation: str | Allocation | None = None,
     calibration: Calibration | None = None,
     seed: int = 0,
@@ -162,6 +174,8 @@ def prune(
         solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
         objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
         recovery: What a pruned layer learns afterwards: ``none`` (the paper's), ``reconstruction``, ``affine``.
+        quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
+            ``int4``, ``int3``, ``int2``; those of few bits take a model in float32.
         allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
             ``error_curves``, ``search``.
         calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
@@ -182,6 +196,7 @@ def prune(
         "solver": solver,
         "objective": objective,
         "recovery": recovery,
+        "quantization": quantization,
         "allocation": allocation,
     }
     for group, value in given.items():
@@ -195,6 +210,7 @@ def prune(
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     check_model(pruned, by_output=not isinstance(settings.allocation, Uniform))
     check_allocation(pruned, settings.allocation)
+    check_quantization(pruned, settings.quantization)
     with _undone_by_errors(pruned), whatever_modes(pruned.device):
         return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress)
 
@@ -207,6 +223,8 @@ def prune_model(
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
     hessians: Hessians | None = None,
     traces: Mapping[str, Trace] | None = None,
+    levels: Mapping[str, tuple[float, int | None]] | None = None,
+    rounds: bool = True,
     load_layer: LoadLayer | None = None,
     keep_masks: bool = True,
     batched_devices: tuple[str, ...] = BATCHED_DEVICES,
@@ -221,12 +239,15 @@ def prune_model(
         masks: As in :func:`prune`.
         hessians: Hessians of the dense model, for propagation ``parallel`` and for allocations by levels.
         traces: Hessian traces of the dense model, for the allocations that use them.
+        levels: Sparsity and bits of every matrix, where they are decided already; None for the allocation to decide.
+        rounds: Whether to round now; otherwise the report has the bits, and another call rounds.
         load_layer: As in :func:`~sparsewav.pruning.layerwise.prune_layer_by_layer`.
         keep_masks: Whether the report holds the masks, a byte for every weight.
         batched_devices: Types of device on which matrices whose inputs are equally wide are solved in one batch.
         progress: As in :func:`prune`.
     """
     settings.check()
+    check_quantization(model, settings.quantization)
     matrices = prunable_matrices(model)
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
@@ -238,15 +259,20 @@ def prune_model(
     parallel = settings.calibration.propagation == "parallel"
     seconds = {"calibrate": 0.0, "allocate": 0.0}
     with in_evaluation_mode(model):
-        if traces is None and isinstance(settings.allocation, Traced):
+        if traces is None and levels is None and isinstance(settings.allocation, Traced):
             with _timed(seconds, "allocate"):
                 traces = traces_of(model, batches, settings, stage_progress(progress, "allocate"))
         if traces is not None:  # GPU sums are not deterministic, and all processes must rank alike
             traces = distributed.broadcast(traces)
         by_levels = isinstance(settings.allocation, HAWQ | ErrorCurves) or isinstance(settings.sparsity, Megabytes)
-        targets = {} if by_levels else allocate(sizes, settings, traces)
-        plan = Plan(settings, targets, traces, dict(masks or {}), keep_masks, batched_devices)
-        if hessians is None and settings.dense_hessians:
+        by_levels = by_levels and levels is None
+        if levels is not None:
+            targets = {name: levels[name][0] for name in sizes}
+        else:
+            targets = {} if by_levels else allocate(sizes, settings, traces)
+        bits = _bits(sizes, settings, levels)
+        plan = Plan(settings, targets, traces, dict(masks or {}), bits, rounds, keep_masks, batched_devices)
+        if hessians is None and (parallel or by_levels):
             with _timed(seconds, "calibrate"):
                 hessians = collect_hessians(
                     model,
@@ -270,7 +296,9 @@ def prune_model(
                 with _timed(seconds, "calibrate"):
                     prune_layer_by_layer(model, batches, plan, outcome, load_layer=load_layer, progress=progress)
                 seconds["calibrate"] -= sum(outcome.seconds.values())
-            round_rest(model, settings.quantization)
+            if rounds:
+                with outcome.timing("quantize"):
+                    round_rest(model, settings.quantization)
             return outcome
 
         if allocated is None:
@@ -280,14 +308,15 @@ def prune_model(
         else:
             plan.targets = allocated.sparsities
             outcome = prune_to_plan()
-    recovers = settings.recovery.name != "none"
+    quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
+    stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
     removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
     return PruneReport(
         matrices=[outcome.reports[name] for name in sizes],
         masks={name: outcome.masks[name] for name in sizes if name in outcome.masks},
         sparsity=removed / sum(sizes.values()),
         target_sparsity=settings.sparsity.fraction,
-        seconds=seconds | {key: value for key, value in outcome.seconds.items() if key == "solve" or recovers},
+        seconds=seconds | {stage: outcome.seconds[stage] for stage, happens in stages.items() if happens},
         warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values()), allocated),
         recoveries=outcome.recoveries,
         allocated=allocated,
@@ -319,9 +348,12 @@ def prune_to_size(
         UserError: It is too large after :data:`TRIES`, or there are no smaller levels.
     """
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    spent: Counter[str] = Counter()
     for number in range(1, TRIES + 1):
         plan.targets, plan.bits = allocated.sparsities, allocated.bits
         outcome = prune_to_plan()
+        spent.update(outcome.seconds)
+        outcome.seconds = dict(spent)
         excess = file_bytes(model.state_dict()) - size.bytes
         if excess <= 0:
             return outcome, allocated
@@ -376,6 +408,28 @@ def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
             f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
             "allocation.effect=output"
         )
+
+
+def check_quantization(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Refuse a model whose precision does not hold what its weights are rounded to.
+
+    Raises:
+        UserError: It says which precision does.
+    """
+    if isinstance(quantization, Integers) and model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"quantization={quantization.name} makes weights multiples of a scale, which "
+            f"{str(model.dtype).removeprefix('torch.')} does not hold; load the model in float32 (model.float())"
+        )
+
+
+def _bits(
+    sizes: Mapping[str, int], settings: Pruning, levels: Mapping[str, tuple[float, int | None]] | None
+) -> dict[str, int]:
+    """Give the bits of every matrix by name; empty where the weights stay floating-point numbers."""
+    if levels is not None:
+        return {name: bits for name, (_, bits) in levels.items() if bits is not None}
+    return dict.fromkeys(sizes, widths[0]) if len(widths := settings.quantization.widths) == 1 else {}
 
 
 def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, Trace] | None) -> dict[str, float]:

@@ -509,6 +509,11 @@ class Pruning:
                     f"{group}={names[group]} updates the kept weights, and saliency={self.saliency.name} does not; "
                     "choose saliency=obs or obs_first_order with it"
                 )
+        if isinstance(self.quantization, Mixed) and sparsity.name != "megabytes":
+            yield (
+                "quantization=mixed gives every matrix the bits that a size of the whole file leaves it; choose "
+                "sparsity=megabytes with it, or the same bits for all, e.g. quantization=int4"
+            )
         for group in ("objective", "recovery"):
             if group in beyond_paper and propagation == "parallel":
                 yield (

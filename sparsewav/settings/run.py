@@ -198,6 +198,8 @@ class Config(Pruning):
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
         if self.sparsity.pattern or isinstance(self.sparsity, Megabytes):
             yield f"sparsity={self.sparsity.name} goes with method={OURS} alone; choose sparsity=unstructured"
+        if self.quantization.name != "none":
+            yield f"quantization={self.quantization.name} goes with method={OURS} alone; choose quantization=none"
 
 
 @dataclass

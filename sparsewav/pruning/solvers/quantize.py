@@ -12,7 +12,7 @@ all Ŵ on the grid that are zero where the mask is, for which there is no effici
 All of it works on transposed matrices, shape (cols, rows), and on all rows at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,30 @@ def quantize_matrix(
         UserError: The Hessian is not positive definite even after λ was raised.
     """
     return quantize(weight, hessian, settings, bits, keep=keep, damping=damping, name=name).weight.to(weight.dtype)
+
+
+def quantize_matrices(
+    weights: Sequence[Float[Tensor, "_rows _cols"]],
+    hessian: Float[Tensor, "_cols _cols"],
+    settings: Integers,
+    bits: Sequence[int],
+    *,
+    keeps: Sequence[Bool[Tensor, "_rows _cols"]],
+    damping: float = 0.01,
+    names: Sequence[str] = ("the matrices",),
+) -> list[Float[Tensor, "_rows _cols"]]:
+    """Do what :func:`quantize_matrix` does for matrices that read the same input, with bits and a mask for each."""
+    rows = torch.tensor([len(weight) for weight in weights])
+    found = quantize_matrix(
+        torch.cat(list(weights)),
+        hessian,
+        settings,
+        torch.tensor(bits).repeat_interleave(rows),
+        keep=torch.cat(list(keeps)),
+        damping=damping,
+        name=", ".join(names),
+    )
+    return list(found.split(rows.tolist()))
 
 
 def quantize(
