@@ -1,4 +1,4 @@
-"""Five hundred damaged or hostile files, over every reader of files: each is refused in one sentence, or read right."""
+"""Six hundred damaged or hostile files, over every reader of files: each is refused in one sentence, or read right."""
 
 import json
 import random
@@ -32,7 +32,7 @@ from tests.models.test_fairseq import _cfg
 Make = Callable[..., PreTrainedModel]
 
 MUTATIONS = 63
-"""For each of the nine readers: 567 in all."""
+"""For each of the ten readers: 630 in all."""
 
 HOSTILE = (None, True, -1, 0, 1e400, float("nan"), 10**12, 2.5, "x", "../x", "/dev/zero", "", [], {}, [[]], {"a": []})
 """Put in the place of values in files of JSON."""
@@ -125,6 +125,18 @@ def _pruned(model: PreTrainedModel) -> PreTrainedModel:
 
 def _bitmask(tmp_path: Path, tiny_model: Make) -> Case:
     model = _pruned(tiny_model("wav2vec2"))
+    model.save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "case")
+    return Case(tmp_path / "case", ["model.bitmask.safetensors"], sparsewav.load, _same_state(model))
+
+
+@torch.no_grad()
+def _rounded(tmp_path: Path, tiny_model: Make) -> Case:
+    """Of a model in few bits, with what deflates and what does not."""
+    model = _pruned(tiny_model("wav2vec2", hidden_size=32, intermediate_size=64))
+    for matrix in prunable_matrices(model):
+        scales = matrix.weight.abs().amax(1, keepdim=True).half().float()
+        matrix.weight.copy_((3 * matrix.weight / scales).round() * scales + 0.0)
     model.save_pretrained(tmp_path / "dense")
     export(tmp_path / "dense", tmp_path / "case")
     return Case(tmp_path / "case", ["model.bitmask.safetensors"], sparsewav.load, _same_state(model))
@@ -260,6 +272,7 @@ def _manifest(tmp_path: Path, corpus: Path) -> Case:
 
 MODELS = {
     "bitmask": _bitmask,
+    "rounded": _rounded,
     "index": _index,
     "config": _config,
     "cache": _cache,

@@ -1,12 +1,15 @@
 """``python -m experiments.bench.export``: bytes on disk and seconds to load, dense and as bitmask.
 
-The model is full-size wav2vec2-base with random weights, of which the smallest in the transformer are zero. The size of
-the dense file after general compressors is measured, too.
+The model is full-size wav2vec2-base with random weights, of which the smallest in the transformer are zero: in float32,
+in float16, and rounded to the nearest in 8 and 4 bits, the rest in 8 bits. The size of the dense file after general
+compressors is measured, too.
 """
 
 import argparse
+import copy
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -16,6 +19,7 @@ import pandas
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from experiments.bench.engine import OURS, alternate, random_base, summary
 from experiments.plots import save
@@ -25,34 +29,39 @@ from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import WEIGHTS
 from sparsewav.models.load import load
 from sparsewav.pruning import prunable_matrices
+from sparsewav.pruning.solvers.quantize import round_scales
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 COMPRESSORS = {"gzip": ("gzip", "-6"), "zstd": ("zstd", "-3", "-q")}
-DTYPES = {"float32": "model", "float16": "float16"}
+ROUNDED = {"int8": 8, "int4": 4}
+GROUP = 128
+NUMBERS = ("float32", "float16", *ROUNDED)
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.export", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each file is loaded (default 5)")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES, help="default: 0.5 0.7 0.8 0.9")
+    parser.add_argument("--numbers", nargs="+", default=NUMBERS, choices=NUMBERS, help="default: all")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default outputs/bench)")
     arguments = parser.parse_args()
     console = Console(width=140)
     sizes: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
-    for sparsity in SPARSITIES:
+    for sparsity in arguments.sparsities:
         with TemporaryDirectory() as folder:
-            measured, timed = measure(sparsity, Path(folder), arguments.rounds)
+            measured, timed = measure(sparsity, arguments.numbers, Path(folder), arguments.rounds)
         sizes += measured
         seconds += timed
     table = pandas.DataFrame(sizes)
-    dense = table[(table["form"] == "dense") & (table["dtype"] == "float32")]["bytes"].iloc[0]
+    dense = table[table["form"] == "dense"]["bytes"].max()  # that of float32, in which rounded models are written, too
     table["share"] = table["bytes"] / dense
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, frame in (("export_bytes", table), ("export_seconds", pandas.DataFrame(seconds))):
         with write_file(arguments.output / f"{name}.csv") as temporary:
             frame.to_csv(temporary, index=False)
-    shown = table.pivot_table(index=["dtype", "form"], columns="sparsity", values="share")
+    shown = table.pivot_table(index=["numbers", "form"], columns="sparsity", values="share")
     console.print("share of the dense float32 file's bytes", shown.round(3).to_string(), highlight=False)
     console.print(summary(pandas.DataFrame(seconds)).to_string(index=False), highlight=False)
     plot(arguments.output / "export", table)
@@ -60,11 +69,14 @@ def main() -> int:
     return 0
 
 
-def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    sparsity: float, numbers: Sequence[str], folder: Path, rounds: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Write a model in every format and load it in turns.
 
     Args:
         sparsity: Share of every matrix that is zero.
+        numbers: The names of what the weights are rounded to.
         folder: Where the files go.
         rounds: How often each file is loaded.
 
@@ -76,20 +88,40 @@ def measure(sparsity: float, folder: Path, rounds: int) -> tuple[list[dict[str, 
         for matrix in prunable_matrices(model):
             size = matrix.weight.abs()
             matrix.weight[size <= size.flatten().kthvalue(round(sparsity * size.numel())).values] = 0
-    model.save_pretrained(folder / "dense")
-    del model
-    sizes = []
-    for dtype, name in DTYPES.items():
-        dense, bitmask = folder / f"dense-{dtype}", folder / f"bitmask-{dtype}"
-        export(folder / "dense", dense, "dense", name)
-        export(folder / "dense", bitmask, "bitmask", name)
+    sizes, seconds = [], []
+    for name in numbers:
+        dense, bitmask = folder / f"dense-{name}", folder / f"bitmask-{name}"
+        _rounded(model, name).save_pretrained(dense)
+        export(dense, bitmask)
         found = {"dense": _size(dense / WEIGHTS), "bitmask": _size(bitmask / BITMASK_WEIGHTS)}
         for compressor, command in COMPRESSORS.items():
             if shutil.which(compressor):
                 found[compressor] = _compressed(command, dense / WEIGHTS)
-        sizes += [{"sparsity": sparsity, "dtype": dtype, "form": form, "bytes": size} for form, size in found.items()]
-    forms = {OURS: _touching(folder / "bitmask-float32"), "dense": _touching(folder / "dense-float32")}
-    return sizes, alternate(rounds, f"load at {sparsity:g}", forms)
+        sizes += [{"sparsity": sparsity, "numbers": name, "form": form, "bytes": size} for form, size in found.items()]
+        if name != "float16":
+            forms = {OURS: _touching(bitmask), "dense": _touching(dense)}
+            seconds += alternate(rounds, f"load {name} at {sparsity:g}", forms)
+        shutil.rmtree(dense)
+    return sizes, seconds
+
+
+@torch.no_grad()
+def _rounded(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Give a copy of a model with other numbers."""
+    model = copy.deepcopy(model)
+    if name == "float16":
+        return model.half()
+    if name in ROUNDED:
+        prunable = {f"{matrix.name}.weight" for matrix in prunable_matrices(model)}
+        for parameter, weight in model.named_parameters():
+            if weight.dim() > 1 and len(weight) > 1:
+                bits, group = (ROUNDED[name], GROUP) if parameter in prunable else (8, weight[0].numel())
+                groups = weight.view(-1, group)
+                scales = round_scales(groups.abs().amax(1, keepdim=True).clamp(min=1e-6) / (2 ** (bits - 1) - 1))
+                weight.copy_(((groups / scales).round() * scales + 0.0).view_as(weight))  # no −0
+            else:
+                weight.copy_(weight.half())
+    return model
 
 
 def _touching(folder: Path) -> Any:
@@ -114,8 +146,10 @@ def _compressed(command: tuple[str, ...], path: Path) -> int:
 def plot(path: Path, table: pandas.DataFrame) -> None:
     """Draw the bytes over the sparsity to ``<path>.png`` and ``<path>.pdf``."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        for axes, (dtype, part) in zip(figure.subplots(1, 2, sharey=True), table.groupby("dtype"), strict=True):
+        parts = [(str(numbers), part) for numbers, part in table.groupby("numbers", sort=False)]
+        figure = Figure(figsize=(1 + 2.6 * len(parts), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+        for axes, (numbers, part) in zip(panels, parts, strict=True):
             for index, (form, curve) in enumerate(part.groupby("form", sort=False)):
                 axes.plot(
                     100 * curve["sparsity"],
@@ -124,8 +158,8 @@ def plot(path: Path, table: pandas.DataFrame) -> None:
                     marker=MARKERS[index],
                     label=form,
                 )
-            axes.set_title(str(dtype))
-            axes.set_xlabel("Sparsity of the transformer's matrices, %")
+            axes.set_title(numbers)
+            axes.set_xlabel("Sparsity of matrices, %")
         figure.axes[0].set_ylim(bottom=0)  # after both are drawn: they share it
         figure.axes[0].set_ylabel("MB on disk")
         figure.axes[0].legend()

@@ -122,7 +122,7 @@ def make(item: Item, scale: Scale) -> Result:
         *describe(runs, scale),
         "One seed each; reached: the sparsity of the transformer's matrices, zeros and weights that were cut; updates: "
         "of the fine-tuning.",
-        "MB: the file of the weights, all in float16; of models with zeros in bitmask format.",
+        "MB: the file of the weights in float16; of models with zeros in bitmask format, of rounded ones in few bits.",
         f"Time: one forward pass of {first['audio_seconds']} s of audio in float32 (dense: "
         f"{first['milliseconds']:.1f} ms for a second of it), threads: {first['threads']}, on "
         f"{first['machine']}; models with zeros accelerated (sparsewav.accelerate); median of {first['rounds']}, in "

@@ -16,8 +16,8 @@ def main() -> None:
     """Console entry ``sparsewav-export SRC DST``."""
     parser = command_parser(
         "sparsewav-export",
-        "Write a pruned model in another format: bitmask stores a bit for every weight and the values of "
-        "those that are not zero; dense is a plain checkpoint.",
+        "Write a pruned model in another format: bitmask stores no zeros, and rounded weights in few bits; dense is a "
+        "plain checkpoint.",
         _EPILOG,
     )
     parser.add_argument(
@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("destination", metavar="DST", help="folder to write; must not be there yet")
     parser.add_argument("--format", choices=("dense", "bitmask"), default="bitmask", help="default: bitmask")
     parser.add_argument(
-        "--dtype", choices=("model", "float16"), default="model", help="model (default) keeps every bit; float16 rounds"
+        "--dtype",
+        choices=("model", "float16"),
+        default="model",
+        help="model (default) keeps every bit; float16 rounds, and is refused where that makes a bitmask file larger",
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)

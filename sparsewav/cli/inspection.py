@@ -34,16 +34,25 @@ _SHOWN_METRICS = (
 
 
 def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
-    """Give a row for every prunable matrix: name, layer, role, rows, cols and zeros."""
+    """Give a row for every prunable matrix: name, layer, role, rows, cols, zeros, bits and bytes.
+
+    Bits are those that the numbers of a rounded matrix need, and otherwise those of the type; bytes are those that the
+    matrix takes in bitmask format.
+    """
     import pandas
 
+    from sparsewav.pruning.coding import coded_bytes
     from sparsewav.pruning.encoder import prunable_matrices
+    from sparsewav.pruning.grid import find_grid
 
     rows = []
     for matrix in prunable_matrices(model):
         zeros = matrix.size - int(matrix.weight.count_nonzero())
-        rows.append((matrix.name, matrix.layer, matrix.role, *matrix.weight.shape, zeros))
-    return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros"])
+        weight = matrix.weight.detach().cpu()
+        grid = find_grid(weight)
+        sizes = (grid.bits if grid else 8 * weight.itemsize, coded_bytes(weight))
+        rows.append((matrix.name, matrix.layer, matrix.role, *weight.shape, zeros, *sizes))
+    return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros", "bits", "bytes"])
 
 
 def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list[str]:
@@ -105,6 +114,19 @@ def heat_map(matrices: "pandas.DataFrame") -> Table:
     for layer, group in matrices.groupby("layer"):
         cells = {row.role: row.zeros / (row.rows * row.cols) for row in group.itertuples()}
         table.add_row(str(layer), *(_cell(cells.get(role)) for role in roles))
+    return table
+
+
+def bits_table(matrices: "pandas.DataFrame") -> Table:
+    """Make a table of the bits of every matrix: those of a number, and those that a weight takes in bitmask format."""
+    roles = roles_of(matrices)
+    table = Table(title="bits of a number, and bits of the file a weight", pad_edge=False)
+    table.add_column("layer", justify="right")
+    for name in roles.values():
+        table.add_column(name, justify="right")
+    for layer, group in matrices.groupby("layer"):
+        cells = {row.role: f"{row.bits} {8 * row.bytes / (row.rows * row.cols):.2f}" for row in group.itertuples()}
+        table.add_row(str(layer), *(cells.get(role, "–") for role in roles))
     return table
 
 
@@ -182,6 +204,7 @@ def _inspect(name: str, revision: str | None, plot: Path | None, console: Consol
         console.print(_origin(run_folder.read_metrics(run)))
     if len(matrices):
         console.print(heat_map(matrices))
+        console.print(bits_table(matrices))
         plot = plot or (given / "sparsity.png" if given.is_dir() else Path(f"{given.name}-sparsity.png"))
         plot_heat_map(matrices, plot)
         console.print(f"heat map: {plot}", highlight=False)
@@ -220,7 +243,7 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
     table = Table(title=name, show_header=False)
     weights = int((matrices["rows"] * matrices["cols"]).sum())
     parameters, nonzero = count_parameters(model)
-    dense, bitmask = stored_bytes(model)
+    wide, narrow, bitmask = stored_bytes(model)
     format = "PyTorch" if _is_pickled(folder) else format_of(folder)
     left = "; ".join(f"{name} ({reason})" for name, reason in left_dense(model).items())
     rows = {
@@ -231,13 +254,20 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
         if weights
         else "no matrices of the transformer are left",
         **({"left dense": f"in every layer {left}"} if left else {}),
+        **({"bits": _bits(matrices, weights)} if weights else {}),
         "on disk": _megabytes(sum(path.stat().st_size for path in _weight_files(folder))),
-        "dense": _megabytes(dense),
-        "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / dense:.1f} % of dense)",
+        "dense float32": _megabytes(wide),
+        "dense float16": _megabytes(narrow),
+        "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / wide:.1f} % of dense float32)",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _bits(matrices: "pandas.DataFrame", weights: int) -> str:
+    mean = (matrices["bits"] * matrices["rows"] * matrices["cols"]).sum() / weights
+    return f"{mean:.2f} of a number, {8 * matrices['bytes'].sum() / weights:.2f} of the bitmask file a weight"
 
 
 def _megabytes(count: int) -> str:

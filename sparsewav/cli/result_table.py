@@ -21,9 +21,11 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
             f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
             for stage in metrics["stages"]
         )
-        tuned["word error rate, tuned"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
+        rounded = " and rounded" if metrics["quantization"] != papers_choice("quantization") else ""
+        tuned[f"word error rate, tuned{rounded}"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
         tuned["stages"] = path
     compression = metrics["compression"]
+    spent = [stage for stage in ("calibrate", "allocate", "solve", "recover", "quantize") if stage in seconds]
     if compression:
         made = {
             "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
@@ -36,12 +38,10 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         made = {
             **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            **({"bits": f"{metrics['bits']:g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
             "parameters, before": f"{metrics['params_total']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
-            "seconds": ", ".join(
-                _spent(metrics, stage) for stage in ("calibrate", "allocate", "solve", "recover") if stage in seconds
-            )
-            + f"; prune {seconds['prune']:.1f}",
+            "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",
         }
     made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
     made["seconds"] += f"; {_spent(metrics, 'evaluate')}"
@@ -66,6 +66,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         ),
         **tuned,
         **made,
+        "size": f"{metrics['bytes'] / 1e6:.2f} MB of weights in bitmask format",
         "peak memory": f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB on {metrics['device']}",
         "outputs": str(folder),
     }

@@ -1,16 +1,15 @@
-"""The bitmask format: a pruned matrix is stored as a bit for every weight and the values that are kept.
+"""The bitmask format: of a pruned matrix a bit for every weight and what is kept, in few bits if it was rounded.
 
-``BITMASK_FORMAT.md`` beside this module describes the file. Nothing in a file is unpickled or executed.
+``BITMASK_FORMAT.md`` beside this module describes the file, :mod:`sparsewav.pruning.coding` makes the bytes of a
+tensor. Nothing in a file is unpickled or executed.
 """
 
 import json
-import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,13 +17,32 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.files import write_folder
-from sparsewav.models.checkpoint import INDEX, SETTINGS, WEIGHTS, Checkpoint, checksum, opened, read_headers
+from sparsewav.models.checkpoint import (
+    INDEX,
+    SETTINGS,
+    WEIGHTS,
+    Checkpoint,
+    checksum,
+    name_in,
+    opened,
+    read_headers,
+    some,
+)
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
-from sparsewav.pruning.encoder import prunable_matrices, stays_single
+from sparsewav.pruning.coding import (
+    FORMAT,
+    VERSION,
+    decode_masked,
+    decode_tensors,
+    encode_tensors,
+    file_bytes,
+    header_text,
+    read_coding,
+)
+from sparsewav.pruning.encoder import stays_single
+from sparsewav.pruning.grid import find_grid
 
 FORMATS = ("dense", "bitmask")
-FORMAT = "sparsewav-bitmask"
-VERSION = 2
 BITMASK_WEIGHTS = "model.bitmask.safetensors"
 """Not ``model.safetensors``, because transformers would load that file and fill missing tensors with random numbers."""
 
@@ -32,49 +50,6 @@ BITMASK_NOTE = """
 **This folder has the weights in bitmask format**, which transformers does not read: `sparsewav.load` gives back the
 model, and `sparsewav-export` a plain checkpoint.
 """
-
-_BITS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-"""Integers of the same width. A weight is zero if all its bits are, so that −0 is preserved."""
-
-
-def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode a floating-point matrix (rows, cols), or (rows, cols, 1) for a convolution of kernel 1, on the CPU.
-
-    Returns:
-        The bits, shape (⌈rows·cols / 8⌉,), uint8: weight i in row-major order is kept if bit i mod 8, counted from the
-        lowest, of byte ⌊i / 8⌋ is set. The kept values, shape (kept,), in the same order.
-    """
-    flat = weight.detach().contiguous().flatten()
-    kept = flat.view(_BITS[flat.dtype]) != 0
-    return torch.from_numpy(np.packbits(kept.numpy(), bitorder="little")), flat[kept]
-
-
-def decode(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """Decode what :func:`encode` gave, bit for bit, into a matrix of a shape (rows, cols), or (rows, cols, 1).
-
-    Raises:
-        UserError: Bits, values and shape do not fit each other; ``name`` says of which matrix and file.
-    """
-    size = math.prod(shape)
-    is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
-    _check(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
-    is_row = values.dtype in _BITS and values.dim() == 1
-    _check(is_row, f"the values of {name} are not one row of floating-point numbers")
-    bits = bitmask.numpy()
-    _check(not size % 8 or not bits[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight")
-    kept = np.unpackbits(bits, count=size, bitorder="little").view(bool)
-    count = int(np.count_nonzero(kept))
-    _check(count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}")
-    integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
-    flat = torch.zeros(size, dtype=integers.dtype)
-    flat.numpy()[np.flatnonzero(kept)] = integers.numpy()  # three times as fast as indexing by the mask
-    return flat.view(values.dtype).view(shape)
-
 
 _AGAIN = "the file is broken: write it again with sparsewav-export"
 
@@ -150,13 +125,17 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
         The destination.
 
     Raises:
-        UserError: The source is broken, the destination exists, or a weight is too large for float16.
+        UserError: The source is broken, the destination exists, a weight is too large for float16, or float16 would
+            take more bytes, because it does not hold what was rounded to few bits.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     check_export(destination, format, dtype)
-    skeleton, tensors = _read(source)
+    tensors = _read(source)[1]
     if dtype == "float16":
-        tensors = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
+        halves = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
+        if format == "bitmask":
+            _refuse_to_grow(tensors, halves)
+        tensors = halves
     with write_folder(destination) as temporary:
         for path in source.iterdir():
             if path.suffix in SETTINGS and not path.name.endswith(".index.json"):
@@ -171,7 +150,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS, {"format": "pt"}
             )
         else:
-            _write_bitmask(tensors, temporary / BITMASK_WEIGHTS, skeleton)
+            _write_bitmask(tensors, temporary / BITMASK_WEIGHTS)
     return destination
 
 
@@ -195,15 +174,17 @@ def _amend_card(card: Path, format: str) -> None:
     card.write_text(f"{text}\n{BITMASK_NOTE if format == 'bitmask' else ''}", encoding="utf-8")
 
 
-def stored_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Give the bytes of a model's tensors on disk, without headers, in dense and in bitmask format."""
-    prunable = _prunable_shapes(model)
-    dense = bitmask = 0
-    for name, tensor in model.state_dict().items():
-        dense += tensor.nbytes
-        kept = int(tensor.count_nonzero()) * tensor.element_size() + -(-tensor.numel() // 8)
-        bitmask += min(kept, tensor.nbytes) if name in prunable else tensor.nbytes
-    return dense, bitmask
+def stored_bytes(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Give the bytes of a model's weights on disk: dense in float32 and in float16, and the file in bitmask format."""
+    state = model.state_dict()
+    wide, narrow = (
+        sum(
+            tensor.numel() * (size if tensor.is_floating_point() else tensor.element_size())
+            for tensor in state.values()
+        )
+        for size in (4, 2)
+    )
+    return wide, narrow, file_bytes(state)
 
 
 def _to_float16(tensor: Tensor, name: str) -> Tensor:
@@ -215,25 +196,26 @@ def _to_float16(tensor: Tensor, name: str) -> Tensor:
     return half
 
 
-def _write_bitmask(tensors: dict[str, Tensor], path: Path, skeleton: PreTrainedModel) -> None:
-    stored: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    prunable = _prunable_shapes(skeleton)
-    for name, tensor in tensors.items():
-        if name in prunable and tensor.dtype in _BITS:
-            bitmask, values = encode(tensor)
-            if bitmask.nbytes + values.nbytes < tensor.nbytes:  # otherwise the bits cost more than the zeros save
-                stored |= {f"{name}.bitmask": bitmask, f"{name}.values": values}
-                shapes[name] = list(tensor.shape)
-                continue
-        stored[name] = tensor.contiguous()
-    header = {"version": VERSION, "shapes": shapes, "checksum": _checksum(stored, shapes)}
+def _refuse_to_grow(tensors: dict[str, Tensor], halves: dict[str, Tensor]) -> None:
+    """Refuse float16 where a matrix is whole numbers times scales, which its numbers in float16 are not.
+
+    Raises:
+        UserError: There is such a matrix.
+    """
+    matrices = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim() > 1]
+    lost = [name for name in matrices if find_grid(tensors[name].flatten(1)) and not find_grid(halves[name].flatten(1))]
+    if lost:
+        raise UserError(
+            f"float16 does not hold what was rounded to few bits in {some(lost)}, and the file would grow; leave out "
+            "--dtype float16: the bitmask format stores these numbers in few bits as they are"
+        )
+
+
+def _write_bitmask(tensors: dict[str, Tensor], path: Path) -> None:
+    stored, header = encode_tensors(tensors)
+    header["checksum"] = checksum(stored, header_text(header))
     # One entry, because safetensors writes several in an order that changes from process to process.
-    save_file(stored, path, {FORMAT: json.dumps(header, sort_keys=True)})
-
-
-def _checksum(stored: dict[str, Tensor], shapes: Any) -> str:
-    return checksum(stored, json.dumps(shapes, sort_keys=True))
+    save_file(stored, path, {FORMAT: header_text(header)})
 
 
 def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -255,10 +237,6 @@ def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     return skeleton, tensors
 
 
-def _prunable_shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {f"{matrix.name}.weight": tuple(matrix.parameter.shape) for matrix in prunable_matrices(skeleton)}
-
-
 def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """Give all tensors by their names in a dense checkpoint.
 
@@ -266,47 +244,77 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
         UserError: The file violates ``BITMASK_FORMAT.md``, or belongs to another model.
     """
     with opened(path) as file:
-        header = _header(path, (file.metadata() or {}).get(FORMAT))
-        shapes = _shapes(path, header.get("shapes"), _prunable_shapes(skeleton))
+        header = _header(path, file.metadata() or {})
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (the file is no dictionary)
-        rest = dict(stored)
-        encoded: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in shapes:
-            parts = (f"{name}.bitmask", f"{name}.values")
-            for part in parts:
-                _check(part in rest, f"{path} lacks {part}")
-            _check(name not in rest, f"{path} has {name} both dense and as a bitmask")
-            encoded[name] = (rest.pop(parts[0]), rest.pop(parts[1]))
-        # NumPy and the hash release the interpreter lock.
-        with ThreadPoolExecutor(torch.get_num_threads() + 1) as threads:
-            found = threads.submit(_checksum, stored, header.get("shapes"))
-            matrices = threads.map(lambda name: decode(*encoded[name], shapes[name], f"{name} in {path}"), shapes)
-            tensors = dict(zip(shapes, matrices, strict=True)) | rest
-        _check(found.result() == header.get("checksum"), f"{path} does not have the checksum that its header says")
+        claimed = header.pop("checksum", None)
+        # The hash releases the interpreter lock.
+        with ThreadPoolExecutor(1) as thread:
+            if header["version"] == VERSION:
+                found = thread.submit(checksum, stored, header_text(header))
+                tensors = _decode(path, header, stored, skeleton)
+            else:
+                found = thread.submit(checksum, stored, json.dumps(header.get("shapes"), sort_keys=True))
+                tensors = _decode_older(path, header.get("shapes"), stored, skeleton)
+        sealed = header["version"] == 1 or found.result() == claimed
+        _check(sealed, f"{path} does not have the checksum that its header says")
         return tensors
 
 
-def _header(path: Path, text: str | None) -> dict[str, Any]:
-    """Give what the one entry in the metadata of the file says."""
+def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Give what the metadata of the file says; version 1 had three entries, where the others have one."""
     try:
-        header = json.loads(text or "null")
+        if metadata.get("format") == FORMAT:
+            shapes = json.loads(metadata.get("shapes", "null"))
+            header: Any = {"version": int(metadata.get("version", "0")), "shapes": shapes}
+        else:
+            header = json.loads(metadata.get(FORMAT, "null"))
+        json.dumps(header)  # what is nested too deep for it is no header
     except (ValueError, RecursionError):
         header = None
     _check(isinstance(header, dict), f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
-    if header.get("version") != VERSION:
+    version = header.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION or (version == 1) != (FORMAT not in metadata):
         raise UserError(
-            f"{path} is of version {header.get('version')!r} of {FORMAT}, and this SparseWAV reads {VERSION}; "
+            f"{path} is of version {version!r} of {FORMAT}, and this SparseWAV reads 1 to {VERSION}; "
             "update SparseWAV, or write the file again with sparsewav-export"
         )
     return header
 
 
-def _shapes(path: Path, shapes: Any, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Give the shapes in the header of the file, after comparing them with those of the model."""
+def _decode(
+    path: Path, header: dict[str, Any], stored: dict[str, Tensor], skeleton: PreTrainedModel
+) -> dict[str, Tensor]:
+    entries, float16 = header.get("coded", {}), header.get("float16", "")
+    readable = isinstance(entries, dict) and float16 in ("float16", "float32")
+    _check(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
+    codings = {name: read_coding(entry, f"{name} in {path}") for name, entry in entries.items()}
+    _check_shapes(path, {name: coding.shape for name, coding in codings.items()}, skeleton)
+    for name in codings:
+        _check(name in stored, f"{path} lacks {name}")
+    return decode_tensors(stored, codings, float16, str(path))
+
+
+def _decode_older(path: Path, shapes: Any, stored: dict[str, Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
+    """Decode what versions 1 and 2 have: ``NAME.bitmask`` and ``NAME.values``, and all others as they are."""
     _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
+    _check_shapes(path, shapes, skeleton)
+    tensors = dict(stored)
     for name, shape in shapes.items():
-        known = name in expected
-        _check(known, f"{path} has a bitmask for {name}, which is no prunable matrix of its config.json")
-        fits = shape == list(expected[name]) and all(type(size) is int for size in shape)
-        _check(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(expected[name])}")
-    return {name: expected[name] for name in shapes}
+        for part in (f"{name}.bitmask", f"{name}.values"):
+            _check(part in tensors, f"{path} lacks {part}")
+        _check(name not in tensors, f"{path} has {name} both dense and as a bitmask")
+        bitmask, values = tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values")
+        tensors[name] = decode_masked(bitmask, values, tuple(shape), f"{name} in {path}")
+    return tensors
+
+
+def _check_shapes(path: Path, shapes: dict[str, Any], skeleton: PreTrainedModel) -> None:
+    """Compare shapes in the header of the file with those of the model, before anything is allocated."""
+    expected = skeleton.state_dict()
+    for name, shape in shapes.items():
+        known = expected.get(name_in(skeleton, name, expected))
+        if known is None:
+            raise UserError(f"{path} has a bitmask for {name}, which is no matrix of its config.json; {_AGAIN}")
+        fits = isinstance(shape, list | tuple) and list(shape) == list(known.shape)
+        fits = fits and all(type(size) is int for size in shape)
+        _check(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(known.shape)}")

@@ -119,7 +119,8 @@ def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored:
         head = "| evaluated on | utterances | distance of hidden states from the dense model's |"
         return f"\n{head}\n|---|---|---|\n{rows}"
     tuned = metrics["updates"] > 0
-    columns = ["evaluated on", "utterances", "", "dense", "pruned", *(["pruned and tuned"] if tuned else [])]
+    last = "pruned and tuned" if metrics["quantization"] in (None, "none") else "pruned, tuned and rounded"
+    columns = ["evaluated on", "utterances", "", "dense", "pruned", *([last] if tuned else [])]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     for record in sets:
         for rate in scored:
@@ -140,7 +141,8 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     elif origin["base_model"]:
         source += f", which was made from `{origin['base_model']}`"
     unit = "" if metrics["target_sparsity"] is None else " sparsity"
-    done = f"pruned to {_asked(metrics)}{unit}" if ours else f"compressed with {metrics['method']}"
+    rounded = f" and rounded to {metrics['quantization']}" if metrics["quantization"] not in (None, "none") else ""
+    done = f"pruned to {_asked(metrics)}{unit}{rounded}" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)
     sets = metrics["evaluation"]
@@ -177,8 +179,10 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "solver": f"{metrics['solver']}, objective {metrics['objective']}, recovery {metrics['recovery']}",
         "allocation": metrics["allocation"],
         "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
+        **({"bits of their weights": f"{metrics['bits']:g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         "parameters": f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
+        "weights in bitmask format": f"{metrics['bytes'] / 1e6:.2f} MB",
         "calibration": f"{metrics['n_calibration_utterances']:,} utterances of {sample}, seed {metrics['seed']}",
     }
 

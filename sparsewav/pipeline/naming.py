@@ -17,7 +17,7 @@ from sparsewav.settings.run import Config
 SETTINGS = ".hydra"
 """Folder of a run's composed configuration; Hydra's name for it."""
 
-LATER_CHOICES = ("solver", "objective", "recovery")
+LATER_CHOICES = ("solver", "objective", "recovery", "quantization")
 """Groups that a folder's name mentions only where the choice is not the paper's."""
 
 WITHOUT_SALIENCY = [solver().name for solver in OPTIONS["solver"] if not getattr(solver, "uses_saliency", True)]

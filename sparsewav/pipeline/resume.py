@@ -26,8 +26,9 @@ from sparsewav.progress import print_warning, stage
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
 
-EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned"}
-"""The kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``."""
+EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned", "quantize": "rounded"}
+"""The kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``; only a
+model that was tuned is rounded by a step of its own."""
 
 
 @dataclass
@@ -122,10 +123,12 @@ def evaluate_step(
             )
             state.seconds["evaluate"] += time.perf_counter() - started
         rates = asdict(error_rates(evaluation[name], hypotheses[name]))
-        record |= rates | ({} if kind == "finetune" else {f"{key}_pruned": rate for key, rate in rates.items()})
+        smaller = kind in ("prune", "compress")
+        record |= rates | ({f"{key}_pruned": rate for key, rate in rates.items()} if smaller else {})
     state.hypotheses = hypotheses
     first = state.evaluation[0]
-    state.stages[-1] |= {key: first[key] for key in ("wer_pruned", "wer", "cer_pruned", "cer")}
+    if kind != "quantize":  # which belongs to no stage
+        state.stages[-1] |= {key: first[key] for key in ("wer_pruned", "wer", "cer_pruned", "cer")}
     run_folder.write_json(step_folder / run_folder.STEP, asdict(state))
 
 

@@ -1,6 +1,7 @@
 """One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record.
 
-A baseline has its own compression in the place of calibrating, allocating and solving.
+Where the model is tuned, which takes weights off their grid, they are rounded after the last stage. A baseline has its
+own compression in the place of calibrating, allocating and solving.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from sparsewav.files import damage, locked, remove_leftovers
 from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
+from sparsewav.models.checkpoint import Checkpoint
 from sparsewav.models.load import SpeechModel, choose_device, load_speech_model
 from sparsewav.pipeline import compress, inputs, model_card, run_folder
 from sparsewav.pipeline.resume import (
@@ -39,10 +41,11 @@ from sparsewav.pipeline.shared_statistics import (
     evaluate_model,
     identity_of,
 )
-from sparsewav.pipeline.steps import prune_step, tune_step
+from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
+from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes
@@ -155,6 +158,9 @@ def _run(
     )
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
+    tunes = any(item.updates for item in stages)
+    if tunes and config.quantization.name != "none":
+        steps.append(("quantize", stages[-1]))
     done = None if config.force else newest_step(folder, state.identity)
     begin()
     (folder / run_folder.ERROR).unlink(missing_ok=True)
@@ -176,14 +182,16 @@ def _run(
         step_folder = folder / (run_folder.MODEL if last else f"{run_folder.STAGES}/{number}-{kind}-{item.sparsity:g}")
         checkpoints = folder / run_folder.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
         if kind == "prune":
-            prune_step(config, speech, calibration, item.sparsity, dense, state, folder, console)
+            prune_step(config, speech, calibration, item.sparsity, dense, state, folder, console, rounds=not tunes)
+        elif kind == "quantize":
+            quantize_step(config, speech, calibration, state, folder, console)
         elif kind == "compress":
             compress.compress(config, speech, training, state, checkpoints, console)
         else:
             tune_step(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state)
-        if kind != "prune":  # Accelerate's autocast stays around the trained model: go on with what is saved
+        if kind in ("compress", "finetune"):  # Accelerate's autocast stays around a trained model: go on with the saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
     replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
@@ -284,11 +292,12 @@ def _finish(
         run_folder.write_table(folder / run_folder.COMPRESSION_LOG, compression_log)
     device = speech.model.device
     ours = config.method.name == OURS
-    pieces = ("calibrate", "allocate", "solve", "recover", "compress")
+    pieces = ("calibrate", "allocate", "solve", "recover", "quantize", "compress")
     prune_seconds = sum(state.seconds.get(piece, 0.0) for piece in pieces)
     seconds = state.seconds | {"prune": prune_seconds, "evaluate": state.seconds["evaluate"] + before.seconds}
     total, nonzero = run_folder.count_parameters(speech.model)
     executed, nonzero_products = multiply_accumulates(speech.model, silence(speech.processor.feature_extractor))
+    saved = Checkpoint(folder / run_folder.MODEL)
     first = state.evaluation[0]
     metrics = {
         "model": speech.name,
@@ -296,7 +305,7 @@ def _finish(
         "method": config.method.name,
         **{
             group: getattr(config, group).name if ours else None
-            for group in ("saliency", "solver", "objective", "recovery", "allocation")
+            for group in ("saliency", "solver", "objective", "recovery", "quantization", "allocation")
         },
         **({} if config.solver.uses_saliency else {"saliency": None}),
         "finetune_strategy": config.finetune_strategy.name,
@@ -305,8 +314,10 @@ def _finish(
         "target_sparsity": config.sparsity.fraction,
         "target_megabytes": config.sparsity.megabytes if isinstance(config.sparsity, Megabytes) else None,
         "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
+        "bits": state.stages[-1].get("bits"),
         "params_total": total,
         "params_nonzero": nonzero,
+        "bytes": file_bytes(saved.read(saved.files)),
         "macs_per_second": executed,
         "macs_per_second_nonzero": nonzero_products,
         **{key: first[key] for key in run_folder.RATES},

@@ -1,13 +1,14 @@
-"""The steps of a run that change its model: pruning and fine-tuning."""
+"""The steps of a run that change its model: pruning, fine-tuning, and rounding after it."""
 
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas
 from rich.console import Console
 
 from sparsewav.data.batches import SpeechBatches
@@ -28,7 +29,16 @@ from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
 from sparsewav.pruning.layerwise import StageProgress
-from sparsewav.settings.pruning import Pruning
+from sparsewav.pruning.rest import round_rest
+from sparsewav.settings.pruning import (
+    OBS,
+    Integers,
+    Magnitude,
+    NoRecovery,
+    Pruning,
+    Symmetric,
+    Uniform,
+)
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -45,10 +55,13 @@ def prune_step(
     state: State,
     folder: Path,
     console: Console,
+    *,
+    rounds: bool,
 ) -> None:
     """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done.
 
-    The sparsity is None where the allocation finds it.
+    The sparsity is None where the allocation finds it. Without ``rounds`` a later step rounds the weights to the bits
+    that ``layers.csv`` has.
     """
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
@@ -80,6 +93,7 @@ def prune_step(
                 masks=None if first else masks_of(speech.model),
                 hessians=hessians,
                 traces=traces,
+                rounds=rounds,
                 progress=advance,
             )
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
@@ -91,9 +105,7 @@ def prune_step(
         run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
     state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
     state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
-    for piece in ("solve", "recover"):
-        if piece in report.seconds:
-            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
+    _add_seconds(state, report, "solve", "recover", "quantize")
     if hessians_cached:
         state.cached["calibrate"] = calibrate_seconds
     if traces_cached:
@@ -107,6 +119,7 @@ def prune_step(
             "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
             "updates": 0,
         }
+        | ({} if report.bits is None else {"bits": report.bits})
         | (
             {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
             if report.allocated
@@ -115,6 +128,51 @@ def prune_step(
     )
     if report.recoveries:
         state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+def _add_seconds(state: State, report: PruneReport, *pieces: str) -> None:
+    for piece in pieces:
+        if piece in report.seconds:
+            state.seconds[piece] = state.seconds.get(piece, 0.0) + report.seconds[piece]
+
+
+def quantize_step(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    state: State,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Round the tuned model in place to the bits in ``layers.csv``; removed weights stay zero, and no other goes."""
+    with writing(Path(tempfile.gettempdir())), stage(console, f"Rounding to {config.quantization.name}") as progress:
+        if not isinstance(config.quantization, Integers):
+            started = time.perf_counter()
+            round_rest(speech.model, config.quantization)
+            state.seconds["quantize"] = time.perf_counter() - started
+            return
+        rows = pandas.read_csv(folder / run_folder.LAYERS).set_index("name")
+        masks = masks_of(speech.model)
+        levels = {name: (float((~mask).sum()) / mask.numel(), int(rows.bits[name])) for name, mask in masks.items()}
+        # Everything that may be removed is removed already, and nothing but the rounding changes the others.
+        settings = replace(
+            config.pruning(config.sparsity.fraction),
+            sparsity=config.sparsity,
+            saliency=Magnitude(),
+            solver=OBS(damping=config.solver.damping),
+            objective=Symmetric(),
+            recovery=NoRecovery(),
+            allocation=Uniform(),
+        )
+
+        def advance(_: str, done: int, total: int) -> None:
+            progress(done, total)
+
+        batches = calibration_batches(config, speech, utterances)
+        report = in_all_processes(
+            prune_model, speech.model, batches, settings=settings, masks=masks, levels=levels, progress=advance
+        )
+    _add_seconds(state, report, "calibrate", "solve", "quantize")
 
 
 def _prune_from_disk(

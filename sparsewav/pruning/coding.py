@@ -28,7 +28,7 @@ FORMAT = "sparsewav-bitmask"
 
 VERSION = 3
 
-BITS = {
+_BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
     torch.float32: torch.int32,
@@ -36,7 +36,7 @@ BITS = {
 }
 """Integers of the same width. Numbers are compared by their bits, so that −0 is not 0 and NaN equals itself."""
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in BITS}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
 
 
 @dataclass(kw_only=True)
@@ -100,15 +100,16 @@ def encode_tensor(tensor: Tensor) -> tuple[UInt8[Tensor, " bytes"], Coding] | No
     """Encode a tensor of floating-point numbers of at least two dimensions as a row of bytes.
 
     Args:
-        tensor: On the CPU. It is taken as a matrix (first dimension, others).
+        tensor: It is taken as a matrix (first dimension, others).
 
     Returns:
         The bytes, and what the header says of them; None if the tensor takes no more bytes as it is, or in float16.
     """
-    if tensor.dtype not in BITS or tensor.dim() < 2 or not tensor.numel():
+    if tensor.dtype not in _BITS or tensor.dim() < 2 or not tensor.numel():
         return None
-    plain = _narrowed(tensor.detach().contiguous())
-    streams, coding = _encode_grid(tensor.detach()) or _encode_values(plain, tensor)
+    tensor = tensor.detach().cpu().contiguous()
+    plain = _narrowed(tensor)
+    streams, coding = _encode_grid(tensor) or _encode_values(plain, tensor)
     # A tensor that is stored as it is needs no entry.
     if sum(coding.bytes) + len(json.dumps(coding.entry())) >= plain.nbytes:
         return None
@@ -206,7 +207,7 @@ def _digits(count: int) -> int:
 def _encode_values(plain: Tensor, tensor: Tensor) -> tuple[list[bytes], Coding]:
     """Encode the mask of a tensor and the numbers that are not zero, as float16 if that is exact."""
     flat = plain.reshape(-1)
-    integers = flat.view(BITS[flat.dtype]).numpy()  # NumPy knows no bfloat16
+    integers = flat.view(_BITS[flat.dtype]).numpy()  # NumPy knows no bfloat16
     kept = integers != 0
     streams = [_deflate(np.packbits(kept, bitorder="little")), integers[kept].tobytes()]
     coding = Coding(
@@ -221,8 +222,9 @@ def _encode_values(plain: Tensor, tensor: Tensor) -> tuple[list[bytes], Coding]:
 def _deflate(content: NDArray[np.uint8]) -> bytes:
     """Give the shortest of the bytes as they are, deflated with Huffman codes alone, and with repetitions."""
     shortest = content.tobytes()
-    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
-        deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    # Repetitions are rare, and long where there are some, as of rows of zeros: a quick search finds them.
+    for level, strategy in ((6, zlib.Z_HUFFMAN_ONLY), (1, zlib.Z_DEFAULT_STRATEGY)):
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
         deflated = deflate.compress(content.data) + deflate.flush()
         if len(deflated) < len(shortest):
             shortest = deflated
@@ -232,7 +234,7 @@ def _deflate(content: NDArray[np.uint8]) -> bytes:
 # ---------------------------------------------------------------------------------------------------------- and back
 
 
-def decode_tensor(stored: UInt8[Tensor, " bytes"], coding: Coding, name: str) -> Tensor:
+def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
     """Decode what :func:`encode_tensor` gave, bit for bit.
 
     Raises:
@@ -245,7 +247,7 @@ def decode_tensor(stored: UInt8[Tensor, " bytes"], coding: Coding, name: str) ->
     size = math.prod(coding.shape)
     kept = None
     if len(streams[0]):
-        kept = positions(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
+        kept = _positions(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
     dtype = _DTYPES[coding.dtype or "float32"]
     if coding.values is None:
         return _decode_grid(streams[1:], kept, coding, name).view(coding.shape).to(dtype)
@@ -254,10 +256,24 @@ def decode_tensor(stored: UInt8[Tensor, " bytes"], coding: Coding, name: str) ->
     _check(whole, f"the values of {name} are not a whole number of {coding.values}")
     # A copy, because the bytes of a file lie anywhere.
     values = torch.from_numpy(streams[1].copy()).view(stored_dtype)
-    return scatter(values, kept, size, name).view(coding.shape).to(dtype)
+    return _scatter(values, kept, size, name).view(coding.shape).to(dtype)
 
 
-def positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.intp]:
+def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Decode a bit for every weight and the values of those that are kept, as versions 1 and 2 of the format have them.
+
+    Raises:
+        UserError: Bits, values and shape do not fit each other; ``name`` says of which tensor and file.
+    """
+    size = math.prod(shape)
+    is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
+    _check(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
+    is_row = values.dtype in _BITS and values.dim() == 1
+    _check(is_row, f"the values of {name} are not one row of floating-point numbers")
+    return _scatter(values, _positions(bitmask.numpy(), size, name), size, name).view(shape)
+
+
+def _positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.intp]:
     """Give the places of the weights that are kept, of bits from the lowest of every byte.
 
     Raises:
@@ -267,7 +283,7 @@ def positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.in
     return np.flatnonzero(np.unpackbits(bitmask, count=size, bitorder="little").view(bool))
 
 
-def scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str) -> Tensor:
+def _scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str) -> Tensor:
     """Put values at their places in a row of ``size`` numbers, of which the others are zero; None: all of them.
 
     Raises:
@@ -277,7 +293,7 @@ def scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str)
     _check(count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}")
     if kept is None:
         return values
-    integers = values.view(BITS[values.dtype])  # NumPy knows no bfloat16
+    integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
     flat = torch.zeros(size, dtype=integers.dtype)
     flat.numpy()[kept] = integers.numpy()  # three times as fast as indexing by a mask
     return flat.view(values.dtype)
@@ -293,7 +309,7 @@ def _decode_grid(
     size = rows * cols
     alphabet = _alphabet(*coding.codes, with_zero=kept is None)
     codes = _decode_codes(streams[0], size if kept is None else len(kept), alphabet, name)
-    weight = scatter(torch.from_numpy(codes), kept, size, name).view(rows, cols)
+    weight = _scatter(torch.from_numpy(codes), kept, size, name).view(rows, cols)
     count = rows * -(-cols // coding.group)
     planes = [_inflate(stream, count, f"the scales of {name}") for stream in streams[1:]]
     half = np.stack(planes[::-1], axis=1).view(np.float16).reshape(rows, -1)
@@ -352,7 +368,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     """Encode the tensors of a model.
 
     Args:
-        tensors: By their names in a checkpoint, on the CPU.
+        tensors: By their names in a checkpoint.
 
     Returns:
         The tensors to store, by the same names, and the header without its checksum.
@@ -366,7 +382,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         if part := encoded[name]:
             stored[name], entries[name] = part[0], part[1].entry()
         else:
-            plain = tensor.detach().contiguous()
+            plain = tensor.detach().cpu().contiguous()
             stored[name] = _narrowed(plain) if narrows else plain
     return stored, {"version": VERSION, "coded": entries, "float16": "float32" if narrows else "float16"}
 

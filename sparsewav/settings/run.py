@@ -76,11 +76,13 @@ class Export(Settings):
 
     format: str = option(
         "dense",
-        "bitmask: model-bitmask/, a bit for every weight and the values that are kept",
+        "bitmask: model-bitmask/, without the zeros, and in few bits what was rounded",
         choices=("dense", "bitmask"),
     )
     dtype: str = option(
-        "model", "model (the numbers as they are) or float16 (half the bytes)", choices=("model", "float16")
+        "model",
+        "model (the numbers as they are) or float16 (half the bytes; not for a rounded model as bitmask)",
+        choices=("model", "float16"),
     )
 
 

@@ -158,6 +158,13 @@ def test_what_the_cache_gave_is_told_from_what_was_measured_now(
         (["sparsity=n_m"], "choose allocation=uniform"),
         (["objective=asymmetric"], r"choose calibration\.propagation=true_sequential \(or sequential\) with it"),
         (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),
+        (
+            ["quantization=mixed"],
+            r"choose sparsity=megabytes with it, or the same bits for all, e\.g\. quantization=int4",
+        ),
+        (["quantization=int4", "method=magnitude"], "quantization=int4 goes with method=sparsewav alone"),
+        (["quantization=int5"], r"quantization=int5 does not exist \(did you mean int\d\?\)"),
+        (["quantization=int4", "quantization.group_size=0"], r"quantization\.group_size=0 must be at least 1"),
         (["data.root=/nowhere"], r"data\.root=/nowhere is not a folder"),
         (["data.evaluation_subset=tset"], r"data\.evaluation_subset=tset is not in .*; it holds test, train"),
         (["device=cuda:99"], r"device=cuda:99 is not there"),
@@ -334,9 +341,13 @@ def test_progressive_stages_nest_their_masks_and_record_what_tuning_did(
     assert "0.7 and 15 updates, then 0.8 and 15 updates" in (folder / "model" / "README.md").read_text()
 
 
-def test_layers_from_disk_give_the_bytes_of_memory(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "float16", "int3"])
+def test_layers_from_disk_give_the_bytes_of_memory(
+    quantization: str, run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
     """model.offload=true changes how much memory a run takes, and nothing that it writes."""
     options = ["calibration.propagation=sequential", "allocation=uniform", "saliency=obs"]
+    options.append(f"quantization={quantization}")
     folders = []
     for stream in ("false", "true"):
         result = run_sparsewav(*small, *options, f"model.offload={stream}", f"output_root=streamed-{stream}")

@@ -13,6 +13,7 @@ import sparsewav
 from sparsewav.cli.inspection import draw_heat_map, heat_map, matrix_sparsities
 from sparsewav.models.load import locate_model
 from sparsewav.models.structured import StructuredWavLMConfig, StructuredWavLMForCTC
+from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.families import FAMILIES
 
 Run = Callable[..., Any]
@@ -94,6 +95,33 @@ def test_heat_map_tells_the_two_feed_forward_modules_of_a_conformer_apart(tiny_m
     attention, convolution = ["q", "k", "v", "pos", "out"], ["pointwise_conv1", "pointwise_conv2"]
     feed_forward = [[f"{module}\nintermediate", f"{module}\noutput"] for module in ("ffn1", "ffn2")]
     assert labels == [*feed_forward[0], *attention, *convolution, *feed_forward[1]]
+
+
+def test_bits_are_those_of_the_grid_and_of_the_file(
+    tiny_model: Callable[..., Any], run_sparsewav: Run, tmp_path: Path
+) -> None:
+    """Of every matrix and of all; the model's file has the size that is named for the format it has."""
+    model = tiny_model("wav2vec2", "group", hidden_size=48, intermediate_size=96)
+    for number, matrix in enumerate(prunable_matrices(model)):
+        if number % 2:
+            top = torch.randint(-7, 8, matrix.weight.shape, generator=torch.Generator().manual_seed(number))
+            matrix.weight.data = 2.0**-8 * top
+    matrices = matrix_sparsities(model)
+    assert matrices["bits"].tolist() == [32, 4] * (len(matrices) // 2)
+    weights = matrices["rows"] * matrices["cols"]
+    stored = 8 * matrices["bytes"] / weights
+    assert (stored[::2] == 32).all()
+    assert stored[1::2].between(3.9, 4.3).all()
+    model.save_pretrained(tmp_path / "dense")
+    assert run_sparsewav("dense", "small", command="sparsewav-export").returncode == 0
+    shown = run_sparsewav("small", command="sparsewav-inspect", COLUMNS="80")
+    assert shown.returncode == 0, shown.stderr
+    assert f"4 {stored[1]:.2f}" in shown.stdout
+    mean = (matrices["bits"] * weights).sum() / weights.sum()
+    assert f"{mean:.2f} of a number, {(stored * weights).sum() / weights.sum():.2f} of the bitmask file" in shown.stdout
+    size = (tmp_path / "small" / "model.bitmask.safetensors").stat().st_size
+    assert shown.stdout.count(f"{size / 1e6:,.2f} MB") == 2, "on disk and as bitmask"
+    assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """Models in bitmask format: the same bits come back, and a broken file is refused by name."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -17,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCTC, PreTrainedModel
 
 import sparsewav
-from sparsewav.models.bitmask import BITMASK_WEIGHTS, decode, encode, export
+from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import checksum
+from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.encoder import prunable_matrices
 
 Q_PROJ = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
@@ -44,19 +46,6 @@ def dense_folder(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> 
     return tmp_path / "dense"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (7, 9)])
-def test_every_bit_of_a_matrix_comes_back(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weight[torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7] = 0
-    weight[0, 0] = -0.0
-    weight[-1, -1] = float("nan")
-    bitmask, values = encode(weight)
-    kept = [bool(bitmask[i // 8] >> (i % 8) & 1) for i in range(weight.numel())]  # as the format's page has it
-    assert torch.equal(weight.flatten()[kept].view(torch.uint8), values.view(torch.uint8))
-    assert torch.equal(decode(bitmask, values, shape, "w").view(torch.uint8), weight.view(torch.uint8))
-
-
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer"])
 def test_a_model_of_every_family_comes_back(
     family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
@@ -80,6 +69,97 @@ def test_a_model_of_every_family_comes_back(
         AutoModelForCTC.from_pretrained(tmp_path / "small")
 
 
+def _round(model: PreTrainedModel, group: int = 8, significant: int = 11) -> PreTrainedModel:
+    """Round every matrix to 3 bits in groups of a row, scales and all."""
+    with torch.no_grad():
+        for matrix in prunable_matrices(model):
+            for part in matrix.weight.split(group, dim=1):
+                mantissa, exponent = (part.abs().amax(1, keepdim=True) / 3).frexp()
+                scale = torch.ldexp((mantissa * 2**significant).round() / 2**significant, exponent)
+                part.copy_((part / scale).nan_to_num().round() * scale + 0.0)
+    return model
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "wavlm", "wav2vec2-conformer"])
+def test_a_rounded_model_comes_back_and_its_size_is_known_without_a_file(
+    family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = _round(tiny_model(family, hidden_size=48, intermediate_size=96))
+    model.save_pretrained(tmp_path / "dense")
+    small = export(tmp_path / "dense", tmp_path / "small") / BITMASK_WEIGHTS
+    export(tmp_path / "small", tmp_path / "again", format="dense")
+    loaded = sparsewav.load(tmp_path / "small")
+    assert type(loaded) is type(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    dense, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("dense", "again"))
+    assert dense.keys() == again.keys()
+    assert small.stat().st_size == file_bytes(dense) == file_bytes(model.state_dict())
+    with safe_open(small, framework="pt") as file:
+        coded = json.loads(file.metadata()["sparsewav-bitmask"])["coded"]
+    assert {name for name, entry in coded.items() if entry.get("group") == 8} >= {
+        f"{matrix.name}.weight" for matrix in prunable_matrices(model)
+    }
+
+
+def test_float16_is_refused_where_it_would_take_more_bytes(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Products with scales of eleven significant bits are no numbers of float16; those with scales of eight are."""
+    _round(tiny_model("wav2vec2")).save_pretrained(tmp_path / "eleven")
+    with pytest.raises(sparsewav.UserError, match=r"float16 does not hold .*, and the file would grow"):
+        export(tmp_path / "eleven", tmp_path / "small", dtype="float16")
+    assert not (tmp_path / "small").exists()
+    model = _round(tiny_model("wav2vec2"), significant=8)
+    model.save_pretrained(tmp_path / "eight")
+    whole, half = (export(tmp_path / "eight", tmp_path / dtype, dtype=dtype) for dtype in ("model", "float16"))
+    assert (half / BITMASK_WEIGHTS).stat().st_size < (whole / BITMASK_WEIGHTS).stat().st_size
+    state = sparsewav.load(half).state_dict()
+    for matrix in prunable_matrices(model):
+        assert torch.equal(state[f"{matrix.name}.weight"].float(), matrix.weight)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_versions_load(version: int, dense_folder: Path, tmp_path: Path) -> None:
+    """As they were written then, and damage of them is found as it was then."""
+    tensors = load_file(dense_folder / "model.safetensors")
+    stored, shapes = dict(tensors), {}
+    for name in [name for name in tensors if re.search(r"proj\.weight$|dense\.weight$", name) and "layers" in name]:
+        weight = stored.pop(name)
+        bits = [int(value != 0) for value in weight.flatten()]
+        octets = [sum(bit << place for place, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+        stored[f"{name}.bitmask"] = torch.tensor(octets, dtype=torch.uint8)
+        stored[f"{name}.values"] = weight[weight != 0]
+        shapes[name] = list(weight.shape)
+    assert len(shapes) >= 8
+    listed = json.dumps(shapes, sort_keys=True)
+    if version == 1:
+        metadata = {"format": "sparsewav-bitmask", "version": "1", "shapes": listed}
+    else:
+        digest = hashlib.sha256(listed.encode())
+        for name, tensor in sorted(stored.items()):
+            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+        header = {"version": 2, "shapes": shapes, "checksum": digest.hexdigest()}
+        metadata = {"sparsewav-bitmask": json.dumps(header, sort_keys=True)}
+    small = tmp_path / "small"
+    shutil.copytree(dense_folder, small, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(stored, small / BITMASK_WEIGHTS, metadata)
+    state = sparsewav.load(small).state_dict()
+    for name, tensor in sparsewav.load(dense_folder).state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    bits = stored[f"{Q_PROJ}.bitmask"]
+    for change, complaint in ((1, "counts"), (128, "behind its last weight")):
+        damaged = torch.cat([bits[:-1], bits[-1:] ^ change])
+        save_file(stored | {f"{Q_PROJ}.bitmask": damaged}, small / BITMASK_WEIGHTS, metadata)
+        with pytest.raises(sparsewav.UserError, match=complaint):
+            sparsewav.load(small)
+    flipped = stored | {NORM: stored[NORM].flip(0).contiguous()}
+    if version == 2:
+        save_file(flipped, small / BITMASK_WEIGHTS, metadata)
+        with pytest.raises(sparsewav.UserError, match="checksum"):
+            sparsewav.load(small)
+
+
 def test_float16_rounds_once_and_halves(dense_folder: Path, tmp_path: Path) -> None:
     export(dense_folder, tmp_path / "half", dtype="float16")
     loaded = sparsewav.load(tmp_path / "half")
@@ -93,35 +173,43 @@ def test_float16_rounds_once_and_halves(dense_folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "inf").exists()
 
 
-def _shape(rows: object, cols: object) -> Callable[[Tensors, Header], object]:
-    return lambda tensors, header: header["shapes"].update({Q_PROJ: [rows, cols]})
+def _entry(**changes: object) -> Callable[[Tensors, Header], object]:
+    return lambda tensors, header: header["coded"][Q_PROJ].update(changes)
+
+
+def _flip(place: int, mask: int) -> Callable[[Tensors, Header], object]:
+    return lambda tensors, header: tensors[Q_PROJ][place].bitwise_xor_(mask)
 
 
 # What contradicts the model is refused also where somebody has made the checksum fit.
 TAMPERED: dict[str, tuple[Callable[[Tensors, Header], object], str]] = {
-    "count": (lambda t, h: t[f"{Q_PROJ}.bitmask"].bitwise_xor_(1), "counts"),
-    "trailing": (lambda t, h: t[f"{Q_PROJ}.bitmask"][-1].bitwise_or_(128), "behind its last weight"),
-    "short": (lambda t, h: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"][:-1].clone()}), "bytes"),
-    "integers": (lambda t, h: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].int()}), "floating-point"),
-    "mixed": (lambda t, h: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].half()}), "floating-point types"),
-    "wide bits": (lambda t, h: t.update({f"{Q_PROJ}.bitmask": t[f"{Q_PROJ}.bitmask"].int()}), "bytes"),
+    "short": (lambda t, h: t.update({Q_PROJ: t[Q_PROJ][:-1].clone()}), "not a row of .* bytes"),
+    "wide": (lambda t, h: t.update({Q_PROJ: t[Q_PROJ].int()}), "not a row of .* bytes"),
+    "count": (lambda t, h: h["coded"][Q_PROJ]["bytes"].__setitem__(0, 3), "not a row of .* bytes"),
+    "trailing": (_flip(28, 128), "behind its last weight"),
+    "other count": (_flip(3, 1), "kept weights and the file has"),
+    "mixed": (_entry(dtype="float16"), "floating-point types"),
+    "no type": (_entry(values="int8"), "no readable entry"),
+    "both kinds": (_entry(group=3), "no readable entry"),
     "relabelled bias": (
         lambda t, h: t.update({"lm_head.bias": t["lm_head.bias"].view(torch.int32)}),
         "lm_head.bias in",
     ),
     "relabelled norm": (lambda t, h: t.update({NORM: t[NORM].view(torch.int32)}), f"{NORM} in int32"),
     "infinite": (lambda t, h: t[NORM].fill_(float("inf")), f"{NORM} that are NaN or infinite"),
-    "overflow": (_shape(2**62, 2**62), "the shape"),
-    "negative": (_shape(-15, -15), "the shape"),
-    "transposed size": (_shape(225, 1), "the shape"),
-    "fraction": (_shape(15.0, 15.0), "the shape"),
-    "no shapes": (lambda t, h: h.pop("shapes"), "shapes"),
-    "list": (lambda t, h: h.update(shapes=[]), "shapes"),
-    "version": (lambda t, h: h.update(version=3), "version 3"),
-    "no values": (lambda t, h: t.pop(f"{Q_PROJ}.values"), f"lacks {Q_PROJ}.values"),
-    "no head": (lambda t, h: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+    "overflow": (_entry(shape=[2**62, 2**62]), "the shape"),
+    "negative": (_entry(shape=[-15, -15]), "no readable entry"),
+    "transposed size": (_entry(shape=[225, 1]), "the shape"),
+    "fraction": (_entry(shape=[15.0, 15.0]), "no readable entry"),
+    "no entries": (lambda t, h: h.update(coded=None), "no readable header"),
+    "list": (lambda t, h: h.update(coded=[]), "no readable header"),
+    "not a type": (lambda t, h: h.update(float16="int8"), "no readable header"),
+    "version": (lambda t, h: h.update(version=4), "version 4"),
+    "older version": (lambda t, h: h.update(version=1), "version 1"),
+    "no bytes": (lambda t, h: t.pop(Q_PROJ), f"lacks {Q_PROJ}"),
+    "no head": (lambda t, h: t.pop("lm_head.bias"), "lacks lm_head.bias"),
     "extra": (lambda t, h: t.update(more=torch.zeros(1)), "more"),
-    "twice": (lambda t, h: t.update({Q_PROJ: torch.zeros(15, 15)}), "both"),
+    "unknown": (lambda t, h: h["coded"].update(more=h["coded"][Q_PROJ]), "more, which is no matrix"),
     "bias": (lambda t, h: t.update({"lm_head.bias": torch.zeros(3)}), "lm_head.bias"),
 }
 
@@ -134,7 +222,8 @@ def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, seal
         header = json.loads(file.metadata()["sparsewav-bitmask"])
     tamper(tensors, header)
     if sealed:
-        header["checksum"] = checksum(tensors, json.dumps(header.get("shapes"), sort_keys=True))
+        header.pop("checksum")
+        header["checksum"] = checksum(tensors, json.dumps(header, sort_keys=True, separators=(",", ":")))
     save_file(tensors, path, {"sparsewav-bitmask": json.dumps(header)})
     with pytest.raises(sparsewav.UserError) as refused:
         sparsewav.load(folder)
@@ -151,7 +240,7 @@ def test_a_tampered_file_is_refused_by_name(kind: str, dense_folder: Path, tmp_p
 
 def _move_a_bit(tensors: Tensors, header: Header) -> None:
     """Keep another weight of the first eight than the one that was kept; the count stays."""
-    bits = tensors[f"{Q_PROJ}.bitmask"]
+    bits = tensors[Q_PROJ][:29]  # 225 bits, too few to be deflated
     byte = next(index for index, value in enumerate(bits.tolist()) if value not in (0, 255))
     value = int(bits[byte])
     kept, lost = (next(bit for bit in range(8) if value >> bit & 1 == wanted) for wanted in (1, 0))
@@ -160,7 +249,7 @@ def _move_a_bit(tensors: Tensors, header: Header) -> None:
 
 CORRUPTED: dict[str, Callable[[Tensors, Header], object]] = {
     "mask": _move_a_bit,
-    "value": lambda t, h: t[f"{Q_PROJ}.values"].view(torch.int32)[0].bitwise_xor_(1 << 23),
+    "value": _flip(-1, 1),
     "bias": lambda t, h: t["lm_head.bias"].view(torch.int32)[0].bitwise_xor_(1),
     "swapped": lambda t, h: t.update(
         {NORM: t[NORM.replace("weight", "bias")], NORM.replace("weight", "bias"): t[NORM]}
@@ -180,7 +269,7 @@ def test_a_flipped_bit_is_refused(kind: str, dense_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"format": "sparsewav-bitmask", "version": "1", "shapes": "{}"},
+        {"format": "sparsewav-bitmask", "version": "one", "shapes": "{}"},
         {"format": "pt"},
         {"sparsewav-bitmask": "[" * 100_000},
         {"sparsewav-bitmask": "[]"},
@@ -190,7 +279,7 @@ def test_another_header_is_refused(metadata: dict[str, str], dense_folder: Path,
     export(dense_folder, tmp_path / "small")
     path = tmp_path / "small" / BITMASK_WEIGHTS
     save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, metadata)
-    with pytest.raises(sparsewav.UserError, match=f"{BITMASK_WEIGHTS} has no readable header .* version 2"):
+    with pytest.raises(sparsewav.UserError, match=f"{BITMASK_WEIGHTS} has no readable header .* version 3"):
         sparsewav.load(tmp_path / "small")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import sparsewav
 from sparsewav.errors import UserError
 from sparsewav.pruning.coding import (
     FORMAT,
@@ -92,6 +93,21 @@ def test_a_rounded_matrix_is_found_to_be_one(bits: int, group: int, symmetric: b
     assert encoded is not None
     assert encoded[1].codes is not None
     assert _same_bits(_there_and_back(weight), weight)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "sparsity"),
+    [(2, True, 0.5), (3, True, 0.9), (4, True, 0.0), (4, False, 0.5), (8, False, 0.2)],
+)
+def test_the_page_of_the_format_reads_what_is_written(bits: int, symmetric: bool, sparsity: float) -> None:
+    """The code on the page, run as it is there."""
+    weight = _rounded(_normal(60, 96), bits, 40, symmetric=symmetric, sparsity=sparsity)
+    encoded = encode_tensor(weight)
+    assert encoded is not None
+    page = (Path(sparsewav.__file__).parent / "models" / "BITMASK_FORMAT.md").read_text(encoding="utf-8")
+    names = {"numpy": np, "zlib": zlib, "math": math, "stored": encoded[0].numpy(), "entry": encoded[1].entry()}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert _same_bits(torch.from_numpy(names["weight"]), weight)
 
 
 def _ulp(weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces, prune
 from sparsewav.pruning.allocation.sensitivity import LEAST_BATCHES
-from sparsewav.settings import Calibration, Hutchinson, OBSRefit
+from sparsewav.settings import Calibration, Hutchinson, Int3, OBSRefit
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -102,6 +102,29 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
             for name, tensor in alone.state.items():
                 torch.testing.assert_close(result.state[name], tensor, rtol=1e-3, atol=1e-4)
                 assert torch.equal(result.state[name], of_processes[0][index].state[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recovery", ["none", "affine"])
+def test_processes_round_as_one_does(
+    recovery: str, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """All end with the same bytes, and with the errors of one process; a sum in another order may round another way."""
+    batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
+    options: dict[str, Any] = {
+        "allocation": "uniform",
+        "calibration": Calibration(propagation="sequential", frames_per_column=None),
+        "quantization": Int3(group_size=8),
+        "recovery": recovery,
+    }
+    models = [tiny_model("wav2vec2")]
+    first, second = (results[0] for results in in_processes(2, tmp_path, pruned, models, batches, [options]))
+    (alone,) = pruned(models, batches, [options])
+    for name, tensor in first.state.items():
+        assert torch.equal(tensor, second.state[name]), name
+    for ours, theirs in zip(first.report.matrices, alone.report.matrices, strict=True):
+        assert ours.bits == theirs.bits == 3
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=0.1)
 
 
 def traced(models: list[PreTrainedModel], batches: list[Batch], tolerances: list[float]) -> list[dict[str, Trace]]:

@@ -16,8 +16,9 @@ from experiments.bench.gpu import keep_two_of_four
 from experiments.bench.inference import random_model
 from sparsewav.inference import acceleration
 from sparsewav.pruning import prunable_matrices, prune_matrices
+from sparsewav.pruning.solvers.quantize import SCALE_BITS, quantize
 from sparsewav.pruning.solvers.solve import MatrixGroup, prune_groups
-from sparsewav.settings import Pruning, SecondOrder, Uniform
+from sparsewav.settings import Int4, Pruning, SecondOrder, Uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no NVIDIA GPU")
 
@@ -51,6 +52,20 @@ def test_batched_matrices_equal_one_at_a_time_and_the_cpu() -> None:
             assert (mine.keep.cpu() == reference.keep).float().mean() >= 0.999
             expected = _error(weight, reference.weight, hessian)
             assert _error(weight, mine.weight.cpu(), hessian) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_matrix_is_rounded_as_well_as_on_the_cpu() -> None:
+    """Every weight on a grid that the GPU's arithmetic has left exact, zeros kept, and the error of the CPU."""
+    (weight,), hessian = random_problem(1, 512, 768, seed=3)
+    keep = torch.rand(512, 768, generator=torch.Generator().manual_seed(0)) > 0.5
+    settings = Int4(group_size=64)
+    on_gpu = quantize(weight.cuda(), hessian.cuda(), settings, 4, keep=keep.cuda())
+    on_cpu = quantize(weight, hessian, settings, 4, keep=keep)
+    assert not on_gpu.weight[~keep.cuda()].any()
+    mantissas = torch.frexp(on_gpu.scales).mantissa * 2**SCALE_BITS
+    assert torch.equal(mantissas, mantissas.round())
+    expected = _error(weight * keep, on_cpu.weight, hessian)
+    assert _error(weight * keep, on_gpu.weight.cpu(), hessian) == pytest.approx(expected, rel=2e-2)
 
 
 @torch.inference_mode()

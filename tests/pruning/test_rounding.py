@@ -1,5 +1,6 @@
 """A whole model whose weights are rounded: every tensor on its grid, masks held, errors those of what is there."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsewav
-from sparsewav.pruning import prunable_matrices
-from sparsewav.settings import (
-    NM,
-    Int2,
-    Int3,
-    Int4,
-    Int8,
-)
+from sparsewav.errors import UserError
+from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrix, prune_model
+from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.pruning.solvers.quantize import quantize_matrix
+from sparsewav.settings import NM, Calibration, Int2, Int3, Int4, Int8, Pruning, Uniform, Unstructured
 
 
 def on_grid(weight: Tensor, bits: int, size: int, symmetric: bool) -> bool:
@@ -82,3 +80,69 @@ def test_every_tensor_is_on_its_grid(
             assert (tensor - dense[name]).abs().max() < 0.02 * dense[name].abs().max()
         elif tensor.is_floating_point():
             assert torch.equal(tensor, tensor.half().float()), name
+
+
+@torch.no_grad()
+def test_rounding_after_each_layer_is_seen_by_the_next(
+    tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Without a recovery the second layer is calibrated on what the rounded first layer gives; errors are the model's.
+
+    The second layer's matrices are solved and rounded one by one here, with the final first layer before them. A sum in
+    another order may round a few weights another way.
+    """
+    batches = [noise_batch([800, 640], seed=seed) for seed in range(3)]
+    settings = Pruning(
+        sparsity=Unstructured(0.5),
+        allocation=Uniform(),
+        quantization=Int2(group_size=8, rest="model"),
+        calibration=Calibration(propagation="sequential", frames_per_column=None),
+    )
+    model, dense = tiny_model("wav2vec2"), tiny_model("wav2vec2")
+    report = prune_model(model, batches, settings)
+    half = copy.deepcopy(dense)
+    encoder_layers(half)[0].load_state_dict(encoder_layers(model)[0].state_dict())
+    hessians = collect_hessians(half, batches, frames_per_column=None)
+    for matrix, start, row in zip(prunable_matrices(model), prunable_matrices(dense), report.matrices, strict=True):
+        if matrix.layer == 0:
+            continue
+        hessian = hessians.of(matrix.name)
+        pruned = prune_matrix(start.weight.detach(), hessian, 0.5)
+        expected = quantize_matrix(pruned.weight, hessian, settings.quantization, 2, keep=pruned.keep)
+        assert (matrix.weight == expected).float().mean() > 0.97, matrix.name
+        change = start.weight - matrix.weight
+        energy = float(((start.weight @ hessian) * start.weight).sum())
+        error = float(((change @ hessian) * change).sum())
+        assert row.relative_error == pytest.approx(error / energy, rel=1e-3)
+
+
+def test_every_number_in_half_precision(
+    tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    """In float32 and bfloat16 models, and in an encoder without a head."""
+    batches = [noise_batch([800, 640])]
+    for model in (tiny_model("wav2vec2"), tiny_model("hubert").bfloat16(), tiny_model("wavlm").wavlm):
+        dtype = model.dtype
+        report = sparsewav.prune(model, batches, 0.5, allocation="uniform", quantization="float16")
+        assert report.bits is None
+        assert model.dtype == dtype
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, tensor.half().to(tensor.dtype)), name
+
+
+def test_what_cannot_be_rounded_is_refused_and_the_model_stays(
+    tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    batches = [noise_batch([800, 640])]
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(UserError, match=r"which b?float16 does not hold; load the model in float32"):
+            sparsewav.prune(tiny_model("wav2vec2").to(dtype), batches, 0.5, allocation="uniform", quantization="int8")
+    with pytest.raises(UserError, match="quantization=mixed gives every matrix the bits"):
+        sparsewav.prune(tiny_model("wav2vec2"), batches, 0.5, allocation="uniform", quantization="mixed")
+    model = tiny_model("wav2vec2")
+    with torch.no_grad():
+        model.lm_head.bias[0] = 1e6
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"lm_head\.bias has numbers beyond float16.*choose quantization\.rest=model"):
+        sparsewav.prune(model, batches, 0.5, allocation="uniform", quantization="int4")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
