@@ -31,6 +31,9 @@ from sparsewav.settings.pruning import Float16, Integers, Quantization
 HIGHEST = 0.95
 """The highest sparsity of a level."""
 
+MANY_BITS_UP_TO = 0.3
+"""The highest sparsity with more than 4 bits, where fewer are possible: with those, more weights are kept instead."""
+
 CLOSEST = 1.03
 """Ratio of the bytes of two levels of a matrix at least: closer ones are not worth measuring."""
 
@@ -100,11 +103,13 @@ class ByteBudget:
 
         The last one is the matrix that has lost no weight, at the largest width.
         """
-        made = [
-            (Level(level.sparsity, bits), one)
-            for bits in self.quantization.widths or (None,)
-            for level, one in zip(plain, self.rounded(pruned, hessian, bits, matrix.name), strict=True)
-        ]
+        made: list[tuple[Level, PrunedMatrix]] = []
+        for bits in self.quantization.widths or (None,):
+            narrower = any(width < bits for width in self.quantization.widths) if bits else False
+            highest = MANY_BITS_UP_TO if narrower and bits and bits > 4 else 1.0
+            own = [pair for pair in zip(plain, pruned, strict=True) if pair[0].sparsity <= highest]
+            rounded = self.rounded([one for _, one in own], hessian, bits, matrix.name)
+            made += [(Level(level.sparsity, bits), one) for (level, _), one in zip(own, rounded, strict=True)]
         sizes = np.array([coded_bytes(one.weight) for _, one in made])
         dense = matrix.weight.detach().float()
         errors = [float(row_errors(dense - one.weight.float(), hessian).sum()) for _, one in made]
