@@ -65,7 +65,7 @@ class ByteBudget:
     def sparsities(self, step: float) -> list[float]:
         """Give the sparsities of the levels; they may lie further apart where every one has several widths."""
         step = 2 * step if len(self.quantization.widths) > 1 else step
-        return [*(index * step for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
+        return [*(round(index * step, 9) for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
 
     def check(self, least: int) -> None:
         """Refuse a budget below what all matrices need at their smallest level (``least``, bytes).
