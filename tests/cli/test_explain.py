@@ -21,7 +21,7 @@ MISTAKES = [
     (["sparsity.megabytes=1", "allocation=uniform", "quantization=mixed"], "choose .*, or quantization=int4"),
     (["sparsity.megabytes=1", "finetune_strategy=one_pass"], "finetune_strategy=one_pass changes the weights whose"),
     (
-        ["sparsity.megabytes=1", "method=magnitude"],
+        ["sparsity.megabytes=1", "method=distilhubert"],
         "sparsity=megabytes goes with method=spars",
     ),
     (["sparsity.megabytes=1", "export.dtype=float16"], "choose export.dtype=model, and quantization=float16"),
