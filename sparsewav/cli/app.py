@@ -114,7 +114,10 @@ def typed(settings: DictConfig) -> Any:
     refuse_added_keys(settings, str(HydraConfig.get().job.config_name))
     missing, filled = OmegaConf.missing_keys(settings), settings.copy()
     for key in missing:  # at which OmegaConf would stop, and not say what else is wrong
-        OmegaConf.update(filled, key, "")
+        group, _, name = key.rpartition(".")
+        parent: Any = OmegaConf.select(filled, group) if group else filled
+        kind = parent._get_node(name)._metadata.ref_type
+        OmegaConf.update(filled, key, kind() if kind in (int, float) else "")
     config = OmegaConf.to_object(filled)
     for group, _, name in (key.rpartition(".") for key in missing):
         setattr(attrgetter(group)(config) if group else config, name, MISSING)

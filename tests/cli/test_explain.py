@@ -21,7 +21,7 @@ MISTAKES = [
     (["sparsity.megabytes=1", "allocation=uniform", "quantization=mixed"], "choose .*, or quantization=int4"),
     (["sparsity.megabytes=1", "finetune_strategy=one_pass"], "finetune_strategy=one_pass changes the weights whose"),
     (
-        ["sparsity.megabytes=1", "method=parp", "finetune_strategy=one_pass"],
+        ["sparsity.megabytes=1", "method=distilhubert"],
         "sparsity=megabytes goes with method=spars",
     ),
     (["sparsity.megabytes=1", "export.dtype=float16"], "choose export.dtype=model, and quantization=float16"),
@@ -151,7 +151,7 @@ def test_every_command_says_our_version(command: str, run_sparsewav: Run) -> Non
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_completion_offers_options_and_no_schemas(shell: str, run_sparsewav: Run) -> None:
     result = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav sparsity=")
-    assert result.stdout.split() == ["sparsity=n_m", "sparsity=unstructured"]
+    assert result.stdout.split() == ["sparsity=megabytes", "sparsity=n_m", "sparsity=unstructured"]
     every = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav ").stdout.split()
     assert {"sparsity=", "sparsity.", "seed="} <= set(every)
 

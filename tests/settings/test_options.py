@@ -42,7 +42,7 @@ def test_help_names_every_option_of_every_group(run_sparsewav: Run) -> None:
     output = run_sparsewav("--help").stdout
     groups = _groups()
     assert {group.name for group in groups} == {*SCHEMAS, "scale", "experiment"}
-    assert len(groups) == 15
+    assert len(groups) == 16
     for group in groups:
         for option in _names(group):
             assert re.search(rf"(?<![\w/]){re.escape(option)}\b", output), f"{group.name}={option}"
@@ -61,6 +61,8 @@ def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
         "data=manifest": ["data.train=a.tsv", "data.test=b.tsv"],
         "data=hf": ["data.path=a/b"],
         "sparsity=n_m": ["allocation=uniform"],
+        "quantization=mixed": ["sparsity=megabytes", "sparsity.megabytes=20"],
+        "sparsity=megabytes": ["sparsity.megabytes=20"],
         "objective=asymmetric": ["calibration.propagation=true_sequential"],
         "recovery=reconstruction": ["calibration.propagation=sequential"],
         "recovery=affine": ["calibration.propagation=sequential"],
@@ -147,7 +149,7 @@ def _another(value: Any) -> Any:
         ),
         (
             ["method=distilhubert", "finetune_strategy=one_pass"],
-            ["saliency", "solver", "objective", "recovery", "allocation", "calibration"],
+            ["saliency", "solver", "objective", "recovery", "quantization", "allocation", "calibration"],
             {"training.checkpoint_updates", "method.checkpoint_updates"},
         ),
     ],

@@ -24,7 +24,7 @@ from sparsewav.pruning.allocation.levels import Level, LevelStore, SolveLevels, 
 from sparsewav.pruning.coding import coded_bytes
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
-from sparsewav.pruning.solvers.quantize import quantize_matrix
+from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix
 from sparsewav.settings.pruning import Float16, Integers, Quantization
 
@@ -66,7 +66,7 @@ class ByteBudget:
         """Give the sparsities of the levels; few suffice where a coarse scale makes zeros by itself."""
         if len(self.quantization.widths) > 1:
             return list(CODED_SPARSITIES)
-        return [*(index * step for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
+        return [*(round(index * step, 9) for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
 
     def check(self, least: int) -> None:
         """Refuse a budget below what all matrices need at their smallest level (``least``, bytes).
@@ -104,11 +104,10 @@ class ByteBudget:
 
         The last one is the matrix that has lost no weight, at the largest width.
         """
-        made = [
-            (Level(level.sparsity, bits), one)
-            for bits in self.quantization.widths or (None,)
-            for level, one in zip(plain, self.rounded(pruned, hessian, bits, matrix.name), strict=True)
-        ]
+        made: list[tuple[Level, PrunedMatrix]] = []
+        for bits in self.quantization.widths or (None,):
+            rounded = self.rounded(pruned, hessian, bits, matrix.name)
+            made += [(Level(level.sparsity, bits), one) for level, one in zip(plain, rounded, strict=True)]
         sizes = np.array([coded_bytes(one.weight) for _, one in made])
         dense = matrix.weight.detach().float()
         errors = [float(row_errors(dense - one.weight.float(), hessian).sum()) for _, one in made]
@@ -147,18 +146,17 @@ class ByteBudget:
         if bits is None:
             return list(pruned)
         assert isinstance(self.quantization, Integers)
-        rounded = quantize_matrix(
-            torch.cat([one.weight.float() for one in pruned]),
+        rounded = quantize_matrices(
+            [one.weight.float() for one in pruned],
             hessian,
             self.quantization,
-            bits,
-            keep=torch.cat([one.keep for one in pruned]),
+            [bits] * len(pruned),
+            keeps=[one.keep for one in pruned],
             damping=self.damping,
-            name=name,
-        ).to(pruned[0].weight.dtype)
+            names=[name],
+        )
         return [
-            PrunedMatrix(weight, one.keep)
-            for weight, one in zip(rounded.split(len(pruned[0].weight)), pruned, strict=True)
+            PrunedMatrix(weight.to(one.weight.dtype), one.keep) for weight, one in zip(rounded, pruned, strict=True)
         ]
 
 

@@ -1,11 +1,14 @@
 """A budget in bytes: the choice against exhaustive search, and files that fit whatever decides what goes."""
 
+import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from sparsewav.pruning.allocation import budget
 from sparsewav.pruning.allocation.budget import Fit, UniformFit, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
 from sparsewav.pruning.coding import file_bytes
+from tests.terminal import Run
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -161,3 +165,39 @@ def test_the_file_fits(
     if options.get("allocation") == "uniform":
         assert frame["target_sparsity"].nunique() == 1
     assert "MB" in repr(report)
+
+
+def test_what_comes_out_too_large_is_pruned_again(
+    tiny_model: Factory, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first choice that is meant to be 5 % too large ends in a file that fits, of the model's own weights."""
+    monkeypatch.setattr(budget, "MARGIN", -0.05)
+    model = tiny_model("wav2vec2", hidden_size=64, intermediate_size=128)
+    report = prune(model, batches, Megabytes(0.05), quantization="int4", allocation="uniform")
+    assert any(re.search("larger than 0.05 MB at first: pruned 2 times", line) for line in report.warnings)
+    assert report.bytes == size_of(model) <= 50_000
+    assert max(row.relative_error for row in report.matrices) < 1
+
+
+def test_a_size_from_the_command_line(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """The key alone chooses the budget; its file is written unasked; too small a size names one that is possible."""
+    small = [*small, "quantization=mixed", "allocation.utterances=4"]
+    result = run_sparsewav(*small, "sparsity.megabytes=0.001")
+    said = result.stdout + result.stderr
+    assert (result.returncode, "Traceback" in said) == (1, False)
+    least = re.search(r"is too small: .* choose at least ([\d.]+)", said)
+    assert least, said
+    result = run_sparsewav(*small, f"sparsity.megabytes={least[1]}")
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert "megabytes, reached" in said
+    (path,) = (tmp_path / "outputs").glob(f"*-error_curves-{float(least[1]):g}MB-*/metrics.json")
+    metrics = json.loads(path.read_text())
+    assert metrics["bytes"] == (path.parent / "model-bitmask" / "model.bitmask.safetensors").stat().st_size
+    assert metrics["bytes"] <= 1e6 * metrics["target_megabytes"] == 1e6 * float(least[1])
+    assert metrics["target_sparsity"] is None
+    assert 0 < metrics["achieved_sparsity"] < 1
+    assert {"target_sparsity", "bits"} <= set(pandas.read_csv(path.with_name("layers.csv")))
+    assert "at most" in (path.parent / "model" / "README.md").read_text()
+    result = run_sparsewav(*small, "sparsity.megabytes=5")
+    assert "more than the model needs: nothing is removed" in result.stdout + result.stderr
