@@ -126,7 +126,7 @@ def quantize_matrices(
         torch.cat(list(weights)),
         hessian,
         settings,
-        torch.tensor(bits).repeat_interleave(rows),
+        torch.tensor(bits, dtype=torch.float32).repeat_interleave(rows).to(weights[0].device),
         keep=torch.cat(list(keeps)),
         damping=damping,
         name=", ".join(names),
