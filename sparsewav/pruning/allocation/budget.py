@@ -24,7 +24,7 @@ from sparsewav.pruning.allocation.levels import Level, LevelStore, SolveLevels, 
 from sparsewav.pruning.coding import coded_bytes
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
-from sparsewav.pruning.solvers.quantize import quantize_matrix
+from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix
 from sparsewav.settings.pruning import Float16, Integers, Quantization
 
@@ -148,18 +148,17 @@ class ByteBudget:
         if bits is None:
             return list(pruned)
         assert isinstance(self.quantization, Integers)
-        rounded = quantize_matrix(
-            torch.cat([one.weight.float() for one in pruned]),
+        rounded = quantize_matrices(
+            [one.weight.float() for one in pruned],
             hessian,
             self.quantization,
-            bits,
-            keep=torch.cat([one.keep for one in pruned]),
+            [bits] * len(pruned),
+            keeps=[one.keep for one in pruned],
             damping=self.damping,
-            name=name,
-        ).to(pruned[0].weight.dtype)
+            names=[name],
+        )
         return [
-            PrunedMatrix(weight, one.keep)
-            for weight, one in zip(rounded.split(len(pruned[0].weight)), pruned, strict=True)
+            PrunedMatrix(weight.to(one.weight.dtype), one.keep) for weight, one in zip(rounded, pruned, strict=True)
         ]
 
 
