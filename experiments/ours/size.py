@@ -16,10 +16,7 @@ from sparsewav.errors import UserError
 
 SIZES = {"demo": (1.5, 1.2, 1.0, 0.8), "paper": (48.0, 38.0, 32.0, 25.0)}
 """Megabytes (10^6 bytes) that a whole weights file may have: 8, 10, 12 and 15 times fewer than in float32."""
-LARGER = {"demo": 2.5, "paper": 79.0}
-"""A size at which pruning alone is still useful."""
-
-BOTH_WIDTHS = ("int4", "int3", "int3", "int2")
+BOTH_WIDTHS = ("int4", "int3", "int3", "int3")
 """The bits of every size that were best with a uniform sparsity on the development set (experiments/README.md)."""
 
 
@@ -40,21 +37,25 @@ class Point:
     size: int | None = None
 
 
+ALONE = ("quantization.rest=int6", "sparsity.target=0", "allocation=uniform")
+"""Quantisation without pruning; what is not prunable is as small as in the budget's models."""
+
+
 def _nearest(width: str) -> Point:
-    settings = (f"quantization={width}", "quantization.rounding=nearest", "sparsity.target=0", "allocation=uniform")
+    settings = (f"quantization={width}", "quantization.rounding=nearest", *ALONE)
     sweep = Sweep("ours/size", "base", both=(*settings, 'hydra.sweeper.params.seed="0"'))  # no seed changes it
     return Point(NEAREST, f"{width[3:]} bits", sweep)
 
 
 def _quantized(width: str, group: int | None) -> Point:
     groups = "whole rows" if group is None else f"groups of {group}"
-    settings = (f"quantization={width}", f"quantization.group_size={'null' if group is None else group}")
-    sweep = Sweep("ours/size", "base", both=(*settings, "sparsity.target=0"), preset="best_oneshot", seconds=50.0)
+    settings = (f"quantization={width}", f"quantization.group_size={'null' if group is None else group}", *ALONE)
+    sweep = Sweep("ours/size", "base", both=(*settings, "calibration.propagation=sequential"), seconds=20.0)
     return Point(QUANTIZED, f"{width[3:]} bits, {groups}", sweep)
 
 
-def _fitting(kind: str, size: int | None, preset: str, seconds: float, *settings: str) -> Point:
-    demo, paper = (LARGER[scale] if size is None else SIZES[scale][size] for scale in ("demo", "paper"))
+def _fitting(kind: str, size: int, preset: str, seconds: float, *settings: str) -> Point:
+    demo, paper = (SIZES[scale][size] for scale in ("demo", "paper"))
     sweep = Sweep(
         "ours/size",
         "base",
@@ -71,17 +72,20 @@ def _fitting(kind: str, size: int | None, preset: str, seconds: float, *settings
 POINTS = (
     *(_nearest(width) for width in ("int8", "int4", "int3", "int2")),
     *(_quantized(width, 128) for width in ("int8", "int4", "int3")),
-    *(_quantized(width, None) for width in ("int4", "int3", "int2")),
-    _quantized("int2", 32),
+    *(_quantized("int2", group) for group in (128, None)),
     *(
-        _fitting(PRUNED, size, "best_oneshot", 60.0, "allocation=uniform", "quantization=float16")
-        for size in (None, *range(4))
+        _fitting(
+            PRUNED, size, "best_oneshot", 60.0, "allocation=uniform", "quantization=float16", "quantization.rest=int6"
+        )
+        for size in range(4)
     ),
     *(
-        _fitting(BOTH, size, "best_oneshot", 60.0, "allocation=uniform", f"quantization={width}")
+        _fitting(
+            BOTH, size, "best_oneshot", 60.0, "allocation=uniform", f"quantization={width}", "quantization.rest=int6"
+        )
         for size, width in enumerate(BOTH_WIDTHS)
     ),
-    *(_fitting(BUDGET, size, "smallest", 250.0) for size in range(4)),
+    *(_fitting(BUDGET, size, "smallest", 125.0) for size in range(4)),
 )
 SWEEPS = (*(point.sweep for point in POINTS), *speed.SWEEPS)
 

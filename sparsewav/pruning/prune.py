@@ -50,6 +50,7 @@ from sparsewav.pruning.rest import round_rest, round_tensor
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
+    OBS,
     Allocation,
     Calibration,
     ErrorCurves,
@@ -478,7 +479,10 @@ def allocate_levels(
                 )
             else:
                 assert isinstance(goal, ByteBudget)
-                found = LevelAllocation.of_fit(fit_uniformly(goal, matrices, hessians, plan.solve_levels, progress))
+                # How many bytes weights take hardly depends on the solver: a quick one finds the sparsity.
+                solver = OBS(damping=plan.settings.solver.damping)
+                quick = replace(plan, settings=replace(plan.settings, solver=solver))
+                found = LevelAllocation.of_fit(fit_uniformly(goal, matrices, hessians, quick.solve_levels, progress))
     found = distributed.broadcast(found)
     assert found is not None
     return found

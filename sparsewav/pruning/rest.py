@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.solvers.quantize import round_to_nearest
-from sparsewav.settings.pruning import Integers, Quantization
+from sparsewav.settings.pruning import Integers, Quantization, Rounded
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def round_tensor(name: str, tensor: Tensor, quantization: Quantization, prunable
         UserError: A number is beyond float16, or the tensor's own dtype does not hold what it is rounded to.
     """
     whole_numbers = isinstance(quantization, Integers)
-    rest = quantization.rest if isinstance(quantization, Integers) else quantization.name
+    rest = quantization.rest if isinstance(quantization, Rounded) and not prunable else quantization.name
     if not tensor.is_floating_point() or rest in ("none", "model") or (prunable and whole_numbers):
         return tensor
     if rest in ("int8", "int6") and tensor.dim() > 1 and len(tensor) > 1:

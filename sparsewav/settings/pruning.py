@@ -239,14 +239,27 @@ class NoQuantization(Quantization):
 
 
 @dataclass(kw_only=True)
-class Float16(Quantization):
-    """Every number of the model is rounded to half precision."""
+class Rounded(Quantization):
+    """All weights are rounded."""
 
-    name: str = field(default="float16", init=False)
+    rest: str = option(
+        "int8",
+        "of the weights that are not prunable: int8 or int6 (convolutions and matrices; biases and norms in float16), "
+        "float16 or model (as they are)",
+        choices=("int8", "int6", "float16", "model"),
+    )
 
 
 @dataclass(kw_only=True)
-class Integers(Quantization):
+class Float16(Rounded):
+    """Every number of the model is rounded to half precision."""
+
+    name: str = field(default="float16", init=False)
+    rest: str = option("float16")
+
+
+@dataclass(kw_only=True)
+class Integers(Rounded):
     """Weights become whole multiples of the scale of their group."""
 
     group_size: int | None = option(
@@ -261,12 +274,6 @@ class Integers(Quantization):
     )
     rounding: str = option(
         "obs", "obs (the weights that are kept make up for what is rounded) or nearest", choices=("obs", "nearest")
-    )
-    rest: str = option(
-        "int8",
-        "of the weights that are not prunable: int8 or int6 (convolutions and matrices; biases and norms in float16), "
-        "float16 or model (as they are)",
-        choices=("int8", "int6", "float16", "model"),
     )
 
     def faults(self) -> Iterator[str]:

@@ -63,6 +63,7 @@ def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
         "sparsity=n_m": ["allocation=uniform"],
         "quantization=mixed": ["sparsity=megabytes", "sparsity.megabytes=20"],
         "sparsity=megabytes": ["sparsity.megabytes=20"],
+        "experiment=smallest": ["sparsity.megabytes=1"],
         "objective=asymmetric": ["calibration.propagation=true_sequential"],
         "recovery=reconstruction": ["calibration.propagation=sequential"],
         "recovery=affine": ["calibration.propagation=sequential"],

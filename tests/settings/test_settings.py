@@ -27,6 +27,7 @@ from sparsewav.settings.pruning import (
     Asymmetric,
     Calibration,
     Hutchinson,
+    Megabytes,
     OBSRefit,
     Pruning,
     Reconstruction,
@@ -70,13 +71,17 @@ def test_prune_takes_the_settings_of_the_command_with_the_same_defaults() -> Non
 
 
 def test_presets_are_what_the_command_reads_from_the_same_files() -> None:
-    assert preset_names() == ["paper", "best", "best_oneshot"]
+    assert preset_names() == ["paper", "best", "best_oneshot", "smallest"]
     for name in preset_names():
-        overrides = ["sparsity.target=0.8", *([f"experiment={name}"] if name != "paper" else [])]
+        sparsity = Megabytes(1.0) if name == "smallest" else Unstructured(0.8)
+        key = "megabytes=1" if name == "smallest" else "target=0.8"
+        overrides = [f"sparsity.{key}", *([f"experiment={name}"] if name != "paper" else [])]
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config: Any = OmegaConf.to_object(compose("config", overrides))
-        assert config.pruning(0.8) == replace(read_preset(name), sparsity=Unstructured(0.8)), name
-    with pytest.raises(UserError, match="preset=smoke does not exist; choose one of paper, best, best_oneshot"):
+        assert replace(config.pruning(0.8), sparsity=sparsity) == replace(read_preset(name), sparsity=sparsity), name
+    with pytest.raises(
+        UserError, match="preset=smoke does not exist; choose one of paper, best, best_oneshot, smallest"
+    ):
         read_preset("smoke")  # which is about the speech, too
 
 

@@ -31,7 +31,7 @@ from sparsewav.settings.pruning import Float16, Integers, Quantization
 HIGHEST = 0.95
 """The highest sparsity of a level."""
 
-CODED_SPARSITIES = (0.0, 0.5, 0.75)
+CODED_SPARSITIES = (0.0, 0.5, 0.75, 0.9)
 """The sparsities of the levels of ``quantization=mixed``."""
 
 CLOSEST = 1.03
