@@ -64,8 +64,8 @@ def make(item: Item, scale: Scale) -> Result:
         *(["† A file of it is larger than that."] if over.any() else []),
         f"{QUANTIZED.capitalize()}: of the bits and group sizes of the item size whose files fit, those with the "
         f"lowest WER on this very set, which favours it. {PRUNED.capitalize()} (numbers in float16) and {BOTH}: "
-        f"experiment=best_oneshot at the lowest uniform sparsity that fits. What is not prunable has 6 bits in all. {BUDGET.capitalize()}: "
-        "experiment=smallest. None is fine-tuned.",
+        f"experiment=best_oneshot at the lowest uniform sparsity that fits. {BUDGET.capitalize()}: "
+        "experiment=smallest. What is not prunable has 6 bits in all of them. None is fine-tuned.",
         f"Differences in points. {describe_interval(edits)}",
     ]
     seconds = numbers.groupby("kind", sort=False)["seconds"].mean()

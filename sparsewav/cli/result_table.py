@@ -38,7 +38,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         made = {
             **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            **({"bits": f"{metrics['bits']:g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
+            **({"bits": f"{metrics['bits']:.3g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
             "parameters, before": f"{metrics['params_total']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",

@@ -179,7 +179,7 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "solver": f"{metrics['solver']}, objective {metrics['objective']}, recovery {metrics['recovery']}",
         "allocation": metrics["allocation"],
         "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
-        **({"bits of their weights": f"{metrics['bits']:g}"} if metrics["bits"] else {}),
+        **({"bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         "parameters": f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
         "weights in bitmask format": f"{metrics['bytes'] / 1e6:.2f} MB",

@@ -373,7 +373,7 @@ class Leveled(Allocation):
     """An allocation by what every matrix costs at several levels of sparsity; meets the target to one weight."""
 
     step: float = option(0.05, "distance between two levels of a matrix")
-    spread: float = option(0.25, "largest distance of a level from the target")
+    spread: float = option(0.25, "largest distance of a level from the target; not read beside sparsity=megabytes")
     level_cache_gib: float = option(
         1.0, "memory in GiB for the matrices at all levels; more goes to disk", identifies=False, least=0
     )

@@ -34,7 +34,7 @@ RANGES = torch.logspace(0.05, -1.4, 24, base=2.0).tolist()
 """Ranges that are tried for a group, as shares of its own: what lies beyond is rounded to the end of the range."""
 
 CODED_HIGH = 127
-"""The largest whole number of ``range=coded``."""
+"""The largest whole number of ``range=coded``; the scale is made larger where a weight would be beyond it."""
 
 PASSES = 3
 """Passes of coordinate descent at most."""
