@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sparsewav.cli.app  # noqa: F401  (registers the schemas)
 from experiments.__main__ import ITEMS
+from sparsewav.cli.explain import choices_of_keys
 from sparsewav.files import conf_folder
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def _runs(words: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
 @cache
 def _compose(name: str, overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose(name, list(overrides))
+        return compose(name, [*overrides, *(choices_of_keys(overrides) if name == "config" else [])])
 
 
 @pytest.mark.parametrize("document", CURRENT, ids=_name)

@@ -31,7 +31,7 @@ from sparsewav.pruning.hidden_states import (
     scratch_folder,
 )
 from sparsewav.pruning.recovery import LayerRecovery, recover
-from sparsewav.pruning.solvers.quantize import quantize_matrices
+from sparsewav.pruning.solvers.quantize import QuantizedMatrix, quantize_matrices
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
 from sparsewav.settings.pruning import Asymmetric, Integers, NoRecovery, Pruning
 
@@ -129,7 +129,7 @@ class Plan:
 
     def quantize(
         self, names: list[str], weights: list[Tensor], keeps: list[Tensor], hessian: Float[Tensor, "cols cols"]
-    ) -> list[Tensor]:
+    ) -> list[QuantizedMatrix]:
         """Round matrices that read the same input to their bits; the model is not changed."""
         quantization = self.settings.quantization
         assert isinstance(quantization, Integers)
@@ -238,11 +238,12 @@ def prune_layer_by_layer(
                         shown = _of_layer(progress, index, len(layers))
                         recovery = recover(layer, own, run, inputs, settings.recovery, settings.seed, shown)
                     if plan.bits and plan.rounds:
+                        grids: dict[str, QuantizedMatrix] = {}
                         for group, hessians in solved:
-                            quantize(group, hessians, plan, outcome)
+                            grids |= quantize(group, hessians, plan, outcome)
                         with outcome.timing("recover"):
                             again = recover(
-                                layer, own, run, inputs, settings.recovery, settings.seed, shown, on_grid=True
+                                layer, own, run, inputs, settings.recovery, settings.seed, shown, grids=grids
                             )
                         recovery = replace(again, diverged=again.diverged or recovery.diverged)
                     outcome.recoveries.append(recovery)
@@ -370,8 +371,15 @@ def solve(
 
 
 @torch.no_grad()
-def quantize(matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome) -> None:
-    """Round matrices in place that are solved and recovered; what is zero stays zero. Processes share the work."""
+def quantize(
+    matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome
+) -> dict[str, QuantizedMatrix]:
+    """Round matrices in place that are solved and recovered; what is zero stays zero. Processes share the work.
+
+    Returns:
+        The whole numbers and the scales of every matrix, by name.
+    """
+    done: dict[str, QuantizedMatrix] = {}
     with outcome.timing("quantize"):
         groups, owners = _dealt_groups(matrices, hessians)
         with distributed.together():
@@ -381,11 +389,14 @@ def quantize(matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, out
                     keeps = [weight != 0 for weight in weights]
                     names = [matrix.name for matrix in group]
                     rounded = plan.quantize(names, weights, keeps, hessians.by_input[key])
-                    for weight, new in zip(weights, rounded, strict=True):
-                        weight.copy_(new)
-        for key, group in groups.items() if distributed.world() > 1 else ():
+                    done |= dict(zip(names, rounded, strict=True))
+        for key, group in groups.items():
             for matrix in group:
-                matrix.weight.data.copy_(distributed.broadcast(matrix.weight.data, owners[key]))
+                if distributed.world() > 1:
+                    received: Any = distributed.broadcast(done.get(matrix.name), owners[key])
+                    done[matrix.name] = received
+                matrix.weight.data.copy_(done[matrix.name].weight)
+    return done
 
 
 def _rounded(group: MatrixGroup, found: list[PrunedMatrix], plan: Plan, outcome: Outcome) -> list[PrunedMatrix]:
@@ -393,7 +404,10 @@ def _rounded(group: MatrixGroup, found: list[PrunedMatrix], plan: Plan, outcome:
     with outcome.timing("quantize"):
         weights, keeps = [item.weight for item in found], [item.keep for item in found]
         rounded = plan.quantize(list(group.names), weights, keeps, group.hessian)
-        return [replace(item, weight=new, increments=None) for item, new in zip(found, rounded, strict=True)]
+        return [
+            replace(item, weight=new.weight.to(item.weight.dtype), increments=None)
+            for item, new in zip(found, rounded, strict=True)
+        ]
 
 
 def _dealt_groups(

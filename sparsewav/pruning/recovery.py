@@ -11,7 +11,7 @@ is not rounded, and the gradient is taken at what that copy is rounded to.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import PrunableMatrix
-from sparsewav.pruning.grid import find_grid
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
+from sparsewav.pruning.solvers.quantize import QuantizedMatrix
 from sparsewav.settings.pruning import Reconstruction, Recovery
 
 RunLayer = Callable[[LayerInputs], Float[Tensor, "batch frames width"]]
@@ -56,7 +56,7 @@ def recover(
     seed: int,
     progress: Progress | None = None,
     *,
-    on_grid: bool = False,
+    grids: Mapping[str, QuantizedMatrix] | None = None,
 ) -> LayerRecovery:
     """Fit a pruned layer's output to the dense model's, in place; a weight that is zero stays zero.
 
@@ -68,7 +68,7 @@ def recover(
         settings: ``Reconstruction`` or ``Affine``.
         seed: The seed of the order of the batches.
         progress: Called after every step.
-        on_grid: Whether the matrices were rounded: their scales stay, and every weight a whole multiple of its own.
+        grids: How the matrices were rounded, by name: their scales stay, and every weight on its grid.
 
     Raises:
         UserError: The outputs of the dense or of the pruned layer are not finite, as where they overflow float16.
@@ -84,7 +84,7 @@ def recover(
             learning_rate=learning_rate,
             seed=seed,
             progress=progress,
-            on_grid=on_grid,
+            grids=grids,
         )
     return correct_layer(layer, matrices, run, inputs)
 
@@ -100,7 +100,7 @@ def reconstruct_layer(
     learning_rate: float,
     seed: int,
     progress: Progress | None = None,
-    on_grid: bool = False,
+    grids: Mapping[str, QuantizedMatrix] | None = None,
 ) -> LayerRecovery:
     """Train a pruned layer on the dense model's outputs, with Adam and a learning rate that falls linearly to zero.
 
@@ -108,13 +108,13 @@ def reconstruct_layer(
     not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``.
     """
     device = next(layer.parameters()).device
-    grids = {matrix.parameter: _grid_of(matrix) for matrix in matrices} if on_grid else {}
-    learning = [parameter for parameter in _learning(layer, matrices) if grids.get(parameter, True)]
+    grid_of = {matrix.parameter: grids[matrix.name] for matrix in matrices} if grids else {}
+    learning = list(_learning(layer, matrices))
     masks = [parameter == 0 if parameter.dim() > 1 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
     error_before = _finite_error(run, inputs, device)
     # Of a rounded weight Adam has a copy that moves freely, of any other parameter the parameter itself.
-    moved = [parameter.detach().clone() if parameter in grids else parameter for parameter in learning]
+    moved = [parameter.detach().clone() if parameter in grid_of else parameter for parameter in learning]
     optimizer = torch.optim.Adam(moved, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     batches = _in_random_order(inputs, seed)
@@ -129,42 +129,13 @@ def reconstruct_layer(
         optimizer.step()
         schedule.step()
         for parameter, free in zip(learning, moved, strict=True):
-            if grid := grids.get(parameter):
-                parameter.copy_(grid.nearest(free))
+            if grid := grid_of.get(parameter):
+                parameter.copy_(grid.nearest(free.flatten(1)).view_as(parameter))
         if progress:
             progress(step + 1, steps)
     for parameter in learning:
         parameter.grad = None
     return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
-
-
-@dataclass(frozen=True)
-class _WeightGrid:
-    """The values that the weights of a rounded matrix may take, in the shape of its parameter.
-
-    Attributes:
-        scales: The scale of every weight.
-        low: The least whole number of the matrix.
-        high: The largest one.
-    """
-
-    scales: Float[Tensor, "..."]
-    low: int
-    high: int
-
-    def nearest(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Round to the grid; zero is positive, as the file has it."""
-        return (weight / self.scales).round_().clamp_(self.low, self.high).mul_(self.scales).add_(0.0)
-
-
-def _grid_of(matrix: PrunableMatrix) -> _WeightGrid | None:
-    """Find the grid of a rounded matrix; None, so that it does not learn, if it has none."""
-    weight = matrix.weight.detach()
-    found = find_grid(weight.cpu())
-    if found is None:
-        return None
-    scales = found.scales.repeat_interleave(found.group, 1)[:, : weight.shape[1]].to(weight)
-    return _WeightGrid(scales.view_as(matrix.parameter), int(found.codes.min()), int(found.codes.max()))
 
 
 @torch.no_grad()

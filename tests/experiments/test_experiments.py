@@ -38,7 +38,7 @@ from sparsewav.pruning.encoder import prunable_matrices
 from tests.finished import change, finish
 
 ROOT = Path(__file__).parents[2]
-PRESETS = ("best", "best_oneshot")
+PRESETS = ("best", "best_oneshot", "smallest")
 EXPERIMENT_FOLDER = conf_folder() / "experiment"
 EXPERIMENTS = sorted(
     str(path.relative_to(EXPERIMENT_FOLDER).with_suffix("")) for path in EXPERIMENT_FOLDER.rglob("*.yaml")

@@ -156,7 +156,8 @@ class ByteBudget:
             names=[name],
         )
         return [
-            PrunedMatrix(weight.to(one.weight.dtype), one.keep) for weight, one in zip(rounded, pruned, strict=True)
+            PrunedMatrix(found.weight.to(one.weight.dtype), one.keep)
+            for found, one in zip(rounded, pruned, strict=True)
         ]
 
 

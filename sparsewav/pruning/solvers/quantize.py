@@ -50,18 +50,36 @@ class QuantizedMatrix:
     Attributes:
         codes: The whole numbers.
         scales: The scale of every group of consecutive columns of a row.
+        low: The smallest whole number that a group may have.
+        high: The largest one.
         group_size: Columns of a group; the last one may have fewer.
     """
 
     codes: Int[Tensor, "rows cols"]
     scales: Float[Tensor, "rows groups"]
+    low: Float[Tensor, "rows groups"]
+    high: Float[Tensor, "rows groups"]
     group_size: int
 
     @property
     def weight(self) -> Float[Tensor, "rows cols"]:
         """The weights, on the grid."""
-        scales = self.scales.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
-        return scales * self.codes
+        return self.of_weights(self.scales) * self.codes
+
+    def of_weights(self, values: Float[Tensor, "rows groups"]) -> Float[Tensor, "rows cols"]:
+        """Give for every weight what its group has."""
+        return values.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
+
+    def nearest(self, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+        """Round weights to the grid; zero is positive, as the file has it."""
+        scales, low, high = (self.of_weights(values) for values in (self.scales, self.low, self.high))
+        return (weight / scales).round_().clamp_(low, high).mul_(scales).add_(0.0)
+
+    def split(self, rows: Sequence[int]) -> list["QuantizedMatrix"]:
+        """Take apart matrices that lie one below another."""
+        parts = (self.codes, self.scales, self.low, self.high)
+        items = zip(*(part.split(list(rows)) for part in parts), strict=True)
+        return [QuantizedMatrix(codes, scales, low, high, self.group_size) for codes, scales, low, high in items]
 
 
 @dataclass(frozen=True)
@@ -115,14 +133,14 @@ def quantize_matrices(
     keeps: Sequence[Bool[Tensor, "_rows _cols"]],
     damping: float = 0.01,
     names: Sequence[str] = ("the matrices",),
-) -> list[Float[Tensor, "_rows _cols"]]:
-    """Do what :func:`quantize_matrix` does for matrices that read the same input, with bits and a mask for each."""
+) -> list[QuantizedMatrix]:
+    """Do what :func:`quantize` does for matrices that read the same input, with bits and a mask for each."""
     rows = torch.tensor([len(weight) for weight in weights])
     steps = None
     if settings.range == "coded":
         found = [coded_step(*item) for item in zip(weights, keeps, bits, strict=True)]
         steps = torch.stack(found).repeat_interleave(rows.to(weights[0].device))
-    rounded = quantize(
+    together = quantize(
         torch.cat(list(weights)),
         hessian,
         settings,
@@ -132,7 +150,7 @@ def quantize_matrices(
         name=", ".join(names),
         steps=steps,
     )
-    return list(rounded.weight.to(weights[0].dtype).split(rows.tolist()))
+    return together.split(rows.tolist())
 
 
 def coded_step(
@@ -281,7 +299,8 @@ def _whole_numbers(result: Float[Tensor, "cols rows"], grid: _Grid) -> Quantized
     codes = torch.empty(result.T.shape, dtype=torch.int16, device=result.device)
     for group, span in grid.spans(len(result)):
         codes[:, span] = (result[span] / grid.scale[group]).round_().T
-    return QuantizedMatrix(codes, grid.scale.T.contiguous(), grid.group_size)
+    scales, low, high = (part.T.contiguous() for part in (grid.scale, grid.low, grid.high))
+    return QuantizedMatrix(codes, scales, low, high, grid.group_size)
 
 
 def _spans(cols: int, group_size: int) -> list[slice]:

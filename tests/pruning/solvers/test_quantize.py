@@ -118,7 +118,7 @@ def test_all_points_of_the_grid() -> None:
 def test_rows_with_bits_of_their_own() -> None:
     """Matrices of one input are rounded together as they are one by one."""
     weight, hessian, keep = layer(20, 64, 0.5, seed=3)
-    bits = torch.tensor([2] * 5 + [8] * 15)
+    bits = torch.tensor([2.0] * 5 + [8.0] * 15)
     settings = Integers(group_size=32)
     together = quantize_matrix(weight, hessian, settings, bits, keep=keep)
     for span, width in ((slice(0, 5), 2), (slice(5, 20), 8)):
