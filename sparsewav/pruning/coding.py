@@ -254,8 +254,9 @@ def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
     stored_dtype = _DTYPES[coding.values]
     whole = coding.bytes[1] % stored_dtype.itemsize == 0
     _check(whole, f"the values of {name} are not a whole number of {coding.values}")
-    # A copy, because the bytes of a file lie anywhere.
-    values = torch.from_numpy(streams[1].copy()).view(stored_dtype)
+    # A copy, because the bytes of a file lie anywhere; torch cannot view a row of no bytes as wider numbers.
+    values = torch.empty(coding.bytes[1] // stored_dtype.itemsize, dtype=stored_dtype)
+    values.view(torch.uint8).numpy()[:] = streams[1]
     return _scatter(values, kept, size, name).view(coding.shape).to(dtype)
 
 

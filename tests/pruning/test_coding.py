@@ -131,6 +131,8 @@ EDGES: dict[str, Callable[[], Tensor]] = {
     "denormal group": lambda: torch.cat([_rounded(_normal(60, 32), 4, 32), torch.full((60, 32), 2.0**-149)], 1),
     "far apart": lambda: _rounded(_normal(60, 96), 4, 32) * torch.logspace(-30, 30, 60, base=2).exp2().round()[:, None],
     "all zero": lambda: torch.zeros(60, 96),
+    "one row of zeros": lambda: torch.zeros(1, 960),
+    "zeros in double precision": lambda: torch.zeros(60, 96, dtype=torch.float64),
     "all the same": lambda: torch.full((60, 96), 0.375),
     "two values": lambda: torch.where(_normal(60, 96) > 0, 0.5, -0.5),
     "some rows zero": lambda: _rounded(_normal(60, 96), 4, 32) * (torch.arange(60) % 3 > 0)[:, None],
