@@ -26,6 +26,7 @@ from sparsewav.models.checkpoint import (
     name_in,
     opened,
     read_headers,
+    refuse_exported,
     some,
 )
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
@@ -104,6 +105,7 @@ def format_of(folder: Path) -> str:
     if dense and bitmask:
         raise UserError(f"{folder} has both {BITMASK_WEIGHTS} and dense weights; keep one of them")
     if not dense and not bitmask:
+        refuse_exported(folder)
         pickles = sorted(
             p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)
         )

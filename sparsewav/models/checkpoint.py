@@ -49,6 +49,19 @@ DTYPES = {
 """The types of safetensors that may occur in a model of speech."""
 
 
+def refuse_exported(folder: Path) -> None:
+    """Refuse the folder of a model that was exported to another runtime, where its weights are asked for.
+
+    Raises:
+        UserError: It is one.
+    """
+    if exported := [name for name in EXPORTED.values() if (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} was exported ({exported[0]}), and only sparsewav-transcribe and sparsewav-evaluate run it; give "
+            "the model that it was made from"
+        )
+
+
 class Checkpoint:
     """The tensors in the safetensors of a folder, read on request.
 

@@ -14,7 +14,7 @@ import sparsewav.models.structured  # noqa: F401  (both imports register the pac
 from sparsewav.errors import UserError
 from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
-from sparsewav.models.checkpoint import EXPORTED, INDEX, WEIGHTS, first_line, read_pickled_headers
+from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, read_pickled_headers, refuse_exported
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.models.skeleton import MASK_EMBEDDING, check_tensors, is_encoder, load_whole, make_skeleton, read_config
@@ -208,11 +208,7 @@ def load_pretrained(
     try:
         if any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS)):
             return read_model(folder, dtype, notes)
-        if exported := [file for file in EXPORTED.values() if (folder / file).is_file()]:
-            raise UserError(
-                f"it was exported ({exported[0]}), and only sparsewav-transcribe and sparsewav-evaluate run it; give "
-                "the model that it was made from"
-            )
+        refuse_exported(folder)
         if headers := read_pickled_headers(folder):
             check_tensors(make_skeleton(config, headers, source), headers, source)
         kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC

@@ -26,7 +26,6 @@ from sparsewav.pruning.coding import coded_bytes, file_bytes
 from sparsewav.pruning.encoder import (
     as_sequence,
     check_model,
-    encoder_layers,
     first_utterances,
     has_head,
     in_evaluation_mode,
@@ -187,7 +186,7 @@ def prune(
 
     Raises:
         UserError: An option, the model or the calibration data is wrong. After this and any other error the model is
-            as it was, for which a copy of its layers is kept in the meantime.
+            as it was, for which a copy of it is kept in the meantime.
     """
     if not isinstance(calibration, Calibration | None):
         raise UserError(f"calibration={calibration} is no Calibration; give e.g. Calibration(propagation='sequential')")
@@ -505,13 +504,12 @@ def stage_progress(progress: StageProgress | None, stage: str) -> Progress | Non
 
 @contextmanager
 def _undone_by_errors(model: PreTrainedModel) -> Iterator[None]:
-    """Give the layers their weights back if the block ends with an error."""
-    layers = encoder_layers(model)
-    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in layers.state_dict().items()}
+    """Give the model its numbers back if the block ends with an error: rounding changes the front end, too."""
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     try:
         yield
     except BaseException:
-        layers.load_state_dict(before)
+        model.load_state_dict(before)
         raise
 
 

@@ -1,6 +1,7 @@
 """A whole model whose weights are rounded: every tensor on its grid, masks held, errors those of what is there."""
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -194,3 +195,20 @@ def test_a_recovery_on_the_grid_keeps_mask_and_grid(
     before, after = ([getattr(item, part) for item in reports[0].recoveries] for part in ("error_before", "error"))
     assert all(new <= old for new, old in zip(after, before, strict=True))
     assert sum(after) < 0.97 * sum(before)
+
+
+def test_an_error_gives_the_front_end_back(
+    tiny_model: Callable[..., PreTrainedModel],
+    noise_batch: Callable[..., dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("wav2vec2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def fails(*_arguments: object) -> None:
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(importlib.import_module("sparsewav.pruning.prune"), "_warnings", fails)
+    with pytest.raises(RuntimeError, match="late"):
+        sparsewav.prune(model, [noise_batch([800, 640])], 0.5, quantization="int4", allocation="uniform")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
