@@ -101,7 +101,7 @@ class PruneReport:
 
     @property
     def bits(self) -> float | None:
-        """Mean bits of a prunable weight; None where they are not rounded to whole numbers."""
+        """Mean nominal bits of a prunable weight; None where they are not rounded to whole numbers."""
         counted = [(matrix.bits, matrix.rows * matrix.cols) for matrix in self.matrices if matrix.bits is not None]
         return sum(bits * size for bits, size in counted) / sum(size for _, size in counted) if counted else None
 
@@ -168,14 +168,14 @@ def prune(
             not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
             of the weights file allows, for which ``allocation`` is ``error_curves`` unless one is given.
-        preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended) or ``best``,
-            the same as ``experiment=`` of the command.
+        preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended), ``best``, or
+            ``smallest`` for ``Megabytes``; the same as ``experiment=`` of the command.
         saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
         solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
         objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
         recovery: What a pruned layer learns afterwards: ``none`` (the paper's), ``reconstruction``, ``affine``.
         quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
-            ``int4``, ``int3``, ``int2``; those of few bits take a model in float32.
+            ``int4``, ``int3``, ``int2``, or ``mixed`` for ``Megabytes``; all but ``float16`` take a model in float32.
         allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
             ``error_curves``, ``search``.
         calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;

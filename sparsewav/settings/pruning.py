@@ -316,7 +316,7 @@ class Int2(Integers):
 
 @dataclass(kw_only=True)
 class Mixed(Integers):
-    """Every matrix has the bits that ``sparsity=megabytes`` gives it, 0.75 to 6 on disk for a weight."""
+    """Every matrix has the bits that ``sparsity=megabytes`` gives it, nominally 0.75 to 6 a weight."""
 
     name: str = field(default="mixed", init=False)
     widths: ClassVar[tuple[float, ...]] = (0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6)
