@@ -31,8 +31,10 @@ from sparsewav.models.checkpoint import (
 )
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
 from sparsewav.pruning.coding import (
+    AGAIN,
     FORMAT,
     VERSION,
+    check_file,
     decode_masked,
     decode_tensors,
     encode_tensors,
@@ -51,13 +53,6 @@ BITMASK_NOTE = """
 **This folder has the weights in bitmask format**, which transformers does not read: `sparsewav.load` gives back the
 model, and `sparsewav-export` a plain checkpoint.
 """
-
-_AGAIN = "the file is broken: write it again with sparsewav-export"
-
-
-def _check(holds: bool, complaint: str) -> None:
-    if not holds:
-        raise UserError(f"{complaint}; {_AGAIN}")
 
 
 def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None = None) -> PreTrainedModel:
@@ -258,7 +253,7 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
                 found = thread.submit(checksum, stored, json.dumps(header.get("shapes"), sort_keys=True))
                 tensors = _decode_older(path, header.get("shapes"), stored, skeleton)
         sealed = header["version"] == 1 or found.result() == claimed
-        _check(sealed, f"{path} does not have the checksum that its header says")
+        check_file(sealed, f"{path} does not have the checksum that its header says")
         return tensors
 
 
@@ -273,7 +268,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         json.dumps(header)  # what is nested too deep for it is no header
     except (ValueError, RecursionError):
         header = None
-    _check(isinstance(header, dict), f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
+    check_file(isinstance(header, dict), f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
     version = header.get("version")
     if type(version) is not int or not 1 <= version <= VERSION or (version == 1) != (FORMAT not in metadata):
         raise UserError(
@@ -288,23 +283,23 @@ def _decode(
 ) -> dict[str, Tensor]:
     entries, float16 = header.get("coded", {}), header.get("float16", "")
     readable = isinstance(entries, dict) and float16 in ("float16", "float32")
-    _check(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
+    check_file(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
     codings = {name: read_coding(entry, f"{name} in {path}") for name, entry in entries.items()}
     _check_shapes(path, {name: coding.shape for name, coding in codings.items()}, skeleton)
     for name in codings:
-        _check(name in stored, f"{path} lacks {name}")
+        check_file(name in stored, f"{path} lacks {name}")
     return decode_tensors(stored, codings, float16, str(path))
 
 
 def _decode_older(path: Path, shapes: Any, stored: dict[str, Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """Decode what versions 1 and 2 have: ``NAME.bitmask`` and ``NAME.values``, and all others as they are."""
-    _check(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
+    check_file(isinstance(shapes, dict), f"{path} has no readable shapes in its metadata")
     _check_shapes(path, shapes, skeleton)
     tensors = dict(stored)
     for name, shape in shapes.items():
         for part in (f"{name}.bitmask", f"{name}.values"):
-            _check(part in tensors, f"{path} lacks {part}")
-        _check(name not in tensors, f"{path} has {name} both dense and as a bitmask")
+            check_file(part in tensors, f"{path} lacks {part}")
+        check_file(name not in tensors, f"{path} has {name} both dense and as a bitmask")
         bitmask, values = tensors.pop(f"{name}.bitmask"), tensors.pop(f"{name}.values")
         tensors[name] = decode_masked(bitmask, values, tuple(shape), f"{name} in {path}")
     return tensors
@@ -316,7 +311,7 @@ def _check_shapes(path: Path, shapes: dict[str, Any], skeleton: PreTrainedModel)
     for name, shape in shapes.items():
         known = expected.get(name_in(skeleton, name, expected))
         if known is None:
-            raise UserError(f"{path} has a bitmask for {name}, which is no matrix of its config.json; {_AGAIN}")
+            raise UserError(f"{path} has a bitmask for {name}, which is no matrix of its config.json; {AGAIN}")
         fits = isinstance(shape, list | tuple) and list(shape) == list(known.shape)
         fits = fits and all(type(size) is int for size in shape)
-        _check(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(known.shape)}")
+        check_file(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(known.shape)}")

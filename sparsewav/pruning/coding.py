@@ -84,7 +84,7 @@ def read_coding(entry: Any, name: str) -> Coding:
         codes, group, shift = found["codes"], found["group"], found["shift"]
         right = _whole_numbers(codes, -LARGEST) and len(codes) == 2 and codes[0] <= codes[1] <= LARGEST
         right = right and _whole_numbers([group, shift], -1000) and group > 0 and shift <= 1000
-    _check(right, f"the header has no readable entry for {name}")
+    check_file(right, f"the header has no readable entry for {name}")
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return Coding(**fields)
 
@@ -241,7 +241,7 @@ def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
         UserError: The bytes are not what the header says; ``name`` says of which tensor and file.
     """
     is_row = stored.dtype == torch.uint8 and stored.dim() == 1 and len(stored) == sum(coding.bytes)
-    _check(is_row, f"{name} is not a row of {sum(coding.bytes)} bytes, as its header says")
+    check_file(is_row, f"{name} is not a row of {sum(coding.bytes)} bytes, as its header says")
     content, ends = stored.numpy(), np.cumsum([0, *coding.bytes])
     streams = [content[start:end] for start, end in pairwise(ends)]
     size = math.prod(coding.shape)
@@ -253,7 +253,7 @@ def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
         return _decode_grid(streams[1:], kept, coding, name).view(coding.shape).to(dtype)
     stored_dtype = _DTYPES[coding.values]
     whole = coding.bytes[1] % stored_dtype.itemsize == 0
-    _check(whole, f"the values of {name} are not a whole number of {coding.values}")
+    check_file(whole, f"the values of {name} are not a whole number of {coding.values}")
     # A copy, because the bytes of a file lie anywhere; torch cannot view a row of no bytes as wider numbers.
     values = torch.empty(coding.bytes[1] // stored_dtype.itemsize, dtype=stored_dtype)
     values.view(torch.uint8).numpy()[:] = streams[1]
@@ -268,9 +268,9 @@ def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name:
     """
     size = math.prod(shape)
     is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
-    _check(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
+    check_file(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
     is_row = values.dtype in _BITS and values.dim() == 1
-    _check(is_row, f"the values of {name} are not one row of floating-point numbers")
+    check_file(is_row, f"the values of {name} are not one row of floating-point numbers")
     return _scatter(values, _positions(bitmask.numpy(), size, name), size, name).view(shape)
 
 
@@ -280,7 +280,9 @@ def _positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.i
     Raises:
         UserError: There are bits behind the last weight.
     """
-    _check(not size % 8 or not bitmask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight")
+    check_file(
+        not size % 8 or not bitmask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight"
+    )
     return np.flatnonzero(np.unpackbits(bitmask, count=size, bitorder="little").view(bool))
 
 
@@ -291,7 +293,9 @@ def _scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str
         UserError: There are more or fewer values than places.
     """
     count = size if kept is None else len(kept)
-    _check(count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}")
+    check_file(
+        count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}"
+    )
     if kept is None:
         return values
     integers = values.view(_BITS[values.dtype])  # NumPy knows no bfloat16
@@ -316,7 +320,7 @@ def _decode_grid(
     half = np.stack(planes[::-1], axis=1).view(np.float16).reshape(rows, -1)
     scales = torch.ldexp(torch.from_numpy(half).double(), torch.tensor(coding.shift)).float()
     fine = bool(((scales > 0) & scales.isfinite()).all())
-    _check(fine, f"the scales of {name} are not all positive and finite")
+    check_file(fine, f"the scales of {name} are not all positive and finite")
     whole = cols - cols % coding.group
     if whole:
         weight[:, :whole].unflatten(1, (-1, coding.group)).mul_(scales[:, : whole // coding.group, None])
@@ -328,20 +332,20 @@ def _decode_grid(
 def _decode_codes(stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str) -> NDArray[np.float32]:
     """Give the whole numbers, as float32."""
     values, digits = len(alphabet), _digits(len(alphabet))
-    _check(bool(values) or not count, f"{name} has weights, and its header knows no value of them")
+    check_file(bool(values) or not count, f"{name} has weights, and its header knows no value of them")
     if values < 2:
-        _check(not len(stream), f"the codes of {name} are not 0 bytes")
+        check_file(not len(stream), f"the codes of {name} are not 0 bytes")
         return np.full(count, alphabet[0] if values else 0, np.float32)
     wrong = f"the codes of {name} are not all codes of {values} values"
     if values > 256:
         planes = _inflate(stream, 2 * count, f"the codes of {name}").astype(np.int64)
         symbols = planes[:count] + 256 * planes[count:]
-        _check(not count or int(symbols.max()) < values, wrong)
+        check_file(not count or int(symbols.max()) < values, wrong)
         return alphabet.astype(np.float32)[symbols]
     packed = _inflate(stream, -(-count // digits), f"the codes of {name}")
     bound = values**digits
-    _check(bound == 256 or not count or int(packed.max()) < bound, wrong)
-    _check(not count % digits or int(packed[-1]) < values ** (count % digits), wrong)
+    check_file(bound == 256 or not count or int(packed.max()) < bound, wrong)
+    check_file(not count % digits or int(packed[-1]) < values ** (count % digits), wrong)
     # What every byte stands for: its digits to the base of the number of values, the lowest first.
     table = alphabet.astype(np.float32)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
     return table[packed].reshape(-1)[:count]
@@ -351,14 +355,14 @@ def _inflate(stream: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint
     """Give the content of a stream, which is deflated if it is shorter than its content."""
     if len(stream) == size:
         return stream
-    _check(len(stream) < size, f"{name} is longer than {size} bytes")
+    check_file(len(stream) < size, f"{name} is longer than {size} bytes")
     inflate = zlib.decompressobj(-15)
     try:
         content = inflate.decompress(stream.data, size + 1)  # one byte more than there may be, which ends a bomb
     except zlib.error as error:
-        raise UserError(f"{name} cannot be inflated ({error}); {_AGAIN}") from error
+        raise UserError(f"{name} cannot be inflated ({error}); {AGAIN}") from error
     ends = inflate.eof and not inflate.unused_data and len(content) == size
-    _check(ends, f"{name} is not {size} bytes when inflated")
+    check_file(ends, f"{name} is not {size} bytes when inflated")
     return np.frombuffer(content, np.uint8)
 
 
@@ -430,9 +434,14 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     return len(save(stored, {FORMAT: header_text(header | {"checksum": "0" * 64})}))
 
 
-_AGAIN = "the file is broken: write it again with sparsewav-export"
+AGAIN = "the file is broken: write it again with sparsewav-export"
 
 
-def _check(holds: bool, complaint: str) -> None:
+def check_file(holds: bool, complaint: str) -> None:
+    """Refuse a broken file with a complaint, unless what is checked holds.
+
+    Raises:
+        UserError: It does not hold.
+    """
     if not holds:
-        raise UserError(f"{complaint}; {_AGAIN}")
+        raise UserError(f"{complaint}; {AGAIN}")
