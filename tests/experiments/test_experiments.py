@@ -26,6 +26,8 @@ from experiments.differences import speakers_of
 from experiments.estimate import typed
 from experiments.items import ITEMS, PAPER
 from experiments.ours import model_costs
+from experiments.ours.size import POINTS
+from experiments.ours.size_figure import BUDGET
 from experiments.ours.variants import VARIANTS
 from experiments.paper.baselines import ROWS
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
@@ -91,14 +93,17 @@ def test_every_experiment_has_commands_to_copy_and_says_how_many_runs_they_are(n
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_its_row_of_the_accuracy_table(preset: str, tmp_path: Path) -> None:
-    """``experiment=best`` is the run of the accuracy table's row of that name, folder and all."""
-    (variant,) = (variant for variant in VARIANTS if variant.name == preset)
-    row = jobs(variant.one_shot, Scale("demo", tmp_path))[0]
+def test_a_preset_is_its_row_of_the_tables(preset: str, tmp_path: Path) -> None:
+    """``experiment=best`` is the run of the accuracy table's row of that name, ``smallest`` of the budgets'."""
+    sweeps = {variant.name: variant.one_shot for variant in VARIANTS} | {
+        "smallest": next(point.sweep for point in POINTS if point.kind == BUDGET)
+    }
+    row = jobs(sweeps[preset], Scale("demo", tmp_path))[0]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        target = f"sparsity.target={row.settings['sparsity.target']}"
-        own = compose("config", overrides=[f"experiment={preset}", target], return_hydra_config=True)
+        amount = "sparsity.megabytes" if preset == "smallest" else "sparsity.target"
+        words = [f"experiment={preset}", f"{amount}={row.config.sparsity[amount.partition('.')[2]]}"]
+        own = compose("config", overrides=words, return_hydra_config=True)
     assert Path(own.hydra.run.dir).name == row.folder.name
 
 

@@ -271,7 +271,7 @@ def test_a_run_is_exported_scored_and_used(
 
     for arguments, command, message in [
         (["model.name_or_path=out", "data=demo"], "sparsewav", "give the model that it was made from"),
-        (["out", "small"], "sparsewav-export", "neither model.safetensors nor"),
+        (["out", "small"], "sparsewav-export", "out was exported (model.onnx)"),
         ([audio, "--model", "out", "--device", "cuda"], "sparsewav-transcribe", "runs on the CPU"),
         ([audio, "--model", "there/is/no.onnx"], "sparsewav-transcribe", "there/is/no.onnx does not exist"),
         ([audio, "--model", "out", "--accelerate"], "sparsewav-transcribe", "--accelerate is for models that PyTorch"),
