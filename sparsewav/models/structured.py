@@ -1,7 +1,8 @@
 """Structured CTC models: layers of different widths in heads, head dimensions and feed-forward units.
 
-The gated methods make such models, and transformers has no class for them. Importing this module registers the classes,
-so that ``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint without code in its folder.
+Structured pruning and the gated methods make such models, and transformers has no class for them. Importing this module
+registers the classes, so that ``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint without code in
+its folder, and ``AutoModel.from_pretrained`` an encoder without a head.
 """
 
 import warnings
@@ -12,15 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCTC,
     HubertConfig,
     HubertForCTC,
+    HubertModel,
     PretrainedConfig,
     PreTrainedModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
+    Wav2Vec2Model,
     WavLMConfig,
     WavLMForCTC,
+    WavLMModel,
 )
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
@@ -230,6 +235,16 @@ def _scale_features(feature_projection: Any, inputs: tuple[Tensor]) -> tuple[Ten
     return (inputs[0] * feature_projection.scale,)
 
 
+class StructuredWav2Vec2Model(Wav2Vec2Model):
+    """wav2vec 2.0 with layers of different widths and without a head."""
+
+    config_class = StructuredWav2Vec2Config
+
+    def __init__(self, config: StructuredWav2Vec2Config) -> None:
+        super().__init__(config)
+        make_structured(self)
+
+
 class StructuredWav2Vec2ForCTC(Wav2Vec2ForCTC):
     """wav2vec 2.0 with layers of different widths and a CTC head."""
 
@@ -237,6 +252,16 @@ class StructuredWav2Vec2ForCTC(Wav2Vec2ForCTC):
 
     def __init__(self, config: StructuredWav2Vec2Config, target_lang: str | None = None) -> None:
         super().__init__(config, target_lang)
+        make_structured(self)
+
+
+class StructuredHubertModel(HubertModel):
+    """HuBERT with layers of different widths and without a head."""
+
+    config_class = StructuredHubertConfig
+
+    def __init__(self, config: StructuredHubertConfig) -> None:
+        super().__init__(config)
         make_structured(self)
 
 
@@ -250,6 +275,16 @@ class StructuredHubertForCTC(HubertForCTC):
         make_structured(self)
 
 
+class StructuredWavLMModel(WavLMModel):
+    """WavLM with layers of different widths and without a head."""
+
+    config_class = StructuredWavLMConfig
+
+    def __init__(self, config: StructuredWavLMConfig) -> None:
+        super().__init__(config)
+        make_structured(self)
+
+
 class StructuredWavLMForCTC(WavLMForCTC):
     """WavLM with layers of different widths and a CTC head."""
 
@@ -260,13 +295,14 @@ class StructuredWavLMForCTC(WavLMForCTC):
         make_structured(self)
 
 
-STRUCTURED: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "wav2vec2": (StructuredWav2Vec2Config, StructuredWav2Vec2ForCTC),
-    "hubert": (StructuredHubertConfig, StructuredHubertForCTC),
-    "wavlm": (StructuredWavLMConfig, StructuredWavLMForCTC),
+STRUCTURED: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
+    "wav2vec2": (StructuredWav2Vec2Config, StructuredWav2Vec2Model, StructuredWav2Vec2ForCTC),
+    "hubert": (StructuredHubertConfig, StructuredHubertModel, StructuredHubertForCTC),
+    "wavlm": (StructuredWavLMConfig, StructuredWavLMModel, StructuredWavLMForCTC),
 }
-"""Classes of the families that can be cut, by the ``model_type`` of the dense model."""
+"""Configuration, encoder and CTC model of the families that can be cut, by the ``model_type`` of the dense model."""
 
-for _config, _model in STRUCTURED.values():
+for _config, _encoder, _model in STRUCTURED.values():
     AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _encoder)
     AutoModelForCTC.register(_config, _model)

@@ -7,7 +7,7 @@ is treated like that one, with a warning (:func:`family_of`); every other model 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,9 @@ from sparsewav.errors import UserError
 
 OWN_PREFIX = "sparsewav-"
 """Prefix of the ``model_type`` of models that this package's methods produce and transformers has no class for."""
+
+Kind = Literal["heads", "units"]
+"""What structured pruning removes."""
 
 Frames = Callable[[Any, Int[Tensor, "..."]], Int[Tensor, "..."]]
 """Gives the frames that reach a model's first layer, from (model, lengths of its input in samples or features)."""
@@ -67,6 +70,9 @@ class Family:
             kernel 1, which multiply every frame by the same matrix. A model may lack some of them.
         dense: The other such modules of a layer, and why they stay dense.
         positions: Those of ``prunable`` that read position embeddings, alone or beside the hidden states.
+        readers: Those of ``prunable`` whose inputs can be removed together with what makes them, and what these inputs
+            come from: ``heads`` of an attention or ``units`` of a feed-forward network. Empty where no class can hold
+            layers that lack some.
         layers: Where the list of the layers is, below the base model.
         base: Where the base model is; None for the class's ``base_model_prefix``, and empty for the model itself.
         head: The name of the CTC head.
@@ -82,6 +88,7 @@ class Family:
     prunable: tuple[str, ...]
     dense: dict[str, str] = field(default_factory=dict)
     positions: frozenset[str] = frozenset()
+    readers: dict[str, Kind] = field(default_factory=dict)
     layers: str = "encoder.layers"
     base: str | None = None
     head: str = "lm_head"
@@ -106,6 +113,8 @@ _TRANSFORMER = Family(
     ),
     dense=_ADAPTER,
 )
+
+_CUTTABLE = replace(_TRANSFORMER, readers={"attention.out_proj": "heads", "feed_forward.output_dense": "units"})
 
 _CONFORMER = Family(
     prunable=(
@@ -133,9 +142,9 @@ _FAST_CONFORMER = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "wav2vec2": _TRANSFORMER,
-    "hubert": _TRANSFORMER,
-    "wavlm": replace(_TRANSFORMER, dense={"attention.gru_rel_pos_linear": "the gate of the position bias, 8 rows"}),
+    "wav2vec2": _CUTTABLE,
+    "hubert": _CUTTABLE,
+    "wavlm": replace(_CUTTABLE, dense={"attention.gru_rel_pos_linear": "the gate of the position bias, 8 rows"}),
     "unispeech": _TRANSFORMER,
     "unispeech-sat": _TRANSFORMER,
     # The stacked positional convolutions reach across the mask.
@@ -182,7 +191,7 @@ ENCODERS = {
 def known_family(model_type: str) -> Family | None:
     """Give the family of a ``model_type``; None for one that is not in the table."""
     if model_type.startswith(OWN_PREFIX):
-        return _TRANSFORMER
+        return _CUTTABLE
     return FAMILIES.get(ENCODERS.get(model_type, model_type))
 
 
