@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparsewav.inference import AccelerationReport, accelerate  # noqa: F401
     from sparsewav.inference.transcription import Transcript, transcribe  # noqa: F401
     from sparsewav.inference.wer import ErrorRates, evaluate  # noqa: F401
+    from sparsewav.models.cut import cut  # noqa: F401
     from sparsewav.models.load import SpeechModel, load  # noqa: F401
     from sparsewav.pipeline.prune_folder import prune_folder  # noqa: F401
     from sparsewav.pipeline.run_folder import save  # noqa: F401
@@ -45,6 +46,7 @@ _LATER = {
     "Utterance": "sparsewav.data.utterances",
     "accelerate": "sparsewav.inference",
     "calibration_batches": "sparsewav.data.given",
+    "cut": "sparsewav.models.cut",
     "evaluate": "sparsewav.inference.wer",
     "load": "sparsewav.models.load",  # which registers the package's own classes, too
     "load_model": "sparsewav.training.recipes",

@@ -27,7 +27,7 @@ The exit code is 1 if the model is not what the run's files say.
 
 _SHOWN_METRICS = (
     *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "target_sparsity"),
-    "target_megabytes",
+    *("target_megabytes", "target_parameters", "target_macs", "achieved_share"),
     *("finetune_strategy", "updates", "seed", "wer_dense", "wer", "cer_dense", "cer", "divergence"),
 )
 """The keys of ``metrics.json`` that are shown."""
@@ -55,12 +55,12 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
     return pandas.DataFrame(rows, columns=["name", "layer", "role", "rows", "cols", "zeros", "bits", "bytes"])
 
 
-def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list[str]:
-    """Compare the zeros of a model with the files in the folder of its run.
+def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: Path) -> list[str]:
+    """Compare the zeros and the sizes of a model with the files in the folder of its run.
 
     Args:
-        matrices: The result of :func:`matrix_sparsities`.
-        nonzero: Number of nonzero parameters of the whole model.
+        model: The model.
+        matrices: The result of :func:`matrix_sparsities` for it.
         run: The folder of the run.
 
     Returns:
@@ -69,15 +69,24 @@ def discrepancies(matrices: "pandas.DataFrame", nonzero: int, run: Path) -> list
     import pandas
 
     from sparsewav.pipeline import run_folder
+    from sparsewav.pruning.structure import structures
 
     found = []
     metrics = run_folder.read_metrics(run)
+    nonzero = run_folder.count_parameters(model)[1]
     if metrics["params_nonzero"] != nonzero:
         found.append(
             f"{run_folder.METRICS} says {metrics['params_nonzero']:,} parameters are not zero; {nonzero:,} are not"
         )
     if (run / run_folder.LAYERS).is_file():
         layers = pandas.read_csv(run / run_folder.LAYERS).set_index("name")
+        if "kept" in layers:  # heads and units were removed whole
+            parts = {structure.name: structure.count for structure in structures(model)}
+            return found + [
+                f"{run_folder.LAYERS} says {name} has {kept} {kind}; it has {parts.get(name, 0)}"
+                for name, kept, kind in zip(layers.index, layers["kept"], layers["kind"], strict=True)
+                if parts.get(name, 0) != kept
+            ]
         for row in matrices.itertuples():
             if row.name not in layers.index:
                 found.append(f"{run_folder.LAYERS} has no row for {row.name}")
@@ -210,11 +219,11 @@ def _inspect(name: str, revision: str | None, plot: Path | None, console: Consol
         console.print(f"heat map: {plot}", highlight=False)
     if run is None:
         return 0
-    wrong = discrepancies(matrices, run_folder.count_parameters(model)[1], run)
+    wrong = discrepancies(model, matrices, run)
     for sentence in wrong:
         console.print(f"[bold red]not as reported:[/bold red] {sentence}", highlight=False)
     if not wrong:
-        console.print("the zeros are those that the run reported", highlight=False)
+        console.print("zeros and sizes are those that the run reported", highlight=False)
     return 1 if wrong else 0
 
 

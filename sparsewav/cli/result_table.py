@@ -9,21 +9,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
+from sparsewav.pipeline.run_folder import last_change
+from sparsewav.settings.sparsity import COUNTED
 
 
 def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     """Show what a run cost and where its results are."""
     seconds = metrics["seconds"]
-    removed = metrics["params_total"] - metrics["params_nonzero"]
-    tuned = {}
+    tuned, change = {}, last_change(metrics)
     if metrics["updates"]:
         path = ", ".join(
             f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
             for stage in metrics["stages"]
         )
-        rounded = " and rounded" if metrics["quantization"] != papers_choice("quantization") else ""
-        tuned[f"word error rate, tuned{rounded}"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
+        tuned[f"word error rate, {change}"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
         tuned["stages"] = path
+    elif change and metrics["wer"] is not None:
+        tuned[f"word error rate, {change}"] = _rates(metrics, "")
     compression = metrics["compression"]
     spent = [stage for stage in ("calibrate", "allocate", "solve", "recover", "quantize") if stage in seconds]
     if compression:
@@ -39,8 +41,8 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
             **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
             **({"bits": f"{metrics['bits']:.3g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
-            "parameters, before": f"{metrics['params_total']:,}",
-            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
+            "parameters, before": f"{metrics['params_dense']:,}",
+            "parameters, after": _parameters(metrics),
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",
         }
     made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
@@ -88,8 +90,19 @@ def _asked(metrics: dict[str, Any]) -> dict[str, str]:
     if metrics["target_megabytes"] is not None:
         reached = f"{metrics['bytes'] / 1e6:.4f}   the weights file of model-bitmask"
         return {"megabytes, asked": f"{metrics['target_megabytes']:g}", "megabytes, reached": reached}
+    for key, name in COUNTED.items():
+        if metrics[f"target_{key}"] is not None:
+            reached = f"{metrics['achieved_share']:.4f}   of the encoder's"
+            return {f"{name}, asked": f"{metrics[f'target_{key}']:g}", f"{name}, reached": reached}
     pattern = f"   ({metrics['pattern']})" if metrics["pattern"] else ""
     return {"sparsity, asked": f"{metrics['target_sparsity']:.4f}{pattern}"}
+
+
+def _parameters(metrics: dict[str, Any]) -> str:
+    total, nonzero = metrics["params_total"], metrics["params_nonzero"]
+    if metrics["achieved_share"] is not None:
+        return f"{total:,}   ({100 * total / metrics['params_dense']:.1f} %)"
+    return f"{nonzero:,}   ({total - nonzero:,} are zero)"
 
 
 def _rates(metrics: dict[str, Any], model: str) -> str:

@@ -7,17 +7,22 @@ smaller ``intermediate_size``; every other one becomes one of :mod:`~sparsewav.m
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsewav.errors import UserError
+from sparsewav.models.load import SpeechModel
 from sparsewav.models.structured import STRUCTURED, LayerShape
 from sparsewav.pruning.encoder import encoder_layers, layers_name
+from sparsewav.pruning.prune import PruneReport
 from sparsewav.pruning.structure import structures
+
+Cuttable = TypeVar("Cuttable", PreTrainedModel, SpeechModel)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,37 @@ def cut_model(model: PreTrainedModel, kept: Mapping[str, Int[Tensor, " kept"]]) 
             _cut_units(state, prefix, cut.units)
         return _filled(type(model), config, state, model)
     return cut_layers(model, state, cuts, {})
+
+
+def cut(model: Cuttable, report: PruneReport) -> Cuttable:
+    """Make the smaller model out of one that :func:`sparsewav.prune` has pruned with ``Structured``.
+
+    Args:
+        model: The pruned model, or the :class:`~sparsewav.models.load.SpeechModel` that has it; it is not changed.
+        report: What ``prune`` gave for it.
+
+    Returns:
+        The same, with a smaller model that computes the same, up to rounding.
+
+    Raises:
+        UserError: No heads or units were removed, or this is another model.
+    """
+    pruned = model.model if isinstance(model, SpeechModel) else model
+    if not report.kept:
+        raise UserError("the report says of no heads and units which stay; prune with sparsewav.Structured(...) first")
+    for structure in structures(pruned):
+        kept = report.kept.get(structure.name)
+        columns = structure.reader.weight.detach().unflatten(1, (structure.count, structure.size))
+        gone = torch.ones(structure.count, dtype=torch.bool)
+        if kept is None or (len(kept) and int(kept.max()) >= structure.count):
+            continue
+        if columns[:, gone.index_fill_(0, kept, False)].any():
+            raise UserError(f"{structure.name} has weights that the report says are zero; give the model it is of")
+    try:
+        smaller = cut_model(pruned, report.kept)
+    except ValueError as error:
+        raise UserError(f"the report is of another model: {error}") from error
+    return replace(model, model=smaller) if isinstance(model, SpeechModel) else smaller
 
 
 def cut_layers(

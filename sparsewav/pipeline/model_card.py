@@ -11,9 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparsewav.models.hub import commit_of
 from sparsewav.models.load import SpeechModel
+from sparsewav.pipeline.run_folder import last_change
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.data import Data, DemoData, LibriSpeechHub
 from sparsewav.settings.run import Config
+from sparsewav.settings.sparsity import COUNTED
 
 CARD = "README.md"
 TAKEN_OVER = ("license", "license_name", "license_link", "language")
@@ -118,8 +120,8 @@ def _error_rates(metrics: Mapping[str, Any], sets: list[dict[str, Any]], scored:
         )
         head = "| evaluated on | utterances | distance of hidden states from the dense model's |"
         return f"\n{head}\n|---|---|---|\n{rows}"
-    tuned = metrics["updates"] > 0
-    last = "pruned and tuned" if metrics["quantization"] in (None, "none") else "pruned, tuned and rounded"
+    change = last_change(metrics)
+    tuned, last = bool(change), f"pruned, {change}" if change and " and " in change else f"pruned and {change}"
     columns = ["evaluated on", "utterances", "", "dense", "pruned", *([last] if tuned else [])]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     for record in sets:
@@ -164,12 +166,17 @@ Made by SparseWAV from {source}{tuned}.
 def _asked(metrics: Mapping[str, Any]) -> str:
     if metrics["target_megabytes"] is not None:
         return f"at most {metrics['target_megabytes']:g} MB"
+    for key, name in COUNTED.items():
+        if metrics[f"target_{key}"] is not None:
+            return f"{metrics[f'target_{key}']:g} of the encoder's {name}"
     return metrics["pattern"] or f"{metrics['target_sparsity']:g}"
 
 
 def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    cut = metrics["achieved_share"] is not None
+    removed = " removed" if cut else ""
     stages = ", then ".join(
-        (_asked(metrics) if record["sparsity"] is None else f"{record['sparsity']:g}")
+        (_asked(metrics) if record["sparsity"] is None else f"{record['sparsity']:g}" + removed)
         + (f" and {record['updates']:,} updates" if record["updates"] else "")
         for record in metrics["stages"]
     )
@@ -181,7 +188,10 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
         **({"bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
         "pruned to": stages,
-        "parameters": f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
+        **({"share of the encoder that stays": f"{metrics['achieved_share']:.4f}"} if cut else {}),
+        "parameters": f"{metrics['params_total']:,}; {metrics['params_dense']:,} before"
+        if cut
+        else f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
         "weights in bitmask format": f"{metrics['bytes'] / 1e6:.2f} MB",
         "calibration": f"{metrics['n_calibration_utterances']:,} utterances of {sample}, seed {metrics['seed']}",
     }
@@ -205,6 +215,6 @@ def _loading(metrics: Mapping[str, Any]) -> str:
     loading = f"{loader} loads it as any other model."
     if metrics["model_type"].startswith("sparsewav"):
         loading = f"`import sparsewav.models.load` registers its class; then {loader} loads it."
-    elif metrics["method"] == OURS:
+    elif metrics["method"] == OURS and metrics["achieved_share"] is None:
         loading = f"{loader} loads the dense weights, with their zeros, as any other model."
     return f"\n{loading}\n"

@@ -13,6 +13,7 @@ from sparsewav.settings.baselines import OURS
 from sparsewav.settings.options import metadata_of
 from sparsewav.settings.pruning import OPTIONS
 from sparsewav.settings.run import Config
+from sparsewav.settings.sparsity import Structured
 
 SETTINGS = ".hydra"
 """Folder of a run's composed configuration; Hydra's name for it."""
@@ -21,10 +22,10 @@ LATER_CHOICES = ("solver", "objective", "recovery", "quantization")
 """Groups that a folder's name mentions only where the choice is not the paper's."""
 
 WITHOUT_SALIENCY = [solver().name for solver in OPTIONS["solver"] if not getattr(solver, "uses_saliency", True)]
-"""Solvers that choose the mask by themselves, so that the saliency changes nothing."""
+"""Solvers that choose the mask by themselves, so that the saliency changes nothing, as in structured pruning."""
 
 REFUSED_BESIDE = [saliency().name for saliency in OPTIONS["saliency"] if not getattr(saliency, "updates", True)]
-"""Saliencies that such a solver refuses: the failure is recorded in another folder than that of a run it accepts."""
+"""Saliencies that are refused then: the failure is recorded in another folder than that of a run it accepts."""
 
 
 def identifying_settings(root: DictConfig) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
         keys.remove("training")
     unused = ("update_divisor", "lr_multiplier") if root.method.name == OURS else (*OPTIONS, "calibration")
     keys = [key for key in keys if key not in unused or key == "sparsity"]
-    without = root.solver.name in WITHOUT_SALIENCY and root.saliency.name not in REFUSED_BESIDE
+    without = root.solver.name in WITHOUT_SALIENCY or root.sparsity.name == Structured().name
+    without = without and root.saliency.name not in REFUSED_BESIDE
     if root.method.name == OURS and without:
         keys.remove("saliency")
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(root, keys), resolve=True)
@@ -72,6 +74,8 @@ def run_name(*, _root_: DictConfig) -> str:
 def _sparsity_part(sparsity: dict[str, Any]) -> str:
     if "megabytes" in sparsity:  # a value that is missing is a string, of which the check tells
         return f"{sparsity['megabytes']}MB".replace(".0MB", "MB")
+    if "parameters" in sparsity:
+        return "-".join(f"{sparsity[key]}{key}" for key in ("parameters", "macs") if sparsity[key] is not None)
     return f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}"
 
 

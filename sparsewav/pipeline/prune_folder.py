@@ -52,6 +52,7 @@ from sparsewav.settings.pruning import (
     Saliency,
     Solver,
     Sparsity,
+    Structured,
     Uniform,
     resolve,
 )
@@ -148,6 +149,11 @@ def prune_checkpoint(
     """Do :func:`prune_folder` with all options in one object."""
     source, destination = Path(locate_model(str(source), "source")), Path(destination).expanduser()
     settings.check()
+    if isinstance(settings.sparsity, Structured):
+        raise UserError(
+            "a checkpoint is pruned layer by layer in the shapes that it has, and sparsity=structured cuts them; "
+            "choose another sparsity, or load the model and call sparsewav.prune"
+        )
     if settings.calibration.propagation != "sequential":
         raise UserError("a checkpoint is pruned layer by layer; choose calibration.propagation=sequential")
     if not isinstance(settings.allocation, Uniform) and traces is None:

@@ -1,7 +1,7 @@
 """One run: load, evaluate, then calibrate, allocate, solve and tune at every stage, evaluate, save and record.
 
-Where the model is tuned, which takes weights off their grid, they are rounded after the last stage. A baseline has its
-own compression in the place of calibrating, allocating and solving.
+Where the model is tuned, which takes weights off their grid, or heads and units are cut out of it, its weights are
+rounded after the last stage. A baseline has its own compression in the place of calibrating, allocating and solving.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers
-from sparsewav.inference.macs import multiply_accumulates, silence
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
 from sparsewav.models.checkpoint import Checkpoint
@@ -45,10 +44,12 @@ from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
+from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.macs import multiply_accumulates, silence
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.pruning import Megabytes
+from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config
 from sparsewav.training.recipes import load_or_train, present_folder
 from sparsewav.training.schedule import plan_stages, too_short
@@ -118,6 +119,9 @@ def _run(
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
         print_warning(warning)
+    params_dense, _ = run_folder.count_parameters(speech.model)
+    if ours and isinstance(config.sparsity, Structured):
+        part_budget(speech.model, config.sparsity)  # refuses what is out of reach
     sets.needs_text = speech.writes
     if not speech.writes:
         _check_encoder(config, speech)
@@ -159,7 +163,8 @@ def _run(
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
     tunes = any(item.updates for item in stages)
-    if tunes and config.quantization.name != "none":
+    cuts = ours and isinstance(config.sparsity, Structured)  # weights are rounded in the shapes that they end with
+    if (tunes or cuts) and config.quantization.name != "none":
         steps.append(("quantize", stages[-1]))
     done = None if config.force else newest_step(folder, state.identity)
     begin()
@@ -182,7 +187,9 @@ def _run(
         step_folder = folder / (run_folder.MODEL if last else f"{run_folder.STAGES}/{number}-{kind}-{item.sparsity:g}")
         checkpoints = folder / run_folder.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
         if kind == "prune":
-            prune_step(config, speech, calibration, item.sparsity, dense, state, folder, console, rounds=not tunes)
+            prune_step(
+                config, speech, calibration, item.sparsity, dense, state, folder, console, rounds=not (tunes or cuts)
+            )
         elif kind == "quantize":
             quantize_step(config, speech, calibration, state, folder, console)
         elif kind == "compress":
@@ -196,6 +203,7 @@ def _run(
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
     replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
     about = {
+        "params_dense": params_dense,
         "n_calibration_utterances": len(calibration),
         "text": how.record(),
         "seconds_cached": replayed,
@@ -307,13 +315,15 @@ def _finish(
             group: getattr(config, group).name if ours else None
             for group in ("saliency", "solver", "objective", "recovery", "quantization", "allocation")
         },
-        **({} if config.solver.uses_saliency else {"saliency": None}),
+        **({} if config.uses_saliency else {"saliency": None}),
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
-        "target_sparsity": config.sparsity.fraction,
+        "target_sparsity": None if isinstance(config.sparsity, Structured) else config.sparsity.fraction,
+        **{f"target_{key}": getattr(config.sparsity, key, None) for key in ("parameters", "macs")},
         "target_megabytes": config.sparsity.megabytes if isinstance(config.sparsity, Megabytes) else None,
         "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
+        "achieved_share": state.stages[-1].get("share_left"),
         "bits": state.stages[-1].get("bits"),
         "params_total": total,
         "params_nonzero": nonzero,

@@ -25,6 +25,7 @@ from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.load import SpeechModel, require_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning import MatrixReport
+from sparsewav.pruning.structured import StructureReport
 
 METRICS = "metrics.json"
 LAYERS = "layers.csv"
@@ -77,7 +78,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); do the run again") from error
-    numbers = ("target_sparsity", "target_megabytes", "achieved_sparsity", *RATES, "updates", "seed")
+    targets = ("target_sparsity", "target_megabytes", "target_parameters", "target_macs", "achieved_share")
+    numbers = (*targets, "achieved_sparsity", *RATES, "updates", "seed")
     if (
         not isinstance(metrics, dict)
         or not isinstance(metrics.get("seconds"), dict)
@@ -87,9 +89,17 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def write_layers(path: Path, matrices: Sequence[MatrixReport]) -> None:
-    """Write a row for every matrix."""
-    write_table(path, [asdict(matrix) for matrix in matrices])
+def write_layers(path: Path, reports: Sequence[MatrixReport] | Sequence[StructureReport]) -> None:
+    """Write a row for every matrix, or for every attention and feed-forward network."""
+    write_table(path, [asdict(report) for report in reports])
+
+
+def last_change(metrics: Mapping[str, Any]) -> str | None:
+    """Say what a run did to its model after it was pruned and evaluated; None for nothing."""
+    rounds = metrics["quantization"] not in (None, "none")
+    if metrics["updates"]:
+        return "tuned and rounded" if rounds else "tuned"
+    return "rounded" if rounds and metrics["achieved_share"] is not None else None
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

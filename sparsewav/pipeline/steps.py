@@ -14,6 +14,7 @@ from rich.console import Console
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import writing
+from sparsewav.models.cut import cut_model
 from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.prune_folder import prune_checkpoint
@@ -36,8 +37,10 @@ from sparsewav.settings.pruning import (
     Magnitude,
     NoRecovery,
     Pruning,
+    Structured,
     Symmetric,
     Uniform,
+    Unstructured,
 )
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masks_of
@@ -58,9 +61,10 @@ def prune_step(
     *,
     rounds: bool,
 ) -> None:
-    """Prune the model in place to the sparsity of the next stage, write ``layers.csv`` and note what was done.
+    """Prune the model to the sparsity of the next stage, write ``layers.csv`` and note what was done.
 
-    The sparsity is None where the allocation finds it. Without ``rounds`` a later step rounds the weights to the bits
+    Its weights are changed in place; where heads and units are removed, the smaller model takes its place. The sparsity
+    is None where the allocation finds it. Without ``rounds`` a later step rounds the weights to the bits
     that ``layers.csv`` has.
     """
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
@@ -73,13 +77,18 @@ def prune_step(
             config, speech, utterances, batches, identity, console
         )
     settings = config.pruning(sparsity)
+    structured = isinstance(settings.sparsity, Structured)
+    if isinstance(settings.sparsity, Structured) and not first:  # of what the stages before have left
+        assert settings.sparsity.share is not None
+        share = settings.sparsity.share / state.stages[-1]["share_left"]
+        settings.sparsity = settings.sparsity.keeping(min(share, 1.0))
     recovers = config.recovery.name != "none"
 
     def advance(piece: str, done: int, total: int) -> None:
         if not recovers or piece == "recover":  # the bar shows what takes the longest
             progress(done, total)
 
-    how = config.saliency.name if config.solver.uses_saliency else config.solver.name
+    how = config.saliency.name if config.uses_saliency else config.solver.name
     # What the engine keeps on disk lies in temporary folders.
     with writing(Path(tempfile.gettempdir())), stage(console, f"Pruning to {settings.sparsity} with {how}") as progress:
         if config.model.offload:
@@ -90,7 +99,7 @@ def prune_step(
                 speech.model,
                 batches,
                 settings=settings,
-                masks=None if first else masks_of(speech.model),
+                masks=None if first or structured else masks_of(speech.model),
                 hessians=hessians,
                 traces=traces,
                 rounds=rounds,
@@ -99,10 +108,9 @@ def prune_step(
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
     for warning in new:
         print_warning(warning, log=False)  # by the engine
-    if sparsity is not None and sparsity != config.sparsity.fraction:
-        run_folder.write_layers(folder / f"layers-{sparsity:g}.csv", report.matrices)
-    else:
-        run_folder.write_layers(folder / run_folder.LAYERS, report.matrices)
+    early = sparsity is not None and sparsity != config.sparsity.fraction
+    table = f"layers-{sparsity:g}.csv" if early else run_folder.LAYERS
+    run_folder.write_layers(folder / table, report.structures or report.matrices)
     state.seconds["calibrate"] += report.seconds["calibrate"] + calibrate_seconds
     state.seconds["allocate"] += report.seconds["allocate"] + allocate_seconds
     _add_seconds(state, report, "solve", "recover", "quantize")
@@ -111,15 +119,22 @@ def prune_step(
     if traces_cached:
         state.cached["allocate"] = allocate_seconds
     state.warnings += new
+    achieved, share_left = report.sparsity, report.share
+    if share_left is not None:
+        speech.model = cut_model(speech.model, report.kept)
+        if not first:
+            achieved = 1 - (1 - achieved) * (1 - state.stages[-1]["achieved_sparsity"])
+            share_left *= state.stages[-1]["share_left"]
     probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
         {
             "sparsity": sparsity,
-            "achieved_sparsity": report.sparsity,
+            "achieved_sparsity": achieved,
             "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
             "updates": 0,
         }
         | ({} if report.bits is None else {"bits": report.bits})
+        | ({} if share_left is None else {"share_left": share_left})
         | (
             {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
             if report.allocated
@@ -144,7 +159,10 @@ def quantize_step(
     folder: Path,
     console: Console,
 ) -> None:
-    """Round the tuned model in place to the bits in ``layers.csv``; removed weights stay zero, and no other goes."""
+    """Round the tuned or cut model in place to the bits in ``layers.csv``.
+
+    Removed weights stay zero, and no other goes.
+    """
     with writing(Path(tempfile.gettempdir())), stage(console, f"Rounding to {config.quantization.name}") as progress:
         if not isinstance(config.quantization, Integers):
             started = time.perf_counter()
@@ -153,11 +171,13 @@ def quantize_step(
             return
         rows = pandas.read_csv(folder / run_folder.LAYERS).set_index("name")
         masks = masks_of(speech.model)
-        levels = {name: (float((~mask).sum()) / mask.numel(), float(rows.bits[name])) for name, mask in masks.items()}
+        cut = isinstance(config.sparsity, Structured)  # then all matrices have the same bits, and layers.csv has none
+        bits = dict.fromkeys(masks, config.quantization.widths[0]) if cut else rows.bits
+        levels = {name: (float((~mask).sum()) / mask.numel(), float(bits[name])) for name, mask in masks.items()}
         # Everything that may be removed is removed already, and nothing but the rounding changes the others.
         settings = replace(
             config.pruning(config.sparsity.fraction),
-            sparsity=config.sparsity,
+            sparsity=Unstructured(0.0) if cut else config.sparsity,  # the levels say it
             saliency=Magnitude(),
             solver=OBS(damping=config.solver.damping),
             objective=Symmetric(),
@@ -172,6 +192,7 @@ def quantize_step(
         report = in_all_processes(
             prune_model, speech.model, batches, settings=settings, masks=masks, levels=levels, progress=advance
         )
+    state.stages[-1]["bits"] = report.bits
     _add_seconds(state, report, "calibrate", "solve", "quantize")
 
 

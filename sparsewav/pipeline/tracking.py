@@ -214,6 +214,7 @@ class Tracking:
                 if record.get(key) is not None
             },
             "prune/sparsity_achieved": metrics["achieved_sparsity"],
+            **({} if metrics["achieved_share"] is None else {"prune/share_achieved": metrics["achieved_share"]}),
             "prune/seconds": metrics["seconds"]["prune"],
             "prune/peak_memory": metrics["peak_memory_bytes"],
             "params/nonzero": metrics["params_nonzero"],

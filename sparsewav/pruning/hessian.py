@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +29,8 @@ from sparsewav.pruning.encoder import (
     run_base,
 )
 from sparsewav.pruning.hidden_states import calibration_parts, layer_masks, valid_rows
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -69,6 +72,17 @@ class Hessians:
         for name, key in self.reads.items():
             groups[key].append(name)
         return groups
+
+    def restricted(self, names: Iterable[str]) -> "Hessians":
+        """Give those of some matrices alone, which are not copied."""
+        reads = {name: self.reads[name] for name in names}
+        keys = set(reads.values())
+
+        def of(values: dict[str, T]) -> dict[str, T]:
+            return {key: value for key, value in values.items() if key in keys}
+
+        sums = (of(values) for values in (self.drifts, self.drift_sums))
+        return Hessians(of(self.by_input), reads, self.frames, of(self.sampled), *sums)
 
 
 class _Sum:

@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
+from sparsewav.pruning.allocation.parts import parts_kept
 from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
 from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
@@ -33,6 +34,8 @@ from sparsewav.pruning.hidden_states import (
 from sparsewav.pruning.recovery import LayerRecovery, recover
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix, quantize_matrices
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
+from sparsewav.pruning.structure import Structure
+from sparsewav.pruning.structured import StructureReport, as_pruned, remove_parts
 from sparsewav.settings.pruning import Asymmetric, Integers, NoRecovery, Pruning
 
 StageProgress = Callable[[str, int, int], None]
@@ -86,7 +89,9 @@ class Plan:
 
     Attributes:
         settings: The settings of the pruning.
-        targets: The sparsity of every matrix, by name.
+        targets: The sparsity of every matrix that is pruned, by name.
+        structures: What loses parts whole, by the name of the matrix that reads them, whose sparsity is the share of
+            them that is removed; empty where single weights are removed, from all prunable matrices.
         traces: The Hessian traces that the allocation used.
         masks: The masks already in force, by name.
         bits: The bits of every matrix, by name; empty where the weights are not rounded to whole numbers.
@@ -103,6 +108,11 @@ class Plan:
     rounds: bool = True
     keep_masks: bool = True
     batched_devices: tuple[str, ...] = BATCHED_DEVICES
+    structures: Mapping[str, Structure] = field(default_factory=dict)
+
+    def pruned(self, matrices: list[PrunableMatrix]) -> list[PrunableMatrix]:
+        """Give those of some prunable matrices that the solver changes."""
+        return [matrix for matrix in matrices if not self.structures or matrix.name in self.structures]
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -146,7 +156,15 @@ class Plan:
     def solve_levels(
         self, matrices: list[PrunableMatrix], hessian: Float[Tensor, "cols cols"], sparsities: list[float]
     ) -> list[PrunedMatrix]:
-        """Prune matrices that read the same input, each to its own sparsity; the model is not changed."""
+        """Prune matrices that read the same input, each to its own sparsity; the model is not changed.
+
+        Where parts are removed whole it is one matrix, at several sparsities.
+        """
+        if self.structures:
+            structure = self.structures[matrices[0].name]
+            counts = [parts_kept(sparsity, structure.count) for sparsity in sparsities]
+            removals = remove_parts(structure, hessian, counts, self.settings.solver.damping)
+            return [as_pruned(structure, removal) for removal in removals]
         return prune_groups([self.group(matrices, sparsities, hessian)], self.settings)[0]
 
 
@@ -157,12 +175,16 @@ class Outcome:
     Attributes:
         reports: A report of every matrix, by name.
         masks: The masks, True where a weight is kept; empty without ``keep_masks``.
+        structures: A report of every structure that has lost parts, by the name of the matrix that reads them.
+        kept: The indices of the parts of it that stay, by its own name.
         recoveries: What the recovery of every layer achieved.
         seconds: The seconds spent in the stages ``solve``, ``recover`` and ``quantize``.
     """
 
     reports: dict[str, MatrixReport] = field(default_factory=dict)
     masks: dict[str, Bool[Tensor, "_rows _cols"]] = field(default_factory=dict)
+    structures: dict[str, StructureReport] = field(default_factory=dict)
+    kept: dict[str, Int[Tensor, " _kept"]] = field(default_factory=dict)
     recoveries: list[LayerRecovery] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("solve", "recover", "quantize"), 0.0))
 
@@ -221,12 +243,12 @@ def prune_layer_by_layer(
             with load_layer(index, outcome) if load_layer else nullcontext(False) as pruned_already:
                 dense_layer = copy.deepcopy(layer) if settings.two_models else layer
                 own = [matrix for matrix in matrices if matrix.layer == index]
-                groups = [] if pruned_already else [own]
-                if settings.calibration.propagation == "true_sequential" and groups:
+                groups = [] if pruned_already else [plan.pruned(own)]
+                if settings.calibration.propagation == "true_sequential" and any(groups):
                     groups = in_reading_order(groups[0], inputs, run)
                 solved: list[tuple[list[PrunableMatrix], Hessians]] = []  # for the roundings and errors that follow
                 dense_weights = {matrix.name: matrix.weight.detach().clone() for matrix in own if recovers}
-                for group in groups:
+                for group in filter(None, groups):  # a layer may have no parts that can be removed
                     hessians = collect_layer_hessians(group, inputs, run, settings, layer, dense_layer, device)
                     if recovers:
                         solved.append((group, hessians))
@@ -330,6 +352,9 @@ def solve(
         outcome: Reports, masks and seconds are added to it.
         progress: Called with the number of matrices done.
     """
+    if plan.structures:
+        _remove_parts(matrices, hessians, plan, outcome, progress)
+        return
     with outcome.timing("solve"):
         dealt, owners = _dealt_groups(matrices, hessians)
         rounds = bool(plan.bits) and plan.rounds and isinstance(plan.settings.recovery, NoRecovery)
@@ -349,11 +374,7 @@ def solve(
                 for key, group, found in zip(keys, asked, prune_groups(asked, plan.settings), strict=True):
                     results = _rounded(group, found, plan, outcome) if rounds else found
                     for matrix, result in zip(own[key], results, strict=True):
-                        if not is_finite(result.weight):
-                            raise UserError(
-                                f"the pruned weight of {matrix.name} has values beyond {result.weight.dtype}; load the "
-                                "model in float32"
-                            )
+                        _check_finite(matrix, result.weight)
                         done[matrix.name] = (_report(matrix, result, hessians, plan), result.keep)
                         matrix.weight.data.copy_(result.weight)
                 if progress:
@@ -368,6 +389,58 @@ def solve(
         outcome.reports |= {name: report for name, (report, _) in done.items()}
         if plan.keep_masks:
             outcome.masks |= {name: mask for name, (_, mask) in done.items()}
+
+
+def _remove_parts(
+    matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome, progress: Progress | None
+) -> None:
+    """Remove parts of the structures that these matrices read: their columns become zero, the others make up for it."""
+    done: dict[str, tuple[StructureReport, Tensor]] = {}
+    with outcome.timing("solve"):
+        dealt, owners = _dealt_groups(matrices, hessians)
+        with distributed.together():
+            for key, group in dealt.items():
+                for matrix in group if owners[key] == distributed.rank() else []:
+                    structure, dense = plan.structures[matrix.name], matrix.weight.detach()
+                    count = parts_kept(plan.targets[matrix.name], structure.count)
+                    drift = plan.group([matrix], [0.0], hessians.by_input[key], hessians.drifts.get(key)).drift
+                    damping = plan.settings.solver.damping
+                    removal = remove_parts(structure, hessians.by_input[key], [count], damping, drift)[0]
+                    _check_finite(matrix, removal.weight)
+                    error = output_error(dense, removal.weight, hessians, matrix.name)
+                    report = StructureReport(
+                        name=structure.name,
+                        layer=structure.layer,
+                        kind=structure.kind,
+                        size=structure.size,
+                        parts=structure.count,
+                        kept=count,
+                        relative_error=error / _output_energy(dense, hessians, matrix.name),
+                    )
+                    done[matrix.name] = report, removal.kept.cpu()
+                    matrix.weight.data.copy_(removal.weight)
+                    if progress:
+                        progress(len(done), len(matrices))
+        for key, group in dealt.items():
+            for matrix in group:
+                if distributed.world() > 1:
+                    received: Any = distributed.broadcast((matrix.weight.data, done.get(matrix.name)), owners[key])
+                    matrix.weight.data.copy_(received[0])
+                    done[matrix.name] = received[1]
+                report, kept = done[matrix.name]
+                outcome.structures[matrix.name], outcome.kept[report.name] = report, kept
+
+
+def _check_finite(matrix: PrunableMatrix, pruned: Float[Tensor, "rows cols"]) -> None:
+    """Refuse a weight beyond the range of its type.
+
+    Raises:
+        UserError: It has such values.
+    """
+    if not is_finite(pruned):
+        raise UserError(
+            f"the pruned weight of {matrix.name} has values beyond {pruned.dtype}; load the model in float32"
+        )
 
 
 @torch.no_grad()
@@ -469,7 +542,11 @@ def _measure_again(
             dense = dense_weights[matrix.name]
             error = output_error(dense, matrix.weight, hessians, matrix.name)
             relative = error / _output_energy(dense, hessians, matrix.name)
-            outcome.reports[matrix.name] = replace(outcome.reports[matrix.name], relative_error=relative)
+            if matrix.name in outcome.structures:
+                found = outcome.structures[matrix.name]
+                outcome.structures[matrix.name] = replace(found, relative_error=relative)
+            else:
+                outcome.reports[matrix.name] = replace(outcome.reports[matrix.name], relative_error=relative)
 
 
 def _error_of(dense: Float[Tensor, "rows cols"], pruned: PrunedMatrix, hessians: Hessians, name: str) -> float:

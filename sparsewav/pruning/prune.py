@@ -12,13 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.budget import MARGIN, ByteBudget, fit_uniformly
+from sparsewav.pruning.allocation.parts import PartBudget, part_budget
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
@@ -46,6 +47,7 @@ from sparsewav.pruning.layerwise import (
 )
 from sparsewav.pruning.recovery import LayerRecovery
 from sparsewav.pruning.rest import round_rest, round_tensor
+from sparsewav.pruning.structured import StructureReport, removed_weights
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
@@ -64,6 +66,7 @@ from sparsewav.settings.pruning import (
     Saliency,
     Solver,
     Sparsity,
+    Structured,
     Traced,
     Uniform,
     resolve,
@@ -77,9 +80,9 @@ class PruneReport:
     """The result of :func:`prune`; :meth:`to_frame` makes a table of it.
 
     Attributes:
-        matrices: A report for every matrix, in the model's order.
+        matrices: A report for every matrix, in the model's order; empty where heads and units were removed whole.
         masks: The mask of every matrix by name, True where a weight is kept; empty without ``keep_masks``.
-        sparsity: Pruned weights over prunable weights.
+        sparsity: Pruned weights over prunable weights; of heads and units those that :func:`sparsewav.cut` cuts.
         target_sparsity: The sparsity that was asked for; None where a size was.
         seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, of ``recover`` where there is a
             recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
@@ -87,6 +90,9 @@ class PruneReport:
         recoveries: What the recovery of every transformer layer achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
         bytes: The size of the weights file in bitmask format, where one was asked for.
+        structures: A report for every attention and feed-forward network that may have lost heads or units.
+        kept: The indices of the heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes them.
+        share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut.
     """
 
     matrices: list[MatrixReport]
@@ -98,6 +104,9 @@ class PruneReport:
     recoveries: list[LayerRecovery] = field(default_factory=list)
     allocated: LevelAllocation | None = None
     bytes: int | None = None
+    structures: list[StructureReport] = field(default_factory=list)
+    kept: dict[str, Int[Tensor, " _kept"]] = field(default_factory=dict)
+    share: float | None = None
 
     @property
     def bits(self) -> float | None:
@@ -106,18 +115,25 @@ class PruneReport:
         return sum(bits * size for bits, size in counted) / sum(size for _, size in counted) if counted else None
 
     def to_frame(self) -> pandas.DataFrame:
-        """Give a table with a row for every matrix, whose name is the index, as in a run's ``layers.csv``."""
-        return pandas.DataFrame([asdict(matrix) for matrix in self.matrices]).set_index("name")
+        """Give a table with a row for every matrix or structure, whose name is the index, as in ``layers.csv``."""
+        return pandas.DataFrame([asdict(row) for row in self.structures or self.matrices]).set_index("name")
 
     def __repr__(self) -> str:
-        worst = max(self.matrices, key=lambda matrix: matrix.relative_error)
+        rows: list[Any] = [*self.structures, *self.matrices]
+        worst = max(rows, key=lambda row: row.relative_error)
         seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
         size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
+        done = f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
+        if self.share is not None:
+            left = ", ".join(
+                f"{sum(row.kept for row in rows if row.kind == kind):,} of "
+                f"{sum(row.parts for row in rows if row.kind == kind):,} {kind}"
+                for kind in dict.fromkeys(row.kind for row in rows)
+            )
+            done = f"{left} stay, {self.share:.2%} of what the encoder had; sparsewav.cut makes the smaller model"
         lines = [
-            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
-            + (f", the others have {self.bits:.3g} bits" if self.bits else "")
-            + f"{size}; {seconds}",
+            done + (f", the others have {self.bits:.3g} bits" if self.bits else "") + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
         ]
@@ -167,7 +183,9 @@ def prune(
             ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
             not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
-            of the weights file allows, for which ``allocation`` is ``error_curves`` unless one is given.
+            of the weights file allows, or ``Structured(parameters=0.5)``: whole heads and units, whose columns in the
+            matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model. For the last two
+            ``allocation`` is ``error_curves`` unless one is given.
         preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended), ``best``, or
             ``smallest`` for ``Megabytes``; the same as ``experiment=`` of the command.
         saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
@@ -203,14 +221,20 @@ def prune(
         if value is not None:
             setattr(settings, group, resolve(group, value))
     settings.sparsity, settings.seed = resolve("sparsity", sparsity), seed
-    if isinstance(settings.sparsity, Megabytes) and allocation is None and isinstance(settings.allocation, Traced):
-        settings.allocation = ErrorCurves()  # as sparsity=megabytes of the command brings it
+    by_size = isinstance(settings.sparsity, Megabytes | Structured)
+    if by_size and allocation is None and isinstance(settings.allocation, Traced):
+        settings.allocation = ErrorCurves()  # as sparsity=megabytes or structured of the command brings it
     settings.calibration = calibration or settings.calibration
     settings.check()
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     check_model(pruned, by_output=not isinstance(settings.allocation, Uniform))
     check_allocation(pruned, settings.allocation)
     check_quantization(pruned, settings.quantization)
+    if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
+        raise UserError(
+            f"quantization={settings.quantization.name} rounds the model that is cut; prune without it, cut the model, "
+            f"and prune that to 0 with quantization={settings.quantization.name} and allocation=uniform"
+        )
     with _undone_by_errors(pruned), whatever_modes(pruned.device):
         return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress)
 
@@ -248,7 +272,14 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
-    matrices = prunable_matrices(model)
+    matrices, budget = prunable_matrices(model), None
+    prunable = sum(matrix.size for matrix in matrices)
+    if isinstance(settings.sparsity, Structured):
+        if masks:
+            raise UserError("masks remove single weights, and sparsity=structured whole heads and units; give no masks")
+        budget = part_budget(model, settings.sparsity)
+        matrices = [matrix for matrix in matrices if matrix.name in budget.structures]
+        hessians = hessians.restricted(budget.structures) if hessians else None
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
     if unknown:
@@ -268,10 +299,13 @@ def prune_model(
         by_levels = by_levels and levels is None
         if levels is not None:
             targets = {name: levels[name][0] for name in sizes}
+        elif budget is not None:
+            targets = budget.targets(budget.kept_evenly())
         else:
             targets = {} if by_levels else allocate(sizes, settings, traces)
         bits = _bits(sizes, settings, levels)
         plan = Plan(settings, targets, traces, dict(masks or {}), bits, rounds, keep_masks, batched_devices)
+        plan.structures = budget.structures if budget else {}
         if hessians is None and (parallel or by_levels):
             with _timed(seconds, "calibrate"):
                 hessians = collect_hessians(
@@ -280,12 +314,14 @@ def prune_model(
                     frames_per_column=settings.calibration.frames_per_column,
                     seed=settings.seed,
                     progress=stage_progress(progress, "calibrate"),
-                )
+                ).restricted(sizes)
         allocated = None
         if by_levels:
             assert hessians is not None
             with _timed(seconds, "allocate"):
-                allocated = allocate_levels(model, batches, plan, hessians, stage_progress(progress, "allocate"))
+                allocated = allocate_levels(
+                    model, batches, plan, hessians, budget, stage_progress(progress, "allocate")
+                )
 
         def prune_to_plan() -> Outcome:
             outcome = Outcome()
@@ -306,21 +342,27 @@ def prune_model(
         elif isinstance(settings.sparsity, Megabytes):
             outcome, allocated = prune_to_size(model, settings.sparsity, plan, allocated, prune_to_plan)
         else:
-            plan.targets = allocated.sparsities
+            plan.targets = budget.filled_targets(allocated.sparsities) if budget else allocated.sparsities
             outcome = prune_to_plan()
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
     stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
-    removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
+    if budget is not None:
+        removed, zeros = removed_weights(model, outcome.structures), 0
+    else:
+        removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
     return PruneReport(
-        matrices=[outcome.reports[name] for name in sizes],
+        matrices=[outcome.reports[name] for name in sizes if name in outcome.reports],
         masks={name: outcome.masks[name] for name in sizes if name in outcome.masks},
-        sparsity=removed / sum(sizes.values()),
-        target_sparsity=settings.sparsity.fraction,
+        sparsity=removed / prunable,
+        target_sparsity=None if budget else settings.sparsity.fraction,
         seconds=seconds | {stage: outcome.seconds[stage] for stage, happens in stages.items() if happens},
-        warnings=_warnings(model, plan, outcome, (zeros - removed) / sum(sizes.values()), allocated),
+        warnings=_warnings(model, plan, outcome, (zeros - removed) / prunable, allocated),
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
+        structures=[outcome.structures[name] for name in sizes if name in outcome.structures],
+        kept=outcome.kept,
+        share=budget.share({name: report.kept for name, report in outcome.structures.items()}) if budget else None,
     )
 
 
@@ -447,16 +489,23 @@ def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, T
 
 
 def allocate_levels(
-    model: PreTrainedModel, batches: Any, plan: Plan, hessians: Hessians, progress: Progress | None = None
+    model: PreTrainedModel,
+    batches: Any,
+    plan: Plan,
+    hessians: Hessians,
+    budget: PartBudget | None = None,
+    progress: Progress | None = None,
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
-    settings, matrices = plan.settings, prunable_matrices(model)
+    settings, matrices = plan.settings, plan.pruned(prunable_matrices(model))
     allocation, sparsity = settings.allocation, settings.sparsity
     found: LevelAllocation | None = None
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
-            goal: float | ByteBudget
-            if isinstance(sparsity, Megabytes):
+            goal: float | ByteBudget | PartBudget
+            if budget is not None:
+                goal = budget
+            elif isinstance(sparsity, Megabytes):
                 rest = bytes_of_rest(model, settings.quantization)
                 goal = ByteBudget(sparsity.bytes, rest, settings.quantization, settings.solver.damping)
             else:

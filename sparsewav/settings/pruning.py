@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from sparsewav.errors import UserError
 from sparsewav.settings.options import Option, Settings, group_faults, option
-from sparsewav.settings.sparsity import NM, Megabytes, Sparsity, Unstructured
+from sparsewav.settings.sparsity import NM, Megabytes, Sparsity, Structured, Unstructured
 
 
 @dataclass(kw_only=True)
@@ -296,7 +296,7 @@ class Leveled(Allocation):
     """An allocation by what every matrix costs at several levels of sparsity; meets the target to one weight."""
 
     step: float = option(0.05, "distance between two levels of a matrix")
-    spread: float = option(0.25, "largest distance of a level from the target; not read beside sparsity=megabytes")
+    spread: float = option(0.25, "largest distance of a level from the target; read beside sparsity=unstructured alone")
     level_cache_gib: float = option(
         1.0, "memory in GiB for the matrices at all levels; more goes to disk", identifies=False, least=0
     )
@@ -359,7 +359,7 @@ class Calibration(Settings):
 
 
 OPTIONS: dict[str, tuple[type[Option], ...]] = {
-    "sparsity": (Unstructured, NM, Megabytes),
+    "sparsity": (Unstructured, NM, Megabytes, Structured),
     "saliency": (FirstOrder, SecondOrder, Wanda, Magnitude),
     "solver": (OBS, OBSRefit, ALPS),
     "objective": (Symmetric, Asymmetric),
@@ -421,6 +421,11 @@ class Pruning:
         by_levels = isinstance(self.allocation, Leveled) or isinstance(self.sparsity, Megabytes)
         return self.calibration.propagation == "parallel" or by_levels
 
+    @property
+    def uses_saliency(self) -> bool:
+        """Whether the saliency chooses what is removed."""
+        return self.solver.uses_saliency and not isinstance(self.sparsity, Structured)
+
     def check(self) -> None:
         """Refuse values that cannot be.
 
@@ -441,7 +446,9 @@ class Pruning:
         sparsity, allocation, propagation = self.sparsity, self.allocation, self.calibration.propagation
         if sparsity.pattern and not isinstance(allocation, Uniform):
             yield f"sparsity=n_m gives every matrix the sparsity {sparsity}; choose allocation=uniform with it"
-        if isinstance(allocation, Hutchinson) and sparsity.fraction is not None and not list(sparsity.faults()):
+        if isinstance(sparsity, Structured):
+            yield from self._structured_faults(sparsity)
+        elif isinstance(allocation, Hutchinson) and sparsity.fraction is not None and not list(sparsity.faults()):
             yield from alpha_faults(allocation.alpha, sparsity.fraction)
         if isinstance(sparsity, Megabytes):
             yield from self._budget_faults()
@@ -468,6 +475,27 @@ class Pruning:
                     f"{group}={names[group]} needs what the pruned layers give; choose "
                     "calibration.propagation=true_sequential (or sequential) with it"
                 )
+
+    def _structured_faults(self, sparsity: Structured) -> Iterator[str]:
+        if isinstance(self.allocation, Traced):
+            yield (
+                f"allocation={self.allocation.name} shares weights, and sparsity=structured removes heads and units; "
+                "choose allocation=error_curves (or search, uniform) with it"
+            )
+        if isinstance(self.allocation, Search) and sparsity.uniform:
+            yield (
+                "allocation=search swaps levels of single layers, and sparsity.uniform=true gives all the same; choose "
+                "allocation=error_curves with it"
+            )
+        if not self.saliency.updates:
+            yield (
+                f"saliency={self.saliency.name} updates no weights, and sparsity=structured does; choose saliency=obs"
+            )
+        if self.solver.name != OBS().name or getattr(self.solver, "comparison_group", "block") != "block":
+            yield (
+                f"solver={self.solver.name} and its comparison_group choose single weights; choose solver=obs, whose "
+                "damping sparsity=structured reads, and solver.comparison_group=block"
+            )
 
     def _budget_faults(self) -> Iterator[str]:
         if isinstance(self.allocation, Traced):

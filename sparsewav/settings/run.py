@@ -23,6 +23,7 @@ from sparsewav.settings.pruning import (
     Hutchinson,
     Megabytes,
     Pruning,
+    Structured,
     Uniform,
     Unstructured,
     alpha_faults,
@@ -110,7 +111,8 @@ class Config(Pruning):
     def stages(self) -> list[float | None]:
         """The sparsities at which the model is pruned, one after the other; the last is the target.
 
-        It is None alone where the allocation finds the sparsity.
+        It is None alone where the allocation finds the sparsity. With ``sparsity=structured`` it is the share of the
+        dense encoder's parameters or multiply-accumulates that is removed.
         """
         target = self.sparsity.fraction
         strategy = self.finetune_strategy
@@ -126,7 +128,10 @@ class Config(Pruning):
         """Give the settings of pruning alone, for a stage at some sparsity."""
         values = {item.name: getattr(self, item.name) for item in fields(Pruning)}
         if not self.sparsity.pattern and sparsity is not None:
-            values["sparsity"] = Unstructured(sparsity)
+            asked = self.sparsity
+            values["sparsity"] = (
+                asked.keeping(1 - sparsity) if isinstance(asked, Structured) else Unstructured(sparsity)
+            )
         return Pruning(**values)
 
     @property
@@ -167,6 +172,11 @@ class Config(Pruning):
                 "model.offload=true writes layer after layer and cannot go back when the file comes out too large; "
                 "choose sparsity=unstructured, or model.offload=false"
             )
+        if isinstance(self.sparsity, Structured):
+            yield (
+                "model.offload=true writes layers of the sizes that it reads, and sparsity=structured cuts them; "
+                "choose model.offload=false"
+            )
         if self.two_models:
             yield (
                 f"model.offload=true has one layer in memory, and objective={self.objective.name} with "
@@ -198,7 +208,7 @@ class Config(Pruning):
             yield f"model.offload=true goes with method={OURS} alone"
         if self.training.processes != 1 and self.finetune_strategy.name != "none":
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
-        if self.sparsity.pattern or isinstance(self.sparsity, Megabytes):
+        if not isinstance(self.sparsity, Unstructured):
             yield f"sparsity={self.sparsity.name} goes with method={OURS} alone; choose sparsity=unstructured"
         if self.quantization.name != "none":
             yield f"quantization={self.quantization.name} goes with method={OURS} alone; choose quantization=none"

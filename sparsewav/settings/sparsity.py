@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 from sparsewav.settings.options import MISSING, Option, option
 
@@ -12,7 +13,7 @@ class Sparsity(Option):
 
     @property
     def fraction(self) -> float | None:
-        """The share of the prunable weights to remove; None where the allocation finds it."""
+        """The share to remove of what the option counts; None where the allocation finds it."""
         raise NotImplementedError
 
     @property
@@ -82,3 +83,59 @@ class Megabytes(Sparsity):
 
     def __str__(self) -> str:
         return f"{self.megabytes:g} MB"
+
+
+PARTS = ("heads", "units")
+"""What ``sparsity=structured`` removes, whole."""
+
+
+COUNTED = {"parameters": "parameters", "macs": "multiply-accumulates"}
+"""What a share of the encoder can be of, by its key, and its name in sentences."""
+
+
+@dataclass
+class Structured(Sparsity):
+    """Whole attention heads and units of the feed-forward networks are removed, and the model becomes smaller."""
+
+    name: str = field(default="structured", init=False)
+    parameters: float | None = option(
+        None, "share of the encoder's parameters (all but the CTC head's) that stay; or give macs", above=0, most=1
+    )
+    macs: float | None = option(
+        None,
+        "share of the encoder's multiply-accumulates that stay, for ten seconds of audio; or give parameters",
+        above=0,
+        most=1,
+    )
+    uniform: bool = option(False, "every layer keeps equally many heads, and equally many units")
+    parts: list[str] = option(["heads", "units"], "what is removed: heads, units or both")
+
+    @property
+    def counts(self) -> str:
+        """What the share is of: ``parameters`` or ``macs``."""
+        return "parameters" if self.macs is None else "macs"
+
+    @property
+    def share(self) -> float | None:
+        """The share of it that stays; None where none is given."""
+        return self.parameters if self.macs is None else self.macs
+
+    @property
+    def fraction(self) -> float | None:
+        return None if self.share is None else round(1 - self.share, 12)
+
+    def keeping(self, share: float) -> Self:
+        """Give the same for another share that stays."""
+        return self.changed(**{self.counts: share})
+
+    def __str__(self) -> str:
+        return f"{self.share:g} of the {COUNTED[self.counts]}"
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.parameters is None and self.macs is None:
+            yield "parameters=null does not say how small the model is to be; give sparsity.parameters or sparsity.macs"
+        if self.parameters is not None and self.macs is not None:
+            yield f"parameters={self.parameters} and sparsity.macs={self.macs} are two sizes; give one of them"
+        if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
+            yield f"parts=[{','.join(map(str, self.parts))}] must be some of {', '.join(PARTS)}, each once"

@@ -20,7 +20,7 @@ from sparsewav.baselines.magnitude import prune_by_magnitude
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
-from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.pruning.macs import multiply_accumulates
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.families import FAMILIES

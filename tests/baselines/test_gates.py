@@ -19,7 +19,7 @@ from sparsewav.baselines.gates import (
     open_probability,
     sample_gates,
 )
-from sparsewav.inference.macs import multiply_accumulates
+from sparsewav.pruning.macs import multiply_accumulates
 from sparsewav.models.load import load_pretrained
 from sparsewav.pruning.encoder import prunable_matrices
 

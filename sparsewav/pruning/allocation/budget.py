@@ -120,7 +120,7 @@ class ByteBudget:
         share = self.room / sum(weights.values())
         return {
             name: max(int(np.searchsorted(sizes, share * weights[name], side="right")) - 1, 0)
-            for name, sizes in store.bytes.items()
+            for name, sizes in store.sizes.items()
         }
 
     def choose(self, costs: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -212,7 +212,7 @@ class Fit:
     def at_best(cls, store: LevelStore) -> "Fit":
         """Choose the largest level of every matrix; no cost is measured."""
         costs = {name: np.zeros(len(levels)) for name, levels in store.levels.items()}
-        return cls(store.levels, store.bytes, costs, {name: len(own) - 1 for name, own in store.levels.items()})
+        return cls(store.levels, store.sizes, costs, {name: len(own) - 1 for name, own in store.levels.items()})
 
     def smaller(self, excess: int) -> "Fit | None":
         """Give a choice with fewer bytes, by at least ``excess``; None if there is none.

@@ -3,12 +3,14 @@
 All levels of the matrices that read one input are solved side by side with one factorisation of the Hessian. The levels
 of the OBS sweep equal those of matrices pruned alone; those of ALPS nearly do, because they share its schedule of
 penalties. Given the cost of every level of every matrix, the choice with the least sum of costs is found by dynamic
-programming (as in OBC and SPDY), within one of two budgets:
+programming (as in OBC and SPDY), within a budget:
 
 - of weights: every level is a whole number of steps above or below the target sparsity, so that the target itself is
   one of them; a choice meets the budget when the sum of the steps, weighted by the matrices' sizes, is zero;
 - of bytes (:mod:`~sparsewav.pruning.allocation.budget`): a level is a sparsity and, where the weights are rounded, a
-  number of bits, and takes the bytes that it would take in the file.
+  number of bits, and takes the bytes that it would take in the file;
+- of parameters or multiply-accumulates (:mod:`~sparsewav.pruning.allocation.parts`): a level is a number of heads or
+  units, and takes what they do.
 """
 
 import math
@@ -37,10 +39,10 @@ RoundLevels = Callable[
     [PrunableMatrix, Sequence["Level"], Sequence[PrunedMatrix], Float[Tensor, "cols cols"]],
     tuple[list["Level"], list[PrunedMatrix], np.ndarray],
 ]
-"""Makes levels of a matrix, and their bytes in the weights file, of those that are pruned and not rounded."""
+"""Makes levels of a matrix, and what they take of the budget, of those that are pruned and not rounded."""
 
 GRAINS_OF_A_MATRIX = 400
-"""For the choice of levels, bytes are rounded up to this fraction of a matrix's mean share of the budget."""
+"""For the choice of levels, sizes are rounded up to this fraction of a matrix's mean share of the budget."""
 
 GRAINS = 5000
 """For the choice of levels, sizes without a large common divisor are rounded to this fraction of all weights."""
@@ -105,7 +107,7 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         row_errors: By matrix, the error of each row's output at each level, shape (levels, rows): ||(w − ŵ)X||², to
             which the OBS sweep's λ||w − ŵ||² is added.
         changes: By matrix, ||W − Ŵ||² at each level, shape (levels,).
-        bytes: By matrix, what it takes in the weights file at each level, shape (levels,); empty where nobody asked.
+        sizes: By matrix, what it takes of the budget at each level, shape (levels,); empty for a budget of weights.
         reference: By matrix, the index of the level of the others while one is measured.
     """
 
@@ -113,7 +115,7 @@ class LevelStore(AbstractContextManager["LevelStore"]):
         self.levels: dict[str, list[Level]] = {}
         self.row_errors: dict[str, Float[Tensor, "levels rows"]] = {}
         self.changes: dict[str, Float[Tensor, " levels"]] = {}
-        self.bytes: dict[str, np.ndarray] = {}
+        self.sizes: dict[str, np.ndarray] = {}
         self.reference: dict[str, int] = {}
         self._scratch = ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder()) if on_disk else None
@@ -183,8 +185,8 @@ def build_level_store(
         sparsities: Those of the levels.
         solve: Prunes matrices with the same input, each to its own sparsity.
         memory: The bytes that the store may take in memory; a larger one is written to disk.
-        rounding: Makes the levels of a matrix that are worth having of its pruned ones, and measures their bytes; None
-            takes them as they are.
+        rounding: Makes the levels of a matrix that are worth having of its pruned ones, and measures what they take of
+            the budget; None takes them as they are.
         progress: Called after every input.
     """
     by_name = {matrix.name: matrix for matrix in matrices}
@@ -201,7 +203,7 @@ def build_level_store(
                 own, dense = pruned[index * len(plain) : (index + 1) * len(plain)], matrix.weight.detach()
                 levels = plain
                 if rounding:
-                    levels, own, store.bytes[matrix.name] = rounding(matrix, plain, own, hessian)
+                    levels, own, store.sizes[matrix.name] = rounding(matrix, plain, own, hessian)
                 store.add(matrix.name, dense, levels, own, hessian)
             if progress:
                 progress(done, len(hessians.by_input))
@@ -281,15 +283,15 @@ def choose_levels(sizes: Mapping[str, int], costs: Mapping[str, np.ndarray], gri
 def choose_within(
     costs: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray], budget: int
 ) -> dict[str, int] | None:
-    """Choose a level for every matrix so that their bytes fit a budget and the sum of the costs is least.
+    """Choose a level for every matrix so that their sizes fit a budget and the sum of the costs is least.
 
-    Bytes are rounded up to whole grains, of which the budget has :data:`GRAINS_OF_A_MATRIX` for every matrix, so that
+    Sizes are rounded up to whole grains, of which the budget has :data:`GRAINS_OF_A_MATRIX` for every matrix, so that
     it is never exceeded; where the least costly choice that is found uses it up to some grains, a better one may exist.
 
     Args:
         costs: The costs of every matrix, shape (levels,); infinite for a level that the matrix cannot have.
-        sizes: The bytes of every matrix at its levels, shape (levels,).
-        budget: The bytes that they may have together.
+        sizes: What every matrix takes at its levels, shape (levels,).
+        budget: What they may take together, in the same unit: bytes, parameters or multiply-accumulates.
 
     Returns:
         The index of every matrix's level; None if nothing fits.

@@ -28,6 +28,7 @@ from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.budget import ByteBudget, Fit, UniformFit
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.allocation.levels import (
+    Grid,
     LevelStore,
     SolveLevels,
     build_level_store,
@@ -35,6 +36,7 @@ from sparsewav.pruning.allocation.levels import (
     exact_sparsities,
     level_grid,
 )
+from sparsewav.pruning.allocation.parts import PartBudget
 from sparsewav.pruning.allocation.sensitivity import Trace
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
@@ -87,7 +89,7 @@ def allocate_by_levels(
     matrices: Sequence[PrunableMatrix],
     hessians: Hessians,
     batches: Iterable[dict[str, Tensor]],
-    sparsity: float | ByteBudget,
+    sparsity: float | ByteBudget | PartBudget,
     solve: SolveLevels,
     settings: HAWQ | ErrorCurves,
     *,
@@ -100,10 +102,10 @@ def allocate_by_levels(
 
     Args:
         model: A CTC model in evaluation mode.
-        matrices: All of its prunable matrices.
+        matrices: All of its prunable matrices, or those that read what may be removed whole.
         hessians: Their Hessians.
         batches: The evaluation batches of the output divergence; labels are not read.
-        sparsity: The sparsity of the whole model, or the bytes of its file.
+        sparsity: The sparsity of the whole model, the bytes of its file, or what its heads and units may take.
         solve: Prunes matrices with the solver that the model is going to be pruned with.
         settings: The allocation; ``Search`` searches after ``ErrorCurves``.
         traces: The Hessian traces, for ``HAWQ``.
@@ -115,7 +117,7 @@ def allocate_by_levels(
         UserError: A setting is wrong, or no choice of levels meets the budget.
     """
     sizes = {matrix.name: matrix.size for matrix in matrices}
-    goal = sparsity if isinstance(sparsity, ByteBudget) else level_grid(sparsity, settings.step, settings.spread)
+    goal = level_grid(sparsity, settings.step, settings.spread) if isinstance(sparsity, float) else sparsity
     effect = "trace" if isinstance(settings, HAWQ) else settings.effect
     evaluations = settings.evaluations if isinstance(settings, Search) else 0
     steps = len(hessians.by_input) + (len(matrices) if effect == "output" else 0) + evaluations
@@ -132,19 +134,19 @@ def allocate_by_levels(
     store = build_level_store(
         matrices,
         hessians,
-        goal.sparsities(settings.step)
-        if isinstance(goal, ByteBudget)
-        else [goal.sparsity(offset) for offset in goal.offsets],
+        [goal.sparsity(offset) for offset in goal.offsets]
+        if isinstance(goal, Grid)
+        else goal.sparsities(settings.step),
         solve,
         memory=settings.level_cache_gib * 2**30,
-        rounding=goal.levels if isinstance(goal, ByteBudget) else None,
+        rounding=None if isinstance(goal, Grid) else goal.levels,
         progress=lambda _, __: advance(),
     )
     try:
         with store:
-            if isinstance(goal, ByteBudget):
-                goal.check(sum(int(own[0]) for own in store.bytes.values()))
-                if note := goal.more_than_needed(sum(int(own[-1]) for own in store.bytes.values())):
+            if not isinstance(goal, Grid):
+                goal.check(sum(int(own[0]) for own in store.sizes.values()))
+                if note := goal.more_than_needed(sum(int(own[-1]) for own in store.sizes.values())):
                     return LevelAllocation.of_fit(Fit.at_best(store), note=note)
                 store.reference = goal.reference(store, sizes)
             else:
@@ -162,8 +164,8 @@ def allocate_by_levels(
                 for index, level in enumerate(store.levels[name]):
                     if sizes[name] * level.sparsity < count - 1:  # counts are rounded
                         costs[name][index] = np.inf
-            if isinstance(goal, ByteBudget):
-                chosen, room = goal.choose(costs, store.bytes), goal.room
+            if not isinstance(goal, Grid):
+                chosen, room = goal.choose(costs, store.sizes), goal.room
             else:
                 offsets, room = choose_levels(sizes, costs, goal), None
                 chosen = {name: goal.index(offset) for name, offset in offsets.items()}
@@ -176,9 +178,9 @@ def allocate_by_levels(
         for matrix, weight in zip(matrices, dense, strict=True):
             matrix.weight.data.copy_(weight)
     measured = divergence.evaluations if divergence else 0
-    if isinstance(goal, ByteBudget):
+    if not isinstance(goal, Grid):
         return LevelAllocation.of_fit(
-            Fit(store.levels, store.bytes, costs, chosen), divergence=least, evaluations=measured
+            Fit(store.levels, store.sizes, costs, chosen), divergence=least, evaluations=measured
         )
     offsets = {name: goal.lowest + index for name, index in chosen.items()}
     return LevelAllocation(
@@ -261,13 +263,13 @@ def search_swaps(
         evaluations: The number of swaps to evaluate.
         seed: The seed of the swaps.
         advance: Called after each evaluation.
-        room: The bytes that all matrices may have; None: as many weights are removed as at the start.
+        room: What all matrices may take of the budget; None: as many weights are removed as at the start.
 
     Returns:
         The choice with the least divergence found, and its divergence.
     """
     by_name = {matrix.name: matrix for matrix in matrices}
-    amounts = store.bytes
+    amounts = store.sizes
     if room is None:  # of weights; levels follow one another at the same distance
         amounts = {name: matrix.size * np.arange(len(store.levels[name])) for name, matrix in by_name.items()}
     generator = np.random.default_rng(seed)

@@ -1,0 +1,239 @@
+"""A budget of structured pruning: what heads and units take of the encoder, and how many of each fit.
+
+What counts are the encoder's parameters, or its multiply-accumulates for an utterance of ten seconds. Both grow
+linearly with the parts of a structure, so that what every number of parts takes is known before anything is removed. A
+level of a structure is a number of parts; its matrix is really solved there, and its cost in the model's output
+measured (:mod:`~sparsewav.pruning.allocation.search`). The levels are few; units fill up what they leave.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsewav.errors import UserError
+from sparsewav.pruning.allocation.levels import Level, LevelStore, choose_within
+from sparsewav.pruning.encoder import PrunableMatrix, base_of, encoder_layers
+from sparsewav.pruning.macs import counted_modules
+from sparsewav.pruning.solvers.solve import PrunedMatrix
+from sparsewav.pruning.structure import Structure, structures
+from sparsewav.settings.sparsity import COUNTED, Structured
+
+SAMPLES = 160_000
+"""The utterance whose multiply-accumulates are counted: ten seconds at 16 kHz."""
+
+
+@dataclass(frozen=True)
+class PartBudget:
+    """How much of the encoder stays, and what turns numbers of parts into levels.
+
+    Attributes:
+        asked: What was asked for.
+        total: What the encoder has as it is: parameters, or multiply-accumulates.
+        structures: What may lose parts, by the name of the matrix that reads them.
+        amounts: What each takes with 0, 1, ... of its parts, by that name, shape (parts + 1,).
+    """
+
+    asked: Structured
+    total: int
+    structures: dict[str, Structure]
+    amounts: dict[str, np.ndarray]
+
+    @property
+    def rest(self) -> int:
+        """What the encoder has besides these structures."""
+        return self.total - sum(int(own[-1]) for own in self.amounts.values())
+
+    @property
+    def room(self) -> int:
+        """What the structures may take together."""
+        assert self.asked.share is not None
+        return math.floor(self.asked.share * self.total + 1e-6) - self.rest
+
+    def share(self, kept: Mapping[str, int]) -> float:
+        """Give the share of the encoder that stays with so many parts of every structure."""
+        return (self.rest + self._taken(kept)) / self.total
+
+    def _taken(self, kept: Mapping[str, int]) -> int:
+        return sum(int(self.amounts[name][count]) for name, count in kept.items())
+
+    def sparsities(self, step: float) -> list[float]:
+        """Give the shares of parts that are removed at the levels, from none to all."""
+        return [*(round(index * step, 9) for index in range(math.ceil(1 / step - 1e-6))), 1.0]
+
+    def check(self, least: int) -> None:
+        """Refuse a budget below what all structures take at their smallest level (``least``).
+
+        Raises:
+            UserError: It says which budget is possible.
+        """
+        if least <= self.room:
+            return
+        possible = (self.rest + least) / self.total
+        kinds = " and ".join(self.asked.parts)
+        more = "" if len(self.asked.parts) > 1 else ", or more of sparsity.parts"
+        raise UserError(
+            f"sparsity.{self.asked.counts}={self.asked.share:g} is out of reach: without any {kinds} the encoder still "
+            f"has {possible:.4f} of its {COUNTED[self.asked.counts]}; choose "
+            f"at least {math.ceil(possible * 1000) / 1000:g}{more}"
+        )
+
+    def more_than_needed(self, most: int) -> str | None:
+        """Give a sentence if nothing has to be removed, where all structures take ``most``."""
+        return f"sparsity.{self.asked.counts}={self.asked.share:g} removes nothing" if most <= self.room else None
+
+    def levels(
+        self,
+        matrix: PrunableMatrix,
+        plain: Sequence[Level],
+        pruned: Sequence[PrunedMatrix],
+        hessian: Float[Tensor, "cols cols"],
+    ) -> tuple[list[Level], list[PrunedMatrix], np.ndarray]:
+        """Give the levels of a structure that differ in the number of parts, and what they take in ascending order."""
+        count = self.structures[matrix.name].count
+        by_kept = {parts_kept(level.sparsity, count): one for level, one in zip(plain, pruned, strict=True)}
+        kept = sorted(by_kept)
+        levels = [Level(1 - number / count) for number in kept]
+        return levels, [by_kept[number] for number in kept], self.amounts[matrix.name][kept]
+
+    def reference(self, store: LevelStore, weights: Mapping[str, int]) -> dict[str, int]:
+        """Give the level of every structure that is nearest to an even choice within the budget, and not above it."""
+        even = self.kept_evenly()
+        return {
+            name: max(int(np.searchsorted(sizes, self.amounts[name][even[name]], side="right")) - 1, 0)
+            for name, sizes in store.sizes.items()
+        }
+
+    def choose(self, costs: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Give the index of every structure's level, so that they fit and cost least together.
+
+        With ``sparsity.uniform`` the structures of a kind have one level, whose costs are summed.
+        """
+        sets = [[name] for name in costs]
+        if self.asked.uniform:
+            kinds = dict.fromkeys(structure.kind for structure in self.structures.values())
+            sets = [[name for name in costs if self.structures[name].kind == kind] for kind in kinds]
+        chosen = choose_within(
+            {names[0]: np.sum([costs[name] for name in names], axis=0) for names in sets},
+            {names[0]: np.sum([sizes[name] for name in names], axis=0) for names in sets},
+            self.room,
+        )
+        if chosen is None:  # the budget was checked, and only rounding it up can have left nothing
+            return dict.fromkeys(costs, 0)
+        return {name: chosen[names[0]] for names in sets for name in names}
+
+    def kept_evenly(self) -> dict[str, int]:
+        """Give how many parts every structure keeps if all keep the same share of theirs, as large as fits."""
+
+        def kept(share: float) -> dict[str, int]:
+            return {name: parts_kept(1 - share, structure.count) for name, structure in self.structures.items()}
+
+        counts = [structure.count for structure in self.structures.values()]
+        shares = sorted({(2 * number + 1) / (2 * count) + 1e-9 for count in counts for number in range(count)} | {0.0})
+        return self.filled(kept(shares[_last(lambda index: self._fits(kept(shares[index])), len(shares))]))
+
+    def filled(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Give every structure that has units as many more as fit, the same number to each."""
+
+        def more(number: int) -> dict[str, int]:
+            return {
+                name: min(count + number, self.structures[name].count)
+                if count and self.structures[name].kind == "units"
+                else count
+                for name, count in kept.items()
+            }
+
+        most = max(structure.count for structure in self.structures.values())
+        return more(_last(lambda number: self._fits(more(number)), most + 1))
+
+    def targets(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Give the share of the parts that every structure loses."""
+        return {name: 1 - count / self.structures[name].count for name, count in kept.items()}
+
+    def filled_targets(self, sparsities: Mapping[str, float]) -> dict[str, float]:
+        """Give these shares with as many more units as fit (:meth:`filled`)."""
+        kept = {name: parts_kept(own, self.structures[name].count) for name, own in sparsities.items()}
+        return self.targets(self.filled(kept))
+
+    def _fits(self, kept: Mapping[str, int]) -> bool:
+        return self._taken(kept) <= self.room
+
+
+def parts_kept(sparsity: float, count: int) -> int:
+    """Give how many of some parts stay if a share of them is removed."""
+    return round((1 - sparsity) * count)
+
+
+def _last(holds: Callable[[int], bool], count: int) -> int:
+    """Give the last of the numbers below ``count`` for which something holds that holds from 0 on and then no more."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def part_budget(model: PreTrainedModel, asked: Structured) -> PartBudget:
+    """Count what an encoder has, and what its heads and units have of it.
+
+    Raises:
+        UserError: The model's family has none that can be removed, its layers differ and are to be uniform, or the
+            budget is out of reach.
+    """
+    chosen = {structure.reader.name: structure for structure in structures(model) if structure.kind in asked.parts}
+    if not chosen:
+        raise UserError(f"the model has no {' and '.join(asked.parts)} left to remove; choose others in sparsity.parts")
+    if asked.uniform:
+        _check_alike(model, asked.parts, chosen.values())
+    if asked.macs is None:
+        total = sum(parameter.numel() for parameter in base_of(model).parameters())
+        amounts = {name: _parameters(model, structure) for name, structure in chosen.items()}
+    else:
+        base = base_of(model)
+        counts = counted_modules(base, torch.zeros(1, SAMPLES))
+        total, prefix = counts[""], _prefix(model, base)
+        amounts = {
+            name: np.arange(structure.count + 1) * (counts[structure.name.removeprefix(prefix)] // structure.count)
+            for name, structure in chosen.items()
+        }
+    budget = PartBudget(asked, total, chosen, amounts)
+    budget.check(sum(int(own[0]) for own in amounts.values()))
+    return budget
+
+
+def _prefix(model: PreTrainedModel, base: nn.Module) -> str:
+    return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+
+
+def _check_alike(model: PreTrainedModel, kinds: Sequence[str], chosen: Iterable[Structure]) -> None:
+    """Refuse a model whose layers have different numbers of parts.
+
+    Raises:
+        UserError: They have.
+    """
+    for kind in kinds:
+        counts = [structure.count for structure in chosen if structure.kind == kind]
+        if len(set(counts)) != 1 or len(counts) < len(encoder_layers(model)):
+            raise UserError(
+                f"the model's layers have {', '.join(map(str, counts))} {kind}, and sparsity.uniform=true gives all "
+                "the same; choose sparsity.uniform=false"
+            )
+
+
+def _parameters(model: PreTrainedModel, structure: Structure) -> np.ndarray:
+    """Give the parameters of a structure with 0, 1, ... parts, but for the bias that stays without any."""
+    module = model.get_submodule(structure.name)
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear) and part is not structure.reader.module]
+    shared = getattr(module, "gru_rel_pos_linear", None)  # WavLM's: a matrix for all heads, and a number for each
+    makers = [part for part in linear if part is not shared]
+    one = structure.size * len(structure.reader.weight)
+    one += sum(structure.size * (part.in_features + (part.bias is not None)) for part in makers)
+    kept = np.arange(structure.count + 1, dtype=np.int64)
+    if shared is None:
+        return kept * one
+    return kept * (one + 1) + (kept > 0) * sum(parameter.numel() for parameter in shared.parameters())
