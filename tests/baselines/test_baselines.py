@@ -20,10 +20,10 @@ from sparsewav.baselines.magnitude import prune_by_magnitude
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
-from sparsewav.pruning.macs import multiply_accumulates
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.families import FAMILIES
+from sparsewav.pruning.macs import multiply_accumulates
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import ParameterGroup, train
 

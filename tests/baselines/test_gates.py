@@ -19,9 +19,9 @@ from sparsewav.baselines.gates import (
     open_probability,
     sample_gates,
 )
-from sparsewav.pruning.macs import multiply_accumulates
 from sparsewav.models.load import load_pretrained
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.macs import multiply_accumulates
 
 DROP_RATES = {"channels": 0.3, "heads": 0.4, "head_dims": 0.5, "units": 0.5}
 FAMILIES = [(family, norm) for family in ("wav2vec2", "hubert", "wavlm") for norm in ("layer", "group")]

@@ -151,7 +151,12 @@ def test_every_command_says_our_version(command: str, run_sparsewav: Run) -> Non
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_completion_offers_options_and_no_schemas(shell: str, run_sparsewav: Run) -> None:
     result = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav sparsity=")
-    assert result.stdout.split() == ["sparsity=megabytes", "sparsity=n_m", "sparsity=unstructured"]
+    assert result.stdout.split() == [
+        "sparsity=megabytes",
+        "sparsity=n_m",
+        "sparsity=structured",
+        "sparsity=unstructured",
+    ]
     every = run_sparsewav("-sc", f"query={shell}", COMP_LINE="sparsewav ").stdout.split()
     assert {"sparsity=", "sparsity.", "seed="} <= set(every)
 

@@ -63,6 +63,7 @@ def test_every_option_composes_into_a_valid_configuration(option: str) -> None:
         "sparsity=n_m": ["allocation=uniform"],
         "quantization=mixed": ["sparsity=megabytes", "sparsity.megabytes=20"],
         "sparsity=megabytes": ["sparsity.megabytes=20"],
+        "sparsity=structured": ["sparsity.parameters=0.5"],
         "experiment=smallest": ["sparsity.megabytes=1"],
         "objective=asymmetric": ["calibration.propagation=true_sequential"],
         "recovery=reconstruction": ["calibration.propagation=sequential"],
@@ -186,8 +187,9 @@ def test_the_name_of_a_runs_folder_tells_apart_what_changes_its_results(
         (["method=parp", "finetune_strategy=one_pass"], "demo-parp-0.75-one_pass"),
         (["sparsity=megabytes", "sparsity.megabytes=1.2"], "demo-obs_first_order-error_curves-1.2MB"),
         (["sparsity=megabytes", "sparsity.megabytes=20", "allocation=search"], "demo-obs_first_order-search-20MB"),
+        (["sparsity=structured", "sparsity.macs=0.5"], "demo-obs-error_curves-0.5macs"),
     ],
-    ids=["default", "pattern", "refused", "fairseq", "baseline", "size", "size, searched"],
+    ids=["default", "pattern", "refused", "fairseq", "baseline", "size", "size, searched", "structured"],
 )
 def test_the_name_of_a_runs_folder_can_be_read(overrides: list[str], expected: str) -> None:
     name, _, digest = run_name(_root_=composed(*overrides)).rpartition("-")
