@@ -18,8 +18,15 @@ from tests.terminal import Run, assert_one_sentence, run_folder_in
 @pytest.fixture
 def small(model_folder: Path, corpus: Path) -> list[str]:
     """Arguments of a run on the tiny model and corpus."""
-    subsets = ["data.calibration_subset=train", "data.evaluation_subset=test", "calibration.utterances=12"]
-    return [f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}", *subsets, "device=cpu"]
+    subsets = ["data.calibration_subset=train", "data.evaluation_subset=test", "data.training_subset=train"]
+    return [
+        f"model.name_or_path={model_folder}",
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        *subsets,
+        "device=cpu",
+        "calibration.utterances=12",
+    ]
 
 
 def encoder_parameters(folder: Path) -> int:
@@ -67,7 +74,7 @@ def test_stages_are_shares_of_the_dense_encoder_and_a_stopped_run_goes_on(
     options += ["allocation=uniform", "training.epochs=2", "training.batch_size=4", "training.learning_rate=1e-4"]
     with monkeypatch.context() as patch:
         patch.setattr("sparsewav.pipeline.run.tune_step", _stop_at_the_second())
-        assert run_sparsewav(*small, *options).returncode == 1
+        assert run_sparsewav(*small, *options).returncode != 0
     result = run_sparsewav(*small, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Going on from 2-prune" in result.stdout
