@@ -1,8 +1,8 @@
 """Structured CTC models: layers of different widths in heads, head dimensions and feed-forward units.
 
-Structured pruning and the gated methods make such models, and transformers has no class for them. Importing this module
-registers the classes, so that ``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint without code in
-its folder, and ``AutoModel.from_pretrained`` an encoder without a head.
+Structured pruning and the gated methods make such models, and transformers has no class for them. Importing this
+module registers the classes, so that ``AutoModelForCTC.from_pretrained`` loads them from an ordinary checkpoint without
+code in its folder, and ``AutoModel.from_pretrained`` those without a head.
 """
 
 import warnings

@@ -2,7 +2,7 @@
 
 A group is what goes out of a matrix together: the columns that read one attention head, or one feed-forward unit. With
 W the matrix, H the damped Hessian of its input and g the columns of a group, the least error that removing it causes,
-and the weights that have it, are (Kurtic et al. 2023, ZipLM, eq. 4 and 5; for one weight it is OBS's)
+and the weights that have it, are (ZipLM, Kurtic et al. 2023; for one weight it is OBS)
 
     score = tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ)        W ← W − W_g ([H⁻¹]_gg)⁻¹ [H⁻¹]_g,:
 
@@ -15,7 +15,7 @@ made of: [H⁻¹]_gg and W_gᵀW_g of every group.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,22 +99,26 @@ def remove_groups(
     dense = weight.detach().to(dtype) * live
     # Its columns S are what Ŵ_S times the damped Hessian's part SS has to be.
     image = (dense @ (damped if drift is None else damped + drift.to(dtype) * live)).T  # (cols, rows)
-    kept = torch.arange(groups, device=weight.device)
-    target: Float[Tensor, "cols rows"] | None = None
+    kept, counts_left = torch.arange(groups, device=weight.device), sorted(set(counts), reverse=True)
+    target: Float[Tensor, "cols rows"] | None = None  # T, transposed
+    error = 0.0  # tr((T − Ŵ)(H + λI)(T − Ŵ)ᵀ), which is the sum of the scores
     results: dict[int, GroupRemoval] = {}
-    while len(results) < len(set(counts)):
+    while counts_left:
         columns = _columns(kept, size)
         inverse = _invert(damped[columns][:, columns], name)
-        solved = inverse @ image[columns]  # (columns, rows)
-        target = solved if target is None else target
-        if len(kept) in counts:
-            reduced = torch.zeros_like(image).index_copy(0, columns, solved)
-            change = target - reduced
-            error = float((hessian @ change).mul_(change).sum())
-            results[len(kept)] = GroupRemoval(kept, reduced.T.to(weight.dtype).contiguous(), error)
-        below = [count for count in counts if count < len(kept)]
-        number = min(len(kept) - max(below, default=len(kept)), math.ceil(LARGEST_SHARE * len(kept)))
-        kept = kept[~_cheapest(solved, inverse, size, number)]
+        solved = dense.T.clone() if target is None and drift is None else inverse @ image[columns]
+        target = solved.clone() if target is None else target
+        lowest = max(counts_left[-1], math.floor((1 - LARGEST_SHARE) * len(kept)))
+        stops = sorted({lowest, *(count for count in counts_left if count >= lowest)}, reverse=True)
+        for count, (stays, scores) in zip(stops, _remove(solved, inverse, size, stops), strict=True):
+            if count == counts_left[0]:
+                counts_left.pop(0)
+                reduced = torch.zeros_like(image)
+                reduced[_columns(kept[stays], size)] = solved[_columns(stays, size)]
+                added = damping * float((target - reduced).square().sum())
+                pruned = reduced.T.to(weight.dtype).contiguous()
+                results[count] = GroupRemoval(kept[stays], pruned, max(error + scores - added, 0.0))
+        kept, error = kept[stays], error + scores
     return [results[count] for count in counts]
 
 
@@ -133,48 +137,54 @@ def _invert(matrix: Float[Tensor, "cols cols"], name: str) -> Float[Tensor, "col
     return torch.cholesky_inverse(factor) if len(matrix) else matrix
 
 
-def _cheapest(
-    weight: Float[Tensor, "cols rows"], inverse: Float[Tensor, "cols cols"], size: int, number: int
-) -> Bool[Tensor, " groups"]:
-    """Mark the groups that go first; ``weight`` and ``inverse`` are overwritten.
+def _remove(
+    weight: Float[Tensor, "cols rows"], inverse: Float[Tensor, "cols cols"], size: int, counts: list[int]
+) -> Iterator[tuple[Int[Tensor, " kept"], float]]:
+    """Remove groups one after the other, in place: the rows of ``weight`` that belong to others are the updated ones.
 
     Args:
         weight: The weights, transposed.
         inverse: The inverse of the damped Hessian of these columns.
         size: The columns of a group.
-        number: How many groups go.
+        counts: How many groups are to be left, in descending order.
+
+    Yields:
+        For each of ``counts`` the groups that are left, and the sum of the scores of those that are not.
     """
     cols, rows = weight.shape
     groups, width = cols // size, max(PANEL // size, 1) * size
-    removed = torch.zeros(groups, dtype=torch.bool, device=weight.device)
     panel, front = weight.new_empty(cols, width), weight.new_empty(rows, width)
-    filled = width  # so that the first step begins a panel
-    for step in range(number):
-        if filled == width:
-            if step:
-                inverse.addmm_(panel, panel.T, alpha=-1)
-                weight.addmm_(panel, front.T, alpha=-1)
+    removed = torch.zeros(groups, dtype=torch.bool, device=weight.device)
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    left = groups
+    for count in counts:
+        while left > count:
             pivots = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
             parts = weight.view(groups, size, rows)
             grams = parts @ parts.mT if size > 1 else parts.square().sum(-1, keepdim=True)
             filled = 0
-        group = _scores(pivots, grams, removed).argmin()
-        removed[group] = True
-        span = _columns(group[None], size)
-        before, beside = panel[:, :filled], front[:, :filled]
-        own = before[span].T
-        lower = torch.linalg.cholesky(pivots[group])
-        column = _over(inverse[:, span] - before @ own, lower)  # P, (cols, size)
-        moved = _over(weight[span].T - beside @ own, lower)  # W_g L⁻ᵀ, (rows, size)
-        cross = weight @ moved - before @ (beside.T @ moved)  # Wᵀ W_g L⁻ᵀ, (cols, size)
-        panel[:, filled : filled + size], front[:, filled : filled + size] = column, moved
-        filled += size
-        column, cross = column.view(groups, size, size), cross.view(groups, size, size)
-        pivots -= _products(column, column)
-        # Every W_h becomes W_h − W_g L⁻ᵀ P_hᵀ.
-        change = _products(column, cross)
-        grams += _products(column @ (moved.T @ moved), column) - change - change.mT
-    return removed
+            while left > count and filled < width:
+                score, group = _scores(pivots, grams, removed).min(0)
+                removed[group] = True
+                total += score
+                left -= 1
+                span = _columns(group[None], size)
+                before, beside = panel[:, :filled], front[:, :filled]
+                own = before[span].T
+                lower = torch.linalg.cholesky(pivots[group])
+                column = _over(inverse[span].T - before @ own, lower)  # P, (cols, size)
+                moved = _over(weight[span].T - beside @ own, lower)  # W_g L⁻ᵀ, (rows, size)
+                cross = weight @ moved - before @ (beside.T @ moved)  # Wᵀ W_g L⁻ᵀ, (cols, size)
+                panel[:, filled : filled + size], front[:, filled : filled + size] = column, moved
+                filled += size
+                column, cross = column.view(groups, size, size), cross.view(groups, size, size)
+                pivots -= _products(column, column)
+                # Every W_h becomes W_h − W_g L⁻ᵀ P_hᵀ.
+                change = _products(column, cross)
+                grams += _products(column @ (moved.T @ moved), column) - change - change.mT
+            inverse.addmm_(panel[:, :filled], panel[:, :filled].T, alpha=-1)
+            weight.addmm_(panel[:, :filled], front[:, :filled].T, alpha=-1)
+        yield (~removed).nonzero().squeeze(-1), float(total)
 
 
 def _scores(
