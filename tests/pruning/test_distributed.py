@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces, prune
 from sparsewav.pruning.allocation.sensitivity import LEAST_BATCHES
-from sparsewav.settings import Calibration, Hutchinson, Int3, OBSRefit
+from sparsewav.settings import Calibration, Hutchinson, Int3, OBSRefit, Structured
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -58,7 +58,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
     results = []
     for model, settings in zip(models, options, strict=True):
         hessians = collect_hessians(model, batches, frames_per_column=settings["calibration"].frames_per_column)
-        results.append(Result(hessians, prune(model, batches, 0.6, **settings), model.state_dict()))
+        results.append(Result(hessians, prune(model, batches, **({"sparsity": 0.6} | settings)), model.state_dict()))
     return results
 
 
@@ -67,7 +67,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
-    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2")
+    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2", "wav2vec2")
     options: list[dict[str, Any]] = [
         {"allocation": Hutchinson(rank_tolerance=0.0), "calibration": Calibration(frames_per_column=None)},
         {"allocation": "uniform", "calibration": Calibration(propagation="sequential", frames_per_column=2.0)},
@@ -77,6 +77,11 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
             "calibration": Calibration(propagation="true_sequential", frames_per_column=None),
             "objective": "asymmetric",
             "solver": OBSRefit(damping=0.1, tolerance=1e-6),
+        },
+        {
+            "sparsity": Structured(parameters=0.85),
+            "allocation": "error_curves",
+            "calibration": Calibration(propagation="sequential", frames_per_column=None),
         },
     ]
     models = [tiny_model(family) for family in families]
@@ -99,6 +104,8 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
                     theirs.target_sparsity,
                 )
                 assert ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-3)
+            for name, kept in alone.report.kept.items():
+                assert torch.equal(result.report.kept[name], kept), name
             for name, tensor in alone.state.items():
                 torch.testing.assert_close(result.state[name], tensor, rtol=1e-3, atol=1e-4)
                 assert torch.equal(result.state[name], of_processes[0][index].state[name])
