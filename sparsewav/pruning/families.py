@@ -191,7 +191,7 @@ ENCODERS = {
 def known_family(model_type: str) -> Family | None:
     """Give the family of a ``model_type``; None for one that is not in the table."""
     if model_type.startswith(OWN_PREFIX):
-        return _CUTTABLE
+        return FAMILIES.get(model_type.removeprefix(OWN_PREFIX), _TRANSFORMER)
     return FAMILIES.get(ENCODERS.get(model_type, model_type))
 
 

@@ -14,6 +14,7 @@ from sparsewav.baselines.gates import Gates
 from sparsewav.models.cut import cut_model
 from sparsewav.models.structured import STRUCTURED
 from sparsewav.pruning.encoder import base_of
+from sparsewav.pruning.families import left_dense
 from sparsewav.pruning.structure import structures
 
 UNEVEN = {"heads": [[1, 3], [0, 1, 2]], "units": [[0, 5, 23], list(range(2, 24))]}
@@ -92,6 +93,7 @@ def test_cut_model_is_cut_again(tiny_model: Any, noise_batch: Any, family: str) 
     """As the stages of progressive fine-tuning do; the heads of WavLM keep their own position bias."""
     model = zero_and_cut(tiny_model(family, "layer", num_attention_heads=4), UNEVEN)
     assert [structure.count for structure in structures(model)] == [2, 3, 3, 22]
+    assert "not known" not in left_dense(model).values()
     smaller = zero_and_cut(model, {"heads": [[1], [0, 2]], "units": [[], [0, 7]]})
     assert [layer["heads"] for layer in smaller.config.layers] == [[3], [0, 2]]
     assert [layer["units"] for layer in smaller.config.layers] == [0, 2]
