@@ -20,7 +20,7 @@ from sparsewav.settings.run import Model
 if TYPE_CHECKING:
     from sparsewav.data.sets import Sets
     from sparsewav.data.utterances import Utterance
-    from sparsewav.inference.exchange import Agreement
+    from sparsewav.inference.agreement import Agreement
     from sparsewav.inference.runtime import ExportedModel
     from sparsewav.models.load import SpeechModel
     from sparsewav.settings.data import Data
@@ -107,7 +107,8 @@ def _export(arguments: argparse.Namespace) -> None:
 def _exchange(arguments: argparse.Namespace) -> None:
     """Write a model for another runtime, after it was scored there."""
     from sparsewav.files import write_folder
-    from sparsewav.inference.exchange import agreement, check_libraries, write_exchange, write_record
+    from sparsewav.inference.agreement import agreement
+    from sparsewav.inference.exchange import check_libraries, write_exchange, write_record
     from sparsewav.inference.runtime import load_exported
     from sparsewav.training.recipes import load_or_train
 

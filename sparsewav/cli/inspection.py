@@ -41,8 +41,8 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
     """
     import pandas
 
-    from sparsewav.pruning.coding import coded_bytes
     from sparsewav.pruning.encoder import prunable_matrices
+    from sparsewav.pruning.encoding import coded_bytes
     from sparsewav.pruning.grid import find_grid
 
     rows = []

@@ -1,7 +1,7 @@
 """The bitmask format: of a pruned matrix a bit for every weight and what is kept, in few bits if it was rounded.
 
-``BITMASK_FORMAT.md`` beside this module describes the file, :mod:`sparsewav.pruning.coding` makes the bytes of a
-tensor. Nothing in a file is unpickled or executed.
+``BITMASK_FORMAT.md`` beside this module describes the file, :mod:`sparsewav.pruning.encoding` makes the bytes of a
+tensor, :mod:`sparsewav.pruning.decoding` a tensor of them. Nothing in a file is unpickled or executed.
 """
 
 import json
@@ -30,19 +30,10 @@ from sparsewav.models.checkpoint import (
     some,
 )
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
-from sparsewav.pruning.coding import (
-    AGAIN,
-    FORMAT,
-    VERSION,
-    check_file,
-    decode_masked,
-    decode_tensors,
-    encode_tensors,
-    file_bytes,
-    header_text,
-    read_coding,
-)
+from sparsewav.pruning.coding import AGAIN, FORMAT, VERSION, check_file, header_text, read_coding
+from sparsewav.pruning.decoding import decode_masked, decode_tensors
 from sparsewav.pruning.encoder import stays_single
+from sparsewav.pruning.encoding import encode_tensors, file_bytes
 from sparsewav.pruning.grid import find_grid
 
 FORMATS = ("dense", "bitmask")

@@ -45,7 +45,7 @@ from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.prune import check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes

@@ -22,7 +22,6 @@ from sparsewav.pruning.allocation.budget import MARGIN, ByteBudget, fit_uniforml
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.coding import coded_bytes, file_bytes
 from sparsewav.pruning.encoder import (
     as_sequence,
     check_model,
@@ -32,6 +31,7 @@ from sparsewav.pruning.encoder import (
     prunable_matrices,
     whatever_modes,
 )
+from sparsewav.pruning.encoding import coded_bytes, file_bytes
 from sparsewav.pruning.families import untried
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparsewav
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from tests.terminal import Run, assert_one_sentence, run_folder_in
 
 ROUNDED = ["quantization=int3", "quantization.group_size=8"]

@@ -20,7 +20,8 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
 from sparsewav.errors import UserError
 from sparsewav.inference import exchange
-from sparsewav.inference.exchange import write_exchange, zeros_kept
+from sparsewav.inference.agreement import TRACED, zeros_kept
+from sparsewav.inference.exchange import write_exchange
 from sparsewav.inference.runtime import exported_model, load_exported, of_extra
 from sparsewav.inference.transcription import transcribe_recording
 from sparsewav.inference.wer import transcribe
@@ -136,7 +137,7 @@ class _Cut(exchange._Logits):
     """Has the length that was traced, as where an exporter makes a constant of it."""
 
     def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(inputs, attention_mask)[:, : exchange.TRACED]
+        return super().forward(inputs, attention_mask)[:, :TRACED]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from transformers import AutoModelForCTC, PreTrainedModel
 import sparsewav
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import checksum
-from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.encoding import file_bytes
 
 Q_PROJ = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
 NORM, NORM_BIAS = (f"wav2vec2.encoder.layers.0.layer_norm.{kind}" for kind in ("weight", "bias"))

@@ -3,8 +3,8 @@
 The budget is the size of the whole weights file in bitmask format. What is not prunable is subtracted first, as
 ``quantization.rest`` has it. A level is a sparsity and, where weights are rounded to integers, a number of bits; every
 matrix is really solved and rounded at each of them, and its bytes are those of its code in the file
-(:mod:`~sparsewav.pruning.coding`). Of a matrix's levels those are kept that no other beats in bytes and in the error of
-the matrix's output; only for them the cost in the model's output is measured.
+(:mod:`~sparsewav.pruning.encoding`). Of a matrix's levels those are kept that no other beats in bytes and in the error
+of the matrix's output; only for them the cost in the model's output is measured.
 
 The levels are solved on the dense model's inputs. What the pruning makes of them later, layer by layer and with a
 recovery, takes a little more or less: the file is measured at the end, and if it does not fit, a bit less is chosen.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.levels import Level, LevelStore, SolveLevels, choose_within, row_errors
-from sparsewav.pruning.coding import coded_bytes
 from sparsewav.pruning.encoder import PrunableMatrix
+from sparsewav.pruning.encoding import coded_bytes
 from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix

@@ -18,7 +18,7 @@ from sparsewav.pruning import prunable_matrices, prune
 from sparsewav.pruning.allocation import budget
 from sparsewav.pruning.allocation.budget import Fit, UniformFit, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from tests.terminal import Run
 
 Batch = dict[str, Tensor]
