@@ -27,6 +27,7 @@ from sparsewav.models.checkpoint import (
     opened,
     read_headers,
     refuse_exported,
+    shown,
     some,
 )
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
@@ -263,7 +264,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     version = header.get("version")
     if type(version) is not int or not 1 <= version <= VERSION or (version == 1) != (FORMAT not in metadata):
         raise UserError(
-            f"{path} is of version {version!r} of {FORMAT}, and this SparseWAV reads 1 to {VERSION}; "
+            f"{path} is of version {shown(repr(version))} of {FORMAT}, and this SparseWAV reads 1 to {VERSION}; "
             "update SparseWAV, or write the file again with sparsewav-export"
         )
     return header
@@ -275,7 +276,7 @@ def _decode(
     entries, float16 = header.get("coded", {}), header.get("float16", "")
     readable = isinstance(entries, dict) and float16 in ("float16", "float32")
     check_file(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
-    codings = {name: read_coding(entry, f"{name} in {path}") for name, entry in entries.items()}
+    codings = {name: read_coding(entry, f"{shown(name)} in {path}") for name, entry in entries.items()}
     _check_shapes(path, {name: coding.shape for name, coding in codings.items()}, skeleton)
     for name in codings:
         check_file(name in stored, f"{path} lacks {name}")
@@ -302,7 +303,7 @@ def _check_shapes(path: Path, shapes: dict[str, Any], skeleton: PreTrainedModel)
     for name, shape in shapes.items():
         known = expected.get(name_in(skeleton, name, expected))
         if known is None:
-            raise UserError(f"{path} has a bitmask for {name}, which is no matrix of its config.json; {AGAIN}")
+            raise UserError(f"{path} has a bitmask for {shown(name)}, which is no matrix of its config.json; {AGAIN}")
         fits = isinstance(shape, list | tuple) and list(shape) == list(known.shape)
         fits = fits and all(type(size) is int for size in shape)
-        check_file(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(known.shape)}")
+        check_file(fits, f"{path} gives {name} the shape {shown(str(shape))}, and its config.json {list(known.shape)}")
