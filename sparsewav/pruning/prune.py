@@ -116,7 +116,7 @@ class PruneReport:
         size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
         lines = [
             f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
-            + (f", the others have {self.bits:.3g} bits" if self.bits else "")
+            + (f", the others have {self.bits:.3g} nominal bits" if self.bits else "")
             + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
@@ -248,6 +248,7 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
+    budget = byte_budget(model, settings) if levels is None else None
     matrices = prunable_matrices(model)
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
@@ -264,8 +265,7 @@ def prune_model(
                 traces = traces_of(model, batches, settings, stage_progress(progress, "allocate"))
         if traces is not None:  # GPU sums are not deterministic, and all processes must rank alike
             traces = distributed.broadcast(traces)
-        by_levels = isinstance(settings.allocation, HAWQ | ErrorCurves) or isinstance(settings.sparsity, Megabytes)
-        by_levels = by_levels and levels is None
+        by_levels = levels is None and (budget is not None or isinstance(settings.allocation, HAWQ | ErrorCurves))
         if levels is not None:
             targets = {name: levels[name][0] for name in sizes}
         else:
@@ -285,7 +285,9 @@ def prune_model(
         if by_levels:
             assert hessians is not None
             with _timed(seconds, "allocate"):
-                allocated = allocate_levels(model, batches, plan, hessians, stage_progress(progress, "allocate"))
+                allocated = allocate_levels(
+                    model, batches, plan, hessians, budget, stage_progress(progress, "allocate")
+                )
 
         def prune_to_plan() -> Outcome:
             outcome = Outcome()
@@ -447,22 +449,22 @@ def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, T
 
 
 def allocate_levels(
-    model: PreTrainedModel, batches: Any, plan: Plan, hessians: Hessians, progress: Progress | None = None
+    model: PreTrainedModel,
+    batches: Any,
+    plan: Plan,
+    hessians: Hessians,
+    budget: ByteBudget | None,
+    progress: Progress | None = None,
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
     settings, matrices = plan.settings, prunable_matrices(model)
-    allocation, sparsity = settings.allocation, settings.sparsity
+    allocation, sparsity = settings.allocation, settings.sparsity.fraction
     found: LevelAllocation | None = None
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
-            goal: float | ByteBudget
-            if isinstance(sparsity, Megabytes):
-                rest = bytes_of_rest(model, settings.quantization)
-                goal = ByteBudget(sparsity.bytes, rest, settings.quantization, settings.solver.damping)
-            else:
-                assert sparsity.fraction is not None
-                goal = sparsity.fraction
             if isinstance(allocation, HAWQ | ErrorCurves):
+                goal: float | ByteBudget | None = sparsity if budget is None else budget
+                assert goal is not None
                 found = allocate_by_levels(
                     model,
                     matrices,
@@ -477,14 +479,29 @@ def allocate_levels(
                     progress=progress,
                 )
             else:
-                assert isinstance(goal, ByteBudget)
+                assert budget is not None
                 # How many bytes weights take hardly depends on the solver: a quick one finds the sparsity.
                 solver = OBS(damping=plan.settings.solver.damping)
                 quick = replace(plan, settings=replace(plan.settings, solver=solver))
-                found = LevelAllocation.of_fit(fit_uniformly(goal, matrices, hessians, quick.solve_levels, progress))
+                fit = fit_uniformly(budget, matrices, hessians, quick.solve_levels, progress)
+                found = LevelAllocation.of_fit(fit, note=budget.more_than_needed(fit.measured[0][1]))
     found = distributed.broadcast(found)
     assert found is not None
     return found
+
+
+def byte_budget(model: PreTrainedModel, settings: Pruning) -> ByteBudget | None:
+    """Give the bytes that a model's weights file may have; None where the settings ask for no size.
+
+    Raises:
+        UserError: What is not prunable takes all of them.
+    """
+    if not isinstance(settings.sparsity, Megabytes):
+        return None
+    rest = bytes_of_rest(model, settings.quantization)
+    budget = ByteBudget(settings.sparsity.bytes, rest, settings.quantization, settings.solver.damping)
+    budget.check_rest()
+    return budget
 
 
 def bytes_of_rest(model: PreTrainedModel, quantization: Quantization) -> int:
