@@ -14,15 +14,17 @@ from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
 def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     """Show what a run cost and where its results are."""
     seconds = metrics["seconds"]
-    removed = metrics["params_total"] - metrics["params_nonzero"]
+    removed, rounded = metrics["params_total"] - metrics["params_nonzero"], metrics["bits"] is not None
+    # Of the sparsity that was reached they are no part.
+    by_rounding = ", with those that were rounded to zero" if rounded else ""
     tuned = {}
     if metrics["updates"]:
         path = ", ".join(
             f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
             for stage in metrics["stages"]
         )
-        rounded = " and rounded" if metrics["quantization"] != papers_choice("quantization") else ""
-        tuned[f"word error rate, tuned{rounded}"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
+        last = " and rounded" if metrics["quantization"] != papers_choice("quantization") else ""
+        tuned[f"word error rate, tuned{last}"] = f"{_rates(metrics, '')}   after {metrics['updates']:,} updates"
         tuned["stages"] = path
     compression = metrics["compression"]
     spent = [stage for stage in ("calibrate", "allocate", "solve", "recover", "quantize") if stage in seconds]
@@ -38,9 +40,9 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         made = {
             **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            **({"bits": f"{metrics['bits']:.3g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
+            **({"bits, nominal": f"{metrics['bits']:.3g}   a weight of the transformer's matrices"} if rounded else {}),
             "parameters, before": f"{metrics['params_total']:,}",
-            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
+            "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero{by_rounding})",
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",
         }
     made["seconds"] += f"; finetune {seconds['finetune']:.1f}" if metrics["updates"] else ""
