@@ -32,7 +32,14 @@ from rich.markup import escape
 
 from sparsewav import __version__
 from sparsewav.cli.command import end_without_reader
-from sparsewav.cli.explain import COMMANDS, check_overrides, choices_of_keys, explain, refuse_added_keys
+from sparsewav.cli.explain import (
+    COMMANDS,
+    check_overrides,
+    choices_of_keys,
+    explain,
+    refuse_added_keys,
+    with_swept_groups,
+)
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
@@ -374,6 +381,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         check_overrides(sys.argv[1:], config_name)
         sys.argv += choices_of_keys(sys.argv[1:]) if config_name == "config" else []
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            sys.argv[1:] = with_swept_groups(sys.argv[1:])
         if any(word in ("-sc", "--shell-completion") for word in sys.argv[1:]):
             _complete(start)
         else:
