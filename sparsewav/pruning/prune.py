@@ -255,6 +255,8 @@ def prune_model(
     if unknown:
         raise UserError(f"masks name {unknown[0]}, which is not a prunable matrix of this model")
     in_memory = [matrix for matrix in matrices if not matrix.weight.is_meta]
+    if settings.sparsity.fraction == 0 and not masks:  # only rounded: what was pruned before stays so
+        masks = {matrix.name: matrix.weight.detach() != 0 for matrix in in_memory}
     zeros = sum(matrix.size - int(matrix.weight.count_nonzero()) for matrix in in_memory)
     batches: Any = as_sequence(calibration_batches)
     parallel = settings.calibration.propagation == "parallel"
