@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import hydra
+import yaml
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -31,7 +32,14 @@ from rich.markup import escape
 
 from sparsewav import __version__
 from sparsewav.cli.command import end_without_reader
-from sparsewav.cli.explain import COMMANDS, check_overrides, choices_of_keys, explain, refuse_added_keys
+from sparsewav.cli.explain import (
+    COMMANDS,
+    check_overrides,
+    choices_of_keys,
+    explain,
+    refuse_added_keys,
+    with_swept_groups,
+)
 from sparsewav.cli.result_table import show_result
 from sparsewav.errors import UserError
 from sparsewav.files import Held, cannot_write, conf_folder, write_file, write_folder
@@ -124,6 +132,30 @@ def typed(settings: DictConfig) -> Any:
     return config
 
 
+def recorded_settings(run: str, file: str = "config") -> dict[str, Any] | None:
+    """Read the configuration of a run or a training from its folder; None for anything else.
+
+    Args:
+        run: The folder.
+        file: ``config`` for its own options, ``hydra`` for those of Hydra.
+
+    Raises:
+        UserError: The file is broken.
+    """
+    path = Path(run).expanduser() / SETTINGS / f"{file}.yaml"
+    if file == "config" and not path.is_file():
+        return None
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(found[{"config": "data", "hydra": "hydra"}[file]], dict):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{path} is missing or broken; delete {path.parent}, and name the speech with --data"
+        ) from error
+    return found
+
+
 def data_of_words(words: Sequence[str], model: str) -> Data:
     """Give the options of data that a command line names, upon those of the run that made a model.
 
@@ -138,12 +170,12 @@ def data_of_words(words: Sequence[str], model: str) -> Data:
     for word in words:
         if not re.match(r"data(\.\w+)?=", word):
             raise UserError(f"--data {word} is no option of data; write data=SOURCE or data.KEY=VALUE")
-    settings = Path(model).expanduser() / SETTINGS
-    recorded = OmegaConf.create()
+    recorded: dict[str, Any] = {}
     own = any(word.startswith("data=") for word in words)
-    if not own and (settings / "config.yaml").is_file():
-        recorded = OmegaConf.load(settings / "config.yaml").data
-        words = [f"data={OmegaConf.load(settings / 'hydra.yaml').hydra.runtime.choices.data}", *words]
+    if not own and (settings := recorded_settings(model)):
+        recorded = settings["data"]
+        choices: Any = recorded_settings(model, "hydra")
+        words = [f"data={choices['hydra']['runtime']['choices']['data']}", *words]
     elif not own and (Path(model).exists() or not re.fullmatch("demo(-.+)?", model)):
         raise UserError(f"{model} is no run, whose speech could be taken; name the speech: --data data=...")
     try:
@@ -349,6 +381,8 @@ def _launch(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         check_overrides(sys.argv[1:], config_name)
         sys.argv += choices_of_keys(sys.argv[1:]) if config_name == "config" else []
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            sys.argv[1:] = with_swept_groups(sys.argv[1:])
         if any(word in ("-sc", "--shell-completion") for word in sys.argv[1:]):
             _complete(start)
         else:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav.cli.command import command_parser, exit_on_user_error
+from sparsewav.cli.command import add_speech, command_parser, exit_on_user_error
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.progress import print_note, print_warning, quieten_libraries
@@ -50,11 +50,8 @@ def main() -> None:
     """Console entry ``sparsewav-evaluate MODEL...``."""
     arguments = _parse()
     quieten_libraries()
-    try:
-        with exit_on_user_error():
-            _evaluate(arguments)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; what was transcribed is kept, and the same command goes on") from None
+    with exit_on_user_error("what was transcribed is kept, and the same command goes on"):
+        _evaluate(arguments)
 
 
 def _parse() -> argparse.Namespace:
@@ -64,7 +61,7 @@ def _parse() -> argparse.Namespace:
         _EPILOG,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first one is what the others are compared with")
-    parser.add_argument("--data", nargs="+", default=[], metavar="KEY=VALUE", help="options of data, as of sparsewav")
+    add_speech(parser, "that of the first MODEL's run")
     parser.add_argument(
         "--output",
         type=Path,

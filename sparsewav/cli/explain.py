@@ -141,6 +141,27 @@ def choices_of_keys(words: Sequence[str]) -> list[str]:
     return [f"sparsity={name}" for name in sorted({names[key] for key in keys if key in names})]
 
 
+def with_swept_groups(words: Sequence[str]) -> list[str]:
+    """Give a command line that forces a key which every option has that its group is swept over.
+
+    Before any job Hydra composes a configuration of what is not swept, and refuses a key that the default option lacks:
+    ``-m quantization=int3,int4 quantization.group_size=64``.
+    """
+    swept = {}
+    for word in words:
+        group = word.partition("=")[0]
+        if group in SCHEMAS and isinstance(
+            given := OverridesParser.create().parse_overrides([word])[0].value(), ChoiceSweep
+        ):
+            swept[group] = {str(option) for option in given.list}
+
+    def forced(word: str) -> bool:
+        group, _, name = word.partition("=")[0].rpartition(".")
+        return group in swept and swept[group] <= set(_keys_of(group).get(name, []))
+
+    return [f"++{word}" if forced(word) else word for word in words]
+
+
 def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") -> None:
     """Refuse keys that ``+key=value`` put where the schema has none; Hydra lets them through."""
     schema = OmegaConf.get_type(settings)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav.cli.command import command_parser, exit_on_user_error
+from sparsewav.cli.command import add_speech, command_parser, exit_on_user_error
 from sparsewav.cli.evaluate import Errors, measure_errors, rates_of, read_speech, show_rates
 from sparsewav.errors import UserError
 from sparsewav.progress import print_note, print_warning, quieten_libraries, stage
@@ -20,7 +20,7 @@ from sparsewav.settings.run import Model
 if TYPE_CHECKING:
     from sparsewav.data.sets import Sets
     from sparsewav.data.utterances import Utterance
-    from sparsewav.inference.exchange import Agreement
+    from sparsewav.inference.agreement import Agreement
     from sparsewav.inference.runtime import ExportedModel
     from sparsewav.models.load import SpeechModel
     from sparsewav.settings.data import Data
@@ -51,14 +51,11 @@ def main() -> None:
     """Console entry ``sparsewav-export SRC DST``."""
     arguments = _parse()
     quieten_libraries()
-    try:
-        with exit_on_user_error():
-            if arguments.format in FORMATS[:2]:
-                _export(arguments)
-            else:
-                _exchange(arguments)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; nothing was written, and what was transcribed is kept") from None
+    with exit_on_user_error("nothing was written, and what was transcribed is kept"):
+        if arguments.format in FORMATS[:2]:
+            _export(arguments)
+        else:
+            _exchange(arguments)
 
 
 def _parse() -> argparse.Namespace:
@@ -81,9 +78,7 @@ def _parse() -> argparse.Namespace:
     )
     exchange = parser.add_argument_group("of onnx and openvino")
     exchange.add_argument("--int8", action="store_true", help="quantise with the runtime's own tool")
-    exchange.add_argument(
-        "--data", nargs="+", default=[], metavar="KEY=VALUE", help="speech to score on (default: that of SRC's run)"
-    )
+    add_speech(exchange, "that of SRC's run")
     exchange.add_argument("--no-score", action="store_true", help="compare the logits on noise alone, not on speech")
     return parser.parse_args()
 
@@ -96,7 +91,7 @@ def _export(arguments: argparse.Namespace) -> None:
     for option, given in (("--int8", arguments.int8), ("--data", arguments.data), ("--no-score", arguments.no_score)):
         if given:
             raise UserError(f"{option} is for --format onnx and openvino; leave it out, or choose one of them")
-    source = find_model(arguments.source, "SRC")
+    source = find_model(arguments.source, "")
     folder = export(source, arguments.destination, arguments.format, arguments.dtype)
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     Console(soft_wrap=True).print(
@@ -106,8 +101,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _exchange(arguments: argparse.Namespace) -> None:
     """Write a model for another runtime, after it was scored there."""
+    from sparsewav.cli.app import recorded_settings
     from sparsewav.files import write_folder
-    from sparsewav.inference.exchange import agreement, check_libraries, write_exchange, write_record
+    from sparsewav.inference.agreement import agreement
+    from sparsewav.inference.exchange import check_libraries, write_exchange, write_record
     from sparsewav.inference.runtime import load_exported
     from sparsewav.training.recipes import load_or_train
 
@@ -132,7 +129,7 @@ def _exchange(arguments: argparse.Namespace) -> None:
         print_warning(warning)
     if not speech.writes:
         raise UserError(f"{arguments.source} is an encoder without a CTC head; only CTC models are exported")
-    settings = _settings_of(run)
+    settings: dict[str, Any] = recorded_settings(run) or {}
     called = f"{arguments.format}{', int8' if arguments.int8 else ''}"
     found, sizes = _references(speech, run, settings, evaluation, data, console) if scored else ([], {})
     calibration = None
@@ -163,16 +160,6 @@ def _run_of(source: str) -> str:
     return str(next((path for path in (folder, folder.parent) if (path / SETTINGS).is_dir()), source))
 
 
-def _settings_of(run: str) -> dict[str, Any]:
-    """Give the configuration of a run; of anything else an empty one."""
-    import yaml
-
-    from sparsewav.pipeline.naming import SETTINGS
-
-    path = Path(run) / SETTINGS / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _references(
     speech: "SpeechModel",
     run: str,
@@ -186,19 +173,20 @@ def _references(
     Returns:
         Their errors on every set, and the bytes of their weights by their names.
     """
+    from sparsewav.models.checkpoint import weight_files
     from sparsewav.training.recipes import load_or_train
 
     found, sizes = [], {}
     models = {f"{Path(run).absolute().name} (PyTorch)": speech}
-    if settings:
+    if "model" in settings:  # a training of a dense model has none
         try:
             dense = load_or_train(Model(**settings["model"]))
             models = {f"dense ({dense.name})": dense} | models
-        except UserError as error:
+        except (UserError, TypeError) as error:  # of another version, whose options have other names
             print_warning(f"the dense model of {run} is left out: {error}")
     for name, model in models.items():
         found.append(measure_errors(name, model, evaluation, data, SECONDS_PER_BATCH, console))
-        sizes[name] = sum(path.stat().st_size for path in model.folder.glob("*.safetensors")) if model.folder else 0
+        sizes[name] = sum(path.stat().st_size for path in weight_files(model.folder)) if model.folder else 0
     return found, sizes
 
 
@@ -221,7 +209,7 @@ def _calibration(speech: "SpeechModel", sets: "Sets", settings: dict[str, Any]) 
     from sparsewav.data.sets import refuse_unreadable
 
     count = settings.get("calibration", {}).get("utterances", Calibration().utterances)
-    utterances = sets.calibration(min(count, CALIBRATED), settings.get("seed", 0))
+    utterances = sets.calibration(min(count, CALIBRATED), settings.get("seed", 0), fewer=True)
     refuse_unreadable(utterances)
     print_note(
         f"int8 is calibrated on {len(utterances)} utterances of {'='.join(map(str, sets.data.subset('calibration')))}"

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
     """
     import pandas
 
-    from sparsewav.pruning.coding import coded_bytes
     from sparsewav.pruning.encoder import prunable_matrices
+    from sparsewav.pruning.encoding import coded_bytes
     from sparsewav.pruning.grid import find_grid
 
     rows = []
@@ -69,6 +70,7 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
     import pandas
 
     from sparsewav.pipeline import run_folder
+    from sparsewav.pipeline.naming import papers_choice
     from sparsewav.pruning.structure import structures
 
     found = []
@@ -87,12 +89,14 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
                 for name, kept, kind in zip(layers.index, layers["kept"], layers["kind"], strict=True)
                 if parts.get(name, 0) != kept
             ]
+        # A kept weight that is rounded to zero is no part of a matrix's sparsity.
+        rounded = metrics["quantization"] not in (None, papers_choice("quantization"))
         for row in matrices.itertuples():
             if row.name not in layers.index:
                 found.append(f"{run_folder.LAYERS} has no row for {row.name}")
                 continue
             reported = round(float(layers.loc[row.name, "sparsity"]) * int(row.rows * row.cols))
-            if reported != row.zeros:
+            if row.zeros < reported or (row.zeros > reported and not rounded):
                 found.append(f"{run_folder.LAYERS} says {reported:,} weights of {row.name} are zero; {row.zeros:,} are")
     return found
 
@@ -115,33 +119,32 @@ def _endings(role: str) -> list[str]:
 
 def heat_map(matrices: "pandas.DataFrame") -> Table:
     """Make a table of the sparsity of every matrix with a row for each layer, coloured from light to dark."""
-    roles = roles_of(matrices)
-    table = Table(title="sparsity in percent", pad_edge=False)
-    table.add_column("layer", justify="right")
-    for name in roles.values():
-        table.add_column(name, justify="right")
-    for layer, group in matrices.groupby("layer"):
-        cells = {row.role: row.zeros / (row.rows * row.cols) for row in group.itertuples()}
-        table.add_row(str(layer), *(_cell(cells.get(role)) for role in roles))
-    return table
+    return _layer_table("sparsity in percent", matrices, lambda row: _shaded(row.zeros / (row.rows * row.cols)))
 
 
 def bits_table(matrices: "pandas.DataFrame") -> Table:
     """Make a table of the bits of every matrix: those of a number, and those that a weight takes in bitmask format."""
+    return _layer_table(
+        "bits of a number, and bits of the file a weight",
+        matrices,
+        lambda row: f"{row.bits} {8 * row.bytes / (row.rows * row.cols):.2f}",
+    )
+
+
+def _layer_table(title: str, matrices: "pandas.DataFrame", cell: Callable[[Any], str | Text]) -> Table:
+    """Make a table with a row for each layer and a column for each role; a layer may lack a matrix."""
     roles = roles_of(matrices)
-    table = Table(title="bits of a number, and bits of the file a weight", pad_edge=False)
+    table = Table(title=title, pad_edge=False)
     table.add_column("layer", justify="right")
     for name in roles.values():
         table.add_column(name, justify="right")
     for layer, group in matrices.groupby("layer"):
-        cells = {row.role: f"{row.bits} {8 * row.bytes / (row.rows * row.cols):.2f}" for row in group.itertuples()}
+        cells = {row.role: cell(row) for row in group.itertuples()}
         table.add_row(str(layer), *(cells.get(role, "–") for role in roles))
     return table
 
 
-def _cell(share: float | None) -> Text:
-    if share is None:
-        return Text("–")
+def _shaded(share: float) -> Text:
     shade = 255 - round(23 * share)  # colours 232 (black) to 255 (white) of a terminal
     return Text(f" {100 * share:5.1f} ", style=f"{'white' if shade < 244 else 'black'} on color({shade})")
 
@@ -204,7 +207,7 @@ def _inspect(name: str, revision: str | None, plot: Path | None, console: Consol
     from sparsewav.models.load import find_model
     from sparsewav.pipeline import run_folder
 
-    folder, given = find_model(name, "DIR", revision), Path(name).expanduser()
+    folder, given = find_model(name, "", revision), Path(name).expanduser()
     run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
     model = _load(folder, name)
     matrices = matrix_sparsities(model)
@@ -231,21 +234,20 @@ def _load(folder: Path, name: str) -> "PreTrainedModel":
     """Load a model in the type that its weights have; PyTorch's files, as the hub has them, in float32."""
     import torch
 
-    from sparsewav.models.load import load, load_pretrained
+    from sparsewav.models.load import load_pretrained
 
-    return load_pretrained(str(folder), torch.float32, "DIR", name) if _is_pickled(folder) else load(folder)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    return load_pretrained(str(folder), torch.float32 if _is_pickled(folder) else None, "", name)
 
 
 def _is_pickled(folder: Path) -> bool:
-    return any(path.suffix == ".bin" for path in _weight_files(folder))
+    from sparsewav.models.checkpoint import weight_files
+
+    return any(path.suffix == ".bin" for path in weight_files(folder))
 
 
 def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "pandas.DataFrame") -> Table:
     from sparsewav.models.bitmask import format_of, stored_bytes
+    from sparsewav.models.checkpoint import weight_files
     from sparsewav.pipeline.run_folder import count_parameters
     from sparsewav.pruning.families import left_dense
 
@@ -264,7 +266,7 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
         else "no matrices of the transformer are left",
         **({"left dense": f"in every layer {left}"} if left else {}),
         **({"bits": _bits(matrices, weights)} if weights else {}),
-        "on disk": _megabytes(sum(path.stat().st_size for path in _weight_files(folder))),
+        "on disk": _megabytes(sum(path.stat().st_size for path in weight_files(folder))),
         "dense float32": _megabytes(wide),
         "dense float16": _megabytes(narrow),
         "bitmask": f"{_megabytes(bitmask)}   ({100 * bitmask / wide:.1f} % of dense float32)",

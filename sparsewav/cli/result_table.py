@@ -16,7 +16,7 @@ from sparsewav.settings.sparsity import COUNTED
 def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     """Show what a run cost and where its results are."""
     seconds = metrics["seconds"]
-    tuned, change = {}, last_change(metrics)
+    tuned, change, rounded = {}, last_change(metrics), metrics["bits"] is not None
     if metrics["updates"]:
         path = ", ".join(
             f"{stage['sparsity']:g}: {100 * stage['wer_pruned']:.2f} -> {100 * stage['wer']:.2f} %"
@@ -40,7 +40,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         made = {
             **_asked(metrics),
             "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            **({"bits": f"{metrics['bits']:.3g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
+            **({"bits, nominal": f"{metrics['bits']:.3g}   a weight of the transformer's matrices"} if rounded else {}),
             "parameters, before": f"{metrics['params_dense']:,}",
             "parameters, after": _parameters(metrics),
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",
@@ -104,7 +104,9 @@ def _parameters(metrics: dict[str, Any]) -> str:
     total, nonzero = metrics["params_total"], metrics["params_nonzero"]
     if metrics["achieved_share"] is not None:
         return f"{total:,}   ({100 * total / metrics['params_dense']:.1f} %)"
-    return f"{nonzero:,}   ({total - nonzero:,} are zero)"
+    # Of the sparsity that was reached they are no part.
+    by_rounding = "" if metrics["bits"] is None else ", with those that were rounded to zero"
+    return f"{nonzero:,}   ({total - nonzero:,} are zero{by_rounding})"
 
 
 def _rates(metrics: dict[str, Any], model: str) -> str:

@@ -23,6 +23,8 @@ _ERRORS = ("wer", "cer")
 
 _RESULTS = {
     "achieved_sparsity": "reached",
+    "bits": "bits",
+    "bytes": "MB",
     **{f"{rate}_dense": f"dense\n{rate.upper()} %" for rate in _ERRORS},
     **{f"{rate}_pruned": f"pruned\n{rate.upper()} %" for rate in _ERRORS},
     "wer": "WER %",
@@ -76,13 +78,15 @@ def _figures(sweep: Sweep) -> dict[str, str]:
         for column in sweep.runs
         if re.search(r"/(wer|cer|divergence)$", column)
     }
+    sizes = sweep.any("target_megabytes") or sweep.any("bits") or sweep.varies("quantization")
     return {
         column: heading
         for column, heading in (_RESULTS | others | _BESIDE | {"status": "status"}).items()
         if sweep.any(column)
         and (not column.endswith("_dense") or sweep.varies(column))
         and (not column.endswith("_pruned") or sweep.any("updates"))  # without fine-tuning the two are equal
-        and (column != "updates" or sweep.varies(column))
+        and (column not in ("updates", "bits") or sweep.varies(column))
+        and (column != "bytes" or sizes)
         and (column != "status" or len(sweep.failed))
     }
 
@@ -142,6 +146,10 @@ def _show(column: str, row: pandas.Series) -> str:
         return f"{100 * value:+.2f} [{low:+.2f}, {high:+.2f}]"
     if re.search(r"(^|/)(wer|cer)(_|$)", column):
         return f"{100 * value:.2f}"
+    if column == "bytes":
+        return f"{value / 1e6:.3f}"
+    if column == "bits":
+        return f"{value:.3g}"
     if column.endswith("seconds") or column == "seconds_cached":
         return f"{value:.1f}"
     if column in ("updates", "evaluation_overlap"):

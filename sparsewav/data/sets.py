@@ -94,10 +94,21 @@ class Sets:
                 )
         return {name: self._subsets[name].utterances for name in names}
 
-    def calibration(self, count: int, seed: int) -> list[Utterance]:
-        """Give a random sample of the calibration subset; of a stream, its beginning after it was shuffled."""
+    def calibration(self, count: int, seed: int, *, fewer: bool = False) -> list[Utterance]:
+        """Give a random sample of the calibration subset; of a stream, its beginning after it was shuffled.
+
+        Args:
+            count: The size of the sample.
+            seed: Draws it.
+            fewer: Whether the whole subset will do where it has no more than ``count``.
+        """
         if not _is_streamed(self.data):
-            return self._sound(lambda: sample_utterances(self._all("calibration"), count, seed))
+
+            def draw() -> list[Utterance]:
+                listed = self._all("calibration")
+                return sample_utterances(listed, min(count, len(listed)) if fewer else count, seed)
+
+            return self._sound(draw)
         if (count, seed) not in self._samples:
             self._samples[count, seed] = self._sample_of_stream(count, seed)
         return self._samples[count, seed].utterances

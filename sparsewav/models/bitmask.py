@@ -1,7 +1,7 @@
 """The bitmask format: of a pruned matrix a bit for every weight and what is kept, in few bits if it was rounded.
 
-``BITMASK_FORMAT.md`` beside this module describes the file, :mod:`sparsewav.pruning.coding` makes the bytes of a
-tensor. Nothing in a file is unpickled or executed.
+``BITMASK_FORMAT.md`` beside this module describes the file, :mod:`sparsewav.pruning.encoding` makes the bytes of a
+tensor, :mod:`sparsewav.pruning.decoding` a tensor of them. Nothing in a file is unpickled or executed.
 """
 
 import json
@@ -27,22 +27,14 @@ from sparsewav.models.checkpoint import (
     opened,
     read_headers,
     refuse_exported,
+    shown,
     some,
 )
 from sparsewav.models.skeleton import check_tensors, load_whole, make_skeleton, read_config
-from sparsewav.pruning.coding import (
-    AGAIN,
-    FORMAT,
-    VERSION,
-    check_file,
-    decode_masked,
-    decode_tensors,
-    encode_tensors,
-    file_bytes,
-    header_text,
-    read_coding,
-)
+from sparsewav.pruning.coding import AGAIN, FORMAT, VERSION, check_file, header_text, read_coding
+from sparsewav.pruning.decoding import decode_masked, decode_tensors
 from sparsewav.pruning.encoder import stays_single
+from sparsewav.pruning.encoding import encode_tensors, file_bytes
 from sparsewav.pruning.grid import find_grid
 
 FORMATS = ("dense", "bitmask")
@@ -272,7 +264,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     version = header.get("version")
     if type(version) is not int or not 1 <= version <= VERSION or (version == 1) != (FORMAT not in metadata):
         raise UserError(
-            f"{path} is of version {version!r} of {FORMAT}, and this SparseWAV reads 1 to {VERSION}; "
+            f"{path} is of version {shown(repr(version))} of {FORMAT}, and this SparseWAV reads 1 to {VERSION}; "
             "update SparseWAV, or write the file again with sparsewav-export"
         )
     return header
@@ -284,7 +276,7 @@ def _decode(
     entries, float16 = header.get("coded", {}), header.get("float16", "")
     readable = isinstance(entries, dict) and float16 in ("float16", "float32")
     check_file(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
-    codings = {name: read_coding(entry, f"{name} in {path}") for name, entry in entries.items()}
+    codings = {name: read_coding(entry, f"{shown(name)} in {path}") for name, entry in entries.items()}
     _check_shapes(path, {name: coding.shape for name, coding in codings.items()}, skeleton)
     for name in codings:
         check_file(name in stored, f"{path} lacks {name}")
@@ -311,7 +303,7 @@ def _check_shapes(path: Path, shapes: dict[str, Any], skeleton: PreTrainedModel)
     for name, shape in shapes.items():
         known = expected.get(name_in(skeleton, name, expected))
         if known is None:
-            raise UserError(f"{path} has a bitmask for {name}, which is no matrix of its config.json; {AGAIN}")
+            raise UserError(f"{path} has a bitmask for {shown(name)}, which is no matrix of its config.json; {AGAIN}")
         fits = isinstance(shape, list | tuple) and list(shape) == list(known.shape)
         fits = fits and all(type(size) is int for size in shape)
-        check_file(fits, f"{path} gives {name} the shape {shape}, and its config.json {list(known.shape)}")
+        check_file(fits, f"{path} gives {name} the shape {shown(str(shape))}, and its config.json {list(known.shape)}")

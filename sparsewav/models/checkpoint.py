@@ -49,17 +49,23 @@ DTYPES = {
 """The types of safetensors that may occur in a model of speech."""
 
 
-def refuse_exported(folder: Path) -> None:
-    """Refuse the folder of a model that was exported to another runtime, where its weights are asked for.
+def refuse_exported(path: Path) -> None:
+    """Refuse a model that was exported to another runtime, its folder or its file, where its weights are asked for.
 
     Raises:
         UserError: It is one.
     """
-    if exported := [name for name in EXPORTED.values() if (folder / name).is_file()]:
+    named = [path] if path.is_file() else [path / name for name in EXPORTED.values()]
+    if exported := [file.name for file in named if file.suffix in (".onnx", ".xml") and file.is_file()]:
         raise UserError(
-            f"{folder} was exported ({exported[0]}), and only sparsewav-transcribe and sparsewav-evaluate run it; give "
+            f"{path} was exported ({exported[0]}), and only sparsewav-transcribe and sparsewav-evaluate run it; give "
             "the model that it was made from"
         )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Give the files of a folder with the weights of its model: safetensors, where there are some, else PyTorch's."""
+    return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
 
 
 class Checkpoint:
@@ -145,7 +151,9 @@ def read_headers(path: Path) -> dict[str, Tensor]:
             stored = file.get_slice(name)
             dtype = DTYPES.get(stored.get_dtype())
             if dtype is None:
-                raise UserError(f"{path} has {name} in {stored.get_dtype()}, which is not read; save it in float32")
+                raise UserError(
+                    f"{path} has {shown(name)} in {stored.get_dtype()}, which is not read; save it in float32"
+                )
             headers[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
     return headers
 
@@ -174,7 +182,9 @@ def read_index(path: Path) -> dict[str, Path]:
         raise UserError(f"{path} is not an index of a checkpoint's files; fetch it again")
     for name, file in names.items():
         if file != Path(file).name or "\\" in file or "\0" in file:
-            raise UserError(f"{path} says that {name} is in {file!r}, which is no file in its folder; fetch it again")
+            raise UserError(
+                f"{path} says that {shown(name)} is in {shown(repr(file))}, no file in its folder; fetch it again"
+            )
         if not (path.parent / file).is_file():
             raise UserError(f"{path.parent / file} is missing or broken (no file); fetch it again")
     return {name: path.parent / file for name, file in names.items()}
@@ -270,10 +280,21 @@ def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
+def shown(text: str) -> str:
+    """Give what a file says as it fits into a sentence: in one line, and at most 200 characters."""
+    line = text if text.isprintable() else ascii(text)
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
 def some(names: Iterable[str]) -> str:
     """List the first three names, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def named(key: str, value: str) -> str:
+    """Give what a user named with the setting that named it, or alone where it has none, as a command's argument."""
+    return f"{key}={value}" if key else value
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from sparsewav.errors import UserError
 from sparsewav.files import writing
 from sparsewav.models.bitmask import BITMASK_WEIGHTS
-from sparsewav.models.checkpoint import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, first_line
+from sparsewav.models.checkpoint import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, first_line, named
 from sparsewav.progress import print_warning
 
 SETTINGS = ["*.json", "*.txt", "*.model", "README.md"]
@@ -47,7 +47,7 @@ def fetch(name: str, revision: str | None = None, key: str = "model.name_or_path
         UserError: There is no such model or revision, it may not be read, or it was not fetched before and the hub
             cannot be reached.
     """
-    called = f"{key}={name}"
+    called = named(key, name)
     if constants.is_offline_mode():
         return _fetched_before(name, revision, called, "HF_HUB_OFFLINE is set")
     wanted: list[str] = []

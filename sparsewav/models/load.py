@@ -14,7 +14,7 @@ import sparsewav.models.structured  # noqa: F401  (both imports register the pac
 from sparsewav.errors import UserError
 from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
-from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, read_pickled_headers, refuse_exported
+from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, named, read_pickled_headers, refuse_exported
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.models.skeleton import MASK_EMBEDDING, check_tensors, is_encoder, load_whole, make_skeleton, read_config
@@ -90,17 +90,20 @@ def locate_model(name_or_path: str, key: str = "model.name_or_path") -> str:
 
     Args:
         name_or_path: ``demo``, the folder of a model or of a run, or a name on the hub.
-        key: The setting that names the model, for messages.
+        key: The setting that names the model, for messages; empty for an argument that has no name.
 
     Raises:
-        UserError: The folder does not exist.
+        UserError: The folder does not exist, or is a file.
     """
     if name_or_path == DEMO_MODEL:
         return str(files("sparsewav") / "models" / "demo")
     folder = Path(name_or_path).expanduser()
+    if folder.is_file():
+        refuse_exported(folder)
+        raise UserError(f"{named(key, name_or_path)} is a file; give the folder that has it and the config.json")
     if not folder.is_dir():
         if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-            raise UserError(f"{key}={name_or_path} is not a folder; check the path")
+            raise UserError(f"{named(key, name_or_path)} is not a folder; check the path")
         return name_or_path  # on the hub
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         return str(folder / "model")  # of a run
@@ -121,7 +124,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | Non
     Raises:
         UserError: There is no such model, or a broken one.
     """
-    return load_pretrained(str(find_model(str(path), "path", revision)), dtype, "path", str(path))
+    return load_pretrained(str(find_model(str(path), "", revision)), dtype, "", str(path))
 
 
 def find_model(name_or_path: str, key: str = "model.name_or_path", revision: str | None = None) -> Path:
@@ -139,7 +142,9 @@ def find_model(name_or_path: str, key: str = "model.name_or_path", revision: str
     if not Path(source).is_dir():
         return hub.fetch(source, revision, key)
     if revision is not None:
-        raise UserError(f"{key}={name_or_path} is no name on the hub, and only those have a revision; leave it out")
+        raise UserError(
+            f"{named(key, name_or_path)} is no name on the hub, and only those have a revision; leave it out"
+        )
     return Path(source)
 
 
@@ -202,15 +207,21 @@ def load_pretrained(
     Raises:
         UserError: There is no such model, its family is unknown, or its weights are broken or those of another model.
     """
-    called = f"{key}={name or source}"
+    called = named(key, name or source)
     config = read_config(source, called)
     folder = Path(source)
-    try:
-        if any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS)):
-            return read_model(folder, dtype, notes)
+    readable = any((folder / file).is_file() for file in (WEIGHTS, INDEX, BITMASK_WEIGHTS))
+    if not readable:
         refuse_exported(folder)
-        if headers := read_pickled_headers(folder):
-            check_tensors(make_skeleton(config, headers, source), headers, source)
+    try:
+        if readable:
+            return read_model(folder, dtype, notes)
+        headers = read_pickled_headers(folder)
+        if not headers:
+            raise UserError(
+                f"{source} has no weights ({WEIGHTS} or {BITMASK_WEIGHTS}); give the whole folder of a model"
+            )
+        check_tensors(make_skeleton(config, headers, source), headers, source)
         kind = AutoModel if is_encoder(config, headers) else AutoModelForCTC
         options: dict[str, Any] = {"config": config, "dtype": dtype or "auto", "trust_remote_code": False}
         return load_whole(kind.from_pretrained, source, source, notes=notes, **options).eval()

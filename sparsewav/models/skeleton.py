@@ -6,6 +6,7 @@ A folder is refused by headers alone, before anything is allocated.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from sparsewav.errors import UserError
-from sparsewav.models.checkpoint import first_line, name_in, refuse_infinite, some
+from sparsewav.models.checkpoint import first_line, name_in, refuse_infinite, shown, some
 from sparsewav.pruning.encoder import check_family
 from sparsewav.pruning.families import encoder_config, family_of, known_family
 
@@ -182,7 +183,12 @@ def check_tensors(skeleton: PreTrainedModel, stored: Mapping[str, Tensor], where
         UserError: They are not the same, as far as :func:`refuse_differences` minds.
     """
     expected = skeleton.state_dict()
-    found = {name_in(skeleton, name, expected): tensor for name, tensor in stored.items()}
+    names = {name: name_in(skeleton, name, expected) for name in stored}
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        same = " and ".join(shown(name) for name, other in names.items() if other == twice)
+        raise UserError(f"{where} has {same}, of which the model has one; fetch it again")
+    found = {names[name]: tensor for name, tensor in stored.items()}
     both = expected.keys() & found.keys()
     refuse_differences(
         skeleton,

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparsewav.models.hub import commit_of
 from sparsewav.models.load import SpeechModel
+from sparsewav.pipeline.naming import papers_choice
 from sparsewav.pipeline.run_folder import last_change
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.data import Data, DemoData, LibriSpeechHub
@@ -78,12 +79,13 @@ def make_card(metrics: Mapping[str, Any]) -> str:
     origin, ours = metrics["provenance"], metrics["method"] == OURS
     sets = metrics["evaluation"]
     scored = [rate for rate in RATES if any(record.get(rate) is not None for record in sets)]
+    rounded = _rounded_to(metrics)
     metadata = ModelCardData(
-        model_name=f"{metrics['model']}-{metrics['achieved_sparsity']:.2f}",
+        model_name="-".join([metrics["model"], f"{metrics['achieved_sparsity']:.2f}", *rounded]),
         base_model=origin["base_model"],
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition" if scored else "feature-extraction",
-        tags=["sparsewav", "speech", "pruning" if ours else metrics["method"]],
+        tags=["sparsewav", "speech", "pruning" if ours else metrics["method"], *(["quantization"] if rounded else [])],
         datasets=[origin["dataset"]] if origin["dataset"] else None,
         metrics=scored or None,
         eval_results=[_result(metrics, record, rate) for record in sets for rate in scored] or None,
@@ -92,6 +94,11 @@ def make_card(metrics: Mapping[str, Any]) -> str:
     text = _describe(metrics) + _error_rates(metrics, sets, scored) + _loading(metrics)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")  # which reads and checks the metadata
     return str(card)
+
+
+def _rounded_to(metrics: Mapping[str, Any]) -> list[str]:
+    """Give the name of the quantization; nothing where weights are not rounded, as of a baseline, which has None."""
+    return [name for name in (metrics["quantization"],) if name not in (None, papers_choice("quantization"))]
 
 
 def _result(metrics: Mapping[str, Any], record: Mapping[str, Any], rate: str) -> EvalResult:
@@ -143,7 +150,7 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     elif origin["base_model"]:
         source += f", which was made from `{origin['base_model']}`"
     unit = "" if metrics["target_sparsity"] is None else " sparsity"
-    rounded = f" and rounded to {metrics['quantization']}" if metrics["quantization"] not in (None, "none") else ""
+    rounded = "".join(f" and rounded to {name}" for name in _rounded_to(metrics))
     done = f"pruned to {_asked(metrics)}{unit}{rounded}" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)
@@ -186,7 +193,7 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "solver": f"{metrics['solver']}, objective {metrics['objective']}, recovery {metrics['recovery']}",
         "allocation": metrics["allocation"],
         "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
-        **({"bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
+        **({"nominal bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         **({"share of the encoder that stays": f"{metrics['achieved_share']:.4f}"} if cut else {}),
         "parameters": f"{metrics['params_total']:,}; {metrics['params_dense']:,} before"

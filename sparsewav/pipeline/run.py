@@ -45,9 +45,9 @@ from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.parts import part_budget
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.macs import multiply_accumulates, silence
-from sparsewav.pruning.prune import check_allocation
+from sparsewav.pruning.prune import byte_budget, check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config
@@ -125,6 +125,8 @@ def _run(
     sets.needs_text = speech.writes
     if not speech.writes:
         _check_encoder(config, speech)
+    if ours:
+        byte_budget(speech.model, config)  # a hopeless one is refused before anything is measured
     with reporting("Reading and hashing model and utterances", console):
         chosen = choose_utterances(config, sets, speech)
         origin = model_card.provenance(config, speech)

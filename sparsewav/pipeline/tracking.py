@@ -128,7 +128,7 @@ class Tracking:
         model = settings["model"]["fairseq_checkpoint"] or settings["model"]["name_or_path"]
         name = Path(model).stem if settings["model"]["fairseq_checkpoint"] else Path(model).name
         words = [
-            item
+            item.lstrip("+")
             for item in self.description.overrides
             if not re.match(r"(scale|tracker|output_root|device|experiment)\b", item)
         ]

@@ -23,7 +23,6 @@ from sparsewav.pruning.allocation.parts import PartBudget, part_budget
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
-from sparsewav.pruning.coding import coded_bytes, file_bytes
 from sparsewav.pruning.encoder import (
     as_sequence,
     check_model,
@@ -33,6 +32,7 @@ from sparsewav.pruning.encoder import (
     prunable_matrices,
     whatever_modes,
 )
+from sparsewav.pruning.encoding import coded_bytes, file_bytes
 from sparsewav.pruning.families import untried
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
@@ -133,7 +133,7 @@ class PruneReport:
             )
             done = f"{left} stay, {self.share:.2%} of what the encoder had; sparsewav.cut makes the smaller model"
         lines = [
-            done + (f", the others have {self.bits:.3g} bits" if self.bits else "") + f"{size}; {seconds}",
+            done + (f", the others have {self.bits:.3g} nominal bits" if self.bits else "") + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
         ]
@@ -272,19 +272,22 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
-    matrices, budget = prunable_matrices(model), None
+    budget = byte_budget(model, settings) if levels is None else None
+    matrices, parts = prunable_matrices(model), None
     prunable = sum(matrix.size for matrix in matrices)
     if isinstance(settings.sparsity, Structured):
         if masks:
             raise UserError("masks remove single weights, and sparsity=structured whole heads and units; give no masks")
-        budget = part_budget(model, settings.sparsity)
-        matrices = [matrix for matrix in matrices if matrix.name in budget.structures]
-        hessians = hessians.restricted(budget.structures) if hessians else None
+        parts = part_budget(model, settings.sparsity)
+        matrices = [matrix for matrix in matrices if matrix.name in parts.structures]
+        hessians = hessians.restricted(parts.structures) if hessians else None
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
     if unknown:
         raise UserError(f"masks name {unknown[0]}, which is not a prunable matrix of this model")
     in_memory = [matrix for matrix in matrices if not matrix.weight.is_meta]
+    if settings.sparsity.fraction == 0 and not masks:  # only rounded: what was pruned before stays so
+        masks = {matrix.name: matrix.weight.detach() != 0 for matrix in in_memory}
     zeros = sum(matrix.size - int(matrix.weight.count_nonzero()) for matrix in in_memory)
     batches: Any = as_sequence(calibration_batches)
     parallel = settings.calibration.propagation == "parallel"
@@ -295,17 +298,16 @@ def prune_model(
                 traces = traces_of(model, batches, settings, stage_progress(progress, "allocate"))
         if traces is not None:  # GPU sums are not deterministic, and all processes must rank alike
             traces = distributed.broadcast(traces)
-        by_levels = isinstance(settings.allocation, HAWQ | ErrorCurves) or isinstance(settings.sparsity, Megabytes)
-        by_levels = by_levels and levels is None
+        by_levels = levels is None and (budget is not None or isinstance(settings.allocation, HAWQ | ErrorCurves))
         if levels is not None:
             targets = {name: levels[name][0] for name in sizes}
-        elif budget is not None:
-            targets = budget.targets(budget.kept_evenly())
+        elif parts is not None:
+            targets = parts.targets(parts.kept_evenly())
         else:
             targets = {} if by_levels else allocate(sizes, settings, traces)
         bits = _bits(sizes, settings, levels)
         plan = Plan(settings, targets, traces, dict(masks or {}), bits, rounds, keep_masks, batched_devices)
-        plan.structures = budget.structures if budget else {}
+        plan.structures = parts.structures if parts else {}
         if hessians is None and (parallel or by_levels):
             with _timed(seconds, "calibrate"):
                 hessians = collect_hessians(
@@ -320,7 +322,7 @@ def prune_model(
             assert hessians is not None
             with _timed(seconds, "allocate"):
                 allocated = allocate_levels(
-                    model, batches, plan, hessians, budget, stage_progress(progress, "allocate")
+                    model, batches, plan, hessians, parts or budget, stage_progress(progress, "allocate")
                 )
 
         def prune_to_plan() -> Outcome:
@@ -342,11 +344,11 @@ def prune_model(
         elif isinstance(settings.sparsity, Megabytes):
             outcome, allocated = prune_to_size(model, settings.sparsity, plan, allocated, prune_to_plan)
         else:
-            plan.targets = budget.filled_targets(allocated.sparsities) if budget else allocated.sparsities
+            plan.targets = parts.filled_targets(allocated.sparsities) if parts else allocated.sparsities
             outcome = prune_to_plan()
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
     stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
-    if budget is not None:
+    if parts is not None:
         removed, zeros = removed_weights(model, outcome.structures), 0
     else:
         removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
@@ -354,7 +356,7 @@ def prune_model(
         matrices=[outcome.reports[name] for name in sizes if name in outcome.reports],
         masks={name: outcome.masks[name] for name in sizes if name in outcome.masks},
         sparsity=removed / prunable,
-        target_sparsity=None if budget else settings.sparsity.fraction,
+        target_sparsity=None if parts else settings.sparsity.fraction,
         seconds=seconds | {stage: outcome.seconds[stage] for stage, happens in stages.items() if happens},
         warnings=_warnings(model, plan, outcome, (zeros - removed) / prunable, allocated),
         recoveries=outcome.recoveries,
@@ -362,7 +364,7 @@ def prune_model(
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
         structures=[outcome.structures[name] for name in sizes if name in outcome.structures],
         kept=outcome.kept,
-        share=budget.share({name: report.kept for name, report in outcome.structures.items()}) if budget else None,
+        share=parts.share({name: report.kept for name, report in outcome.structures.items()}) if parts else None,
     )
 
 
@@ -493,25 +495,18 @@ def allocate_levels(
     batches: Any,
     plan: Plan,
     hessians: Hessians,
-    budget: PartBudget | None = None,
+    budget: ByteBudget | PartBudget | None,
     progress: Progress | None = None,
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
     settings, matrices = plan.settings, plan.pruned(prunable_matrices(model))
-    allocation, sparsity = settings.allocation, settings.sparsity
+    allocation, sparsity = settings.allocation, settings.sparsity.fraction
     found: LevelAllocation | None = None
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
-            goal: float | ByteBudget | PartBudget
-            if budget is not None:
-                goal = budget
-            elif isinstance(sparsity, Megabytes):
-                rest = bytes_of_rest(model, settings.quantization)
-                goal = ByteBudget(sparsity.bytes, rest, settings.quantization, settings.solver.damping)
-            else:
-                assert sparsity.fraction is not None
-                goal = sparsity.fraction
             if isinstance(allocation, HAWQ | ErrorCurves):
+                goal: float | ByteBudget | PartBudget | None = sparsity if budget is None else budget
+                assert goal is not None
                 found = allocate_by_levels(
                     model,
                     matrices,
@@ -526,14 +521,29 @@ def allocate_levels(
                     progress=progress,
                 )
             else:
-                assert isinstance(goal, ByteBudget)
+                assert isinstance(budget, ByteBudget)
                 # How many bytes weights take hardly depends on the solver: a quick one finds the sparsity.
                 solver = OBS(damping=plan.settings.solver.damping)
                 quick = replace(plan, settings=replace(plan.settings, solver=solver))
-                found = LevelAllocation.of_fit(fit_uniformly(goal, matrices, hessians, quick.solve_levels, progress))
+                fit = fit_uniformly(budget, matrices, hessians, quick.solve_levels, progress)
+                found = LevelAllocation.of_fit(fit, note=budget.more_than_needed(fit.measured[0][1]))
     found = distributed.broadcast(found)
     assert found is not None
     return found
+
+
+def byte_budget(model: PreTrainedModel, settings: Pruning) -> ByteBudget | None:
+    """Give the bytes that a model's weights file may have; None where the settings ask for no size.
+
+    Raises:
+        UserError: What is not prunable takes all of them.
+    """
+    if not isinstance(settings.sparsity, Megabytes):
+        return None
+    rest = bytes_of_rest(model, settings.quantization)
+    budget = ByteBudget(settings.sparsity.bytes, rest, settings.quantization, settings.solver.damping)
+    budget.check_rest()
+    return budget
 
 
 def bytes_of_rest(model: PreTrainedModel, quantization: Quantization) -> int:

@@ -202,7 +202,7 @@ class Integers(Rounded):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if self.range == "coded" and not self.symmetric:
-            yield "symmetric=False does not go with quantization.range=coded, which cuts nothing off; choose true"
+            yield "symmetric=false does not go with quantization.range=coded, which cuts nothing off; choose true"
 
 
 @dataclass(kw_only=True)

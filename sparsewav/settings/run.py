@@ -21,6 +21,7 @@ from sparsewav.settings.pruning import (
     OPTIONS,
     Calibration,
     Hutchinson,
+    Integers,
     Megabytes,
     Pruning,
     Structured,
@@ -154,10 +155,20 @@ class Config(Pruning):
                 f"export.dtype={self.export.dtype} would change the file whose size sparsity=megabytes counts; choose "
                 "export.dtype=model, and quantization=float16 for half precision"
             )
+        elif self._rounds and self.export == Export("bitmask", "float16"):
+            yield (
+                f"export.dtype=float16 does not hold the numbers that quantization={self.quantization.name} rounds to; "
+                "choose export.dtype=model, with which the bitmask format stores them in few bits"
+            )
         if isinstance(self.finetune_strategy, OnePass):
             yield from self._finetune_faults(self.finetune_strategy)
         if self.method.name != OURS:
             yield from self._baseline_faults()
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the weights become integers; a baseline does not round."""
+        return self.method.name == OURS and isinstance(self.quantization, Integers)
 
     def _offload_faults(self) -> Iterator[str]:
         if self.calibration.propagation != "sequential" or not isinstance(self.allocation, Uniform):

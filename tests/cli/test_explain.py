@@ -25,6 +25,10 @@ MISTAKES = [
         "sparsity=megabytes goes with method=spars",
     ),
     (["sparsity.megabytes=1", "export.dtype=float16"], "choose export.dtype=model, and quantization=float16"),
+    (
+        ["quantization=int4", "export.format=bitmask", "export.dtype=float16"],
+        "that quantization=int4 rounds to; choose",
+    ),
     (["sparsity.megabytes=1", "sparsity.target=0.5"], "sparsity has the key target with sparsity=unstructured alone"),
     (
         ["sparsity=0.5"],

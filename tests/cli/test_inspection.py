@@ -1,6 +1,8 @@
 """A run's export, and what ``sparsewav-inspect`` says of a model."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,9 +158,20 @@ def test_inspect_takes_a_model_whose_layers_were_cut_to_nothing(
     assert "no matrices of the transformer are left" in result.stdout
 
 
-def test_inspect_refuses(run_sparsewav: Run, tmp_path: Path) -> None:
+def test_inspect_refuses(run_sparsewav: Run, model_folder: Path, tmp_path: Path) -> None:
+    """In a sentence that begins with what was typed."""
     (tmp_path / "empty").mkdir()
-    done = run_sparsewav("empty", command="sparsewav-inspect")
-    assert done.returncode == 1
-    assert "is no model's folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    shutil.copyfile(model_folder / "config.json", exported / "config.json")
+    (exported / "model.onnx").touch()
+    for name, complaint in (
+        ("empty", "cannot be loaded: .*empty is no model's folder"),
+        ("missing/some/model", "is not a folder; check the path"),
+        (f"{model_folder}/model.safetensors", "is a file; give the folder"),
+        ("exported", r"was exported \(model.onnx\), and only sparsewav-transcribe"),
+        ("exported/model.onnx", r"was exported \(model.onnx\), and only sparsewav-transcribe"),
+    ):
+        done = run_sparsewav(name, command="sparsewav-inspect")
+        assert done.returncode == 1
+        assert re.fullmatch(f"error: {re.escape(name)} {complaint}.*\n", done.stderr), done.stderr

@@ -1,6 +1,7 @@
 """Runs whose weights are rounded: what is on disk, what is recorded, and that tuning comes before the rounding."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparsewav
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from tests.terminal import Run, assert_one_sentence, run_folder_in
 
 ROUNDED = ["quantization=int3", "quantization.group_size=8"]
@@ -51,8 +52,15 @@ def test_a_rounded_run_and_its_records(recovery: str, run_sparsewav: Run, small:
     assert metrics["params_nonzero"] == sum(int(tensor.count_nonzero()) for tensor in tensors.values())
     card = (folder / "model" / "README.md").read_text()
     assert "pruned to 0.75 sparsity and rounded to int3" in card
-    assert "| bits of their weights | 3 |" in card
-    for words in ("bits", "quantize", "int3", "MB of weights in bitmask format"):
+    assert "| nominal bits of their weights | 3 |" in card
+    assert re.search("name: tiny-wav2vec2-0.75-int3$", card, re.MULTILINE), "and not that of the run without rounding"
+    inspected = run_sparsewav(str(folder), command="sparsewav-inspect")
+    assert inspected.returncode == 0, inspected.stdout  # though more are zero than were removed
+    assert any(
+        int((tensors[f"{row.Index}.weight"] == 0).sum()) > round(row.sparsity * row.rows * row.cols)
+        for row in layers.set_index("name").itertuples()
+    )
+    for words in ("bits, nominal", "with those that were rounded to zero", "quantize", "int3", "MB of weights in"):
         assert words in result.stdout
 
 

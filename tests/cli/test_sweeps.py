@@ -68,6 +68,22 @@ def test_a_sweep_survives_a_failed_job_and_is_resumed(run_sparsewav: Run, small:
     assert "6 runs" in shown.stdout
 
 
+def test_a_key_that_every_option_of_a_swept_group_has(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
+    """The default option lacks it; the summary has bits and bytes of every run."""
+    sweep = ["-m", *small, "allocation=uniform", "quantization=int3,int4"]
+    result = run_sparsewav(*sweep, "quantization.group_size=null")
+    assert result.returncode == 0, result.stdout + result.stderr
+    runs = {path: json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/metrics.json")}
+    assert sorted(metrics["quantization"] for metrics in runs.values()) == ["int3", "int4"]
+    assert all(run["inputs"]["settings"]["quantization"]["group_size"] is None for run in runs.values())
+    for metrics in runs.values():
+        figures = rf"{metrics['quantization']} +0\.7500 +{metrics['bits']:g} +{metrics['bytes'] / 1e6:.3f} "
+        assert re.search(figures, result.stdout), result.stdout
+    result = run_sparsewav(*sweep[:-1], "quantization=none,int4", "quantization.group_size=8")
+    assert result.returncode == 1
+    assert "error: quantization has the key group_size with quantization=int2 or" in result.stdout + result.stderr
+
+
 def test_a_sweep_goes_on_past_a_run_that_another_launcher_is_on_and_comes_back(
     run_sparsewav: Run, small: list[str], tmp_path: Path
 ) -> None:

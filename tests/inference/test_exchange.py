@@ -20,7 +20,8 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
 from sparsewav.errors import UserError
 from sparsewav.inference import exchange
-from sparsewav.inference.exchange import write_exchange, zeros_kept
+from sparsewav.inference.agreement import TRACED, zeros_kept
+from sparsewav.inference.exchange import write_exchange
 from sparsewav.inference.runtime import exported_model, load_exported, of_extra
 from sparsewav.inference.transcription import transcribe_recording
 from sparsewav.inference.wer import transcribe
@@ -136,7 +137,7 @@ class _Cut(exchange._Logits):
     """Has the length that was traced, as where an exporter makes a constant of it."""
 
     def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(inputs, attention_mask)[:, : exchange.TRACED]
+        return super().forward(inputs, attention_mask)[:, :TRACED]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,56 @@ def test_what_cannot_be_asked_for(arguments: list[str], message: str, run_sparse
     assert result.returncode == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ("data: [", r"config.yaml is missing or broken; delete .*\.hydra, and name the speech with --data"),
+        ("model: {}", r"config.yaml is missing or broken"),
+        ("data: {root: here}", r"hydra.yaml is missing or broken"),
+    ],
+)
+def test_broken_settings_beside_a_model_are_named(
+    settings: str, complaint: str, run_sparsewav: Run, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "mine")
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "config.yaml").write_text(settings)
+    result = run_sparsewav("mine", "out", "--format", "onnx", command="sparsewav-export")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert re.search(complaint, result.stderr)
+
+
+def test_a_model_of_a_training_is_exported_and_has_no_dense_one_beside_it(
+    run_sparsewav: Run, corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "mine")
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "config.yaml").write_text("data: {}\ninitial_model: demo\n")
+    data = ["--data", "data=librispeech_dir", f"data.root={corpus}", "data.evaluation_subset=test"]
+    result = run_sparsewav("mine", "out", "--format", "onnx", *data, command="sparsewav-export")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "out" / "sparsewav_export.json").read_text())
+    assert [row["model"] for row in record["rates"]] == ["mine (PyTorch)", "onnx"]
+
+
+@pytest.mark.slow
+def test_int8_is_calibrated_on_a_corpus_that_is_smaller_than_the_usual_sample(
+    run_sparsewav: Run, corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    data = [
+        "data=librispeech_dir",
+        f"data.root={corpus}",
+        "data.calibration_subset=train",
+        "data.evaluation_subset=test",
+    ]
+    arguments = [str(model_folder), "out", "--format", "openvino", "--int8", "--no-score", "--data", *data]
+    result = run_sparsewav(*arguments, command="sparsewav-export")
+    assert result.returncode == 0, result.stderr
+    assert "int8 is calibrated on 12 utterances" in result.stdout
+    assert (tmp_path / "out" / "openvino_model.bin").is_file()
 
 
 @pytest.fixture(scope="module")

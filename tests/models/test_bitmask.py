@@ -20,8 +20,8 @@ from transformers import AutoModelForCTC, PreTrainedModel
 import sparsewav
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, export
 from sparsewav.models.checkpoint import checksum
-from sparsewav.pruning.coding import file_bytes
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.encoding import file_bytes
 
 Q_PROJ = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
 NORM, NORM_BIAS = (f"wav2vec2.encoder.layers.0.layer_norm.{kind}" for kind in ("weight", "bias"))
@@ -199,6 +199,13 @@ TAMPERED: dict[str, tuple[Callable[[Tensors, Header], object], str]] = {
     "infinite": (lambda t, h: t[NORM].fill_(float("inf")), f"{NORM} that are NaN or infinite"),
     "overflow": (_entry(shape=[2**62, 2**62]), "the shape"),
     "negative": (_entry(shape=[-15, -15]), "no readable entry"),
+    "long": (_entry(shape=[1] * 100_000), "the shape"),
+    "named in two lines": (
+        lambda t, h: h["coded"].update({"more\nthan": h["coded"][Q_PROJ]}),
+        r"more\\nthan', which is no",
+    ),
+    "a long name": (lambda t, h: h["coded"].update({"x" * 100_000: h["coded"][Q_PROJ]}), "xxx..., which is no matrix"),
+    "an extra name in two lines": (lambda t, h: t.update({"more\nthan": torch.zeros(1)}), r"nothing of: 'more\\nthan'"),
     "transposed size": (_entry(shape=[225, 1]), "the shape"),
     "fraction": (_entry(shape=[15.0, 15.0]), "no readable entry"),
     "no entries": (lambda t, h: h.update(coded=None), "no readable header"),
@@ -210,6 +217,10 @@ TAMPERED: dict[str, tuple[Callable[[Tensors, Header], object], str]] = {
     "no head": (lambda t, h: t.pop("lm_head.bias"), "lacks lm_head.bias"),
     "extra": (lambda t, h: t.update(more=torch.zeros(1)), "more"),
     "unknown": (lambda t, h: h["coded"].update(more=h["coded"][Q_PROJ]), "more, which is no matrix"),
+    "one tensor by two names": (
+        lambda t, h: t.update({NORM.removeprefix("wav2vec2."): t[NORM] + 1}),
+        f"has {NORM.removeprefix('wav2vec2.')} and {NORM}, of which the model has one",
+    ),
     "bias": (lambda t, h: t.update({"lm_head.bias": torch.zeros(3)}), "lm_head.bias"),
 }
 
@@ -228,6 +239,8 @@ def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, seal
     with pytest.raises(sparsewav.UserError) as refused:
         sparsewav.load(folder)
     assert str(folder) in str(refused.value)
+    assert re.fullmatch(".*; .*", str(refused.value)), "one line, with what to do"
+    assert len(str(refused.value)) < 1500
     return str(refused.value)
 
 

@@ -15,17 +15,9 @@ from torch import Tensor
 
 import sparsewav
 from sparsewav.errors import UserError
-from sparsewav.pruning.coding import (
-    FORMAT,
-    coded_bytes,
-    decode_tensor,
-    decode_tensors,
-    encode_tensor,
-    encode_tensors,
-    file_bytes,
-    header_text,
-    read_coding,
-)
+from sparsewav.pruning.coding import FORMAT, header_text, read_coding
+from sparsewav.pruning.decoding import decode_tensor, decode_tensors
+from sparsewav.pruning.encoding import coded_bytes, encode_tensor, encode_tensors, file_bytes
 from sparsewav.pruning.grid import find_grid
 
 

@@ -14,7 +14,7 @@ import sparsewav
 from sparsewav.errors import UserError
 from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrix, prune_model
 from sparsewav.pruning.encoder import encoder_layers
-from sparsewav.pruning.solvers.quantize import quantize_matrix
+from sparsewav.pruning.solvers.quantize import quantize
 from sparsewav.settings import (
     NM,
     Affine,
@@ -95,6 +95,21 @@ def test_every_tensor_is_on_its_grid(
             assert torch.equal(tensor, tensor.half().float()), name
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "asymmetric", "calibration": Calibration(propagation="sequential")}]
+)
+def test_a_pruned_model_that_is_only_rounded_keeps_its_zeros(
+    options: dict[str, Any], tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batches = tiny_model("wav2vec2"), [noise_batch([800, 640])]
+    sparsewav.prune(model, batches, 0.6, allocation="uniform")
+    zeros = {matrix.name: matrix.weight == 0 for matrix in prunable_matrices(model)}
+    report = sparsewav.prune(model, batches, 0.0, allocation="uniform", quantization=Int4(group_size=8), **options)
+    assert all(bool((matrix.weight[zeros[matrix.name]] == 0).all()) for matrix in prunable_matrices(model))
+    assert report.sparsity == pytest.approx(0.6, abs=0.01)
+    assert not report.warnings
+
+
 @torch.no_grad()
 def test_rounding_after_each_layer_is_seen_by_the_next(
     tiny_model: Callable[..., PreTrainedModel], noise_batch: Callable[..., dict[str, Tensor]]
@@ -121,7 +136,7 @@ def test_rounding_after_each_layer_is_seen_by_the_next(
             continue
         hessian = hessians.of(matrix.name)
         pruned = prune_matrix(start.weight.detach(), hessian, 0.5)
-        expected = quantize_matrix(pruned.weight, hessian, settings.quantization, 2, keep=pruned.keep)
+        expected = quantize(pruned.weight, hessian, settings.quantization, 2, keep=pruned.keep).weight
         assert (matrix.weight == expected).float().mean() > 0.97, matrix.name
         change = start.weight - matrix.weight
         energy = float(((start.weight @ hessian) * start.weight).sum())

@@ -3,15 +3,15 @@
 The budget is the size of the whole weights file in bitmask format. What is not prunable is subtracted first, as
 ``quantization.rest`` has it. A level is a sparsity and, where weights are rounded to integers, a number of bits; every
 matrix is really solved and rounded at each of them, and its bytes are those of its code in the file
-(:mod:`~sparsewav.pruning.coding`). Of a matrix's levels those are kept that no other beats in bytes and in the error of
-the matrix's output; only for them the cost in the model's output is measured.
+(:mod:`~sparsewav.pruning.encoding`). Of a matrix's levels those are kept that no other beats in bytes and in the error
+of the matrix's output; only for them the cost in the model's output is measured.
 
 The levels are solved on the dense model's inputs. What the pruning makes of them later, layer by layer and with a
 recovery, takes a little more or less: the file is measured at the end, and if it does not fit, a bit less is chosen.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.levels import Level, LevelStore, SolveLevels, choose_within, row_errors
-from sparsewav.pruning.coding import coded_bytes
 from sparsewav.pruning.encoder import PrunableMatrix
+from sparsewav.pruning.encoding import coded_bytes
 from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix
@@ -68,6 +68,18 @@ class ByteBudget:
             return list(CODED_SPARSITIES)
         return [*(round(index * step, 9) for index in range(math.ceil(HIGHEST / step - 1e-6))), HIGHEST]
 
+    def check_rest(self) -> None:
+        """Refuse a budget that leaves nothing for the matrices, before any of them is solved.
+
+        Raises:
+            UserError: It says what the rest takes.
+        """
+        if self.room <= 0:
+            raise UserError(
+                f"sparsity.megabytes={self.total / 1e6:g} is too small: what is not prunable takes "
+                f"{self.rest / 1e6:.3f} MB alone; choose more than that, or fewer bits for it (quantization.rest)"
+            )
+
     def check(self, least: int) -> None:
         """Refuse a budget below what all matrices need at their smallest level (``least``, bytes).
 
@@ -76,7 +88,7 @@ class ByteBudget:
         """
         if least > self.room:
             possible = math.ceil((least + self.rest) / (1 - MARGIN) / 1000 + 1) / 1000
-            bits = f" with {min(self.quantization.widths)} bits" if self.quantization.widths else ""
+            bits = self._with_bits(min)
             raise UserError(
                 f"sparsity.megabytes={self.total / 1e6:g} is too small: what is not prunable takes "
                 f"{self.rest / 1e6:.3f} MB, and the matrices{bits} at {HIGHEST:.0%} sparsity {least / 1e6:.3f} MB; "
@@ -87,11 +99,16 @@ class ByteBudget:
         """Give a sentence if the matrices fit at the level that loses least, where they take ``most`` bytes."""
         if most > self.room:
             return None
-        bits = f" with {max(self.quantization.widths)} bits" if self.quantization.widths else ""
+        bits = self._with_bits(max)
         return (
             f"sparsity.megabytes={self.total / 1e6:g} is more than the model needs: nothing is removed, and{bits} it "
             f"takes {(most + self.rest) / 1e6:.3f} MB"
         )
+
+    def _with_bits(self, choose: Callable[[Sequence[float]], float]) -> str:
+        """Name the fewest or the most bits of a level, for a sentence; nothing where weights have none."""
+        widths = self.quantization.widths
+        return f" with {choose(widths):g} nominal bits a weight" if widths else ""
 
     def levels(
         self,

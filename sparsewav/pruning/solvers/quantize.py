@@ -97,33 +97,6 @@ class _Grid:
             yield number, slice(start, min(start + self.group_size, cols))
 
 
-def quantize_matrix(
-    weight: Float[Tensor, "rows cols"],
-    hessian: Float[Tensor, "cols cols"],
-    settings: Integers,
-    bits: float | Float[Tensor, " rows"],
-    *,
-    keep: Bool[Tensor, "rows cols"] | None = None,
-    damping: float = 0.01,
-    name: str = "the matrix",
-) -> Float[Tensor, "rows cols"]:
-    """Round the kept weights of a matrix; the arguments are not changed.
-
-    Args:
-        weight: The weights, in float32 or float64: float16 does not hold the products.
-        hessian: H = XXᵀ of the matrix's input X, one column a frame.
-        settings: Group size, symmetry and the way of rounding.
-        bits: Bits of a weight, 2 to 8; or those of every row, for matrices that read the same input, one below another.
-        keep: True where a weight is kept, the others become zero; None keeps all.
-        damping: λ as a share of the Hessian's mean diagonal.
-        name: The matrix's name, for messages.
-
-    Raises:
-        UserError: The Hessian is not positive definite even after λ was raised.
-    """
-    return quantize(weight, hessian, settings, bits, keep=keep, damping=damping, name=name).weight.to(weight.dtype)
-
-
 def quantize_matrices(
     weights: Sequence[Float[Tensor, "_rows _cols"]],
     hessian: Float[Tensor, "_cols _cols"],
@@ -177,9 +150,20 @@ def quantize(
     name: str = "the matrix",
     steps: Float[Tensor, " rows"] | None = None,
 ) -> QuantizedMatrix:
-    """Do what :func:`quantize_matrix` does, and give the whole numbers and the scales.
+    """Round the kept weights of a matrix; the arguments are not changed.
 
-    With ``range=coded``, ``steps`` has the scale of every row; None takes the weights for those of one matrix.
+    Args:
+        weight: The weights, in float32 or float64: float16 does not hold the products.
+        hessian: H = XXᵀ of the matrix's input X, one column a frame.
+        settings: Group size, symmetry and the way of rounding.
+        bits: Bits of a weight, 2 to 8; or those of every row, for matrices that read the same input, one below another.
+        keep: True where a weight is kept, the others become zero; None keeps all.
+        damping: λ as a share of the Hessian's mean diagonal.
+        name: The matrix's name, for messages.
+        steps: With ``range=coded`` the scale of every row; None takes the weights for those of one matrix.
+
+    Raises:
+        UserError: The Hessian is not positive definite even after λ was raised.
     """
     if settings.range == "coded" and steps is None:
         steps = coded_step(weight.detach(), keep, float(torch.as_tensor(bits).max())).expand(len(weight))

@@ -18,7 +18,9 @@ from sparsewav.pruning import prunable_matrices, prune
 from sparsewav.pruning.allocation import budget
 from sparsewav.pruning.allocation.budget import Fit, UniformFit, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
-from sparsewav.pruning.coding import file_bytes
+from sparsewav.pruning.encoding import file_bytes
+from sparsewav.pruning.prune import bytes_of_rest
+from sparsewav.settings.pruning import Mixed
 from tests.terminal import Run
 
 Batch = dict[str, Tensor]
@@ -166,6 +168,17 @@ def test_the_file_fits(
     assert "MB" in repr(report)
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "error_curves"])
+def test_more_bytes_than_the_model_needs_remove_nothing(
+    allocation: str, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    report = prune(tiny_model("wav2vec2"), batches, Megabytes(1), quantization="int4", allocation=allocation)
+    (size,) = (re.search(r"nothing is removed, and with 4 nominal.* takes ([\d.]+)", line) for line in report.warnings)
+    assert size is not None
+    assert report.bytes == pytest.approx(1e6 * float(size[1]), abs=500)
+    assert report.sparsity == 0
+
+
 def test_what_comes_out_too_large_is_pruned_again(
     tiny_model: Factory, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,9 +192,17 @@ def test_what_comes_out_too_large_is_pruned_again(
 
 
 def test_a_size_from_the_command_line(run_sparsewav: Run, small: list[str], tmp_path: Path) -> None:
-    """The key alone chooses the budget; its file is written unasked; too small a size names one that is possible."""
+    """The key alone chooses the budget; its file is written unasked; too small a size names one that is possible.
+
+    What does not even hold the rest is refused before any work.
+    """
     small = [*small, "quantization=mixed", "allocation.utterances=4"]
     result = run_sparsewav(*small, "sparsity.megabytes=0.001")
+    said = result.stdout + result.stderr
+    assert (result.returncode, "Traceback" in said, "Evaluating" in said) == (1, False, False)
+    rest = bytes_of_rest(sparsewav.load_model(small[0].partition("=")[2]).model, Mixed())
+    assert f"is too small: what is not prunable takes {rest / 1e6:.3f} MB alone; choose more" in said
+    result = run_sparsewav(*small, f"sparsity.megabytes={(rest + 50) / (1 - budget.MARGIN) / 1e6:.6f}")
     said = result.stdout + result.stderr
     assert (result.returncode, "Traceback" in said) == (1, False)
     least = re.search(r"is too small: .* choose at least ([\d.]+)", said)

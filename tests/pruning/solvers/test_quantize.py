@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsewav.pruning.solvers.quantize import SCALE_BITS, quantize, quantize_matrix, round_to_nearest
+from sparsewav.pruning.solvers.quantize import SCALE_BITS, quantize, quantize_matrices, round_to_nearest
 from sparsewav.settings.pruning import Integers
 
 DAMPING = 0.01
@@ -87,8 +87,6 @@ def test_no_row_has_a_larger_error_than_by_rounding(case: int) -> None:
             # The product that is in the model's weight has nothing rounded away: it is the same in double precision.
             exact = item.scales[:, index : index + 1].double() * group
             assert torch.equal(exact, item.weight.split(size, 1)[index].double())
-    again = quantize_matrix(weight, hessian, settings, bits, keep=keep, damping=DAMPING)
-    assert torch.equal(again, found.weight)
 
 
 def test_all_points_of_the_grid() -> None:
@@ -118,12 +116,12 @@ def test_all_points_of_the_grid() -> None:
 def test_rows_with_bits_of_their_own() -> None:
     """Matrices of one input are rounded together as they are one by one."""
     weight, hessian, keep = layer(20, 64, 0.5, seed=3)
-    bits = torch.tensor([2.0] * 5 + [8.0] * 15)
     settings = Integers(group_size=32)
-    together = quantize_matrix(weight, hessian, settings, bits, keep=keep)
-    for span, width in ((slice(0, 5), 2), (slice(5, 20), 8)):
-        alone = quantize_matrix(weight[span], hessian, settings, width, keep=keep[span])
-        torch.testing.assert_close(together[span], alone, rtol=0, atol=0)
+    weights, keeps = weight.split([5, 15]), keep.split([5, 15])
+    together = quantize_matrices(weights, hessian, settings, [2, 8], keeps=keeps)
+    for found, part, kept, width in zip(together, weights, keeps, (2, 8), strict=True):
+        alone = quantize(part, hessian, settings, width, keep=kept)
+        torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=0)
 
 
 def test_nothing_to_round() -> None:
@@ -139,10 +137,10 @@ def test_nothing_to_round() -> None:
         assert not found.weight[~keep].any()
         assert not found.weight[5].any()
         assert found.weight[3:5, 20:30].any()
-        assert not quantize_matrix(weight, 0 * hessian, Integers(), 4, keep=torch.zeros_like(keep)).any()
+        assert not quantize(weight, 0 * hessian, Integers(), 4, keep=torch.zeros_like(keep)).weight.any()
     # Numbers that are on the grid already stay: seven values around zero, with the scale a power of two.
     exact = torch.randint(-3, 4, (6, 40)).float() / 64
-    assert torch.equal(quantize_matrix(exact, layer(6, 40, 0, seed=5)[1], Integers(group_size=20), 3), exact)
+    assert torch.equal(quantize(exact, layer(6, 40, 0, seed=5)[1], Integers(group_size=20), 3).weight, exact)
     assert torch.equal(round_to_nearest(exact, 3), exact)
 
 
@@ -161,4 +159,4 @@ def test_coded_weights_have_one_scale_and_the_entropy_asked_for(bits: int) -> No
         < errors(weight, (weight / found.scales[0, 0]).round() * found.scales[0, 0], hessian).sum()
     )
     keep = keep & (torch.arange(96) % 3 > 0)
-    assert not quantize_matrix(weight, hessian, Integers(range="coded"), bits, keep=keep)[~keep].any()
+    assert not quantize(weight, hessian, Integers(range="coded"), bits, keep=keep).weight[~keep].any()

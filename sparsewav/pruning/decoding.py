@@ -1,0 +1,175 @@
+"""A model's tensors from the bytes of a file in bitmask format, bit for bit; what the bytes cannot be is refused."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsewav.errors import UserError
+from sparsewav.pruning.coding import AGAIN, BITS, DTYPES, Coding, alphabet_of, check_file, digits_of
+
+
+def decode_tensors(
+    stored: Mapping[str, Tensor], codings: Mapping[str, Coding], float16: str, where: str
+) -> dict[str, Tensor]:
+    """Decode what :func:`~sparsewav.pruning.encoding.encode_tensors` gave.
+
+    Args:
+        stored: The stored tensors by name.
+        codings: What the header says of those that are coded.
+        float16: Type in memory of the others that are stored as float16.
+        where: The file, for messages.
+
+    Raises:
+        UserError: The bytes are not what the header says.
+    """
+
+    def decode(name: str) -> Tensor:
+        if name in codings:
+            return decode_tensor(stored[name], codings[name], f"{name} in {where}")
+        tensor = stored[name]
+        return tensor.to(DTYPES[float16]) if tensor.dtype == torch.float16 else tensor
+
+    # Inflating and NumPy release the interpreter lock. The largest come first, so that no thread is left with one.
+    order = sorted(stored, key=lambda name: -stored[name].nbytes)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return dict(zip(order, threads.map(decode, order), strict=True))
+
+
+def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
+    """Decode what :func:`~sparsewav.pruning.encoding.encode_tensor` gave, bit for bit.
+
+    Raises:
+        UserError: The bytes are not what the header says; ``name`` says of which tensor and file.
+    """
+    is_row = stored.dtype == torch.uint8 and stored.dim() == 1 and len(stored) == sum(coding.bytes)
+    check_file(is_row, f"{name} is not a row of {sum(coding.bytes)} bytes, as its header says")
+    content, ends = stored.numpy(), np.cumsum([0, *coding.bytes])
+    streams = [content[start:end] for start, end in pairwise(ends)]
+    size = math.prod(coding.shape)
+    kept = None
+    if len(streams[0]):
+        kept = _positions(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
+    dtype = DTYPES[coding.dtype or "float32"]
+    if coding.values is None:
+        return _decode_grid(streams[1:], kept, coding, name).view(coding.shape).to(dtype)
+    stored_dtype = DTYPES[coding.values]
+    whole = coding.bytes[1] % stored_dtype.itemsize == 0
+    check_file(whole, f"the values of {name} are not a whole number of {coding.values}")
+    # A copy, because the bytes of a file lie anywhere; torch cannot view a row of no bytes as wider numbers.
+    values = torch.empty(coding.bytes[1] // stored_dtype.itemsize, dtype=stored_dtype)
+    values.view(torch.uint8).numpy()[:] = streams[1]
+    return _scatter(values, kept, size, name).view(coding.shape).to(dtype)
+
+
+def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Decode a bit for every weight and the values of those that are kept, as versions 1 and 2 of the format have them.
+
+    Raises:
+        UserError: Bits, values and shape do not fit each other; ``name`` says of which tensor and file.
+    """
+    size = math.prod(shape)
+    is_bytes = bitmask.dtype == torch.uint8 and bitmask.dim() == 1 and len(bitmask) == -(-size // 8)
+    check_file(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
+    is_row = values.dtype in BITS and values.dim() == 1
+    check_file(is_row, f"the values of {name} are not one row of floating-point numbers")
+    return _scatter(values, _positions(bitmask.numpy(), size, name), size, name).view(shape)
+
+
+def _positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.intp]:
+    """Give the places of the weights that are kept, of bits from the lowest of every byte.
+
+    Raises:
+        UserError: There are bits behind the last weight.
+    """
+    check_file(
+        not size % 8 or not bitmask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight"
+    )
+    return np.flatnonzero(np.unpackbits(bitmask, count=size, bitorder="little").view(bool))
+
+
+def _scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str) -> Tensor:
+    """Put values at their places in a row of ``size`` numbers, of which the others are zero; None: all of them.
+
+    Raises:
+        UserError: There are more or fewer values than places.
+    """
+    count = size if kept is None else len(kept)
+    check_file(
+        count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}"
+    )
+    if kept is None:
+        return values
+    integers = values.view(BITS[values.dtype])  # NumPy knows no bfloat16
+    flat = torch.zeros(size, dtype=integers.dtype)
+    flat.numpy()[kept] = integers.numpy()  # three times as fast as indexing by a mask
+    return flat.view(values.dtype)
+
+
+def _decode_grid(
+    streams: list[NDArray[np.uint8]], kept: NDArray[np.intp] | None, coding: Coding, name: str
+) -> Float[Tensor, "rows cols"]:
+    assert coding.codes
+    assert coding.group
+    assert coding.shift is not None
+    rows, cols = coding.shape[0], math.prod(coding.shape[1:])
+    size = rows * cols
+    alphabet = alphabet_of(*coding.codes, with_zero=kept is None)
+    codes = _decode_codes(streams[0], size if kept is None else len(kept), alphabet, name)
+    weight = _scatter(torch.from_numpy(codes), kept, size, name).view(rows, cols)
+    count = rows * -(-cols // coding.group)
+    planes = [_inflate(stream, count, f"the scales of {name}") for stream in streams[1:]]
+    half = np.stack(planes[::-1], axis=1).view(np.float16).reshape(rows, -1)
+    scales = torch.ldexp(torch.from_numpy(half).double(), torch.tensor(coding.shift)).float()
+    fine = bool(((scales > 0) & scales.isfinite()).all())
+    check_file(fine, f"the scales of {name} are not all positive and finite")
+    whole = cols - cols % coding.group
+    if whole:
+        weight[:, :whole].unflatten(1, (-1, coding.group)).mul_(scales[:, : whole // coding.group, None])
+    if whole < cols:
+        weight[:, whole:].mul_(scales[:, -1:])
+    return weight
+
+
+def _decode_codes(stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str) -> NDArray[np.float32]:
+    """Give the whole numbers, as float32."""
+    values, digits = len(alphabet), digits_of(len(alphabet))
+    check_file(bool(values) or not count, f"{name} has weights, and its header knows no value of them")
+    if values < 2:
+        check_file(not len(stream), f"the codes of {name} are not 0 bytes")
+        return np.full(count, alphabet[0] if values else 0, np.float32)
+    wrong = f"the codes of {name} are not all codes of {values} values"
+    if values > 256:
+        planes = _inflate(stream, 2 * count, f"the codes of {name}").astype(np.int64)
+        symbols = planes[:count] + 256 * planes[count:]
+        check_file(not count or int(symbols.max()) < values, wrong)
+        return alphabet.astype(np.float32)[symbols]
+    packed = _inflate(stream, -(-count // digits), f"the codes of {name}")
+    bound = values**digits
+    check_file(bound == 256 or not count or int(packed.max()) < bound, wrong)
+    check_file(not count % digits or int(packed[-1]) < values ** (count % digits), wrong)
+    # What every byte stands for: its digits to the base of the number of values, the lowest first.
+    table = alphabet.astype(np.float32)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
+    return table[packed].reshape(-1)[:count]
+
+
+def _inflate(stream: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
+    """Give the content of a stream, which is deflated if it is shorter than its content."""
+    if len(stream) == size:
+        return stream
+    check_file(len(stream) < size, f"{name} is longer than {size} bytes")
+    inflate = zlib.decompressobj(-15)
+    try:
+        content = inflate.decompress(stream.data, size + 1)  # one byte more than there may be, which ends a bomb
+    except zlib.error as error:
+        raise UserError(f"{name} cannot be inflated ({error}); {AGAIN}") from error
+    ends = inflate.eof and not inflate.unused_data and len(content) == size
+    check_file(ends, f"{name} is not {size} bytes when inflated")
+    return np.frombuffer(content, np.uint8)
