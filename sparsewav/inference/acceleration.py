@@ -173,7 +173,7 @@ def accelerate(
     for name, layer in layers.items():
         accelerated.set_submodule(name, layer)
     # What was asked for is measured now; only what is measured always is remembered.
-    kept = place if compared == (BFLOAT16,) else None
+    kept = place if set(compared) <= {BFLOAT16} else None
     comparison = remembered_or_compared(model, accelerated, counts, compared, kept, key)
     if not comparison.worth_it:
         rows, layers = [replace(row, reason=NOT_FASTER_AT_ALL) if row.swapped else row for row in rows], {}
