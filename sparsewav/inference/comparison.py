@@ -16,7 +16,7 @@ from sparsewav.errors import UserError
 from sparsewav.inference.alternatives import Run, alternative, audio_of, run_model
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import check_seconds, in_turns, read_remembered, remember
-from sparsewav.pruning.encoder import in_evaluation_mode
+from sparsewav.pruning.encoder import in_evaluation_mode, whatever_modes
 
 ROUNDS = 3
 
@@ -83,6 +83,7 @@ def compare(
     runs: dict[str, Run] = {}
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
+        stack.enter_context(whatever_modes(torch.device("cpu")))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparsewav-")))
         for model in (dense, accelerated):
             stack.enter_context(in_evaluation_mode(model))
