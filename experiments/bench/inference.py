@@ -1,7 +1,8 @@
 """``python -m experiments.bench.inference``: the time and memory that a pruned model's zeros save on the CPU.
 
 The models have the published shapes and random weights, removed at random: neither changes what a product costs. Dense
-and accelerated models take turns in one process; memory is that of fresh processes.
+and accelerated models, and other ways to run the dense one, take turns in one process; memory is that of fresh
+processes.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from experiments.bench.command import MACHINE, Part, benchmark_parser, run_parts
 from experiments.bench.engine import OURS, alternate, finished, show_summary
 from experiments.plots import save
 from sparsewav.cli.plots import COLORS, MARKERS, STYLE
+from sparsewav.errors import UserError
 from sparsewav.files import write_file
+from sparsewav.inference.alternatives import ALTERNATIVES, TRIAL, Alternative, alternative, audio_of, run_model
 from sparsewav.inference.kernel import sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import WIDTHS
@@ -60,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parts = {
         "products": Part(bench_products, show_summary),
         "inference": Part(bench_inference, show_speedups),
+        "alternatives": Part(bench_alternatives, show_alternatives),
         "memory": Part(bench_memory, show_memory),
     }
     description = (
@@ -143,6 +147,67 @@ def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def bench_alternatives(arguments: argparse.Namespace) -> pandas.DataFrame:
+    """Whole models: dense, accelerated, in lower precision, and in other runtimes; seconds for a second of audio.
+
+    The column difference says how far the outputs are from those of the model with the same weights in float32 in
+    PyTorch, relative to the largest one. What is not installed or does not suit the processor is left out.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        dense, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
+        with tempfile.TemporaryDirectory() as folder:
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                contestants = {DENSE: Alternative(partial(run_model, dense), 0.0)}
+                contestants |= ours_at(dense, sorted(arguments.sparsities)) | prepared(dense, Path(folder))
+                for case in arguments.cases:
+                    batch, seconds = map(int, case.split("x"))
+                    audio = torch.randn(batch, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
+                    subject = f"{shown}, {batch} x {seconds} s, {threads} threads"
+                    found = {"model": shown, "batch": batch, "audio": seconds, "threads": threads}
+                    runs: dict[str, Callable[[], Any]] = {
+                        name: partial(contestant.run, audio) for name, contestant in contestants.items()
+                    }
+                    with torch.inference_mode():
+                        timed = alternate(arguments.rounds, subject, runs, warm_up=not arguments.no_warm_up)
+                    for row in timed:
+                        row["seconds"] /= audio.numel() / 16_000
+                        rows.append(row | found | {"difference": contestants[row["contestant"]].difference})
+                    print(".", end="", flush=True)
+    print()
+    return pandas.DataFrame(rows)
+
+
+def ours_at(dense: PreTrainedModel, sparsities: Sequence[float]) -> dict[str, Alternative]:
+    """Accelerated models with these shares of zeros, compared with themselves before they were accelerated."""
+    found = {}
+    for sparsity in sparsities:
+        model = copy.deepcopy(dense)
+        for matrix in prunable_matrices(model):
+            remove_at_random(matrix.weight, sparsity)
+        audio = audio_of(model, TRIAL)
+        with torch.inference_mode():
+            expected = run_model(model, audio)
+        swapped = sparsewav.accelerate(model, alternatives=()).swapped
+        with torch.inference_mode():
+            difference = (run_model(model, audio) - expected).abs().max() / expected.abs().max()
+        name = f"{OURS}, {sparsity:.0%} zero" + ("" if swapped else ", left dense")
+        found[name] = Alternative(partial(run_model, model), float(difference))
+    return found
+
+
+def prepared(dense: PreTrainedModel, folder: Path) -> dict[str, Alternative]:
+    """The alternatives of a dense model, with a printed sentence on each that is left out."""
+    found = {}
+    for name in ALTERNATIVES:
+        try:
+            found[name] = alternative(name, dense, folder)
+        except UserError as error:
+            print(f"{name} is left out: {error}")
+    return found
+
+
 def alternate_models(
     arguments: argparse.Namespace, subject: str, models: dict[str, PreTrainedModel], audio: Tensor
 ) -> list[dict[str, Any]]:
@@ -183,6 +248,54 @@ def speedups(table: pandas.DataFrame) -> pandas.DataFrame:
         row["swapped"] = f"{group['swapped'].iloc[0]} of {group['matrices'].iloc[0]}"
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def show_alternatives(table: pandas.DataFrame, path: Path) -> str:
+    """Draw the plot, and give how many times as fast as dense every contestant is, by the medians."""
+    overview = beside_dense(table)
+    plot_alternatives(path.with_suffix(""), overview)
+    return overview.to_string(index=False)
+
+
+def beside_dense(table: pandas.DataFrame) -> pandas.DataFrame:
+    """A row for every case and contestant: median and range of the seconds for a second of audio, times faster."""
+    rows = []
+    columns = ["model", "threads", "batch", "audio"]
+    for values, group in table.groupby(columns, sort=True):
+        seconds = {name: part["seconds"] for name, part in group.groupby("contestant", sort=False)}
+        for name, own in seconds.items():
+            row = dict(zip(columns, values, strict=True)) | {"contestant": name, "rounds": len(own)}
+            row |= {"median": own.median(), "least": own.min(), "most": own.max()}
+            row["times faster"] = seconds[DENSE].median() / own.median()
+            row["difference"] = group[group["contestant"] == name]["difference"].max()
+            rows.append(row)
+    return pandas.DataFrame(rows).round(4)
+
+
+def plot_alternatives(path: Path, overview: pandas.DataFrame) -> None:
+    """Draw bars of the times faster than dense, with the range of the rounds, to ``<path>.png`` and ``<path>.pdf``."""
+    settings = list(dict.fromkeys(zip(overview["model"], overview["threads"], strict=True)))
+    names = list(dict.fromkeys(overview["contestant"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(3.2 * len(settings), 5.2), 1.6 + 0.5 * len(names)), layout="constrained")
+        for axes, (model, threads) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+            part = overview[(overview["model"] == model) & (overview["threads"] == threads)]
+            cases = list(part.groupby(["batch", "audio"]))
+            for index, ((batch, audio), case) in enumerate(cases):
+                places = [names.index(name) + 0.8 * (index + 0.5) / len(cases) - 0.4 for name in case["contestant"]]
+                faster = case["times faster"]
+                spread = [faster * (1 - case["median"] / case["most"]), faster * (case["median"] / case["least"] - 1)]
+                style: dict[str, Any] = {"color": COLORS[index], "label": f"{batch} x {audio} s"}
+                axes.barh(places, faster, 0.8 / len(cases), xerr=spread, error_kw={"linewidth": 0.8}, **style)
+            axes.axvline(1.0, color="#444444", linewidth=1.0)
+            axes.set_yticks(range(len(names)), names if axes is figure.axes[0] else [""] * len(names))
+            axes.invert_yaxis()
+            axes.set_title(f"wav2vec2-{model}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
+            axes.set_xlabel("Times faster than dense")
+        labelled = {str(bars.get_label()): bars for axes in figure.axes for bars in axes.containers}
+        bars_of: dict[str, Any] = {label: bars for label, bars in labelled.items() if " x " in label}
+        figure.legend(list(bars_of.values()), list(bars_of), loc="outside lower center", ncols=len(bars_of))
+        save(figure, path)
 
 
 def markdown(overview: pandas.DataFrame) -> str:
@@ -228,46 +341,60 @@ def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
 
 MEASURE = """
 import json, sys, torch, sparsewav
+from functools import partial
 from pathlib import Path
-from transformers import AutoModelForCTC
+from transformers import AutoConfig, AutoModelForCTC
+from sparsewav.inference.alternatives import ALTERNATIVES, run_model
 from sparsewav.pipeline.run_folder import peak_memory
 torch.set_num_threads(1)
+folder, exported, contestant = sys.argv[1:]
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 start = resident()
-model = AutoModelForCTC.from_pretrained(sys.argv[1]).eval()
-if sys.argv[2] != "dense":
-    sparsewav.accelerate(model)
+if contestant in ALTERNATIVES and not contestant.startswith("PyTorch"):
+    with torch.device("meta"):  # the file has the weights
+        model = AutoModelForCTC.from_config(AutoConfig.from_pretrained(folder)).eval()
+else:
+    model = AutoModelForCTC.from_pretrained(folder).eval()
+if contestant == "SparseWAV":
+    sparsewav.accelerate(model, alternatives=())
+run = ALTERNATIVES[contestant](model, Path(exported)) if contestant in ALTERNATIVES else partial(run_model, model)
 loaded = resident()
 with torch.inference_mode():
-    model(torch.randn(1, 80_000))
+    run(torch.randn(1, 80_000))
 found = {"libraries": start, "loaded": loaded, "running": resident(), "peak": peak_memory(torch.device("cpu"))}
 print(json.dumps(found))
 """
 
 
 def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Resident memory of a loaded model, dense and accelerated.
+    """Resident memory of a loaded model: dense, accelerated, in lower precision, and in other runtimes.
 
     In MiB: Python and its libraries, with the model loaded, after 5 s of audio, and at most. On Linux, where a mapped
-    checkpoint counts as far as it was read. Models are loaded from dense checkpoints, one process for each figure.
+    checkpoint counts as far as it was read. Models are loaded from dense checkpoints, and by other runtimes from their
+    files, one process for each figure.
     """
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def measure(subject: str, contestant: str, folder: str, exported: str) -> None:
+        command = [sys.executable, "-W", "ignore", "-c", MEASURE, folder, exported, contestant]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        measured = {key: round(value / 2**20) for key, value in json.loads(done.stdout).items()}
+        rows[subject, contestant] = {"subject": subject, "contestant": contestant} | measured
+
     for name in arguments.models:
         model, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as exported:
+            model.save_pretrained(folder)
+            for contestant in (DENSE, *prepared(model, Path(exported))):
+                measure(shown, contestant, folder, exported)
         for sparsity in sorted(arguments.sparsities):
             for matrix in prunable_matrices(model):
                 remove_at_random(matrix.weight, sparsity)
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
-                # The first accelerated process times the products; the second finds what it remembered.
-                for contestant in (OURS, DENSE, OURS):
-                    command = [sys.executable, "-W", "ignore", "-c", MEASURE, folder, contestant]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                    measured = {key: round(value / 2**20) for key, value in json.loads(done.stdout).items()}
-                    row = {"subject": f"{shown}, {sparsity:.0%} zero", "contestant": contestant} | measured
-                    rows = [old for old in rows if (old["subject"], old["contestant"]) != tuple(row.values())[:2]]
-                    rows.append(row)
-    return pandas.DataFrame(rows)
+                for _ in range(2):  # the first process times the products; the second finds what it remembered
+                    measure(f"{shown}, {sparsity:.0%} zero", OURS, folder, "")
+    return pandas.DataFrame(list(rows.values()))
 
 
 def with_layers(name: str, layers: int | None) -> str:

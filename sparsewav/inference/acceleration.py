@@ -3,15 +3,17 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.inference.alternatives import ALTERNATIVES, BFLOAT16, copy_with_its_weights
+from sparsewav.inference.comparison import Comparison, remembered_or_compared
 from sparsewav.inference.kernel import NoKernel, sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
@@ -27,6 +29,8 @@ BUCKET = 0.05
 """Matrices of one shape with sparsities in the same interval share a timing, that of the least sparse one."""
 
 NOT_FASTER = "the sparse product is not clearly faster"
+
+NOT_FASTER_AT_ALL = "the whole model is slower with the sparse products than without"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class AccelerationReport:
         threads: Number of threads that products were timed with, for which the choice holds.
         product: How sparse products are computed: ``kernel``, ``CSR`` or ``2:4``.
         without_kernel: Why there is no kernel; empty if there is one.
+        comparison: How fast the whole model and its alternatives are; None with ``pattern="2:4"``.
     """
 
     matrices: list[AcceleratedMatrix]
@@ -72,6 +77,7 @@ class AccelerationReport:
     threads: int
     product: str
     without_kernel: str = ""
+    comparison: Comparison | None = None
 
     @property
     def swapped(self) -> int:
@@ -84,6 +90,8 @@ class AccelerationReport:
         lines += [f"{reasons.count(reason)} left dense: {reason}" for reason in dict.fromkeys(reasons)]
         if self.without_kernel:
             lines.append(f"no kernel, PyTorch's slower CSR products are used instead: {self.without_kernel}")
+        if self.comparison:
+            lines.append(str(self.comparison))
         return "\n".join(lines)
 
 
@@ -94,12 +102,14 @@ def accelerate(
     frames: int | Sequence[int] = FRAMES,
     folder: Path | str | None = None,
     pattern: Literal["any", "2:4"] = "any",
+    alternatives: Sequence[str] | Literal["all"] = (BFLOAT16,),
 ) -> AccelerationReport:
     """Make a pruned model skip its zeros, in place, for inference.
 
     Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight is freed. The
-    outputs are equal up to rounding. Products are timed with the current number of threads of PyTorch, and the timings
-    are stored in the folder of the model.
+    outputs are equal up to rounding. Products are timed with the current number of threads of PyTorch; then the whole
+    model is timed in turns with the dense one, and is left dense if it is slower. The report says which plain
+    alternative is faster still. The timings are stored in the folder of the model.
 
     Args:
         model: CTC model, in float32 on the CPU (``pattern="2:4"``: in float16 or bfloat16 on a GPU).
@@ -108,11 +118,18 @@ def accelerate(
         folder: Where the timings are stored; by default the folder that the model was loaded from.
         pattern: ``any`` zeros on the CPU, or ``2:4`` on an NVIDIA GPU by
             :func:`torch.sparse.to_sparse_semi_structured`.
+        alternatives: On the CPU, the other ways to run the dense model to compare with, ``all`` or names of
+            :data:`~sparsewav.inference.alternatives.ALTERNATIVES`. They are measured in this call; exporting a model
+            to int8 takes minutes. By default PyTorch's bfloat16 alone, of which the timing is remembered, too.
 
     Raises:
-        UserError: The model's family is unknown, the model is accelerated already, or there are no sparse products for
-            its device and precision.
+        UserError: The model's family is unknown, the model is accelerated already, there are no sparse products for
+            its device and precision, or there is no such alternative.
     """
+    compared = tuple(ALTERNATIVES) if alternatives == "all" else tuple(alternatives)
+    for name in compared:
+        if name not in ALTERNATIVES:
+            raise UserError(f"alternatives={alternatives!r} must be 'all' or some of {', '.join(ALTERNATIVES)}")
     counts = (frames,) if isinstance(frames, int) else tuple(frames)
     if not counts or min(counts) < 1:
         raise UserError(f"frames={frames} must be one or more numbers above 0")
@@ -136,6 +153,7 @@ def accelerate(
         without_kernel = str(error)
         log.warning("no sparse kernel: %s; PyTorch's CSR products are used where they are faster", error)
     place = Path(folder) if folder is not None else _folder(model)
+    key = setting(counts, kernel=not without_kernel)
     timings = remembered(place, counts, kernel=not without_kernel)
     known = set(timings)
     # The least sparse matrix of a bucket comes first, and the others share its timing.
@@ -144,12 +162,30 @@ def accelerate(
             assert isinstance(matrix.module, nn.Linear)
             timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
     if set(timings) != known:
-        remember(place, setting(counts, kernel=not without_kernel), timings)
-    rows = [_swap(model, matrix, timings) for matrix in matrices]
-    if any(row.swapped for row in rows):
+        remember(place, key, timings)
+    rows = [_decide(model, matrix, timings) for matrix in matrices]
+    layers = {
+        matrix.name: SparseLinear(matrix.module, timings[_bucket(matrix.weight)].width)
+        for matrix, row in zip(matrices, rows, strict=True)
+        if row.swapped and isinstance(matrix.module, nn.Linear)
+    }
+    accelerated = copy_with_its_weights(model) if layers else model
+    for name, layer in layers.items():
+        accelerated.set_submodule(name, layer)
+    # What was asked for is measured now; only what is measured always is remembered.
+    kept = place if set(compared) <= {BFLOAT16} else None
+    comparison = remembered_or_compared(model, accelerated, counts, compared, kept, key)
+    if not comparison.worth_it:
+        rows, layers = [replace(row, reason=NOT_FASTER_AT_ALL) if row.swapped else row for row in rows], {}
+    del accelerated
+    for name, layer in layers.items():
+        linear: Any = model.get_submodule(name)
+        linear.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
+        model.set_submodule(name, layer)
+    if layers:
         _leave_mapped_file(model)
     product = "CSR" if without_kernel else "kernel"
-    return AccelerationReport(rows, counts, torch.get_num_threads(), product, without_kernel)
+    return AccelerationReport(rows, counts, torch.get_num_threads(), product, without_kernel, comparison)
 
 
 def restore(model: PreTrainedModel) -> int:
@@ -191,19 +227,13 @@ def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
     return ""
 
 
-def _swap(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Timing]) -> AcceleratedMatrix:
+def _decide(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Timing]) -> AcceleratedMatrix:
     rows, cols = matrix.weight.shape
     facts = (matrix.name, rows, cols, sparsity(matrix.weight))
     if reason := _reason(model, matrix):
         return AcceleratedMatrix(*facts, reason)
     timing = timings[_bucket(matrix.weight)]
-    if not timing.worth_it:
-        return AcceleratedMatrix(*facts, NOT_FASTER, timing.dense, timing.sparse)
-    assert isinstance(matrix.module, nn.Linear)
-    sparse = SparseLinear(matrix.module, timing.width)
-    matrix.module.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
-    model.set_submodule(matrix.name, sparse)
-    return AcceleratedMatrix(*facts, "", timing.dense, timing.sparse)
+    return AcceleratedMatrix(*facts, "" if timing.worth_it else NOT_FASTER, timing.dense, timing.sparse)
 
 
 def _leave_mapped_file(model: PreTrainedModel) -> None:

@@ -46,7 +46,11 @@ class Agreement:
 def noise(model: PreTrainedModel, frames: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
     """Make a padded batch of noise that gives so many frames of logits, and its attention mask."""
     counts = output_counts(model, torch.arange(2**19))
-    lengths = [int((counts >= count).nonzero()[0]) for count in frames]
+    return noise_of([int((counts >= count).nonzero()[0]) for count in frames], model, seed)
+
+
+def noise_of(lengths: list[int], model: PreTrainedModel, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Make a padded batch of noise of these lengths, in samples or feature frames, and its attention mask."""
     shape = [len(lengths), max(lengths)]
     if input_key(model) == "input_features":
         config, front = encoder_config(model.config), base_of(model).get_submodule(family_of(model).front)

@@ -73,12 +73,30 @@ def write_exchange(
 ) -> ExportedModel:
     """Write a model for another runtime into a folder, with the settings and the processor that belong to it.
 
+    Takes the arguments of :func:`write_graph`, gives what it does, and raises its errors.
+    """
+    exported = write_graph(speech, folder, format, calibration)
+    card = speech.folder / "README.md" if speech.folder else None
+    if card is not None and card.is_file():
+        note = NOTE.format(runtime=RUNTIMES[format], file=exported.path.name, record=RECORD)
+        text = card.read_text(encoding="utf-8").replace(BITMASK_NOTE, "").rstrip()
+        (folder / card.name).write_text(f"{text}\n{note}", encoding="utf-8")
+    speech.model.config.save_pretrained(folder)
+    speech.processor.save_pretrained(folder)
+    return exported
+
+
+def write_graph(
+    speech: SpeechModel, folder: Path, format: str, calibration: Sequence[Batch] | None = None
+) -> ExportedModel:
+    """Write a model for another runtime into a folder, without what belongs to it.
+
     The float32 file is compared with the model before it is quantised. ONNX Runtime quantises the weights of the
     matrix products and, at run time, what they read; NNCF quantises both as for transformers, with ranges that it
     takes from the calibration set. Convolutions of more than one frame stay in float32: quantised, they cost accuracy.
 
     Args:
-        speech: A CTC model on the CPU in float32, with its processor and folder.
+        speech: A CTC model on the CPU in float32.
         folder: An empty folder.
         format: ``onnx`` or ``openvino``.
         calibration: Batches to calibrate int8 on, which ONNX Runtime does not read; None for float32.
@@ -99,13 +117,6 @@ def write_exchange(
             _convert_onnx(traced, path, int8=calibration is not None, check=speech)
         else:
             _convert_openvino(traced, path, calibration, check=speech)
-    card = speech.folder / "README.md" if speech.folder else None
-    if card is not None and card.is_file():
-        note = NOTE.format(runtime=RUNTIMES[format], file=path.name, record=RECORD)
-        text = card.read_text(encoding="utf-8").replace(BITMASK_NOTE, "").rstrip()
-        (folder / card.name).write_text(f"{text}\n{note}", encoding="utf-8")
-    speech.model.config.save_pretrained(folder)
-    speech.processor.save_pretrained(folder)
     return _started(path, speech)
 
 

@@ -93,23 +93,27 @@ class ExportedModel(PreTrainedModel):
         return [[content_hash(file) for file in self.files], self.runtime, torch.get_num_threads(), settings]
 
 
-def exported_model(path: Path, kind: type[PreTrainedModel], config: PretrainedConfig) -> ExportedModel:
+def exported_model(
+    path: Path, kind: type[PreTrainedModel], config: PretrainedConfig, *, bfloat16: bool = False
+) -> ExportedModel:
     """Start the runtime of an exported model.
 
     Args:
         path: The file of the model.
         kind: The class of transformers that it was made from.
         config: Its configuration.
+        bfloat16: Whether what the file has in float32 is computed in bfloat16, which OpenVINO alone can do.
 
     Raises:
-        UserError: A file is missing or broken or that of another model, or its runtime is not installed.
+        UserError: A file is missing or broken or that of another model, its runtime is not installed, or there is no
+            bfloat16 on this processor.
     """
     files = exported_files(path)
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, which belongs to {path}; copy the whole folder")
     try:
-        session, inputs, outputs, runtime = _START["onnx" if path.suffix == ".onnx" else "openvino"](path)
+        session, inputs, outputs, runtime = _START["onnx" if path.suffix == ".onnx" else "openvino"](path, bfloat16)
     except UserError:
         raise
     except Exception as error:  # a broken file raises almost any error
@@ -227,7 +231,9 @@ Started = tuple[Session, list[str], list[str], str]
 """A session, the names of its inputs and outputs, and what runs it."""
 
 
-def _start_onnx(path: Path) -> Started:
+def _start_onnx(path: Path, bfloat16: bool) -> Started:
+    if bfloat16:
+        raise UserError("ONNX Runtime has no bfloat16 on the CPU")
     onnxruntime = of_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
@@ -241,18 +247,21 @@ def _start_onnx(path: Path) -> Started:
     return run, names[0], names[1], f"onnxruntime {onnxruntime.__version__}"
 
 
-def _start_openvino(path: Path) -> Started:
+def _start_openvino(path: Path, bfloat16: bool) -> Started:
     openvino = of_extra("openvino", "openvino")
     core = openvino.Core()
-    # Some processors would round to bfloat16 otherwise.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UserError("this processor does not multiply bfloat16, for which OpenVINO would compute in float32")
+    # Some processors would round to bfloat16 unasked.
+    precision = "bf16" if bfloat16 else "f32"
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     model = core.compile_model(str(path), "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
 
     def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.array(model(dict(inputs))[LOGITS])  # a copy, because the next call overwrites it
 
     names = [[name for item in items for name in item.get_names()] for items in (model.inputs, model.outputs)]
-    return run, names[0], names[1], f"openvino {openvino.__version__}"
+    return run, names[0], names[1], f"openvino {openvino.__version__}{', bfloat16' * bfloat16}"
 
 
-_START: dict[str, Callable[[Path], Started]] = {"onnx": _start_onnx, "openvino": _start_openvino}
+_START: dict[str, Callable[[Path, bool], Started]] = {"onnx": _start_onnx, "openvino": _start_openvino}

@@ -5,11 +5,11 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from sparsewav.inference.kernel import MAX_COLUMNS, SOURCE, processor_name
 from sparsewav.inference.sparse_linear import SparseLinear
 
 log = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
 
 WIDTHS = (96, 192)
 """Columns in a block of the kernel's layout. Inputs of narrow blocks fit the first-level cache; wide blocks have more
@@ -112,16 +114,43 @@ def setting(frames: Sequence[int], kernel: bool) -> str:
 
 def remembered(folder: Path | None, frames: Sequence[int], kernel: bool) -> dict[str, Timing]:
     """Read the timings of a setting from the folder of a model; a file that holds anything else gives none."""
+
+    def timings(entries: Any) -> dict[str, Timing]:
+        return {name: _timing(name, entry, len(frames), kernel) for name, entry in entries.items()}
+
+    return read_remembered(folder, setting(frames, kernel), timings, "the products are timed again") or {}
+
+
+def read_remembered(folder: Path | None, key: str, check: Callable[[Any], Read], otherwise: str) -> Read | None:
+    """Read what :func:`remember` stored under a key; None if there is nothing, or nothing that can be used.
+
+    Args:
+        folder: Of the model.
+        key: The setting.
+        check: Gives what the file holds under the key in its own form, or raises an error.
+        otherwise: What is done instead where it raises one, for the log.
+    """
     path = folder / REMEMBERED if folder else None
     if path is None or not path.is_file():
-        return {}
+        return None
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")).get(setting(frames, kernel), {})
-        return {name: _timing(name, entry, len(frames), kernel) for name, entry in entries.items()}
+        return check(json.loads(path.read_text(encoding="utf-8")).get(key, {}))
     # a file that is nested a thousand times exceeds the recursion limit
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        log.warning("%s holds no timings that can be used (%s); the products are timed again", path, error)
-        return {}
+        log.warning("%s holds no timings that can be used (%s); %s", path, error, otherwise)
+        return None
+
+
+def check_seconds(seconds: Any, frames: int) -> tuple[float, ...]:
+    """Give the seconds that a file holds for so many numbers of frames.
+
+    Raises:
+        ValueError: They cannot have been measured.
+    """
+    values = tuple(seconds)
+    if len(values) != frames or not all(type(value) is float and 0 < value < math.inf for value in values):
+        raise ValueError(f"{frames} numbers of seconds above 0, not {seconds}")
+    return values
 
 
 def _timing(name: str, entry: Any, frames: int, kernel: bool) -> Timing:
@@ -130,11 +159,7 @@ def _timing(name: str, entry: Any, frames: int, kernel: bool) -> Timing:
     Raises:
         ValueError: It cannot have been measured.
     """
-    timing = Timing(**entry | {"dense": tuple(entry["dense"]), "sparse": tuple(entry["sparse"])})
-    seconds = (*timing.dense, *timing.sparse)
-    measured = all(type(value) is float and 0 < value < math.inf for value in seconds)
-    if not measured or len(timing.dense) != frames or len(timing.sparse) != frames:
-        raise ValueError(f"{frames} numbers of seconds above 0 each, not {timing.dense} and {timing.sparse}")
+    timing = Timing(**entry | {name: check_seconds(entry[name], frames) for name in ("dense", "sparse")})
     widths = WIDTHS if kernel and timing.cols <= MAX_COLUMNS else (None,)
     if timing.width not in widths or isinstance(timing.width, float):
         raise ValueError(f"blocks of {timing.width} columns for {timing.cols}")
@@ -143,8 +168,8 @@ def _timing(name: str, entry: Any, frames: int, kernel: bool) -> Timing:
     return timing
 
 
-def remember(folder: Path | None, key: str, timings: dict[str, Timing]) -> None:
-    """Add the timings of a setting to the file in the folder of a model, or log that it cannot be written."""
+def remember(folder: Path | None, key: str, timings: Mapping[str, Any]) -> None:
+    """Add the timings of a setting, dataclasses by name, to the file in a model's folder, or log why they are not."""
     if folder is None:
         return
     path = folder / REMEMBERED

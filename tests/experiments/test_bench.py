@@ -1,6 +1,7 @@
 """The plain loop that the benchmarks compare with, and their commands."""
 
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from experiments.bench import engine, gpu, inference
 from experiments.bench.command import Part, run_parts
 from experiments.bench.engine import random_problem
 from experiments.bench.plain import plain_hessians, plain_prune_matrix
+from sparsewav.inference import alternatives
 from sparsewav.pruning import collect_hessians, prune_matrices
 
 
@@ -71,10 +73,35 @@ def test_gpu_benchmark_runs_its_contestants(
         assert "PyTorch sees no GPU" in capsys.readouterr().err
 
 
+def test_inference_is_measured_beside_its_alternatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every contestant has its rounds and how far its outputs are from float32; what cannot be had is said."""
+    monkeypatch.setitem(inference.MODELS, "base", {"hidden_size": 192, "intermediate_size": 768, "conv_dim": (32,) * 7})
+    contestants = ("PyTorch int8", "ONNX Runtime float32", "OpenVINO float32")
+    monkeypatch.setattr(inference, "ALTERNATIVES", {name: alternatives.ALTERNATIVES[name] for name in contestants})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    command = ["alternatives", "--models", "base", "--layers", "1", "--rounds", "3", "--sparsities", "0.9"]
+    assert inference.main([*command, "--cases", "1x1", "2x1", "--threads", "1", "--output", str(tmp_path)]) == 0
+    assert "OpenVINO float32 is left out: openvino is not installed" in capsys.readouterr().out
+    table = pandas.read_csv(tmp_path / "alternatives.csv")
+    counts = table.groupby(["subject", "contestant"]).size()
+    assert len(counts) == 2 * 4
+    assert set(counts) == {3}
+    differences = table.groupby("contestant")["difference"].agg(["min", "max"])
+    assert differences.loc["dense", "max"] == 0
+    assert differences.loc["ONNX Runtime float32", "max"] < 1e-4
+    assert 1e-4 < differences.loc["PyTorch int8", "min"] < 0.5
+    (ours,) = (name for name in differences.index if name.startswith("SparseWAV, 90% zero"))
+    assert differences.loc[ours, "max"] < 1e-4
+    assert (tmp_path / "alternatives.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("benchmark", [engine, gpu, inference])
 def test_every_benchmark_describes_its_parts_and_refuses_others(
-    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a line for the list of the parts
     with pytest.raises(SystemExit, match="0"):
         benchmark.main(["--help"])
     said = capsys.readouterr().out

@@ -19,8 +19,9 @@ from transformers import AutoModelForCTC
 import sparsewav
 from sparsewav.data.sets import Sets
 from sparsewav.files import CHECKSUMS
-from sparsewav.inference import acceleration, kernel, restore
+from sparsewav.inference import acceleration, comparison, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
+from sparsewav.inference.comparison import Comparison
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
 from sparsewav.inference.wer import error_rates, transcribe
@@ -66,12 +67,23 @@ def _prune_at_random(model: Any, share: float) -> None:
 
 @pytest.fixture
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the timing say that sparse is faster, as it is not for tiny matrices."""
+    """Let the timings say that sparse is faster, as it is not for tiny matrices."""
 
     def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
         return Timing(*linear.weight.shape, 0.5, (2.0,), (1.0,), 96 if kernel else None)
 
     monkeypatch.setattr(acceleration, "time_linear", timing)
+    monkeypatch.setattr(comparison, "compare", _compared_with(1.0))
+
+
+def _compared_with(seconds: float) -> Callable[..., Comparison]:
+    """Give what compares, and finds that the accelerated model takes these seconds where the dense one takes two."""
+
+    def compare(dense: Any, accelerated: Any, frames: tuple[int, ...], names: tuple[str, ...]) -> Comparison:
+        times = (seconds,) * len(frames)
+        return Comparison(tuple(frames), (2.0,) * len(frames), times, dict.fromkeys(names, (1.5,) * len(frames)))
+
+    return compare
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -185,11 +197,13 @@ def test_word_error_rate_does_not_move() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_dense_stays_where_it_is_faster(tiny_model: Any, tmp_path: Path) -> None:
+def test_dense_stays_where_it_is_faster(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices that are full are not even timed, and those that sparse products do not speed up are left alone."""
     model = tiny_model("wav2vec2", hidden_size=64, intermediate_size=96)
-    assert sparsewav.accelerate(model, folder=tmp_path).swapped == 0
-    assert not (tmp_path / REMEMBERED).exists()
+    assert sparsewav.accelerate(model, frames=50, folder=tmp_path).swapped == 0
+    (key,) = json.loads((tmp_path / REMEMBERED).read_text())
+    assert key.endswith("the whole model"), "no product was timed"
+    monkeypatch.setattr(comparison, "compare", _compared_with(1.0))  # noise of so small a model decides nothing
     _prune_at_random(model, 0.3)
     report = sparsewav.accelerate(model, frames=[50, 200], folder=tmp_path)
     for matrix in report.matrices:
@@ -198,9 +212,26 @@ def test_dense_stays_where_it_is_faster(tiny_model: Any, tmp_path: Path) -> None
         assert len(matrix.dense) == 2
 
 
+@pytest.mark.usefixtures("compiled", "always_faster")
+def test_a_model_that_is_slower_as_a_whole_stays_dense(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that are faster by themselves may be slower within the model; it is then left as it was."""
+    monkeypatch.setattr(comparison, "compare", _compared_with(2.1))
+    model = tiny_model("wav2vec2")
+    _prune_at_random(model, 0.8)
+    modules, dense = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    report = sparsewav.accelerate(model, frames=8)
+    assert report.swapped == 0
+    assert "12 left dense: the whole model is slower" in str(report)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.usefixtures("compiled")
 def test_timings_are_remembered(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same model is not timed twice; other frames or threads, or a broken file, are timed anew."""
+    """The same model is not timed twice; other frames or threads, or a broken file, are timed anew.
+
+    So is a comparison that was asked for, and that of a model with other products.
+    """
     model = tiny_model("wav2vec2")
     _prune_at_random(model, 0.8)
     model.save_pretrained(tmp_path)
@@ -211,15 +242,33 @@ def test_timings_are_remembered(tiny_model: Any, tmp_path: Path, monkeypatch: py
         return Timing(*linear.weight.shape, 0.8, (2.0,) * len(frames), (1.0,) * len(frames), 96)
 
     monkeypatch.setattr(acceleration, "time_linear", timing)
+    compared: list[tuple[str, ...]] = []
+
+    def compare(*arguments: Any) -> Comparison:
+        compared.append(arguments[-1])
+        return _compared_with(1.0)(*arguments)
+
+    monkeypatch.setattr(comparison, "compare", compare)
 
     def accelerated(**options: Any) -> tuple[int, int]:
         calls.clear()
+        compared.clear()
         report = sparsewav.accelerate(AutoModelForCTC.from_pretrained(tmp_path), **options)
         return len(calls), report.swapped
 
     timed, swapped = accelerated()
-    assert timed == len(json.loads((tmp_path / REMEMBERED).read_text()).popitem()[1]) > 0
+    products, whole = json.loads((tmp_path / REMEMBERED).read_text()).values()
+    assert timed == len(products) > 0
+    assert len(whole) == len(compared) == 1
     assert swapped == 12
+    assert accelerated(alternatives=["PyTorch int8"]) == (0, 12)
+    assert compared == [("PyTorch int8",)]
+    assert accelerated() == (0, 12)
+    assert not compared
+    _prune_at_random(model, 0.81)  # of the same timings
+    model.save_pretrained(tmp_path)
+    assert accelerated() == (0, 12)
+    assert len(compared) == 1
     assert accelerated() == (0, 12)
     assert accelerated(frames=7) == (timed, 12)
     assert accelerated() == (0, 12)

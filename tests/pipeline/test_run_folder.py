@@ -1,5 +1,7 @@
 """What a run leaves in its folder."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,12 @@ def test_saving_replaces_nothing_and_knows_its_formats(model_folder: Path, tmp_p
     with pytest.raises(UserError, match="format=onnx, dtype=model: give dense or bitmask"):
         sparsewav.save(speech, tmp_path / "saved", format="onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="elsewhere the system's own figure is taken")
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    """A process that a larger one started does not count that one's memory, as getrusage does."""
+    peak = "import torch; from sparsewav.pipeline import run_folder; print(run_folder.peak_memory(torch.device('cpu')))"
+    code = f"import subprocess, sys; held = b'x' * 1_500_000_000; subprocess.run([sys.executable, '-c', {peak!r}])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert 5e7 < int(done.stdout) < 1.4e9
