@@ -29,7 +29,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     if compression:
         made = {
             "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the {metrics['scope']}'s matrices",
             "parameters, before": f"{compression['params_dense']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({100 * compression['share_left']:.1f} %)",
             "seconds": f"compress {seconds['compress']:.1f}",
@@ -37,8 +37,12 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     else:
         made = {
             **_asked(metrics),
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            **({"bits": f"{metrics['bits']:.3g} a weight of the transformer's matrices"} if metrics["bits"] else {}),
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the {metrics['scope']}'s matrices",
+            **(
+                {"bits": f"{metrics['bits']:.3g} a weight of the {metrics['scope']}'s matrices"}
+                if metrics["bits"]
+                else {}
+            ),
             "parameters, before": f"{metrics['params_total']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({removed:,} are zero)",
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",

@@ -24,6 +24,8 @@ from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_lev
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
 from sparsewav.pruning.coding import coded_bytes, file_bytes
 from sparsewav.pruning.encoder import (
+    FRONT,
+    PrunableMatrix,
     as_sequence,
     check_model,
     first_utterances,
@@ -50,6 +52,7 @@ from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
     OBS,
+    TRANSFORMER,
     Allocation,
     Calibration,
     ErrorCurves,
@@ -87,6 +90,7 @@ class PruneReport:
         recoveries: What the recovery of every transformer layer achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
         bytes: The size of the weights file in bitmask format, where one was asked for.
+        scope: What was prunable: ``transformer`` or ``encoder``.
     """
 
     matrices: list[MatrixReport]
@@ -98,6 +102,7 @@ class PruneReport:
     recoveries: list[LayerRecovery] = field(default_factory=list)
     allocated: LevelAllocation | None = None
     bytes: int | None = None
+    scope: str = TRANSFORMER
 
     @property
     def bits(self) -> float | None:
@@ -115,7 +120,7 @@ class PruneReport:
         asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
         size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
         lines = [
-            f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
+            f"{self.sparsity:.2%} of the weights of the {self.scope}'s {len(self.matrices)} matrices are zero{asked}"
             + (f", the others have {self.bits:.3g} bits" if self.bits else "")
             + f"{size}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
@@ -144,6 +149,7 @@ def prune(
     quantization: str | Quantization | None = None,
     allocation: str | Allocation | None = None,
     calibration: Calibration | None = None,
+    scope: str | None = None,
     seed: int = 0,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
     progress: StageProgress | None = None,
@@ -180,6 +186,8 @@ def prune(
             ``error_curves``, ``search``.
         calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
             all utterances of the batches are taken.
+        scope: What is pruned: ``transformer`` (the paper's), the matrices of the layers, or ``encoder``, the
+            convolutions and the projection in front of them, too. The sparsity is over what is pruned.
         seed: The seed of the Hutchinson probes, the sample of frames, the search and the recovery's order of batches.
         masks: Masks already in force, by matrix name: what they removed stays removed and counts.
         progress: Called as the stages advance.
@@ -206,9 +214,10 @@ def prune(
     if isinstance(settings.sparsity, Megabytes) and allocation is None and isinstance(settings.allocation, Traced):
         settings.allocation = ErrorCurves()  # as sparsity=megabytes of the command brings it
     settings.calibration = calibration or settings.calibration
+    settings.scope = scope or settings.scope
     settings.check()
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform))
+    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.scope)
     check_allocation(pruned, settings.allocation)
     check_quantization(pruned, settings.quantization)
     with _undone_by_errors(pruned), whatever_modes(pruned.device):
@@ -248,7 +257,8 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
-    matrices = prunable_matrices(model)
+    matrices = prunable_matrices(model, settings.scope)
+    check_scope(model, matrices, settings.scope)
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
     if unknown:
@@ -277,6 +287,7 @@ def prune_model(
                 hessians = collect_hessians(
                     model,
                     batches,
+                    scope=settings.scope,
                     frames_per_column=settings.calibration.frames_per_column,
                     seed=settings.seed,
                     progress=stage_progress(progress, "calibrate"),
@@ -298,7 +309,7 @@ def prune_model(
                 seconds["calibrate"] -= sum(outcome.seconds.values())
             if rounds:
                 with outcome.timing("quantize"):
-                    round_rest(model, settings.quantization)
+                    round_rest(model, settings.quantization, settings.scope)
             return outcome
 
         if allocated is None:
@@ -321,6 +332,7 @@ def prune_model(
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
+        scope=settings.scope,
     )
 
 
@@ -381,6 +393,7 @@ def traces_of(
     return estimate_traces(
         model,
         first_utterances(batches, allocation.utterances),
+        scope=settings.scope,
         probes=allocation.probes,
         distribution=allocation.distribution,
         rank_tolerance=allocation.rank_tolerance,
@@ -407,6 +420,19 @@ def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
         raise UserError(
             f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
             "allocation.effect=output"
+        )
+
+
+def check_scope(model: PreTrainedModel, matrices: list[PrunableMatrix], scope: str) -> None:
+    """Refuse to prune what is in front of the layers where a model has nothing there that could be pruned.
+
+    Raises:
+        UserError: It says so.
+    """
+    if scope != TRANSFORMER and not any(matrix.layer == FRONT for matrix in matrices):
+        raise UserError(
+            f"scope={scope} prunes what is in front of the layers, too, and {type(model).__name__} has no matrix "
+            f"there that is known; choose scope={TRANSFORMER}"
         )
 
 
@@ -450,14 +476,14 @@ def allocate_levels(
     model: PreTrainedModel, batches: Any, plan: Plan, hessians: Hessians, progress: Progress | None = None
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
-    settings, matrices = plan.settings, prunable_matrices(model)
+    settings, matrices = plan.settings, prunable_matrices(model, plan.settings.scope)
     allocation, sparsity = settings.allocation, settings.sparsity
     found: LevelAllocation | None = None
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
             goal: float | ByteBudget
             if isinstance(sparsity, Megabytes):
-                rest = bytes_of_rest(model, settings.quantization)
+                rest = bytes_of_rest(model, matrices, settings.quantization)
                 goal = ByteBudget(sparsity.bytes, rest, settings.quantization, settings.solver.damping)
             else:
                 assert sparsity.fraction is not None
@@ -487,9 +513,9 @@ def allocate_levels(
     return found
 
 
-def bytes_of_rest(model: PreTrainedModel, quantization: Quantization) -> int:
+def bytes_of_rest(model: PreTrainedModel, matrices: list[PrunableMatrix], quantization: Quantization) -> int:
     """Give what a model takes in its file besides the prunable matrices, rounded as it will be, with the header."""
-    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in prunable_matrices(model)}
+    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in matrices}
     tensors = {
         name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
         for name, tensor in model.state_dict().items()

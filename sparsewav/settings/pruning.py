@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 from sparsewav.errors import UserError
 from sparsewav.settings.options import MISSING, Option, Settings, group_faults, option
 
+TRANSFORMER, ENCODER = SCOPES = "transformer", "encoder"
+"""What may be pruned: the matrices of the transformer layers, or those in front of the layers, too."""
+
 
 @dataclass(kw_only=True)
 class Sparsity(Option):
@@ -186,7 +189,11 @@ class Symmetric(Objective):
 
 @dataclass(kw_only=True)
 class Asymmetric(Objective):
-    """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers."""
+    """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers.
+
+    What is in front of the layers (``scope=encoder``) is pruned with the symmetric one, and the first layer makes up
+    for it.
+    """
 
     name: str = field(default="asymmetric", init=False)
     strength: float = option(1.0, "share of the difference X − X̂ that is made up for; 0 is symmetric", least=0, most=1)
@@ -194,7 +201,10 @@ class Asymmetric(Objective):
 
 @dataclass(kw_only=True)
 class Recovery(Option):
-    """What a transformer layer learns after its matrices are pruned, without labels."""
+    """What a transformer layer learns after its matrices are pruned, without labels.
+
+    What is in front of the layers (``scope=encoder``) learns nothing; the first layer learns to make up for it.
+    """
 
 
 @dataclass(kw_only=True)
@@ -479,6 +489,12 @@ class Pruning:
     quantization: Quantization = option(NoQuantization, "to how few values the kept weights are rounded")
     allocation: Allocation = option(Hutchinson, "how the sparsity is shared among the matrices")
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
+    scope: str = option(
+        TRANSFORMER,
+        "what is pruned: transformer (the matrices of the layers; the paper's) or encoder (the convolutions and the "
+        "projection in front of the layers, too; sparsities are over both then)",
+        choices=SCOPES,
+    )
     seed: int = option(
         0,
         "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "

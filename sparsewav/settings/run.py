@@ -19,6 +19,7 @@ from sparsewav.settings.data import (
 from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.pruning import (
     OPTIONS,
+    TRANSFORMER,
     Calibration,
     Hutchinson,
     Megabytes,
@@ -167,6 +168,8 @@ class Config(Pruning):
                 "model.offload=true writes layer after layer and cannot go back when the file comes out too large; "
                 "choose sparsity=unstructured, or model.offload=false"
             )
+        if self.scope != TRANSFORMER:
+            yield f"model.offload=true prunes the layers alone; choose scope={TRANSFORMER} with it"
         if self.two_models:
             yield (
                 f"model.offload=true has one layer in memory, and objective={self.objective.name} with "
@@ -196,6 +199,8 @@ class Config(Pruning):
             )
         if self.model.offload:
             yield f"model.offload=true goes with method={OURS} alone"
+        if self.scope != TRANSFORMER:
+            yield f"scope={self.scope} goes with method={OURS} alone; choose scope={TRANSFORMER}"
         if self.training.processes != 1 and self.finetune_strategy.name != "none":
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
         if self.sparsity.pattern or isinstance(self.sparsity, Megabytes):
