@@ -520,7 +520,7 @@ def bytes_of_rest(model: PreTrainedModel, matrices: list[PrunableMatrix], quanti
         name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
         for name, tensor in model.state_dict().items()
     }
-    return file_bytes(tensors) - sum(map(coded_bytes, empty.values()))
+    return file_bytes(tensors) - sum(coded_bytes(weight.flatten(1)) for weight in empty.values())
 
 
 def stage_progress(progress: StageProgress | None, stage: str) -> Progress | None:
