@@ -102,12 +102,16 @@ def check_finite(values: Mapping[str, Tensor | float], what: str) -> None:
         )
 
 
+_COUNTS = ("reads", "frames", "sampled", "rows")
+"""What of Hessians is kept beside their tensors."""
+
+
 def save_hessians(hessians: Hessians, folder: Path) -> None:
     """Write Hessians as safetensors, and the names of the matrices that use each."""
     save_file(
         {name: hessian.contiguous() for name, hessian in hessians.by_input.items()}, folder / "hessians.safetensors"
     )
-    record = {"reads": hessians.reads, "frames": hessians.frames, "sampled": hessians.sampled}
+    record = {key: getattr(hessians, key) for key in _COUNTS}
     (folder / "hessians.json").write_text(json.dumps(record))
 
 
@@ -121,4 +125,4 @@ def load_hessians(folder: Path, device: torch.device) -> Hessians:
     by_input = load_file(folder / "hessians.safetensors", device=str(device))
     check_finite(by_input, f"the Hessian in {folder}")
     order = dict.fromkeys(record["reads"].values())
-    return Hessians({name: by_input[name] for name in order}, record["reads"], record["frames"], record["sampled"])
+    return Hessians({name: by_input[name] for name in order}, **{key: record[key] for key in _COUNTS})

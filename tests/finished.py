@@ -22,6 +22,7 @@ def finish(
             "method": config.method.name,
             **{group: config[group].name if ours else None for group in groups},
             "finetune_strategy": config.finetune_strategy.name,
+            "scope": config.scope,
             "seed": config.seed,
             "quantization": config.quantization.name if ours else None,
             "target_sparsity": target,

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sparsewav.cli.command import command_parser, exit_on_user_error
 from sparsewav.progress import quieten_libraries
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER
 
 if TYPE_CHECKING:
     import pandas
@@ -27,18 +28,19 @@ The exit code is 1 if the model is not what the run's files say.
 """
 
 _SHOWN_METRICS = (
-    *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "target_sparsity"),
+    *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "scope", "target_sparsity"),
     *("target_megabytes", "target_parameters", "target_macs", "achieved_share"),
     *("finetune_strategy", "updates", "seed", "wer_dense", "wer", "cer_dense", "cer", "divergence"),
 )
 """The keys of ``metrics.json`` that are shown."""
 
 
-def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
+def matrix_sparsities(model: "PreTrainedModel", scope: str = TRANSFORMER) -> "pandas.DataFrame":
     """Give a row for every prunable matrix: name, layer, role, rows, cols, zeros, bits and bytes.
 
-    Bits are those that the numbers of a rounded matrix need, and otherwise those of the type; bytes are those that the
-    matrix takes in bitmask format.
+    The layer of those in front of the layers is :data:`~sparsewav.pruning.encoder.FRONT`. Bits are those that the
+    numbers of a rounded matrix need, and otherwise those of the type; bytes are those that the matrix takes in bitmask
+    format.
     """
     import pandas
 
@@ -47,7 +49,7 @@ def matrix_sparsities(model: "PreTrainedModel") -> "pandas.DataFrame":
     from sparsewav.pruning.grid import find_grid
 
     rows = []
-    for matrix in prunable_matrices(model):
+    for matrix in prunable_matrices(model, scope):
         zeros = matrix.size - int(matrix.weight.count_nonzero())
         weight = matrix.weight.detach().cpu()
         grid = find_grid(weight)
@@ -61,7 +63,7 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
 
     Args:
         model: The model.
-        matrices: The result of :func:`matrix_sparsities` for it.
+        matrices: The result of :func:`matrix_sparsities` for it, of the whole encoder.
         run: The folder of the run.
 
     Returns:
@@ -91,7 +93,8 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
             ]
         # A kept weight that is rounded to zero is no part of a matrix's sparsity.
         rounded = metrics["quantization"] not in (None, papers_choice("quantization"))
-        for row in matrices.itertuples():
+        pruned = matrices if metrics.get("scope") == ENCODER else behind_front(matrices)
+        for row in pruned.itertuples():
             if row.name not in layers.index:
                 found.append(f"{run_folder.LAYERS} has no row for {row.name}")
                 continue
@@ -101,12 +104,22 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
     return found
 
 
+def behind_front(matrices: "pandas.DataFrame") -> "pandas.DataFrame":
+    """Give the matrices of the layers, without those in front of them."""
+    from sparsewav.pruning.encoder import FRONT
+
+    return matrices[matrices["layer"] != FRONT]
+
+
 def roles_of(matrices: "pandas.DataFrame") -> dict[str, str]:
     """Give the roles in the order of the forward pass, and their names in headings, as short as tells them apart."""
+    from sparsewav.pruning.encoder import FRONT
     from sparsewav.pruning.families import FAMILIES
 
     known = list(dict.fromkeys(name for family in FAMILIES.values() for name in family.prunable))
-    roles = sorted(dict.fromkeys(matrices["role"]), key=known.index)
+    places = {name: place for place, name in enumerate(known)}
+    # Those in front of the layers are in this order already.
+    roles = sorted(dict.fromkeys(matrices["role"]), key=lambda role: places.get(role, FRONT))
     endings = Counter(ending for role in roles for ending in _endings(role))
     names = {role: next(end for end in _endings(role) if endings[end] == 1 or end == role) for role in roles}
     return {role: re.sub(r"linear_|_proj$|_dense$", "", name) for role, name in names.items()}
@@ -132,7 +145,9 @@ def bits_table(matrices: "pandas.DataFrame") -> Table:
 
 
 def _layer_table(title: str, matrices: "pandas.DataFrame", cell: Callable[[Any], str | Text]) -> Table:
-    """Make a table with a row for each layer and a column for each role; a layer may lack a matrix."""
+    """Make a table with a row for each layer and a column for each role; of what is in front it has a row alone."""
+    from sparsewav.pruning.encoder import FRONT
+
     roles = roles_of(matrices)
     table = Table(title=title, pad_edge=False)
     table.add_column("layer", justify="right")
@@ -140,7 +155,7 @@ def _layer_table(title: str, matrices: "pandas.DataFrame", cell: Callable[[Any],
         table.add_column(name, justify="right")
     for layer, group in matrices.groupby("layer"):
         cells = {row.role: cell(row) for row in group.itertuples()}
-        table.add_row(str(layer), *(cells.get(role, "–") for role in roles))
+        table.add_row("front" if layer == FRONT else str(layer), *(cells.get(role, "–") for role in roles))
     return table
 
 
@@ -150,7 +165,7 @@ def _shaded(share: float) -> Text:
 
 
 def plot_heat_map(matrices: "pandas.DataFrame", path: Path) -> None:
-    """Plot the sparsity of every matrix to a PNG."""
+    """Plot the sparsity of the layers' matrices to a PNG."""
     from sparsewav.files import write_file
 
     with write_file(path) as temporary:
@@ -158,9 +173,10 @@ def plot_heat_map(matrices: "pandas.DataFrame", path: Path) -> None:
 
 
 def draw_heat_map(matrices: "pandas.DataFrame") -> "Figure":
-    """Draw the sparsity of every matrix, with a row for each layer and the colours over the range that there is."""
+    """Draw the sparsity of the layers' matrices, a row for each layer and the colours over the range that there is."""
     from matplotlib.figure import Figure
 
+    matrices = behind_front(matrices)
     roles = roles_of(matrices)
     shares = matrices.assign(share=100 * matrices["zeros"] / (matrices["rows"] * matrices["cols"]))
     grid = shares.pivot(index="layer", columns="role", values="share")[list(roles)]
@@ -210,13 +226,16 @@ def _inspect(name: str, revision: str | None, plot: Path | None, console: Consol
     folder, given = find_model(name, "", revision), Path(name).expanduser()
     run = next((path for path in (given, given.parent) if (path / run_folder.METRICS).is_file()), None)
     model = _load(folder, name)
-    matrices = matrix_sparsities(model)
+    matrices = matrix_sparsities(model, ENCODER)
     console.print(_summary(name, folder, model, matrices))
     if run:
         console.print(_origin(run_folder.read_metrics(run)))
-    if len(matrices):
-        console.print(heat_map(matrices))
-        console.print(bits_table(matrices))
+    layers = behind_front(matrices)
+    front = matrices.drop(layers.index)
+    for part in ([front] if front["zeros"].any() else []) + ([layers] if len(layers) else []):
+        console.print(heat_map(part))
+        console.print(bits_table(part))
+    if len(layers):
         plot = plot or (given / "sparsity.png" if given.is_dir() else Path(f"{given.name}-sparsity.png"))
         plot_heat_map(matrices, plot)
         console.print(f"heat map: {plot}", highlight=False)
@@ -252,7 +271,10 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
     from sparsewav.pruning.families import left_dense
 
     table = Table(title=name, show_header=False)
-    weights = int((matrices["rows"] * matrices["cols"]).sum())
+    layers = behind_front(matrices)
+    weights = int((layers["rows"] * layers["cols"]).sum())
+    front = matrices.drop(layers.index)
+    before = int((front["rows"] * front["cols"]).sum())
     parameters, nonzero = count_parameters(model)
     wide, narrow, bitmask = stored_bytes(model)
     format = "PyTorch" if _is_pickled(folder) else format_of(folder)
@@ -261,11 +283,14 @@ def _summary(name: str, folder: Path, model: "PreTrainedModel", matrices: "panda
         "format": f"{format}, {str(model.dtype).removeprefix('torch.')}",
         "parameters": f"{parameters:,}",
         "not zero": f"{nonzero:,}   ({100 * nonzero / parameters:.1f} %)",
-        "sparsity": f"{matrices['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights"
+        "sparsity": f"{layers['zeros'].sum() / weights:.4f}   of the transformer's {weights:,} weights"
         if weights
         else "no matrices of the transformer are left",
+        **(
+            {"in front": f"{front['zeros'].sum() / before:.4f}   of the {before:,} weights before it"} if before else {}
+        ),
         **({"left dense": f"in every layer {left}"} if left else {}),
-        **({"bits": _bits(matrices, weights)} if weights else {}),
+        **({"bits": _bits(layers, weights)} if weights else {}),
         "on disk": _megabytes(sum(path.stat().st_size for path in weight_files(folder))),
         "dense float32": _megabytes(wide),
         "dense float16": _megabytes(narrow),

@@ -26,12 +26,12 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
         tuned["stages"] = path
     elif change and metrics["wer"] is not None:
         tuned[f"word error rate, {change}"] = _rates(metrics, "")
-    compression = metrics["compression"]
+    compression, matrices = metrics["compression"], f"the {metrics['scope']}'s matrices"
     spent = [stage for stage in ("calibrate", "allocate", "solve", "recover", "quantize") if stage in seconds]
     if compression:
         made = {
             "compression": f"{compression['updates']:,} updates of {compression['batch_size']} utterances",
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of {matrices}",
             "parameters, before": f"{compression['params_dense']:,}",
             "parameters, after": f"{metrics['params_nonzero']:,}   ({100 * compression['share_left']:.1f} %)",
             "seconds": f"compress {seconds['compress']:.1f}",
@@ -39,8 +39,8 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     else:
         made = {
             **_asked(metrics),
-            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of the transformer's matrices",
-            **({"bits, nominal": f"{metrics['bits']:.3g}   a weight of the transformer's matrices"} if rounded else {}),
+            "sparsity, reached": f"{metrics['achieved_sparsity']:.4f}   of {matrices}",
+            **({"bits, nominal": f"{metrics['bits']:.3g}   a weight of {matrices}"} if rounded else {}),
             "parameters, before": f"{metrics['params_dense']:,}",
             "parameters, after": _parameters(metrics),
             "seconds": ", ".join(_spent(metrics, stage) for stage in spent) + f"; prune {seconds['prune']:.1f}",

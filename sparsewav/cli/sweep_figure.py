@@ -8,6 +8,7 @@ import pandas
 
 from sparsewav.cli.sweep_runs import TARGET, Sweep
 from sparsewav.files import write_file
+from sparsewav.settings.pruning import TRANSFORMER
 
 GREY = "#444444"
 """The colour of the dense model."""
@@ -77,9 +78,10 @@ def _points(sweep: Sweep) -> pandas.DataFrame:
     ).dropna(subset=["y"])
     groups = table.groupby(["label", "group"], sort=False)
     points = groups[["x", "y", "dense"]].mean().assign(deviation=groups["y"].std()).reset_index()
+    scope = " or ".join(runs["scope"].dropna().unique()) if "scope" in runs else TRANSFORMER
     names = {"divergence": "Divergence from the dense model", "wer": "WER (%)", "cer": "CER (%)"}
     points.attrs = {
-        "x": "Sparsity reached by the transformer's matrices (%)" if by_sparsity else across,
+        "x": f"Sparsity reached by the {scope}'s matrices (%)" if by_sparsity else across,
         "y": names[rate],
         "label": ", ".join(labels),
     }

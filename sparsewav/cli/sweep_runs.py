@@ -19,6 +19,7 @@ from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.naming import LATER_CHOICES, SETTINGS, changes_results, papers_choice
 from sparsewav.progress import print_warning
 from sparsewav.settings.baselines import OURS
+from sparsewav.settings.pruning import TRANSFORMER
 
 TARGET = "sparsity.target"
 
@@ -201,8 +202,10 @@ def _order(column: pandas.Series) -> pandas.Series:
 
 def _shared_choices(runs: pandas.DataFrame, axes: list[str]) -> dict[str, Any]:
     """Give the model and the main choices that all finished runs share, but those of the paper that need no word."""
-    unsaid = {"method": OURS, "finetune_strategy": "none"} | {group: papers_choice(group) for group in LATER_CHOICES}
-    names = ("model", "method", "saliency", *LATER_CHOICES, "allocation", "finetune_strategy")
+    unsaid = {"method": OURS, "finetune_strategy": "none", "scope": TRANSFORMER} | {
+        group: papers_choice(group) for group in LATER_CHOICES
+    }
+    names = ("model", "method", "saliency", *LATER_CHOICES, "scope", "allocation", "finetune_strategy")
     columns = {name: name for name in names if name in runs} | {TARGET: "target_sparsity"}
     found: dict[str, Any] = {}
     for key, column in columns.items():

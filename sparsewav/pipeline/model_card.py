@@ -192,7 +192,9 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         "saliency": metrics["saliency"] or "none",
         "solver": f"{metrics['solver']}, objective {metrics['objective']}, recovery {metrics['recovery']}",
         "allocation": metrics["allocation"],
-        "sparsity of the transformer's matrices": f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})",
+        f"sparsity of the {metrics['scope']}'s matrices": (
+            f"{metrics['achieved_sparsity']:.4f} (asked for: {_asked(metrics)})"
+        ),
         **({"nominal bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
         "pruned to": stages,
         **({"share of the encoder that stays": f"{metrics['achieved_share']:.4f}"} if cut else {}),

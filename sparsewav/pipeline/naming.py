@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.options import metadata_of
-from sparsewav.settings.pruning import OPTIONS
+from sparsewav.settings.pruning import OPTIONS, TRANSFORMER
 from sparsewav.settings.run import Config
 from sparsewav.settings.sparsity import Structured
 
@@ -65,6 +65,7 @@ def run_name(*, _root_: DictConfig) -> str:
         *choices,
         _sparsity_part(sparsity),
         *(name for group, name in later if name != papers_choice(group)),
+        *([] if settings["scope"] == TRANSFORMER else [settings["scope"]]),
         *([] if settings["finetune_strategy"]["name"] == "none" else [settings["finetune_strategy"]["name"]]),
         short_hash(settings),
     )

@@ -44,6 +44,7 @@ from sparsewav.pruning.families import encoder_config, family_of
 from sparsewav.pruning.layerwise import Outcome, StageProgress
 from sparsewav.pruning.rest import in_dtype, round_tensor
 from sparsewav.settings.pruning import (
+    TRANSFORMER,
     Allocation,
     Calibration,
     Integers,
@@ -156,6 +157,8 @@ def prune_checkpoint(
         )
     if settings.calibration.propagation != "sequential":
         raise UserError("a checkpoint is pruned layer by layer; choose calibration.propagation=sequential")
+    if settings.scope != TRANSFORMER:
+        raise UserError(f"a checkpoint on disk is pruned in its layers alone; choose scope={TRANSFORMER}")
     if not isinstance(settings.allocation, Uniform) and traces is None:
         raise UserError(
             f"allocation {settings.allocation.name!r} takes gradients of the whole model, which is not in memory here; "

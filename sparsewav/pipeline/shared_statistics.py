@@ -125,7 +125,13 @@ def gather_hessians(
         with stage(console, f"Calibrating on {len(utterances)} utterances") as progress:
             started = time.perf_counter()
             hessians = in_all_processes(
-                collect_hessians, speech.model, batches, progress=progress, frames_per_column=sample, seed=config.seed
+                collect_hessians,
+                speech.model,
+                batches,
+                scope=config.scope,
+                progress=progress,
+                frames_per_column=sample,
+                seed=config.seed,
             )
         cache.check_finite(hessians.by_input, "the Hessian")
         return hessians, time.perf_counter() - started
@@ -137,7 +143,7 @@ def gather_hessians(
 
     if identity is None:
         return *gather(), False
-    identity = identity | {"utterances": cache.utterances_fingerprint(utterances)}
+    identity = identity | {"utterances": cache.utterances_fingerprint(utterances), "scope": config.scope}
     if sample is not None:
         identity |= {"frames_per_column": sample, "seed": config.seed}
     folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)
@@ -180,6 +186,7 @@ def gather_traces(
     identity = identity | {
         "utterances": cache.utterances_fingerprint(utterances),
         "settings": {item.name: getattr(allocation, item.name) for item in fields(Traced) if item.init},
+        "scope": config.scope,
         "seed": config.seed,
     }
     folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)

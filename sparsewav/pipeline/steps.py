@@ -28,7 +28,7 @@ from sparsewav.pipeline.shared_statistics import (
 )
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import print_warning, stage
-from sparsewav.pruning import PruneReport, distributed, prunable_matrices, prune_model
+from sparsewav.pruning import PruneReport, distributed, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
@@ -43,7 +43,7 @@ from sparsewav.settings.pruning import (
     Unstructured,
 )
 from sparsewav.settings.run import Config
-from sparsewav.training.masks import masks_of
+from sparsewav.training.masks import masked_matrices, masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage
 from sparsewav.training.trainer import Log, train_ctc, write_training_log
@@ -99,7 +99,7 @@ def prune_step(
                 speech.model,
                 batches,
                 settings=settings,
-                masks=None if first or structured else masks_of(speech.model),
+                masks=None if first or structured else masks_of(speech.model, config.scope),
                 hessians=hessians,
                 traces=traces,
                 rounds=rounds,
@@ -166,11 +166,11 @@ def quantize_step(
     with writing(Path(tempfile.gettempdir())), stage(console, f"Rounding to {config.quantization.name}") as progress:
         if not isinstance(config.quantization, Integers):
             started = time.perf_counter()
-            round_rest(speech.model, config.quantization)
+            round_rest(speech.model, config.quantization, config.scope)
             state.seconds["quantize"] = time.perf_counter() - started
             return
         rows = pandas.read_csv(folder / run_folder.LAYERS).set_index("name")
-        masks = masks_of(speech.model)
+        masks = masks_of(speech.model, config.scope)
         cut = isinstance(config.sparsity, Structured)  # then all matrices have the same bits, and layers.csv has none
         bits = dict.fromkeys(masks, config.quantization.widths[0]) if cut else rows.bits
         levels = {name: (float((~mask).sum()) / mask.numel(), float(bits[name])) for name, mask in masks.items()}
@@ -226,7 +226,7 @@ def tune_step(
     console: Console,
 ) -> None:
     """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
-    masks = masks_of(speech.model) if state.compression.get("masked", True) else None
+    masks = masks_of(speech.model, config.scope) if state.compression.get("masked", True) else None
     tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
     with writing(checkpoints), tuning as progress:
         started = time.perf_counter()
@@ -239,9 +239,9 @@ def tune_step(
         if config.training.processes == 1 and distributed.world() == 1:
             log = train_ctc(speech.model, *arguments, masks=masks, **shown)
         else:
-            speech.model, log = train_masked_in_processes(speech.model, *arguments, **shown)
+            speech.model, log = train_masked_in_processes(speech.model, *arguments, scope=config.scope, **shown)
         state.seconds["finetune"] += time.perf_counter() - started
-    for matrix in prunable_matrices(speech.model) if masks else []:
+    for matrix in masked_matrices(speech.model, masks or {}):
         assert masks is not None
         if matrix.weight.detach()[~masks[matrix.name].to(matrix.weight.device)].any():
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")

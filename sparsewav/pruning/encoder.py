@@ -11,10 +11,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
-from sparsewav.pruning.families import FAMILIES, base_name, family_of, is_matrix, known_family
+from sparsewav.pruning.families import (
+    FAMILIES,
+    base_name,
+    family_of,
+    is_matrix,
+    known_family,
+    names_any,
+    windows_in,
+)
+from sparsewav.settings.pruning import TRANSFORMER
 
 INPUTS = {"input_values": "(batch, samples)", "input_features": "(batch, feature frames, bins)"}
 """The audio of a batch: the keys that models take it under, and its shape."""
+
+
+FRONT = -1
+"""What stands for the index of a layer where something is in front of the layers."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +36,12 @@ class PrunableMatrix:
 
     Attributes:
         name: The name of its module, e.g. ``wav2vec2.encoder.layers.0.attention.q_proj``.
-        layer: The index of its transformer layer.
-        module: The linear module, or the convolution of kernel 1.
-        role: The name of the module within its layer, e.g. ``attention.q_proj``.
+        layer: The index of its transformer layer, or :data:`FRONT`.
+        module: The linear module, or the convolution.
+        role: The name of the module within its layer, e.g. ``attention.q_proj``, or below the base model.
         positions: Whether the module reads position embeddings, alone or beside the hidden states.
+        windows: Of a matrix in front of the layers (kernel, stride, padding) of the convolutions that the audio has
+            passed when the matrix has multiplied it, its own included: they make the number of rows that it reads.
     """
 
     name: str
@@ -34,23 +49,33 @@ class PrunableMatrix:
     module: nn.Linear | nn.Conv1d
     role: str = ""
     positions: bool = False
+    windows: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module has it; a convolution's has a third axis of size 1."""
+        """The weight as the module has it; a convolution's is (rows, channels, kernel)."""
         weight: Any = self.module.weight
         return weight
 
     @property
     def weight(self) -> Float[Tensor, "rows cols"]:
-        """The parameter itself, or a view of a convolution's: what is written to it is written to the parameter."""
+        """The parameter itself, or a view of a convolution's, whose columns are channels times kernel.
+
+        What is written to it is written to the parameter.
+        """
         weight = self.parameter
-        return weight if weight.dim() == 2 else weight.squeeze(-1)
+        return weight if weight.dim() == 2 else weight.view(len(weight), -1)
 
     @property
     def size(self) -> int:
         """The number of weights."""
         return self.module.weight.numel()
+
+    def count_rows(self, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Count the rows that a matrix in front of the layers reads of utterances, from the lengths of their input."""
+        for window in self.windows:
+            lengths = windows_in(lengths, *window)
+        return lengths
 
 
 def check_family(model_type: str, name: str) -> None:
@@ -80,12 +105,13 @@ def check_unwrapped(model: Any) -> None:
         raise UserError(f"the model is a {kind}; give a CTC model of transformers (AutoModelForCTC.from_pretrained)")
 
 
-def check_model(model: Any, *, by_output: bool) -> None:
+def check_model(model: Any, *, by_output: bool, scope: str) -> None:
     """Refuse what cannot be pruned, before anything is computed.
 
     Args:
         model: What a user gave for a CTC model.
         by_output: Whether the allocation reads the output of the CTC head.
+        scope: What is to be pruned.
 
     Raises:
         UserError: It is no model of a supported family, or some of its weights are not there as parameters of their
@@ -108,10 +134,7 @@ def check_model(model: Any, *, by_output: bool) -> None:
     if any(tensor.is_meta for tensor in model.parameters()):
         raise UserError("parameters of the model are on the meta device, without values; load its weights first")
     names: dict[int, str] = {}
-    for place, module in encoder_layers(model).named_modules(remove_duplicate=False):
-        if place.partition(".")[2] not in family.prunable:
-            continue
-        name = f"{layers_name(model)}.{place}"
+    for name, _, _, module in _named_prunable(model, scope):
         if not is_matrix(module) or type(module.weight.data) is not Tensor:
             raise UserError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__} and no torch.nn.Linear with a plain "
@@ -179,19 +202,52 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(layers_name(model))  # type: ignore[return-value]
 
 
-def prunable_matrices(model: PreTrainedModel) -> list[PrunableMatrix]:
-    """Give every prunable matrix of a model, in the order of its layers.
+def prunable_matrices(model: PreTrainedModel, scope: str = TRANSFORMER) -> list[PrunableMatrix]:
+    """Give every prunable matrix of a model, in the order of the forward pass through what is in front and the layers.
+
+    Args:
+        model: The model.
+        scope: ``transformer`` for the matrices of the layers, ``encoder`` for those in front of them, too.
 
     Raises:
         UserError: The model's family is not supported.
     """
-    family, prefix = family_of(model), layers_name(model)
+    positions = family_of(model).positions
     return [
-        PrunableMatrix(f"{prefix}.{index}.{name}", index, module, name, name in family.positions)
-        for index, layer in enumerate(encoder_layers(model))
-        for name, module in layer.named_modules()
-        if name in family.prunable and is_matrix(module)
+        PrunableMatrix(name, layer, module, role, role in positions, _windows_before(model, role, layer))
+        for name, layer, role, module in _named_prunable(model, scope)
+        if is_matrix(module)
     ]
+
+
+def _named_prunable(model: PreTrainedModel, scope: str) -> Iterator[tuple[str, int, str, Any]]:
+    """Yield name, layer, role and module of what the table of families says is prunable, whatever module it is."""
+    family, base = family_of(model), base_name(model)
+    if scope != TRANSFORMER:
+        places = dict(base_of(model).named_modules())
+        for pattern in family.front_prunable:
+            for place, module in places.items():
+                if names_any([pattern], place) and not names_any(family.front_dense, place):
+                    yield ".".join(filter(None, (base, place))), FRONT, place, module
+    for place, module in encoder_layers(model).named_modules(remove_duplicate=False):
+        index, _, role = place.partition(".")
+        if role in family.prunable:
+            yield f"{layers_name(model)}.{place}", int(index), role, module
+
+
+def _windows_before(model: PreTrainedModel, role: str, layer: int) -> tuple[tuple[int, int, int], ...]:
+    """Give the windows of a matrix in front of the layers, as :class:`PrunableMatrix` has them."""
+    if layer != FRONT:
+        return ()
+    front = family_of(model).front
+    windows = []
+    for place, module in base_of(model).get_submodule(front).named_modules(prefix=front):
+        if isinstance(module, nn.Conv1d | nn.Conv2d):  # of two axes the first is that of the frames
+            padding: Any = module.padding
+            windows.append((module.kernel_size[0], module.stride[0], 0 if padding == "valid" else padding[0]))
+        if place == role:
+            break
+    return tuple(windows)
 
 
 def freeze_front_end(model: PreTrainedModel) -> None:
@@ -202,9 +258,36 @@ def freeze_front_end(model: PreTrainedModel) -> None:
     front.requires_grad_(False)
 
 
-def input_rows(module: nn.Module, inputs: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch rows cols"]:
-    """Give the rows that a prunable module multiplies, from its input; a convolution's is (batch, cols, rows)."""
-    return inputs.transpose(1, 2) if isinstance(module, nn.Conv1d) else inputs
+def input_length(module: nn.Module, inputs: Float[Tensor, "batch _ _"]) -> int:
+    """Count the rows of an utterance that a prunable module multiplies; a convolution's input ends with the frames."""
+    if isinstance(module, nn.Conv1d):
+        return (inputs.shape[2] - module.kernel_size[0]) // module.stride[0] + 1
+    return inputs.shape[1]
+
+
+def input_rows(
+    module: nn.Module, inputs: Float[Tensor, "batch _ _"], places: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows cols"]:
+    """Give some of the rows that a prunable module multiplies, those of a convolution unfolded.
+
+    Args:
+        module: The module.
+        inputs: Its input.
+        places: The rows, numbered through the utterances of the batch; again from the first one on where they are more
+            than the input has, which may be one for all utterances.
+    """
+    length = input_length(module, inputs)
+    places = places % (len(inputs) * length)
+    if not isinstance(module, nn.Conv1d):
+        return inputs.reshape(len(inputs) * length, -1)[places]
+    steps = torch.arange(module.kernel_size[0], device=places.device)
+    frames = (places % length)[:, None] * module.stride[0] + steps
+    return inputs.transpose(1, 2)[(places // length)[:, None], frames].transpose(1, 2).flatten(1)
+
+
+def output_rows(module: nn.Module, outputs: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch rows features"]:
+    """Give what a prunable module makes of every row that it multiplies, from its output."""
+    return outputs.transpose(1, 2) if isinstance(module, nn.Conv1d) else outputs
 
 
 def takes_padding(model: PreTrainedModel) -> bool:

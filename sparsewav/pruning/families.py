@@ -4,7 +4,8 @@
 is treated like that one, with a warning (:func:`family_of`); every other model is refused.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
@@ -29,9 +30,14 @@ Between = Callable[[Any, int, Tensor, dict[str, Any]], tuple[Tensor, dict[str, A
 """Gives what the next layer is called with, from (base model, index of a layer, its output, its other arguments)."""
 
 
+def windows_in(lengths: Int[Tensor, "..."], kernel: int, stride: int, padding: int = 0) -> Int[Tensor, "..."]:
+    """Count the outputs of a convolution over inputs of these lengths."""
+    return torch.div(lengths + 2 * padding - kernel, stride, rounding_mode="floor") + 1
+
+
 def _convolved(model: Any, lengths: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
-        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+        lengths = windows_in(lengths, kernel, stride)
     return lengths
 
 
@@ -66,9 +72,13 @@ class Family:
     """What the engine has to know about a family.
 
     Attributes:
-        prunable: The names, within a layer, of the modules whose matrices are pruned: linear ones, and convolutions of
-            kernel 1, which multiply every frame by the same matrix. A model may lack some of them.
+        prunable: The names, within a layer, of the modules whose matrices are pruned: linear ones and convolutions,
+            which multiply every frame, or every window of frames, by the same matrix. A model may lack some of them.
         dense: The other such modules of a layer, and why they stay dense.
+        front_prunable: The names, below the base model, of the modules in front of the layers whose matrices are pruned
+            besides with ``scope=encoder``, in the order of the forward pass; ``*`` stands for a number.
+        front_dense: The other modules with a matrix or a convolution outside of the layers, and why they stay dense
+            with any scope. What is named here is not pruned where ``front_prunable`` names it, too.
         positions: Those of ``prunable`` that read position embeddings, alone or beside the hidden states.
         readers: Those of ``prunable`` whose inputs can be removed together with what makes them, and what these inputs
             come from: ``heads`` of an attention or ``units`` of a feed-forward network. Empty where no class can hold
@@ -87,6 +97,8 @@ class Family:
 
     prunable: tuple[str, ...]
     dense: dict[str, str] = field(default_factory=dict)
+    front_prunable: tuple[str, ...] = ()
+    front_dense: dict[str, str] = field(default_factory=dict)
     positions: frozenset[str] = frozenset()
     readers: dict[str, Kind] = field(default_factory=dict)
     layers: str = "encoder.layers"
@@ -106,12 +118,37 @@ def _of(parent: str, *names: str) -> tuple[str, ...]:
 
 _ADAPTER = {f"adapter_layer.linear_{number}": "a language's adapter, small and trained alone" for number in (1, 2)}
 
+_FRONT = ("feature_extractor.conv_layers.*.conv", "feature_projection.projection")
+
+_POSITIONAL = (
+    "the positional convolution: in groups, so that no frame meets all of its weights, and with a norm of its weights, "
+    "which are computed from other tensors"
+)
+_BEHIND = "behind the layers"
+
+_FRONT_DENSE = {
+    "feature_extractor.conv_layers.0.conv": "one channel wide: a row has ten weights or so",
+    "encoder.pos_conv_embed.conv": _POSITIONAL,
+    **{f"adapter.{name}": _BEHIND for name in ("proj", "layers.*.conv")},
+}
+
 _TRANSFORMER = Family(
     prunable=(
         *_of("attention", "q_proj", "k_proj", "v_proj", "out_proj"),
         *_of("feed_forward", "intermediate_dense", "output_dense"),
     ),
     dense=_ADAPTER,
+    front_prunable=_FRONT,
+    front_dense=_FRONT_DENSE,
+)
+
+_SQUEEZED = replace(
+    _TRANSFORMER,
+    dense={},
+    front_prunable=("feature_extractor.conv_layers.*.conv", "feature_projection"),
+    front_dense=_FRONT_DENSE | {"encoder.upsample.projection": _BEHIND},
+    frames=_squeezed,
+    padding=False,  # a window of the pooling holds padding beside the last frames of an utterance
 )
 
 _CUTTABLE = replace(_TRANSFORMER, readers={"attention.out_proj": "heads", "feed_forward.output_dense": "units"})
@@ -123,6 +160,8 @@ _CONFORMER = Family(
         *_of("conv_module", "pointwise_conv1", "pointwise_conv2"),
         *_of("ffn2", "intermediate_dense", "output_dense"),
     ),
+    front_prunable=_FRONT,
+    front_dense=_FRONT_DENSE,
     positions=frozenset({"self_attn.linear_pos"}),
 )
 
@@ -148,10 +187,14 @@ FAMILIES: dict[str, Family] = {
     "unispeech": _TRANSFORMER,
     "unispeech-sat": _TRANSFORMER,
     # The stacked positional convolutions reach across the mask.
-    "data2vec-audio": replace(_TRANSFORMER, padding=False),
-    # A window of the pooling holds padding beside the last frames of an utterance.
-    "sew": replace(_TRANSFORMER, dense={}, frames=_squeezed, padding=False),
-    "sew-d": Family(
+    "data2vec-audio": replace(
+        _TRANSFORMER,
+        front_dense=_FRONT_DENSE | {"encoder.pos_conv_embed.layers.*.conv": "positional convolutions, in groups"},
+        padding=False,
+    ),
+    "sew": _SQUEEZED,
+    "sew-d": replace(
+        _SQUEEZED,
         prunable=(
             *_of("attention.self", "query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj"),
             "attention.output.dense",
@@ -161,18 +204,36 @@ FAMILIES: dict[str, Family] = {
         # The query and key project the relative positions, too, unless these have projections of their own.
         positions=frozenset(_of("attention.self", "query_proj", "key_proj", "pos_key_proj", "pos_query_proj")),
         layers="encoder.encoder.layer",
-        frames=_squeezed,
-        padding=False,
     ),
     # The convolutions in the layers reach across the mask.
     "wav2vec2-conformer": replace(_CONFORMER, padding=False),
-    "wav2vec2-bert": replace(_CONFORMER, front="feature_projection", frames=_unchanged),
-    "parakeet_ctc": _FAST_CONFORMER,
-    "lasr_ctc": replace(_FAST_CONFORMER, front="subsampler"),
+    "wav2vec2-bert": replace(
+        _CONFORMER,
+        front="feature_projection",
+        front_prunable=("feature_projection.projection",),
+        front_dense={
+            **{f"adapter.{name}": _BEHIND for name in ("proj", "layers.*.residual_conv", "layers.*.self_attn_conv")},
+            **{f"adapter.layers.*.self_attn.linear_{name}": _BEHIND for name in ("q", "k", "v", "out")},
+            **{f"adapter.layers.*.ffn.{name}_dense": _BEHIND for name in ("intermediate", "output")},
+        },
+        frames=_unchanged,
+    ),
+    "parakeet_ctc": replace(
+        _FAST_CONFORMER,
+        front_prunable=("subsampling.linear",),
+        front_dense={"subsampling.layers.*": "a convolution over frames and bins"},
+    ),
+    "lasr_ctc": replace(
+        _FAST_CONFORMER,
+        front="subsampler",
+        front_prunable=_of("subsampler", "dense_0", "conv_0", "conv_1", "dense_1"),
+    ),
     "granite_speech5_ctc": replace(
         _FAST_CONFORMER,
         prunable=tuple(name.replace("pointwise_conv", "pointwise_lin") for name in _FAST_CONFORMER.prunable),
         front="input_linear",
+        front_prunable=("input_linear",),
+        front_dense=dict.fromkeys(("out", "out_mid"), "the head in the middle of the layers"),
         frames=_unchanged,
         halving="subsample_layers",
         between=_between_granite_layers,
@@ -201,9 +262,14 @@ def encoder_config(config: PretrainedConfig) -> Any:
 
 
 def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
-    """Tell whether a module multiplies every frame by one matrix: a linear one, or a convolution of kernel 1."""
+    """Tell whether a module multiplies every frame, or every window of frames, by one matrix.
+
+    It is a linear one, or a convolution without groups, padding and dilation.
+    """
     return isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
+        isinstance(module, nn.Conv1d)
+        and (module.groups, module.dilation) == (1, (1,))
+        and module.padding in ((0,), "valid")
     )
 
 
@@ -243,6 +309,11 @@ def _family_alike(model: PreTrainedModel) -> Family:
 def _look_alike(layers: nn.ModuleList, family: Family) -> bool:
     wanted = set(family.prunable) - family.positions
     return all(wanted <= {name for name, module in layer.named_modules() if is_matrix(module)} for layer in layers)
+
+
+def names_any(patterns: Iterable[str], name: str) -> bool:
+    """Tell whether one of the names in a family's table is this one; ``*`` stands for a number."""
+    return any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for pattern in patterns)
 
 
 def left_dense(model: PreTrainedModel) -> dict[str, str]:

@@ -5,11 +5,14 @@ position embeddings, there is a column for each of them that an utterance uses. 
 (query, key and value) share one Hessian. H is symmetric, so that only the blocks on and above its diagonal are summed.
 Some frames for each of its columns estimate it well enough, so that a random sample of the frames of all utterances may
 stand for a large set.
+
+A convolution multiplies windows of frames, one window a column of X, at the rate of its own output. Only the windows of
+the sample are unfolded, and never many at a time.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,14 +24,17 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import (
+    FRONT,
     PrunableMatrix,
     as_sequence,
+    input_length,
     input_rows,
     projections_as_modules,
     prunable_matrices,
     run_base,
 )
-from sparsewav.pruning.hidden_states import calibration_parts, layer_masks, valid_rows
+from sparsewav.pruning.hidden_states import StopForward, calibration_parts, layer_masks, valid_rows_of
+from sparsewav.settings.pruning import TRANSFORMER
 
 T = TypeVar("T")
 
@@ -37,6 +43,8 @@ Progress = Callable[[int, int], None]
 
 BLOCK = 384
 """Columns of a Hessian that are summed in one product."""
+ROWS_AT_ONCE = 8192
+"""Rows of an input that are copied in one piece."""
 WAITING_FRAMES = 512
 """Frames that are gathered before they are multiplied: with fewer, access to the memory of H would limit the speed."""
 
@@ -49,7 +57,9 @@ class Hessians:
         by_input: The Hessians in float32, by their keys: the name of the first matrix that reads the input.
         reads: The key of every matrix's Hessian.
         frames: The number of frames of the calibration set.
-        sampled: The number of frames that each Hessian was summed over, by key; the sum is scaled to all frames.
+        sampled: The number of frames that each Hessian was summed over, by key; the sum is scaled to all of them.
+        rows: The number of all of them, by key; it differs from ``frames`` in front of the layers, where layers have
+            fewer frames, and for position embeddings.
         drifts: (X − X̂)X̂ᵀ by key, where X is the input in the dense model and X̂ the input in the pruned model, which
             the Hessian is computed on; empty where the dense model is not run beside.
         drift_sums: (X − X̂)(X − X̂)ᵀ, likewise.
@@ -59,6 +69,7 @@ class Hessians:
     reads: dict[str, str] = field(default_factory=dict)
     frames: int = 0
     sampled: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     drifts: dict[str, Float[Tensor, "_cols _cols"]] = field(default_factory=dict)
     drift_sums: dict[str, Float[Tensor, "_cols _cols"]] = field(default_factory=dict)
 
@@ -82,7 +93,7 @@ class Hessians:
             return {key: value for key, value in values.items() if key in keys}
 
         sums = (of(values) for values in (self.drifts, self.drift_sums))
-        return Hessians(of(self.by_input), reads, self.frames, of(self.sampled), *sums)
+        return Hessians(of(self.by_input), reads, self.frames, of(self.sampled), of(self.rows), *sums)
 
 
 class _Sum:
@@ -166,6 +177,7 @@ class InputObserver:
         self.seed = seed
         self.frames = 0
         self.reads: dict[str, str] = {}
+        self._rows: dict[str, int] = {}
         self._sums: dict[str, _Sum] = {}
         self._drifts: dict[str, _DriftSum] = {}
         self._drift_sums: dict[str, _Sum] = {}
@@ -173,7 +185,7 @@ class InputObserver:
         self._seen: dict[tuple[int, bool], tuple[str, Tensor]] = {}
         self._layer: int | None = None
         self._masks: dict[int, Tensor] = {}
-        self._orders: dict[tuple[int, int, bool], Tensor] = {}
+        self._orders: dict[tuple[int, int, bool, tuple[tuple[int, int, int], ...]], Tensor] = {}
         self._number, self._share = 0, 0.0
 
     @contextmanager
@@ -188,11 +200,12 @@ class InputObserver:
             for hook in hooks:
                 hook.remove()
 
-    def start_batch(self, frame_masks: Mapping[int, Bool[Tensor, "_batch _frames"]], number: int, share: float) -> None:
+    def start_batch(self, frame_masks: Mapping[int, Bool[Tensor, "_batch _length"]], number: int, share: float) -> None:
         """Prepare for a batch; to be called before the model is run on it.
 
         Args:
-            frame_masks: True where an utterance has a frame of a layer's input, by the index of the layer.
+            frame_masks: True where an utterance has a frame of a layer's input, by the index of the layer
+                (:func:`~sparsewav.pruning.hidden_states.layer_masks`).
             number: The number of the batch, which together with the seed determines the sampled frames.
             share: The batch's share in the sample of the whole calibration set.
         """
@@ -207,10 +220,10 @@ class InputObserver:
 
     def _order(self, matrix: PrunableMatrix, length: int) -> Int[Tensor, " rows"]:
         """Give the indices of the rows of a batch that belong to utterances, shuffled if they are sampled."""
-        mask = self._masks[matrix.layer]
-        key = (id(mask), length, matrix.positions)  # most tensors of all layers have the same rows
+        # Most tensors of all layers have the same rows.
+        key = (id(self._masks[matrix.layer]), length, matrix.positions, matrix.windows)
         if key not in self._orders:
-            order = valid_rows(mask, length, positions=matrix.positions).flatten().nonzero().flatten()
+            order = valid_rows_of(matrix, self._masks, length).flatten().nonzero().flatten()
             if self.frames_per_column is not None:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._number)
                 order = order[torch.randperm(len(order), generator=generator).to(order.device)]
@@ -224,20 +237,21 @@ class InputObserver:
             UserError: There was no frame, or an activation is not finite.
         """
         found = distributed.gather(
-            (self.frames, self.reads, {name: total.frames for name, total in self._sums.items()})
+            (self.frames, self.reads, {name: total.frames for name, total in self._sums.items()}, self._rows)
         )
-        frames = sum(count for count, _, _ in found)
+        frames = sum(count for count, *_ in found)
         if frames == 0:
             raise UserError("the calibration set is empty; give at least one utterance")
         # A process without a batch observed nothing; all others observed the same.
-        hessians = Hessians(reads=next(reads for _, reads, _ in found if reads), frames=frames)
+        hessians = Hessians(reads=next(reads for _, reads, *_ in found if reads), frames=frames)
         weights = {matrix.name: matrix.weight for matrix in self.matrices}
         for name in dict.fromkeys(hessians.reads.values()):
             weight = weights[name]
             total = self._sums.get(name) or _Sum(weight.shape[1], weight.device)
             hessians.by_input[name] = total.finish()
             distributed.add_up(hessians.by_input[name])
-            hessians.sampled[name] = sum(sampled.get(name, 0) for _, _, sampled in found)
+            hessians.sampled[name] = sum(sampled.get(name, 0) for _, _, sampled, _ in found)
+            hessians.rows[name] = sum(rows.get(name, 0) for *_, rows in found)
             if not hessians.by_input[name].isfinite().all():
                 raise UserError(
                     f"the inputs of {name} on the calibration set are NaN or infinite; "
@@ -265,7 +279,8 @@ class InputObserver:
 
     def _observe(self, matrix: PrunableMatrix, inputs: Float[Tensor, "batch _ _"]) -> None:
         name = matrix.name
-        if matrix.layer != self._layer:  # no input is shared between layers, and those of a large model fill gigabytes
+        # No input is shared between layers, nor in front of them, and those of a large model fill gigabytes.
+        if matrix.layer != self._layer or matrix.layer == FRONT:
             self._layer = matrix.layer
             self._seen.clear()
         # The tensor is kept until the layer is done, because its id could otherwise be given to another one. A matrix
@@ -275,31 +290,25 @@ class InputObserver:
         dense = self._dense_inputs[name].pop(0) if self.dense is not None else None  # called as often, in this order
         if key != name:
             return
-        rows = input_rows(matrix.module, inputs)
-        cols = rows.shape[-1]
-        every = self._order(matrix, rows.shape[1])
+        cols = matrix.weight.shape[1]
+        every = self._order(matrix, input_length(matrix.module, inputs))
         order = every
         if self.frames_per_column is not None:
             order = every[: math.ceil(self.frames_per_column * cols * self._share)]
-
-        def sample(states: Float[Tensor, "_batch length cols"]) -> Float[Tensor, "sampled cols"]:
-            # Position embeddings may be one for all utterances of the batch.
-            frames = states.reshape(-1, cols)[order % states.shape[:2].numel()].to(torch.float32)
-            if len(order) < len(every):
-                frames *= (len(every) / len(order)) ** 0.5
-            return frames
-
-        frames = sample(rows)
+        scale = (len(every) / len(order)) ** 0.5 if len(order) < len(every) else 1.0
+        self._rows[name] = self._rows.get(name, 0) + len(every)
         if name not in self._sums:
             self._sums[name] = _Sum(cols, inputs.device)
-        self._sums[name].add(frames)
-        if dense is not None:
-            difference = sample(input_rows(matrix.module, dense)) - frames
-            if name not in self._drifts:
+            if dense is not None:
                 self._drifts[name] = _DriftSum(cols, inputs.device)
                 self._drift_sums[name] = _Sum(cols, inputs.device)
-            self._drifts[name].add(difference, frames)
-            self._drift_sums[name].add(difference)
+        for places in order.split(ROWS_AT_ONCE):
+            frames = input_rows(matrix.module, inputs, places).to(torch.float32) * scale
+            self._sums[name].add(frames)
+            if dense is not None:
+                difference = input_rows(matrix.module, dense, places).to(torch.float32) * scale - frames
+                self._drifts[name].add(difference, frames)
+                self._drift_sums[name].add(difference)
 
 
 @torch.no_grad()
@@ -307,6 +316,7 @@ def collect_hessians(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     *,
+    scope: str = TRANSFORMER,
     frames_per_column: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -318,6 +328,7 @@ def collect_hessians(
     Args:
         model: A CTC model in evaluation mode.
         batches: Calibration batches, as :func:`~sparsewav.pruning.encoder.pieces_of` reads them.
+        scope: Of which matrices, as in :func:`~sparsewav.pruning.encoder.prunable_matrices`.
         frames_per_column: Each Hessian is estimated from a random sample of so many frames for each of its columns, to
             which every batch contributes equally. None takes all frames.
         seed: The seed of that sample.
@@ -326,7 +337,7 @@ def collect_hessians(
     Raises:
         UserError: The set is empty, or an activation is not finite.
     """
-    observer = InputObserver(prunable_matrices(model), frames_per_column, seed)
+    observer = InputObserver(prunable_matrices(model, scope), frames_per_column, seed)
     sized = as_sequence(batches)
     with distributed.together(), projections_as_modules(model), observer.attached():
         for number, part, share in calibration_parts(model, sized):
@@ -335,4 +346,32 @@ def collect_hessians(
             observer.end_batch()
             if progress:
                 progress(min(number // 1000 + distributed.world(), len(sized)), len(sized))
+    return observer.finish()
+
+
+@torch.no_grad()
+def collect_hessian_in_front(
+    model: PreTrainedModel,
+    matrix: PrunableMatrix,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    frames_per_column: float | None = None,
+    seed: int = 0,
+) -> Hessians:
+    """Sum the Hessian of one matrix in front of the layers, running the model as far as that; otherwise as above."""
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise StopForward
+
+    observer = InputObserver([matrix], frames_per_column, seed)
+    with distributed.together(), observer.attached():
+        hook = matrix.module.register_forward_pre_hook(stop)  # called after the observer's
+        try:
+            for number, part, share in calibration_parts(model, as_sequence(batches)):
+                observer.start_batch(layer_masks(model, part), number, share)
+                with suppress(StopForward):
+                    run_base(model, part)
+                observer.end_batch()
+        finally:
+            hook.remove()
     return observer.finish()

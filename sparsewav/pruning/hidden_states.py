@@ -4,7 +4,7 @@ import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import as_sequence, base_of, encoder_layers, frame_counts, model_batches, run_base
+from sparsewav.pruning.encoder import (
+    FRONT,
+    PrunableMatrix,
+    as_sequence,
+    base_of,
+    encoder_layers,
+    frame_counts,
+    model_batches,
+    run_base,
+)
 from sparsewav.pruning.families import encoder_config, family_of
 
 try:
@@ -68,12 +77,13 @@ def frame_mask_of(model: PreTrainedModel, batch: dict[str, Tensor], layer: int =
     return mask
 
 
-def layer_masks(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[int, Bool[Tensor, "_batch _frames"]]:
-    """Give the mask of :func:`frame_mask_of` for every layer."""
+def layer_masks(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[int, Bool[Tensor, "_batch _length"]]:
+    """Give the mask of :func:`frame_mask_of` for every layer, and that of the model's input for what is in front."""
     first, halving = frame_mask_of(model, batch), _halving_layers(model)
-    return {
+    masks = {
         layer: frame_mask_of(model, batch, layer) if halving else first for layer in range(len(encoder_layers(model)))
     }
+    return masks | {FRONT: batch["attention_mask"].bool()}
 
 
 def _halving_layers(model: PreTrainedModel) -> Sequence[int]:
@@ -104,6 +114,16 @@ def valid_rows(
     return places < (counts if length > frames else counts // 2)
 
 
+def valid_rows_of(
+    matrix: PrunableMatrix, masks: Mapping[int, Bool[Tensor, "_batch _length"]], length: int
+) -> Bool[Tensor, "batch {length}"]:
+    """Tell which of the rows that a matrix reads belong to an utterance, from the masks of :func:`layer_masks`."""
+    mask = masks[matrix.layer]
+    if matrix.layer != FRONT:
+        return valid_rows(mask, length, positions=matrix.positions)
+    return torch.arange(length, device=mask.device) < matrix.count_rows(mask.sum(1, keepdim=True))
+
+
 def calibration_parts(
     model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor], float]]:
@@ -120,7 +140,7 @@ def calibration_parts(
             yield 1000 * index + number, part, count / sum(frames) / len(batches)
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Raised to end a forward pass whose remainder is not needed."""
 
 
@@ -157,13 +177,13 @@ def first_layer_inputs(model: PreTrainedModel, batches: Iterable[dict[str, Tenso
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)  # some are given by their place
         caught.append((args[0], dict(zip(names[1:], args[1:], strict=False)) | kwargs))
-        raise _StopForward
+        raise StopForward
 
     items: list[LayerInputs] = []
     hook = encoder_layers(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for number, part, share in calibration_parts(model, as_sequence(batches)):
-            with suppress(_StopForward):
+            with suppress(StopForward):
                 run_base(model, part)
             hidden_states, arguments = caught.pop()
             frame_mask = frame_mask_of(model, part)

@@ -1,7 +1,8 @@
 """The loop over the layers: collect a layer's Hessians, solve its matrices, recover its output, round, and propagate.
 
 Where nothing is recovered a matrix is rounded right after it is solved, so that what comes after it makes up for both.
-With propagation ``parallel`` there is no loop: all Hessians come from one pass of the dense model.
+What is in front of the layers (``scope=encoder``) is pruned before, matrix by matrix. With propagation ``parallel``
+there is no loop: all Hessians come from one pass of the dense model.
 """
 
 import copy
@@ -22,8 +23,8 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.parts import parts_kept
 from sparsewav.pruning.allocation.rank import rank_by_sensitivity
 from sparsewav.pruning.allocation.sensitivity import Trace
-from sparsewav.pruning.encoder import PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
-from sparsewav.pruning.hessian import Hessians, InputObserver, Progress
+from sparsewav.pruning.encoder import FRONT, PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
+from sparsewav.pruning.hessian import Hessians, InputObserver, Progress, collect_hessian_in_front
 from sparsewav.pruning.hidden_states import (
     LayerInputs,
     first_layer_inputs,
@@ -208,6 +209,10 @@ def prune_layer_by_layer(
 ) -> None:
     """Prune every layer in place, on the outputs of the pruned layers before it (``sequential``, ``true_sequential``).
 
+    What is in front of the layers, where the scope has it, comes first, each matrix on the outputs of the pruned ones
+    before it. It is pruned with the symmetric objective and without a recovery: the first layer is given the dense
+    model's outputs beside, and makes up for it.
+
     The hidden states of the calibration set lie on disk, in the folder for temporary files; one batch of one layer is
     in memory at a time. In a process group each process takes its share of the batches, and all solve with the Hessians
     of the whole set.
@@ -227,12 +232,23 @@ def prune_layer_by_layer(
     """
     settings, device = plan.settings, model.device
     recovers = not isinstance(settings.recovery, NoRecovery)
-    layers, matrices = encoder_layers(model), prunable_matrices(model)
+    layers, matrices = encoder_layers(model), prunable_matrices(model, settings.scope)
+    front = [matrix for matrix in matrices if matrix.layer == FRONT]
     with projections_as_modules(model), scratch_folder() as folder:
-        with distributed.together():
-            inputs = first_layer_inputs(model, batches, folder)
-            for item in inputs if settings.two_models else []:
-                item.save("dense_states", item.load("hidden_states", device))
+        if settings.two_models or not front:
+            with distributed.together():
+                inputs = first_layer_inputs(model, batches, folder)
+                for item in inputs if settings.two_models else []:
+                    item.save("dense_states", item.load("hidden_states", device))
+        for number, matrix in enumerate(front, start=1):
+            sample = settings.calibration.frames_per_column
+            found = collect_hessian_in_front(model, matrix, batches, frames_per_column=sample, seed=settings.seed)
+            solve([matrix], found, plan, outcome)
+            if progress:
+                progress("calibrate", number, len(front) + len(layers))
+        if front:
+            with distributed.together():
+                inputs = first_layer_inputs(model, batches, folder)
         for index, layer in enumerate(layers):
 
             def run(
@@ -277,7 +293,7 @@ def prune_layer_by_layer(
                         outputs["dense_states"] = item.load("dense_states", device)
                     save_next_inputs(model, index, item, outputs)
             if progress:
-                progress("calibrate", index + 1, len(layers))
+                progress("calibrate", len(front) + index + 1, len(front) + len(layers))
 
 
 def collect_layer_hessians(
@@ -343,7 +359,7 @@ def solve(
 ) -> None:
     """Prune matrices in place, those with the same input together; the processes of a group share the work.
 
-    They are rounded, too, unless a recovery is to come first.
+    They are rounded, too, unless a recovery is to come first, as it does in layers alone.
 
     Args:
         matrices: The matrices to prune.
@@ -357,7 +373,8 @@ def solve(
         return
     with outcome.timing("solve"):
         dealt, owners = _dealt_groups(matrices, hessians)
-        rounds = bool(plan.bits) and plan.rounds and isinstance(plan.settings.recovery, NoRecovery)
+        recovered = not isinstance(plan.settings.recovery, NoRecovery) and matrices[0].layer != FRONT
+        rounds = bool(plan.bits) and plan.rounds and not recovered
         done: dict[str, tuple[MatrixReport, Tensor]] = {}
         with distributed.together():
             own = {key: items for key, items in dealt.items() if owners[key] == distributed.rank()}

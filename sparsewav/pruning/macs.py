@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sparsewav.pruning.encoder import PrunableMatrix, projections_as_modules, prunable_matrices
+from sparsewav.settings.pruning import ENCODER
 
 SECONDS_COUNTED = 10
 """Length of the utterance that is counted. The cost of attention grows with its square."""
@@ -37,16 +38,16 @@ def multiply_accumulates(model: PreTrainedModel, audio: Float[Tensor, "1 ..."]) 
         The count of all matrix products and convolutions as executed, and the count without products by weights that
         are zero, which hardware for sparse matrices skips.
     """
-    matrices = prunable_matrices(model)
+    matrices = prunable_matrices(model, ENCODER)  # a front end that is dense has no zeros to count
     rows = dict.fromkeys((matrix.name for matrix in matrices), 0)
 
     def hook_of(matrix: PrunableMatrix) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows[matrix.name] += inputs[0].numel() // matrix.weight.shape[1]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows[matrix.name] += output.numel() // len(matrix.weight)
 
         return hook
 
-    hooks = [matrix.module.register_forward_pre_hook(hook_of(matrix)) for matrix in matrices]
+    hooks = [matrix.module.register_forward_hook(hook_of(matrix)) for matrix in matrices]
     try:
         executed = counted_modules(model, audio)[""]
     finally:

@@ -24,6 +24,8 @@ from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniform
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
 from sparsewav.pruning.encoder import (
+    FRONT,
+    PrunableMatrix,
     as_sequence,
     check_model,
     first_utterances,
@@ -52,6 +54,7 @@ from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
     OBS,
+    TRANSFORMER,
     Allocation,
     Calibration,
     ErrorCurves,
@@ -90,6 +93,7 @@ class PruneReport:
         recoveries: What the recovery of every transformer layer achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
         bytes: The size of the weights file in bitmask format, where one was asked for.
+        scope: What was prunable: ``transformer`` or ``encoder``.
         structures: A report for every attention and feed-forward network that may have lost heads or units.
         kept: The indices of the heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes them.
         share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut.
@@ -104,6 +108,7 @@ class PruneReport:
     recoveries: list[LayerRecovery] = field(default_factory=list)
     allocated: LevelAllocation | None = None
     bytes: int | None = None
+    scope: str = TRANSFORMER
     structures: list[StructureReport] = field(default_factory=list)
     kept: dict[str, Int[Tensor, " _kept"]] = field(default_factory=dict)
     share: float | None = None
@@ -124,7 +129,7 @@ class PruneReport:
         seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
         size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
-        done = f"{self.sparsity:.2%} of the weights of {len(self.matrices)} matrices are zero{asked}"
+        done = f"{self.sparsity:.2%} of the weights of the {self.scope}'s {len(self.matrices)} matrices are zero{asked}"
         if self.share is not None:
             left = ", ".join(
                 f"{sum(row.kept for row in rows if row.kind == kind):,} of "
@@ -160,6 +165,7 @@ def prune(
     quantization: str | Quantization | None = None,
     allocation: str | Allocation | None = None,
     calibration: Calibration | None = None,
+    scope: str | None = None,
     seed: int = 0,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
     progress: StageProgress | None = None,
@@ -198,6 +204,8 @@ def prune(
             ``error_curves``, ``search``.
         calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
             all utterances of the batches are taken.
+        scope: What is pruned: ``transformer`` (the paper's), the matrices of the layers, or ``encoder``, the
+            convolutions and the projection in front of them, too. The sparsity is over what is pruned.
         seed: The seed of the Hutchinson probes, the sample of frames, the search and the recovery's order of batches.
         masks: Masks already in force, by matrix name: what they removed stays removed and counts.
         progress: Called as the stages advance.
@@ -225,9 +233,10 @@ def prune(
     if by_size and allocation is None and isinstance(settings.allocation, Traced):
         settings.allocation = ErrorCurves()  # as sparsity=megabytes or structured of the command brings it
     settings.calibration = calibration or settings.calibration
+    settings.scope = scope or settings.scope
     settings.check()
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform))
+    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.scope)
     check_allocation(pruned, settings.allocation)
     check_quantization(pruned, settings.quantization)
     if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
@@ -272,8 +281,9 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
+    matrices, parts = prunable_matrices(model, settings.scope), None
+    check_scope(model, matrices, settings.scope)
     budget = byte_budget(model, settings) if levels is None else None
-    matrices, parts = prunable_matrices(model), None
     prunable = sum(matrix.size for matrix in matrices)
     if isinstance(settings.sparsity, Structured):
         if masks:
@@ -313,6 +323,7 @@ def prune_model(
                 hessians = collect_hessians(
                     model,
                     batches,
+                    scope=settings.scope,
                     frames_per_column=settings.calibration.frames_per_column,
                     seed=settings.seed,
                     progress=stage_progress(progress, "calibrate"),
@@ -336,7 +347,7 @@ def prune_model(
                 seconds["calibrate"] -= sum(outcome.seconds.values())
             if rounds:
                 with outcome.timing("quantize"):
-                    round_rest(model, settings.quantization)
+                    round_rest(model, settings.quantization, settings.scope)
             return outcome
 
         if allocated is None:
@@ -362,6 +373,7 @@ def prune_model(
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
+        scope=settings.scope,
         structures=[outcome.structures[name] for name in sizes if name in outcome.structures],
         kept=outcome.kept,
         share=parts.share({name: report.kept for name, report in outcome.structures.items()}) if parts else None,
@@ -425,6 +437,7 @@ def traces_of(
     return estimate_traces(
         model,
         first_utterances(batches, allocation.utterances),
+        scope=settings.scope,
         probes=allocation.probes,
         distribution=allocation.distribution,
         rank_tolerance=allocation.rank_tolerance,
@@ -451,6 +464,19 @@ def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
         raise UserError(
             f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
             "allocation.effect=output"
+        )
+
+
+def check_scope(model: PreTrainedModel, matrices: list[PrunableMatrix], scope: str) -> None:
+    """Refuse to prune what is in front of the layers where a model has nothing there that could be pruned.
+
+    Raises:
+        UserError: It says so.
+    """
+    if scope != TRANSFORMER and not any(matrix.layer == FRONT for matrix in matrices):
+        raise UserError(
+            f"scope={scope} prunes what is in front of the layers, too, and {type(model).__name__} has no matrix "
+            f"there that is known; choose scope={TRANSFORMER}"
         )
 
 
@@ -499,7 +525,7 @@ def allocate_levels(
     progress: Progress | None = None,
 ) -> LevelAllocation:
     """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
-    settings, matrices = plan.settings, plan.pruned(prunable_matrices(model))
+    settings, matrices = plan.settings, plan.pruned(prunable_matrices(model, plan.settings.scope))
     allocation, sparsity = settings.allocation, settings.sparsity.fraction
     found: LevelAllocation | None = None
     with distributed.together():
@@ -540,20 +566,20 @@ def byte_budget(model: PreTrainedModel, settings: Pruning) -> ByteBudget | None:
     """
     if not isinstance(settings.sparsity, Megabytes):
         return None
-    rest = bytes_of_rest(model, settings.quantization)
+    rest = bytes_of_rest(model, prunable_matrices(model, settings.scope), settings.quantization)
     budget = ByteBudget(settings.sparsity.bytes, rest, settings.quantization, settings.solver.damping)
     budget.check_rest()
     return budget
 
 
-def bytes_of_rest(model: PreTrainedModel, quantization: Quantization) -> int:
+def bytes_of_rest(model: PreTrainedModel, matrices: list[PrunableMatrix], quantization: Quantization) -> int:
     """Give what a model takes in its file besides the prunable matrices, rounded as it will be, with the header."""
-    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in prunable_matrices(model)}
+    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in matrices}
     tensors = {
         name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
         for name, tensor in model.state_dict().items()
     }
-    return file_bytes(tensors) - sum(map(coded_bytes, empty.values()))
+    return file_bytes(tensors) - sum(coded_bytes(weight.flatten(1)) for weight in empty.values())
 
 
 def stage_progress(progress: StageProgress | None, stage: str) -> Progress | None:

@@ -1,4 +1,4 @@
-"""Rounding what is not prunable: the front end, the head, biases and norms; and all of a model in half precision."""
+"""Rounding what is not prunable: a dense front end, the head, biases, norms; and all of a model in half precision."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,15 @@ from sparsewav.settings.pruning import Integers, Quantization, Rounded
 
 
 @torch.no_grad()
-def round_rest(model: PreTrainedModel, quantization: Quantization) -> None:
+def round_rest(model: PreTrainedModel, quantization: Quantization, scope: str) -> None:
     """Round in place all tensors of a model but the matrices that :mod:`~sparsewav.pruning.solvers.quantize` rounds.
 
-    Tensors on the meta device stay. The dtype of every tensor stays, too.
+    Those are the prunable ones of the scope. Tensors on the meta device stay. The dtype of every tensor stays, too.
 
     Raises:
         UserError: A number is beyond float16.
     """
-    prunable = {f"{matrix.name}.weight" for matrix in prunable_matrices(model)}
+    prunable = {f"{matrix.name}.weight" for matrix in prunable_matrices(model, scope)}
     saved = model.state_dict().keys()
     named = [*model.named_parameters(), *((name, tensor) for name, tensor in model.named_buffers() if name in saved)]
     rounded = {  # all of them before any is changed, because one may be refused

@@ -9,6 +9,9 @@ from sparsewav.errors import UserError
 from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.sparsity import NM, Megabytes, Sparsity, Structured, Unstructured
 
+TRANSFORMER, ENCODER = SCOPES = "transformer", "encoder"
+"""What may be pruned: the matrices of the transformer layers, or those in front of the layers, too."""
+
 
 @dataclass(kw_only=True)
 class Saliency(Option):
@@ -109,7 +112,11 @@ class Symmetric(Objective):
 
 @dataclass(kw_only=True)
 class Asymmetric(Objective):
-    """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers."""
+    """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers.
+
+    What is in front of the layers (``scope=encoder``) is pruned with the symmetric one, and the first layer makes up
+    for it.
+    """
 
     name: str = field(default="asymmetric", init=False)
     strength: float = option(1.0, "share of the difference X − X̂ that is made up for; 0 is symmetric", least=0, most=1)
@@ -117,7 +124,10 @@ class Asymmetric(Objective):
 
 @dataclass(kw_only=True)
 class Recovery(Option):
-    """What a transformer layer learns after its matrices are pruned, without labels."""
+    """What a transformer layer learns after its matrices are pruned, without labels.
+
+    What is in front of the layers (``scope=encoder``) learns nothing; the first layer learns to make up for it.
+    """
 
 
 @dataclass(kw_only=True)
@@ -402,6 +412,12 @@ class Pruning:
     quantization: Quantization = option(NoQuantization, "to how few values the kept weights are rounded")
     allocation: Allocation = option(Hutchinson, "how the sparsity is shared among the matrices")
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
+    scope: str = option(
+        TRANSFORMER,
+        "what is pruned: transformer (the matrices of the layers; the paper's) or encoder (the convolutions and the "
+        "projection in front of the layers, too; sparsities are over both then)",
+        choices=SCOPES,
+    )
     seed: int = option(
         0,
         "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "
@@ -477,6 +493,11 @@ class Pruning:
                 )
 
     def _structured_faults(self, sparsity: Structured) -> Iterator[str]:
+        if self.scope != TRANSFORMER:
+            yield (
+                f"scope={self.scope} removes single weights in front of the layers, and sparsity=structured heads and "
+                f"units within them; choose scope={TRANSFORMER} with it"
+            )
         if isinstance(self.allocation, Traced):
             yield (
                 f"allocation={self.allocation.name} shares weights, and sparsity=structured removes heads and units; "

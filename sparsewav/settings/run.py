@@ -19,6 +19,7 @@ from sparsewav.settings.data import (
 from sparsewav.settings.options import Option, Settings, group_faults, option
 from sparsewav.settings.pruning import (
     OPTIONS,
+    TRANSFORMER,
     Calibration,
     Hutchinson,
     Integers,
@@ -188,6 +189,8 @@ class Config(Pruning):
                 "model.offload=true writes layers of the sizes that it reads, and sparsity=structured cuts them; "
                 "choose model.offload=false"
             )
+        if self.scope != TRANSFORMER:
+            yield f"model.offload=true prunes the layers alone; choose scope={TRANSFORMER} with it"
         if self.two_models:
             yield (
                 f"model.offload=true has one layer in memory, and objective={self.objective.name} with "
@@ -217,6 +220,8 @@ class Config(Pruning):
             )
         if self.model.offload:
             yield f"model.offload=true goes with method={OURS} alone"
+        if self.scope != TRANSFORMER:
+            yield f"scope={self.scope} goes with method={OURS} alone; choose scope={TRANSFORMER}"
         if self.training.processes != 1 and self.finetune_strategy.name != "none":
             yield f"training.processes={self.training.processes} goes with method={OURS} alone; choose 1"
         if not isinstance(self.sparsity, Unstructured):

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER
 
 
-def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
+def masks_of(model: PreTrainedModel, scope: str = TRANSFORMER) -> dict[str, Tensor]:
     """Give for every prunable matrix a boolean mask (rows, cols), True where a weight is not zero."""
-    return {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model)}
+    return {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model, scope)}
+
+
+def masked_matrices(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> list[PrunableMatrix]:
+    """Give the matrices that have a mask, of whatever scope the masks are."""
+    return [matrix for matrix in prunable_matrices(model, ENCODER) if matrix.name in masks]
 
 
 @contextmanager
@@ -29,8 +35,8 @@ def masked_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> Ite
     """
     handles = [
         matrix.parameter.register_hook(_zero_where(~masks[matrix.name]))
-        for matrix in prunable_matrices(model)
-        if matrix.name in masks
+        for matrix in masked_matrices(model, masks)
+        if matrix.parameter.requires_grad  # what is frozen gets no gradient
     ]
     try:
         yield
@@ -47,7 +53,7 @@ class HoldMasks(TrainerCallback):
     """Sets masked weights to zero after every update."""
 
     def __init__(self, model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
-        self.pruned = [(matrix, ~masks[matrix.name]) for matrix in prunable_matrices(model) if matrix.name in masks]
+        self.pruned = [(matrix, ~masks[matrix.name]) for matrix in masked_matrices(model, masks)]
 
     @torch.no_grad()
     def on_optimizer_step(

@@ -29,14 +29,15 @@ def train_masked_in_processes(
     updates: int,
     folder: Path,
     *,
+    scope: str,
     progress: Progress | None = None,
     write_log: Callable[[Log], None] | None = None,
 ) -> tuple[PreTrainedModel, Log]:
     """Train a pruned model in ``settings.processes`` processes that share every batch, while its zeros are kept.
 
-    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`; ``write_log`` is called in the first of
-    the processes, and must be a function that pickle finds by its name. For a model on a GPU, the processes take the
-    first so many GPUs.
+    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`, and the scope whose matrices' zeros are
+    kept; ``write_log`` is called in the first of the processes, and must be a function that pickle finds by its name.
+    For a model on a GPU, the processes take the first so many GPUs.
 
     Returns:
         The trained model, on the CPU, and the log.
@@ -55,7 +56,7 @@ def train_masked_in_processes(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = multiprocessing.get_context("spawn").Value("q", 0)
-    arguments = (list(training_set), settings, updates, folder, on_gpu, port, done, write_log)
+    arguments = (list(training_set), settings, updates, folder, scope, on_gpu, port, done, write_log)
     try:
         processes = multiprocessing.spawn(_train, arguments, nprocs=settings.processes, join=False)
         while not processes.join(timeout=1):
@@ -77,6 +78,7 @@ def _train(
     settings: Training,
     updates: int,
     folder: Path,
+    scope: str,
     on_gpu: bool,
     port: int,
     done: Any,
@@ -104,7 +106,7 @@ def _train(
         settings,
         updates,
         folder,
-        masks=masks_of(model),
+        masks=masks_of(model, scope),
         progress=count if rank == 0 else None,
         write_log=write_log,
     )

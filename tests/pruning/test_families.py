@@ -204,7 +204,7 @@ def test_divergence_resumed_at_a_layer(
 ) -> None:
     """With the outputs of the layers below kept, the divergence is that of the whole model."""
     model = tiny_model(family, num_hidden_layers=4)
-    divergence = OutputDivergence(model, [model_input(model, noise_batch([400, 307]))])
+    divergence = OutputDivergence(model, [model_input(model, noise_batch([400, 307]))], prunable_matrices(model))
     with divergence.resuming_at(2):
         for matrix in prunable_matrices(model):
             if matrix.layer == 3:

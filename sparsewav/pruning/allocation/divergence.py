@@ -2,11 +2,11 @@
 
 It is the divergence KL(dense || pruned) of the character posteriors, averaged over the frames of the evaluation
 batches; of an encoder without a head it is the squared error of the last hidden states over their squares. What is the
-same in all evaluations is computed once: the features of the front end and, while only layers from a certain one on are
-changed, the outputs of the layers before it.
+same in all evaluations is computed once: the features of the front end, unless it is pruned, too, and, while only
+layers from a certain one on are changed, the outputs of all that is before it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.sensitivity import only_matrices_trainable
 from sparsewav.pruning.encoder import (
+    FRONT,
     PrunableMatrix,
     base_of,
     encoder_layers,
     has_head,
-    input_rows,
     model_batches,
     output_counts,
+    output_rows,
     projections_as_modules,
-    prunable_matrices,
 )
 from sparsewav.pruning.families import family_of
-from sparsewav.pruning.hidden_states import layer_masks, valid_rows
+from sparsewav.pruning.hidden_states import layer_masks, valid_rows_of
 
 
 class OutputDivergence:
@@ -42,18 +42,23 @@ class OutputDivergence:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], matrices: Sequence[PrunableMatrix]
+    ) -> None:
         """Compute the output of the dense model.
 
         Args:
             model: A dense CTC model, or an encoder without a head, in evaluation mode.
             batches: The evaluation batches; labels are not read.
+            matrices: The matrices that may change between two measurements.
 
         Raises:
             UserError: There is no batch.
         """
         self.model = model
         self.evaluations = 0
+        self._matrices = matrices
+        self._front_changes = any(matrix.layer == FRONT for matrix in matrices)
         self._layers = encoder_layers(model)
         self._front: nn.Module = base_of(model).get_submodule(family_of(model).front)
         self._parts = [
@@ -66,14 +71,12 @@ class OutputDivergence:
         self._masks = [layer_masks(model, part) for part in self._parts]
         self._output_masks = [_output_mask(model, part) for part in self._parts]
         self.frames = sum(int(mask.sum()) for mask in self._output_masks)
-        self._features: list[Any] = []
+        self._features: list[Any] = []  # of the front end for every part, while they stay the same
         self._has_head = has_head(model)
         # shape (frames, characters or width) for every part, without padded frames
-        hook = self._front.register_forward_hook(lambda module, args, output: self._features.append(output))
-        try:
-            self._dense = [self._output(index) for index in range(len(self._parts))]
-        finally:
-            hook.remove()
+        self._dense, (features,) = self._run([self._front])
+        if not self._front_changes:
+            self._features = features
         # What the sum over all frames is divided by.
         self._scale = self.frames if self._has_head else self._squares()
         self._kept: list[Any] | None = None
@@ -86,6 +89,19 @@ class OutputDivergence:
             output = self.model(**self._parts[index])
         values = output.logits.float().log_softmax(-1) if self._has_head else output.last_hidden_state.float()
         return values[self._output_masks[index]]
+
+    def _run(self, modules: Sequence[nn.Module]) -> tuple[list[Tensor], list[list[Any]]]:
+        """Give the output for every part, and what some modules put out on the way."""
+        caught: list[list[Any]] = [[] for _ in modules]
+        hooks = [
+            module.register_forward_hook(lambda module, args, output, found=found: found.append(output))
+            for module, found in zip(modules, caught, strict=True)
+        ]
+        try:
+            return [self._output(index) for index in range(len(self._parts))], caught
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _squares(self) -> float:
         return sum(float(states.square().sum(dtype=torch.float64)) for states in self._dense)
@@ -107,23 +123,19 @@ class OutputDivergence:
 
     @contextmanager
     def resuming_at(self, layer: int) -> Iterator[None]:
-        """Within the block, the outputs of the layers below ``layer``, whose weights must not change, are reused."""
-        if layer == 0:
+        """Within the block, the outputs of what is before ``layer``, whose weights must not change, are reused."""
+        if layer == FRONT or (layer == 0 and not self._front_changes):
             yield
             return
-        kept: list[Any] = []
-        hook = self._layers[layer - 1].register_forward_hook(lambda module, args, output: kept.append(output))
-        try:
-            with torch.no_grad():
-                for index in range(len(self._parts)):
-                    self._output(index)
-        finally:
-            hook.remove()
-        self._kept, self._kept_layers = kept, layer
+        features = self._features
+        with torch.no_grad():
+            _, (self._features, *kept) = self._run([self._front, *self._layers[max(layer - 1, 0) : layer]])
+        if kept:
+            self._kept, self._kept_layers = kept[0], layer
         try:
             yield
         finally:
-            self._kept, self._kept_layers = None, 0
+            self._features, self._kept, self._kept_layers = features, None, 0
 
     def output_fisher(self, seed: int = 0) -> dict[str, Float[Tensor, " _rows"]]:
         """Give the diagonal Fisher information of every matrix's output, averaged over the frames, by matrix name.
@@ -132,18 +144,18 @@ class OutputDivergence:
         posteriors of each frame. Half of it, times the mean squared error of that output, is the divergence that the
         error causes, to second order and if the errors of different rows are independent.
         """
-        matrices = prunable_matrices(self.model)
+        matrices = list(self._matrices)
         device = self.model.device
         sums = {matrix.name: torch.zeros(matrix.weight.shape[0], dtype=torch.float64) for matrix in matrices}
         generator = torch.Generator().manual_seed(seed)
 
-        def watch(matrix: PrunableMatrix, mask: Bool[Tensor, "batch frames"]) -> RemovableHandle:
+        def watch(matrix: PrunableMatrix, masks: dict[int, Tensor]) -> RemovableHandle:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 output.register_hook(add)
 
             def add(gradient: Float[Tensor, "batch _ _"]) -> None:
-                rows = input_rows(matrix.module, gradient)
-                valid = valid_rows(mask, rows.shape[1], positions=matrix.positions)
+                rows = output_rows(matrix.module, gradient)
+                valid = valid_rows_of(matrix, masks, rows.shape[1])
                 if len(rows) < len(valid):  # position embeddings, one for all utterances of the batch
                     valid = valid.any(0, keepdim=True)
                 sums[matrix.name] += rows[valid].square().sum(0, dtype=torch.float64).cpu()
@@ -152,7 +164,7 @@ class OutputDivergence:
 
         with only_matrices_trainable(self.model, matrices), projections_as_modules(self.model), torch.enable_grad():
             for index, masks in enumerate(self._masks):
-                hooks = [watch(matrix, masks[matrix.layer]) for matrix in matrices]
+                hooks = [watch(matrix, masks) for matrix in matrices]
                 try:
                     now = self._output(index)
                     drawn = torch.multinomial(now.detach().exp().cpu(), 1, generator=generator).to(device)

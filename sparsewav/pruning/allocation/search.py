@@ -4,8 +4,8 @@ The costs are one of
 
 - ``output``: the output divergence (:mod:`~sparsewav.pruning.allocation.divergence`), measured with one matrix at one
   level and all others dense, or at the target's level (``others``);
-- ``fisher``: ½ Σ_r F_r ||(w_r − ŵ_r)X||² / frames with the Fisher information F of the matrix's output, from a single
-  backward pass: the output divergence to second order;
+- ``fisher``: ½ Σ_r F_r ||(w_r − ŵ_r)X||² / columns of X with the Fisher information F of the matrix's output, from a
+  single backward pass: the output divergence to second order;
 - ``trace``: the mean Hessian trace times ||W − Ŵ||² (HAWQ-V2, Dong et al. 2020, section 3.1).
 
 The sum of the costs neglects how the errors of different matrices interact; the search therefore evaluates whole
@@ -130,7 +130,7 @@ def allocate_by_levels(
             progress(done, steps)
 
     dense = [matrix.weight.detach().clone() for matrix in matrices]
-    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches)
+    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches, matrices)
     store = build_level_store(
         matrices,
         hessians,
@@ -156,7 +156,7 @@ def allocate_by_levels(
             else:
                 assert divergence is not None
                 if effect == "fisher":
-                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians.frames)
+                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians)
                 else:
                     costs = measure_costs(divergence, matrices, store, settings.others, advance)
             removed = {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
@@ -200,9 +200,12 @@ def _trace_costs(store: LevelStore, traces: Mapping[str, Trace] | None) -> dict[
 
 
 def _fisher_costs(
-    store: LevelStore, fisher: Mapping[str, Float[Tensor, " _rows"]], frames: int
+    store: LevelStore, fisher: Mapping[str, Float[Tensor, " _rows"]], hessians: Hessians
 ) -> dict[str, np.ndarray]:
-    return {name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / frames for name, errors in store.row_errors.items()}
+    return {
+        name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / hessians.rows[hessians.reads[name]]
+        for name, errors in store.row_errors.items()
+    }
 
 
 def measure_costs(

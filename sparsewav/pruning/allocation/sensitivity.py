@@ -28,6 +28,7 @@ from sparsewav.pruning.encoder import (
     whatever_modes,
 )
 from sparsewav.pruning.hessian import Progress
+from sparsewav.settings.pruning import TRANSFORMER
 
 LEAST_BATCHES = 8
 """Batches before the estimation may stop; standard errors from fewer are unreliable."""
@@ -59,6 +60,7 @@ def estimate_traces(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Tensor]],
     *,
+    scope: str = TRANSFORMER,
     probes: int = 1,
     distribution: str = "gaussian",
     epsilon: float = 1e-3,
@@ -74,6 +76,7 @@ def estimate_traces(
     Args:
         model: A CTC model, float32 or float64; its weights are bit for bit the same afterwards.
         batches: Calibration batches with ``labels``.
+        scope: Of which matrices, as in :func:`~sparsewav.pruning.encoder.prunable_matrices`.
         probes: The number of vectors z for each batch.
         distribution: The distribution of z's elements: ``gaussian`` (the paper's) or ``rademacher``, which has less
             variance.
@@ -95,7 +98,7 @@ def estimate_traces(
         )
     if probes < 1 or distribution not in ("gaussian", "rademacher"):
         raise UserError(f"probes={probes}, distribution={distribution}: give 1 or more, and gaussian or rademacher")
-    matrices = prunable_matrices(model)
+    matrices = prunable_matrices(model, scope)
     sized = as_sequence(batches)
     order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(_seed_of(seed))).tolist()
     products: list[Tensor] = []  # zᵢᵀ(Hz)ᵢ per utterance, shape (matrices,), for every probe and batch
@@ -232,7 +235,7 @@ def _products_with_gradients(
     def multiply(index: int) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            products[index] += (z[index].double() * weight.grad.view_as(z[index]).double()).sum().cpu()
+            products[index] += (z[index].double() * weight.grad.reshape(z[index].shape).double()).sum().cpu()
             weight.grad = None
 
         return hook
@@ -274,7 +277,7 @@ def _weighted_mean(
 
 @contextmanager
 def only_matrices_trainable(model: PreTrainedModel, matrices: list[PrunableMatrix]) -> Iterator[None]:
-    """Within the block, only the prunable weights require gradients, so that the front end keeps no activations.
+    """Within the block, only the prunable weights require gradients, so that what is before them keeps no activations.
 
     Gradients that a training left are put aside, because new ones would be added to them.
     """

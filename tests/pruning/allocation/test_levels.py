@@ -106,7 +106,7 @@ def test_divergence_is_that_of_the_plain_model(family: str, tiny_model: Factory,
     """With what is kept of the front end and of earlier layers it is the plain model's on single utterances."""
     model = tiny_model(family).eval()
     dense = copy.deepcopy(model)
-    divergence = OutputDivergence(model, batches)
+    divergence = OutputDivergence(model, batches, prunable_matrices(model))
     assert divergence.measure() == pytest.approx(0, abs=1e-6)
     matrices = prunable_matrices(model)
     for matrix in matrices[:1] + matrices[-1:]:
@@ -139,7 +139,7 @@ def test_fisher_predicts_the_divergence_of_a_small_error(tiny_model: Factory, no
     """½ F ||δX||² is the divergence that an error in one row of a matrix makes, while it is small."""
     model = tiny_model("wav2vec2").eval()
     batches = [noise_batch([4000] * 4, seed=seed) for seed in range(4)]
-    divergence = OutputDivergence(model, batches)
+    divergence = OutputDivergence(model, batches, prunable_matrices(model))
     fisher = divergence.output_fisher()
     assert all(parameter.grad is None for parameter in model.parameters())
     matrix = prunable_matrices(model)[-1]
@@ -161,7 +161,7 @@ def test_search_is_never_worse_than_its_start_and_repeats_itself(tiny_model: Fac
     matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     sizes = {matrix.name: matrix.size for matrix in matrices}
     grid = level_grid(0.6, 0.1, 0.3)
-    divergence = OutputDivergence(model, batches)
+    divergence = OutputDivergence(model, batches, prunable_matrices(model))
     sparsities = [grid.sparsity(offset) for offset in grid.offsets]
     start = dict.fromkeys(sizes, grid.index(0))
     with build_level_store(matrices, hessians, sparsities, solve, memory=1e9) as library:
@@ -181,7 +181,7 @@ def test_measured_costs_are_those_of_one_matrix_at_one_level(
     matrices, hessians = prunable_matrices(model), collect_hessians(model, batches)
     grid = level_grid(0.6, 0.2, 0.2)
     dense = [matrix.weight.detach().clone() for matrix in matrices]
-    divergence = OutputDivergence(model, batches)
+    divergence = OutputDivergence(model, batches, prunable_matrices(model))
     sparsities = [grid.sparsity(offset) for offset in grid.offsets]
     with build_level_store(matrices, hessians, sparsities, solve, memory=1e9) as library:
         library.reference = {matrix.name: grid.index(0) for matrix in matrices}
