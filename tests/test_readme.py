@@ -70,7 +70,7 @@ def test_the_python_example_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
     exec(compile(example, str(README), "exec"), {"__name__": "example"})
-    assert "80.00% of the weights of 36 matrices are zero" in capsys.readouterr().out
+    assert "80.00% of the weights of the transformer's 36 matrices are zero" in capsys.readouterr().out
     weight = AutoModelForCTC.from_pretrained("pruned").wav2vec2.encoder.layers[0].attention.q_proj.weight
     assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=1e-4)
 
@@ -89,7 +89,7 @@ def test_the_notebook_runs_and_prints_what_the_page_says(
     assert re.sub(number, "0", printed).split() == re.sub(number, "0", said).split()
     # Rounding of another processor may move a decision of the solver.
     expected = [float(value) for value in re.findall(number, said)]
-    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.1)
+    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.15)
 
 
 def _command_lines(text: str) -> Iterator[list[str]]:
