@@ -49,7 +49,7 @@ def test_run_exports_and_inspect_checks(
 
     shown = run_sparsewav(str(folder), command="sparsewav-inspect")
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "the zeros are those that the run reported" in shown.stdout
+    assert "zeros and sizes are those that the run reported" in shown.stdout
     assert (folder / "sparsity.png").stat().st_size > 1000
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     assert f"{nonzero:,}" in shown.stdout

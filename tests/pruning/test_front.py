@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from sparsewav.inference.macs import multiply_accumulates
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from sparsewav.pruning import collect_hessians, estimate_traces, hessian, prunab
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.encoder import FRONT, PrunableMatrix, base_of, encoder_layers
 from sparsewav.pruning.families import FAMILIES, names_any
+from sparsewav.pruning.macs import multiply_accumulates
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]  # tiny models, whose submodules mypy does not know

@@ -242,7 +242,9 @@ def test_the_report_is_a_table_and_fits_a_screen(tiny_model: Factory, batches: l
     assert (table["sparsity"] * sizes).sum() / sizes.sum() == pytest.approx(report.sparsity)
     shown = repr(report)
     assert len(shown.splitlines()) <= 3 + len(report.warnings)
-    assert f"{report.sparsity:.2%} of the weights of 12 matrices are zero (asked for: 60.00%)" in shown
+    assert (
+        f"{report.sparsity:.2%} of the weights of the transformer's 12 matrices are zero (asked for: 60.00%)" in shown
+    )
     assert table["relative_error"].idxmax() in shown
     assert all(warning in shown for warning in report.warnings)
 
