@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparsewav.pipeline.naming import LATER_CHOICES, papers_choice
-from sparsewav.pipeline.run_folder import last_change
+from sparsewav.pipeline.naming import LATER_CHOICES, last_change, papers_choice
 from sparsewav.settings.sparsity import COUNTED
 
 

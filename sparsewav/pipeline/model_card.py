@@ -11,8 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparsewav.models.hub import commit_of
 from sparsewav.models.load import SpeechModel
-from sparsewav.pipeline.naming import papers_choice
-from sparsewav.pipeline.run_folder import last_change
+from sparsewav.pipeline.naming import last_change, papers_choice
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.data import Data, DemoData, LibriSpeechHub
 from sparsewav.settings.run import Config

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,11 @@ def papers_choice(group: str) -> str:
 def short_hash(value: Any) -> str:
     """Hash a value that JSON can hold into eight characters."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def last_change(metrics: Mapping[str, Any]) -> str | None:
+    """Say what a run did to its model after it was pruned and evaluated; None for nothing."""
+    rounds = metrics["quantization"] not in (None, papers_choice("quantization"))
+    if metrics["updates"]:
+        return "tuned and rounded" if rounds else "tuned"
+    return "rounded" if rounds and metrics["achieved_share"] is not None else None

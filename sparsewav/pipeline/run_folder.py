@@ -94,14 +94,6 @@ def write_layers(path: Path, reports: Sequence[MatrixReport] | Sequence[Structur
     write_table(path, [asdict(report) for report in reports])
 
 
-def last_change(metrics: Mapping[str, Any]) -> str | None:
-    """Say what a run did to its model after it was pruned and evaluated; None for nothing."""
-    rounds = metrics["quantization"] not in (None, "none")
-    if metrics["updates"]:
-        return "tuned and rounded" if rounds else "tuned"
-    return "rounded" if rounds and metrics["achieved_share"] is not None else None
-
-
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write dictionaries as the rows of a CSV file."""
     with write_file(path) as temporary:

@@ -270,10 +270,10 @@ def _index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 INDEXES: dict[str, tuple[Any, str]] = {
-    "outside": ("../outside/part-0.safetensors", "'../outside/part-0.safetensors', which is no file in its folder"),
-    "absolute": ("/dev/zero", "'/dev/zero', which is no file in its folder"),
+    "outside": ("../outside/part-0.safetensors", "'../outside/part-0.safetensors', no file in its folder"),
+    "absolute": ("/dev/zero", "'/dev/zero', no file in its folder"),
     "device": ("zero.safetensors", "zero.safetensors is missing or broken"),
-    "folder": ("..", "'..', which is no file in its folder|missing or broken"),
+    "folder": ("..", "'..', no file in its folder|missing or broken"),
     "number": (3, "is not an index"),
     "null": (None, "is not an index"),
     "missing": ("part-7.safetensors", "part-7.safetensors is missing or broken"),
