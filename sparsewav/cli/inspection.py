@@ -72,7 +72,7 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
     import pandas
 
     from sparsewav.pipeline import run_folder
-    from sparsewav.pipeline.naming import papers_choice
+    from sparsewav.pipeline.naming import rounded_to
     from sparsewav.pruning.structure import structures
 
     found = []
@@ -92,7 +92,7 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
                 if parts.get(name, 0) != kept
             ]
         # A kept weight that is rounded to zero is no part of a matrix's sparsity.
-        rounded = metrics["quantization"] not in (None, papers_choice("quantization"))
+        rounded = rounded_to(metrics)
         pruned = matrices if metrics.get("scope") == ENCODER else behind_front(matrices)
         for row in pruned.itertuples():
             if row.name not in layers.index:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparsewav.models.hub import commit_of
 from sparsewav.models.load import SpeechModel
-from sparsewav.pipeline.naming import last_change, papers_choice
+from sparsewav.pipeline.naming import last_change, rounded_to
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.data import Data, DemoData, LibriSpeechHub
 from sparsewav.settings.run import Config
@@ -78,9 +78,9 @@ def make_card(metrics: Mapping[str, Any]) -> str:
     origin, ours = metrics["provenance"], metrics["method"] == OURS
     sets = metrics["evaluation"]
     scored = [rate for rate in RATES if any(record.get(rate) is not None for record in sets)]
-    rounded = _rounded_to(metrics)
+    rounded = rounded_to(metrics)
     metadata = ModelCardData(
-        model_name="-".join([metrics["model"], f"{metrics['achieved_sparsity']:.2f}", *rounded]),
+        model_name="-".join(filter(None, (metrics["model"], f"{metrics['achieved_sparsity']:.2f}", rounded))),
         base_model=origin["base_model"],
         library_name="transformers",
         pipeline_tag="automatic-speech-recognition" if scored else "feature-extraction",
@@ -93,11 +93,6 @@ def make_card(metrics: Mapping[str, Any]) -> str:
     text = _describe(metrics) + _error_rates(metrics, sets, scored) + _loading(metrics)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")  # which reads and checks the metadata
     return str(card)
-
-
-def _rounded_to(metrics: Mapping[str, Any]) -> list[str]:
-    """Give the name of the quantization; nothing where weights are not rounded, as of a baseline, which has None."""
-    return [name for name in (metrics["quantization"],) if name not in (None, papers_choice("quantization"))]
 
 
 def _result(metrics: Mapping[str, Any], record: Mapping[str, Any], rate: str) -> EvalResult:
@@ -149,7 +144,7 @@ def _describe(metrics: Mapping[str, Any]) -> str:
     elif origin["base_model"]:
         source += f", which was made from `{origin['base_model']}`"
     unit = "" if metrics["target_sparsity"] is None else " sparsity"
-    rounded = "".join(f" and rounded to {name}" for name in _rounded_to(metrics))
+    rounded = f" and rounded to {name}" if (name := rounded_to(metrics)) else ""
     done = f"pruned to {_asked(metrics)}{unit}{rounded}" if ours else f"compressed with {metrics['method']}"
     tuned = f", with {metrics['finetune_strategy']} tuning" if metrics["updates"] else ", in one shot"
     facts = _pruning_facts(metrics) if ours else _compression_facts(metrics)

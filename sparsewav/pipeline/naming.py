@@ -14,7 +14,7 @@ from sparsewav.settings.baselines import OURS
 from sparsewav.settings.options import metadata_of
 from sparsewav.settings.pruning import OPTIONS, TRANSFORMER
 from sparsewav.settings.run import Config
-from sparsewav.settings.sparsity import Structured
+from sparsewav.settings.sparsity import COUNTED, Structured
 
 SETTINGS = ".hydra"
 """Folder of a run's composed configuration; Hydra's name for it."""
@@ -77,7 +77,7 @@ def _sparsity_part(sparsity: dict[str, Any]) -> str:
     if "megabytes" in sparsity:  # a value that is missing is a string, of which the check tells
         return f"{sparsity['megabytes']}MB".replace(".0MB", "MB")
     if "parameters" in sparsity:
-        return "-".join(f"{sparsity[key]}{key}" for key in ("parameters", "macs") if sparsity[key] is not None)
+        return "-".join(f"{sparsity[key]}{key}" for key in COUNTED if sparsity[key] is not None)
     return f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}"
 
 
@@ -97,9 +97,15 @@ def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def rounded_to(metrics: Mapping[str, Any]) -> str | None:
+    """Give the quantization of a run by name; None where its weights are not rounded, as those of a baseline."""
+    name = metrics["quantization"]
+    return None if name == papers_choice("quantization") else name
+
+
 def last_change(metrics: Mapping[str, Any]) -> str | None:
     """Say what a run did to its model after it was pruned and evaluated; None for nothing."""
-    rounds = metrics["quantization"] not in (None, papers_choice("quantization"))
+    rounds = rounded_to(metrics)
     if metrics["updates"]:
         return "tuned and rounded" if rounds else "tuned"
     return "rounded" if rounds and metrics["achieved_share"] is not None else None

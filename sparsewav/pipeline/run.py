@@ -51,6 +51,7 @@ from sparsewav.pruning.prune import byte_budget, check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config
+from sparsewav.settings.sparsity import COUNTED
 from sparsewav.training.recipes import load_or_train, present_folder
 from sparsewav.training.schedule import plan_stages, too_short
 from sparsewav.training.trainer import choose_precision, write_training_log
@@ -323,7 +324,7 @@ def _finish(
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,
         "target_sparsity": None if isinstance(config.sparsity, Structured) else config.sparsity.fraction,
-        **{f"target_{key}": getattr(config.sparsity, key, None) for key in ("parameters", "macs")},
+        **{f"target_{key}": getattr(config.sparsity, key, None) for key in COUNTED},
         "target_megabytes": config.sparsity.megabytes if isinstance(config.sparsity, Megabytes) else None,
         "achieved_sparsity": state.stages[-1]["achieved_sparsity"],
         "achieved_share": state.stages[-1].get("share_left"),

@@ -396,13 +396,7 @@ def solve(
                         matrix.weight.data.copy_(result.weight)
                 if progress:
                     progress(len(done), len(matrices))
-        if distributed.world() > 1:
-            for key, items in dealt.items():
-                for matrix in items:
-                    weight = matrix.weight.data
-                    received: Any = distributed.broadcast((weight, done.get(matrix.name)), owners[key])
-                    weight.copy_(received[0])
-                    done[matrix.name] = received[1]
+        _exchange(dealt, owners, done)
         outcome.reports |= {name: report for name, (report, _) in done.items()}
         if plan.keep_masks:
             outcome.masks |= {name: mask for name, (_, mask) in done.items()}
@@ -438,14 +432,20 @@ def _remove_parts(
                     matrix.weight.data.copy_(removal.weight)
                     if progress:
                         progress(len(done), len(matrices))
-        for key, group in dealt.items():
-            for matrix in group:
-                if distributed.world() > 1:
-                    received: Any = distributed.broadcast((matrix.weight.data, done.get(matrix.name)), owners[key])
-                    matrix.weight.data.copy_(received[0])
-                    done[matrix.name] = received[1]
-                report, kept = done[matrix.name]
-                outcome.structures[matrix.name], outcome.kept[report.name] = report, kept
+        _exchange(dealt, owners, done)
+        for name, (report, kept) in done.items():
+            outcome.structures[name], outcome.kept[report.name] = report, kept
+
+
+def _exchange(groups: Mapping[str, list[PrunableMatrix]], owners: Mapping[str, int], done: dict[str, Any]) -> None:
+    """Give every process the weights, and what is known of them, of the matrices that another one has worked on."""
+    if distributed.world() == 1:
+        return
+    for key, group in groups.items():
+        for matrix in group:
+            received: Any = distributed.broadcast((matrix.weight.data, done.get(matrix.name)), owners[key])
+            matrix.weight.data.copy_(received[0])
+            done[matrix.name] = received[1]
 
 
 def _check_finite(matrix: PrunableMatrix, pruned: Float[Tensor, "rows cols"]) -> None:
