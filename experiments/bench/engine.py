@@ -32,7 +32,7 @@ from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import collect_hessians, prunable_matrices, prune_matrices, prune_model
-from sparsewav.pruning.prune import traces_of
+from sparsewav.pruning.allocation.allocate import traces_of
 from sparsewav.settings.data import DemoData
 
 SPARSITY = 0.75

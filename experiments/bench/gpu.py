@@ -23,8 +23,8 @@ from experiments.bench.inference import DENSE, MODELS, alternate_models, markdow
 from experiments.bench.plain import Batch, forward, plain_prune, plain_solve
 from sparsewav import Pruning, Uniform
 from sparsewav.pruning import collect_hessians, prunable_matrices, prune_model
-from sparsewav.pruning.layerwise import BATCHED_DEVICES
-from sparsewav.pruning.prune import traces_of
+from sparsewav.pruning.allocation.allocate import traces_of
+from sparsewav.pruning.plan import BATCHED_DEVICES
 from sparsewav.pruning.solvers.selection import n_of_m
 
 ONE_BY_ONE = "one input at a time"

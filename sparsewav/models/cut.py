@@ -19,7 +19,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.structured import STRUCTURED, LayerShape
 from sparsewav.pruning.encoder import encoder_layers, layers_name
-from sparsewav.pruning.prune import PruneReport
+from sparsewav.pruning.report import PruneReport
 from sparsewav.pruning.structure import structures
 
 Cuttable = TypeVar("Cuttable", PreTrainedModel, SpeechModel)

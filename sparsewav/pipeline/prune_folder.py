@@ -41,7 +41,8 @@ from sparsewav.models.skeleton import check_tensors, is_encoder, load_whole, mak
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
 from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
 from sparsewav.pruning.families import encoder_config, family_of
-from sparsewav.pruning.layerwise import Outcome, StageProgress
+from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.pruning.plan import Outcome
 from sparsewav.pruning.rest import in_dtype, round_tensor
 from sparsewav.settings.pruning import (
     TRANSFORMER,

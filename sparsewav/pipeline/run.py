@@ -44,10 +44,11 @@ from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
+from sparsewav.pruning.allocation.allocate import check_allocation
+from sparsewav.pruning.allocation.budget import byte_budget
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.macs import multiply_accumulates, silence
-from sparsewav.pruning.prune import byte_budget, check_allocation
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config

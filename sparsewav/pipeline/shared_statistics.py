@@ -22,8 +22,8 @@ from sparsewav.pipeline.utterances import on_set
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import stage
 from sparsewav.pruning import Hessians, Trace, collect_hessians
+from sparsewav.pruning.allocation.allocate import traces_of
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.pruning.prune import traces_of
 from sparsewav.settings.pruning import Traced
 from sparsewav.settings.run import Config
 

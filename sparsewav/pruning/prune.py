@@ -6,54 +6,47 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import pandas
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.allocation.budget import MARGIN, ByteBudget, fit_uniformly
-from sparsewav.pruning.allocation.parts import PartBudget, part_budget
-from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
-from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
-from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces, unseparated_neighbors
+from sparsewav.pruning.allocation.allocate import allocate, allocate_levels, check_allocation, traces_of
+from sparsewav.pruning.allocation.budget import MARGIN, byte_budget
+from sparsewav.pruning.allocation.parts import part_budget
+from sparsewav.pruning.allocation.search import LevelAllocation
+from sparsewav.pruning.allocation.sensitivity import Trace, unseparated_neighbors
 from sparsewav.pruning.encoder import (
     FRONT,
     PrunableMatrix,
     as_sequence,
     check_model,
-    first_utterances,
-    has_head,
     in_evaluation_mode,
     prunable_matrices,
     whatever_modes,
 )
-from sparsewav.pruning.encoding import coded_bytes, file_bytes
+from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.families import untried
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
-    BATCHED_DEVICES,
     LoadLayer,
-    MatrixReport,
-    Outcome,
-    Plan,
     StageProgress,
     prune_layer_by_layer,
     solve,
 )
-from sparsewav.pruning.recovery import LayerRecovery
-from sparsewav.pruning.rest import round_rest, round_tensor
-from sparsewav.pruning.structured import StructureReport, removed_weights
+from sparsewav.pruning.plan import BATCHED_DEVICES, Outcome, Plan
+from sparsewav.pruning.report import PruneReport
+from sparsewav.pruning.rest import round_rest
+from sparsewav.pruning.structured import removed_weights
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
-    OBS,
     TRANSFORMER,
     Allocation,
     Calibration,
@@ -76,73 +69,6 @@ from sparsewav.settings.pruning import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(repr=False)
-class PruneReport:
-    """The result of :func:`prune`; :meth:`to_frame` makes a table of it.
-
-    Attributes:
-        matrices: A report for every matrix, in the model's order; empty where heads and units were removed whole.
-        masks: The mask of every matrix by name, True where a weight is kept; empty without ``keep_masks``.
-        sparsity: Pruned weights over prunable weights; of heads and units those that :func:`sparsewav.cut` cuts.
-        target_sparsity: The sparsity that was asked for; None where a size was.
-        seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, of ``recover`` where there is a
-            recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
-        warnings: Sentences that the user should read.
-        recoveries: What the recovery of every transformer layer achieved, where there is one.
-        allocated: What the allocation over levels found; None for the other allocations.
-        bytes: The size of the weights file in bitmask format, where one was asked for.
-        scope: What was prunable: ``transformer`` or ``encoder``.
-        structures: A report for every attention and feed-forward network that may have lost heads or units.
-        kept: The indices of the heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes them.
-        share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut.
-    """
-
-    matrices: list[MatrixReport]
-    masks: dict[str, Bool[Tensor, "_rows _cols"]]
-    sparsity: float
-    target_sparsity: float | None
-    seconds: dict[str, float]
-    warnings: list[str] = field(default_factory=list)
-    recoveries: list[LayerRecovery] = field(default_factory=list)
-    allocated: LevelAllocation | None = None
-    bytes: int | None = None
-    scope: str = TRANSFORMER
-    structures: list[StructureReport] = field(default_factory=list)
-    kept: dict[str, Int[Tensor, " _kept"]] = field(default_factory=dict)
-    share: float | None = None
-
-    @property
-    def bits(self) -> float | None:
-        """Mean nominal bits of a prunable weight; None where they are not rounded to whole numbers."""
-        counted = [(matrix.bits, matrix.rows * matrix.cols) for matrix in self.matrices if matrix.bits is not None]
-        return sum(bits * size for bits, size in counted) / sum(size for _, size in counted) if counted else None
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Give a table with a row for every matrix or structure, whose name is the index, as in ``layers.csv``."""
-        return pandas.DataFrame([asdict(row) for row in self.structures or self.matrices]).set_index("name")
-
-    def __repr__(self) -> str:
-        rows: list[Any] = [*self.structures, *self.matrices]
-        worst = max(rows, key=lambda row: row.relative_error)
-        seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
-        asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
-        size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
-        done = f"{self.sparsity:.2%} of the weights of the {self.scope}'s {len(self.matrices)} matrices are zero{asked}"
-        if self.share is not None:
-            left = ", ".join(
-                f"{sum(row.kept for row in rows if row.kind == kind):,} of "
-                f"{sum(row.parts for row in rows if row.kind == kind):,} {kind}"
-                for kind in dict.fromkeys(row.kind for row in rows)
-            )
-            done = f"{left} stay, {self.share:.2%} of what the encoder had; sparsewav.cut makes the smaller model"
-        lines = [
-            done + (f", the others have {self.bits:.3g} nominal bits" if self.bits else "") + f"{size}; {seconds}",
-            f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
-            *(f"! {warning}" for warning in self.warnings),
-        ]
-        return f"<{type(self).__name__}: " + "\n  ".join(lines) + ">"
 
 
 @runtime_checkable
@@ -428,45 +354,6 @@ def prune_to_size(
     )
 
 
-def traces_of(
-    model: PreTrainedModel, batches: Any, settings: Pruning, progress: Progress | None = None
-) -> dict[str, Trace]:
-    """Estimate the Hessian traces for an allocation, on the part of the calibration set that it asks for (eq. 4, 5)."""
-    allocation = settings.allocation
-    assert isinstance(allocation, Traced)
-    return estimate_traces(
-        model,
-        first_utterances(batches, allocation.utterances),
-        scope=settings.scope,
-        probes=allocation.probes,
-        distribution=allocation.distribution,
-        rank_tolerance=allocation.rank_tolerance,
-        seed=settings.seed,
-        progress=progress,
-    )
-
-
-def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
-    """Refuse an allocation that takes transcripts or the posteriors of characters for an encoder without a head.
-
-    Raises:
-        UserError: It names the allocations that an encoder can have.
-    """
-    if has_head(model):
-        return
-    kind = type(model).__name__
-    if isinstance(allocation, Traced):
-        raise UserError(
-            f"{kind} has no CTC head, and allocation={allocation.name} takes the CTC loss; choose allocation=uniform, "
-            "error_curves or search, or load the model with AutoModelForCTC.from_pretrained"
-        )
-    if isinstance(allocation, ErrorCurves) and allocation.effect == "fisher":
-        raise UserError(
-            f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
-            "allocation.effect=output"
-        )
-
-
 def check_scope(model: PreTrainedModel, matrices: list[PrunableMatrix], scope: str) -> None:
     """Refuse to prune what is in front of the layers where a model has nothing there that could be pruned.
 
@@ -500,86 +387,6 @@ def _bits(
     if levels is not None:
         return {name: bits for name, (_, bits) in levels.items() if bits is not None}
     return dict.fromkeys(sizes, widths[0]) if len(widths := settings.quantization.widths) == 1 else {}
-
-
-def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, Trace] | None) -> dict[str, float]:
-    """Give the sparsity of every matrix by name, uniformly or by its rank (eq. 6 and 7)."""
-    allocation, target = settings.allocation, settings.sparsity.fraction
-    assert target is not None
-    if not isinstance(allocation, Hutchinson):
-        return allocate_uniformly(sizes, target)
-    assert traces is not None
-    for name in sizes:
-        if not math.isfinite(traces[name].value):
-            raise UserError(f"the sensitivity of {name} is {traces[name].value}; check the model's weights")
-    sensitivities = {name: traces[name].sensitivity for name in sizes}
-    return allocate_by_rank(sizes, sensitivities, target, allocation.alpha, exact_budget=allocation.exact_budget)
-
-
-def allocate_levels(
-    model: PreTrainedModel,
-    batches: Any,
-    plan: Plan,
-    hessians: Hessians,
-    budget: ByteBudget | PartBudget | None,
-    progress: Progress | None = None,
-) -> LevelAllocation:
-    """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
-    settings, matrices = plan.settings, plan.pruned(prunable_matrices(model, plan.settings.scope))
-    allocation, sparsity = settings.allocation, settings.sparsity.fraction
-    found: LevelAllocation | None = None
-    with distributed.together():
-        if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
-            if isinstance(allocation, HAWQ | ErrorCurves):
-                goal: float | ByteBudget | PartBudget | None = sparsity if budget is None else budget
-                assert goal is not None
-                found = allocate_by_levels(
-                    model,
-                    matrices,
-                    hessians,
-                    first_utterances(batches, allocation.utterances),
-                    goal,
-                    plan.solve_levels,
-                    allocation,
-                    traces=plan.traces,
-                    masks=plan.masks,
-                    seed=settings.seed,
-                    progress=progress,
-                )
-            else:
-                assert isinstance(budget, ByteBudget)
-                # How many bytes weights take hardly depends on the solver: a quick one finds the sparsity.
-                solver = OBS(damping=plan.settings.solver.damping)
-                quick = replace(plan, settings=replace(plan.settings, solver=solver))
-                fit = fit_uniformly(budget, matrices, hessians, quick.solve_levels, progress)
-                found = LevelAllocation.of_fit(fit, note=budget.more_than_needed(fit.measured[0][1]))
-    found = distributed.broadcast(found)
-    assert found is not None
-    return found
-
-
-def byte_budget(model: PreTrainedModel, settings: Pruning) -> ByteBudget | None:
-    """Give the bytes that a model's weights file may have; None where the settings ask for no size.
-
-    Raises:
-        UserError: What is not prunable takes all of them.
-    """
-    if not isinstance(settings.sparsity, Megabytes):
-        return None
-    rest = bytes_of_rest(model, prunable_matrices(model, settings.scope), settings.quantization)
-    budget = ByteBudget(settings.sparsity.bytes, rest, settings.quantization, settings.solver.damping)
-    budget.check_rest()
-    return budget
-
-
-def bytes_of_rest(model: PreTrainedModel, matrices: list[PrunableMatrix], quantization: Quantization) -> int:
-    """Give what a model takes in its file besides the prunable matrices, rounded as it will be, with the header."""
-    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in matrices}
-    tensors = {
-        name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
-        for name, tensor in model.state_dict().items()
-    }
-    return file_bytes(tensors) - sum(coded_bytes(weight.flatten(1)) for weight in empty.values())
 
 
 def stage_progress(progress: StageProgress | None, stage: str) -> Progress | None:

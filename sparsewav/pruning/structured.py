@@ -26,7 +26,7 @@ class StructureReport:
         parts: How many there were.
         kept: How many stay.
         relative_error: Of the output of the matrix that reads them, as in
-            :class:`~sparsewav.pruning.layerwise.MatrixReport`.
+            :class:`~sparsewav.pruning.report.MatrixReport`.
     """
 
     name: str

@@ -15,6 +15,7 @@ from sparsewav.errors import UserError
 from sparsewav.pruning import layerwise
 from sparsewav.pruning.encoder import PrunableMatrix, projections_as_modules, prunable_matrices
 from sparsewav.pruning.hessian import BLOCK, WAITING_FRAMES, Hessians, _Sum, collect_hessians
+from sparsewav.pruning.plan import Outcome, Plan
 from sparsewav.settings import Calibration, Pruning, Uniform
 
 Batch = dict[str, Tensor]
@@ -106,10 +107,10 @@ def collect_layer_by_layer(
 ) -> None:
     """Go through the loop over the layers, on all frames, and visit what would be pruned in place of pruning it."""
     calibration = Calibration(propagation="sequential", frames_per_column=None)
-    plan = layerwise.Plan(Pruning(allocation=Uniform(), calibration=calibration), targets={})
+    plan = Plan(Pruning(allocation=Uniform(), calibration=calibration), targets={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layerwise, "solve", lambda matrices, hessians, plan, outcome: visit(matrices, hessians))
-        layerwise.prune_layer_by_layer(model, batches, plan, layerwise.Outcome())
+        layerwise.prune_layer_by_layer(model, batches, plan, Outcome())
 
 
 def assert_same_hessians(hessians: Hessians, expected: dict[str, Tensor]) -> None:

@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.levels import Level, LevelStore, SolveLevels, choose_within, row_errors
-from sparsewav.pruning.encoder import PrunableMatrix
-from sparsewav.pruning.encoding import coded_bytes
+from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.encoding import coded_bytes, file_bytes
 from sparsewav.pruning.hessian import Hessians, Progress
+from sparsewav.pruning.rest import round_tensor
 from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix
-from sparsewav.settings.pruning import Float16, Integers, Quantization
+from sparsewav.settings.pruning import Float16, Integers, Megabytes, Pruning, Quantization
 
 HIGHEST = 0.95
 """The highest sparsity of a level."""
@@ -324,3 +326,27 @@ def fit_uniformly(
     budget.check(int(sizes[-1]))
     measured = [(sparsity, int(size)) for sparsity, size in zip(sparsities, sizes, strict=True)]
     return UniformFit(measured, float(budget.room), list(by_name), width)
+
+
+def byte_budget(model: PreTrainedModel, settings: Pruning) -> ByteBudget | None:
+    """Give the bytes that a model's weights file may have; None where the settings ask for no size.
+
+    Raises:
+        UserError: What is not prunable takes all of them.
+    """
+    if not isinstance(settings.sparsity, Megabytes):
+        return None
+    rest = bytes_of_rest(model, prunable_matrices(model, settings.scope), settings.quantization)
+    budget = ByteBudget(settings.sparsity.bytes, rest, settings.quantization, settings.solver.damping)
+    budget.check_rest()
+    return budget
+
+
+def bytes_of_rest(model: PreTrainedModel, matrices: list[PrunableMatrix], quantization: Quantization) -> int:
+    """Give what a model takes in its file besides the prunable matrices, rounded as it will be, with the header."""
+    empty = {f"{matrix.name}.weight": torch.zeros_like(matrix.parameter) for matrix in matrices}
+    tensors = {
+        name: empty[name] if name in empty else round_tensor(name, tensor, quantization, False)
+        for name, tensor in model.state_dict().items()
+    }
+    return file_bytes(tensors) - sum(coded_bytes(weight.flatten(1)) for weight in empty.values())

@@ -16,10 +16,9 @@ import sparsewav
 from sparsewav import ALPS, Calibration, ErrorCurves, Megabytes, Search
 from sparsewav.pruning import prunable_matrices, prune
 from sparsewav.pruning.allocation import budget
-from sparsewav.pruning.allocation.budget import Fit, UniformFit, undominated
+from sparsewav.pruning.allocation.budget import Fit, UniformFit, bytes_of_rest, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
 from sparsewav.pruning.encoding import file_bytes
-from sparsewav.pruning.prune import bytes_of_rest
 from sparsewav.settings.pruning import Mixed
 from tests.terminal import Run
 

@@ -1,0 +1,127 @@
+"""Which allocation is asked for, whether a model can have it, and what it gives."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsewav.errors import UserError
+from sparsewav.pruning import distributed
+from sparsewav.pruning.allocation.budget import ByteBudget, fit_uniformly
+from sparsewav.pruning.allocation.parts import PartBudget
+from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
+from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
+from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
+from sparsewav.pruning.encoder import (
+    first_utterances,
+    has_head,
+    prunable_matrices,
+)
+from sparsewav.pruning.hessian import Hessians, Progress
+from sparsewav.pruning.plan import Plan
+from sparsewav.settings.pruning import (
+    HAWQ,
+    OBS,
+    Allocation,
+    ErrorCurves,
+    Hutchinson,
+    Pruning,
+    Traced,
+)
+
+
+def traces_of(
+    model: PreTrainedModel, batches: Any, settings: Pruning, progress: Progress | None = None
+) -> dict[str, Trace]:
+    """Estimate the Hessian traces for an allocation, on the part of the calibration set that it asks for (eq. 4, 5)."""
+    allocation = settings.allocation
+    assert isinstance(allocation, Traced)
+    return estimate_traces(
+        model,
+        first_utterances(batches, allocation.utterances),
+        scope=settings.scope,
+        probes=allocation.probes,
+        distribution=allocation.distribution,
+        rank_tolerance=allocation.rank_tolerance,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
+    """Refuse an allocation that takes transcripts or the posteriors of characters for an encoder without a head.
+
+    Raises:
+        UserError: It names the allocations that an encoder can have.
+    """
+    if has_head(model):
+        return
+    kind = type(model).__name__
+    if isinstance(allocation, Traced):
+        raise UserError(
+            f"{kind} has no CTC head, and allocation={allocation.name} takes the CTC loss; choose allocation=uniform, "
+            "error_curves or search, or load the model with AutoModelForCTC.from_pretrained"
+        )
+    if isinstance(allocation, ErrorCurves) and allocation.effect == "fisher":
+        raise UserError(
+            f"{kind} has no CTC head, and allocation.effect=fisher is that of its posteriors; choose "
+            "allocation.effect=output"
+        )
+
+
+def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, Trace] | None) -> dict[str, float]:
+    """Give the sparsity of every matrix by name, uniformly or by its rank (eq. 6 and 7)."""
+    allocation, target = settings.allocation, settings.sparsity.fraction
+    assert target is not None
+    if not isinstance(allocation, Hutchinson):
+        return allocate_uniformly(sizes, target)
+    assert traces is not None
+    for name in sizes:
+        if not math.isfinite(traces[name].value):
+            raise UserError(f"the sensitivity of {name} is {traces[name].value}; check the model's weights")
+    sensitivities = {name: traces[name].sensitivity for name in sizes}
+    return allocate_by_rank(sizes, sensitivities, target, allocation.alpha, exact_budget=allocation.exact_budget)
+
+
+def allocate_levels(
+    model: PreTrainedModel,
+    batches: Any,
+    plan: Plan,
+    hessians: Hessians,
+    budget: ByteBudget | PartBudget | None,
+    progress: Progress | None = None,
+) -> LevelAllocation:
+    """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
+    settings, matrices = plan.settings, plan.pruned(prunable_matrices(model, plan.settings.scope))
+    allocation, sparsity = settings.allocation, settings.sparsity.fraction
+    found: LevelAllocation | None = None
+    with distributed.together():
+        if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
+            if isinstance(allocation, HAWQ | ErrorCurves):
+                goal: float | ByteBudget | PartBudget | None = sparsity if budget is None else budget
+                assert goal is not None
+                found = allocate_by_levels(
+                    model,
+                    matrices,
+                    hessians,
+                    first_utterances(batches, allocation.utterances),
+                    goal,
+                    plan.solve_levels,
+                    allocation,
+                    traces=plan.traces,
+                    masks=plan.masks,
+                    seed=settings.seed,
+                    progress=progress,
+                )
+            else:
+                assert isinstance(budget, ByteBudget)
+                # How many bytes weights take hardly depends on the solver: a quick one finds the sparsity.
+                solver = OBS(damping=plan.settings.solver.damping)
+                quick = replace(plan, settings=replace(plan.settings, solver=solver))
+                fit = fit_uniformly(budget, matrices, hessians, quick.solve_levels, progress)
+                found = LevelAllocation.of_fit(fit, note=budget.more_than_needed(fit.measured[0][1]))
+    found = distributed.broadcast(found)
+    assert found is not None
+    return found
