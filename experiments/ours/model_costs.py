@@ -19,7 +19,7 @@ from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.rest import round_tensor
-from sparsewav.settings.pruning import Float16, Int8, NoQuantization, Quantization
+from sparsewav.settings.quantization import Float16, Int8, NoQuantization, Quantization
 from sparsewav.settings.run import Config, Model
 from sparsewav.training.recipes import load_or_train
 

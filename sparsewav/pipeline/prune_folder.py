@@ -48,9 +48,7 @@ from sparsewav.settings.pruning import (
     TRANSFORMER,
     Allocation,
     Calibration,
-    Integers,
     Pruning,
-    Quantization,
     Saliency,
     Solver,
     Sparsity,
@@ -58,6 +56,7 @@ from sparsewav.settings.pruning import (
     Uniform,
     resolve,
 )
+from sparsewav.settings.quantization import Integers, Quantization
 from sparsewav.settings.run import device_faults
 
 SHARED = ("attention.rel_attn_embed.weight",)

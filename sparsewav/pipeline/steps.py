@@ -31,17 +31,8 @@ from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import PruneReport, distributed, prune_model
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.rest import round_rest
-from sparsewav.settings.pruning import (
-    OBS,
-    Integers,
-    Magnitude,
-    NoRecovery,
-    Pruning,
-    Structured,
-    Symmetric,
-    Uniform,
-    Unstructured,
-)
+from sparsewav.settings.pruning import OBS, Magnitude, NoRecovery, Pruning, Structured, Symmetric, Uniform, Unstructured
+from sparsewav.settings.quantization import Integers
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masked_matrices, masks_of
 from sparsewav.training.processes import train_masked_in_processes

@@ -19,7 +19,8 @@ from sparsewav.pruning.solvers.quantize import QuantizedMatrix, quantize_matrice
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, prune_groups
 from sparsewav.pruning.structure import Structure
 from sparsewav.pruning.structured import StructureReport, as_pruned, remove_parts
-from sparsewav.settings.pruning import Asymmetric, Integers, Pruning
+from sparsewav.settings.pruning import Asymmetric, Pruning
+from sparsewav.settings.quantization import Integers
 
 BATCHED_DEVICES = ("cuda",)
 """Types of device on which matrices of equally wide inputs are solved together."""

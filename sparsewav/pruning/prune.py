@@ -52,12 +52,9 @@ from sparsewav.settings.pruning import (
     Calibration,
     ErrorCurves,
     Hutchinson,
-    Integers,
     Megabytes,
-    NoQuantization,
     Objective,
     Pruning,
-    Quantization,
     Recovery,
     Saliency,
     Solver,
@@ -67,6 +64,7 @@ from sparsewav.settings.pruning import (
     Uniform,
     resolve,
 )
+from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.solvers.quantize import round_to_nearest
-from sparsewav.settings.pruning import Integers, Quantization, Rounded
+from sparsewav.settings.quantization import Integers, Quantization, Rounded
 
 
 @torch.no_grad()

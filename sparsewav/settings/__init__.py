@@ -11,16 +11,9 @@ from sparsewav.settings.pruning import (
     Calibration,
     ErrorCurves,
     FirstOrder,
-    Float16,
     Hutchinson,
-    Int2,
-    Int3,
-    Int4,
-    Int8,
     Magnitude,
     Megabytes,
-    Mixed,
-    NoQuantization,
     NoRecovery,
     OBSRefit,
     Pruning,
@@ -33,6 +26,7 @@ from sparsewav.settings.pruning import (
     Unstructured,
     Wanda,
 )
+from sparsewav.settings.quantization import Float16, Int2, Int3, Int4, Int8, Mixed, NoQuantization
 
 __all__ = [
     "ALPS",

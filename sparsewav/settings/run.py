@@ -22,7 +22,6 @@ from sparsewav.settings.pruning import (
     TRANSFORMER,
     Calibration,
     Hutchinson,
-    Integers,
     Megabytes,
     Pruning,
     Structured,
@@ -30,6 +29,7 @@ from sparsewav.settings.pruning import (
     Unstructured,
     alpha_faults,
 )
+from sparsewav.settings.quantization import Integers
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
 
 

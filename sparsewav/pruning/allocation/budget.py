@@ -28,7 +28,8 @@ from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.pruning.rest import round_tensor
 from sparsewav.pruning.solvers.quantize import quantize_matrices
 from sparsewav.pruning.solvers.solve import PrunedMatrix
-from sparsewav.settings.pruning import Float16, Integers, Megabytes, Pruning, Quantization
+from sparsewav.settings.pruning import Megabytes, Pruning
+from sparsewav.settings.quantization import Float16, Integers, Quantization
 
 HIGHEST = 0.95
 """The highest sparsity of a level."""

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparsewav.pruning.solvers.factorization import damp, factorize, invert_upper
-from sparsewav.settings.pruning import Integers
+from sparsewav.settings.quantization import Integers
 
 SCALE_BITS = 4
 """Significant bits of a scale."""

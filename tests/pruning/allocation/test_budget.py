@@ -19,7 +19,7 @@ from sparsewav.pruning.allocation import budget
 from sparsewav.pruning.allocation.budget import Fit, UniformFit, bytes_of_rest, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
 from sparsewav.pruning.encoding import file_bytes
-from sparsewav.settings.pruning import Mixed
+from sparsewav.settings.quantization import Mixed
 from tests.terminal import Run
 
 Batch = dict[str, Tensor]

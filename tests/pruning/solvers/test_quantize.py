@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsewav.pruning.solvers.quantize import SCALE_BITS, quantize, quantize_matrices, round_to_nearest
-from sparsewav.settings.pruning import Integers
+from sparsewav.settings.quantization import Integers
 
 DAMPING = 0.01
 
