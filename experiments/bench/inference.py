@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from sparsewav.inference.alternatives import ALTERNATIVES, TRIAL, Alternative, a
 from sparsewav.inference.kernel import sparse_product
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import WIDTHS
+from sparsewav.models.cut import cut_model
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
+from sparsewav.pruning.structure import structures
 
 DENSE = "dense"
 
@@ -54,6 +56,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+KEPT = (0.5, 0.25)
+CUT_RUN_BY = ("PyTorch bfloat16", "ONNX Runtime int8", "OpenVINO int8")
+"""The alternatives that models with fewer parts are run by, besides PyTorch in float32."""
 CASES = ("1x5", "1x20", "8x5", "8x20")
 KEYS = ("subject", "contestant", "threads")
 
@@ -74,6 +79,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = benchmark_parser("inference", description, parts, example)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default both")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="default 0.5 to 0.95")
+    parser.add_argument(
+        "--kept",
+        nargs="*",
+        type=float,
+        default=list(KEPT),
+        help="of alternatives and memory: shares of the parts (default 0.5 0.25)",
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"batch x seconds (default {' '.join(CASES)})")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
     parser.add_argument("--frames", nargs="+", type=int, default=[250, 1000], help="of products (default 250 1000)")
@@ -148,7 +160,7 @@ def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 def bench_alternatives(arguments: argparse.Namespace) -> pandas.DataFrame:
-    """Whole models: dense, accelerated, in lower precision, and in other runtimes; seconds for a second of audio.
+    """Whole models: dense, pruned, in lower precision, and in other runtimes; seconds for a second of audio.
 
     The column difference says how far the outputs are from those of the model with the same weights in float32 in
     PyTorch, relative to the largest one. What is not installed or does not suit the processor is left out.
@@ -160,7 +172,10 @@ def bench_alternatives(arguments: argparse.Namespace) -> pandas.DataFrame:
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 contestants = {DENSE: Alternative(partial(run_model, dense), 0.0)}
-                contestants |= ours_at(dense, sorted(arguments.sparsities)) | prepared(dense, Path(folder))
+                contestants |= ours_at(dense, sorted(arguments.sparsities))
+                contestants |= prepared(dense, Path(folder) / DENSE, ALTERNATIVES)
+                for share in arguments.kept:
+                    contestants |= cut_to(dense, share, Path(folder) / f"{share:g}")
                 for case in arguments.cases:
                     batch, seconds = map(int, case.split("x"))
                     audio = torch.randn(batch, 16_000 * seconds, generator=torch.Generator().manual_seed(0))
@@ -197,15 +212,27 @@ def ours_at(dense: PreTrainedModel, sparsities: Sequence[float]) -> dict[str, Al
     return found
 
 
-def prepared(dense: PreTrainedModel, folder: Path) -> dict[str, Alternative]:
-    """The alternatives of a dense model, with a printed sentence on each that is left out."""
+def prepared(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> dict[str, Alternative]:
+    """The alternatives of a model in PyTorch, with a printed sentence on each that is left out."""
     found = {}
-    for name in ALTERNATIVES:
+    for name in names:
         try:
-            found[name] = alternative(name, dense, folder)
+            found[name] = alternative(name, model, folder)
         except UserError as error:
             print(f"{name} is left out: {error}")
     return found
+
+
+def cut_to(dense: PreTrainedModel, share: float, folder: Path) -> dict[str, Alternative]:
+    """Models that keep this share of each structure's parts, in PyTorch and by other runtimes."""
+    model = random_cut(dense, share)
+    found = {"": Alternative(partial(run_model, model), 0.0)} | prepared(model, folder, CUT_RUN_BY)
+    return {", ".join(filter(None, [f"{OURS} structured, {share:.0%} kept", by])): own for by, own in found.items()}
+
+
+def random_cut(dense: PreTrainedModel, share: float) -> PreTrainedModel:
+    """A model without some parts of every structure, as many as leave this share."""
+    return cut_model(dense, {item.name: torch.arange(round(share * item.count)) for item in structures(dense)})
 
 
 def alternate_models(
@@ -340,7 +367,7 @@ def plot_speedups(path: Path, overview: pandas.DataFrame) -> None:
 
 
 MEASURE = """
-import json, sys, torch, sparsewav
+import json, sys, torch, sparsewav, sparsewav.models.structured
 from functools import partial
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCTC
@@ -385,8 +412,14 @@ def bench_memory(arguments: argparse.Namespace) -> pandas.DataFrame:
         model, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as exported:
             model.save_pretrained(folder)
-            for contestant in (DENSE, *prepared(model, Path(exported))):
+            for contestant in (DENSE, *prepared(model, Path(exported), ALTERNATIVES)):
                 measure(shown, contestant, folder, exported)
+        for share in arguments.kept:
+            cut = random_cut(model, share)
+            with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as exported:
+                cut.save_pretrained(folder)
+                for contestant in (DENSE, *prepared(cut, Path(exported), CUT_RUN_BY)):
+                    measure(f"{shown}, {share:.0%} kept", contestant, folder, exported)
         for sparsity in sorted(arguments.sparsities):
             for matrix in prunable_matrices(model):
                 remove_at_random(matrix.weight, sparsity)

@@ -80,13 +80,15 @@ def test_inference_is_measured_beside_its_alternatives(
     monkeypatch.setitem(inference.MODELS, "base", {"hidden_size": 192, "intermediate_size": 768, "conv_dim": (32,) * 7})
     contestants = ("PyTorch int8", "ONNX Runtime float32", "OpenVINO float32")
     monkeypatch.setattr(inference, "ALTERNATIVES", {name: alternatives.ALTERNATIVES[name] for name in contestants})
+    monkeypatch.setattr(inference, "CUT_RUN_BY", contestants[1:2])
     monkeypatch.setitem(sys.modules, "openvino", None)
     command = ["alternatives", "--models", "base", "--layers", "1", "--rounds", "3", "--sparsities", "0.9"]
+    command += ["--kept", "0.5"]
     assert inference.main([*command, "--cases", "1x1", "2x1", "--threads", "1", "--output", str(tmp_path)]) == 0
     assert "OpenVINO float32 is left out: openvino is not installed" in capsys.readouterr().out
     table = pandas.read_csv(tmp_path / "alternatives.csv")
     counts = table.groupby(["subject", "contestant"]).size()
-    assert len(counts) == 2 * 4
+    assert len(counts) == 2 * 6
     assert set(counts) == {3}
     differences = table.groupby("contestant")["difference"].agg(["min", "max"])
     assert differences.loc["dense", "max"] == 0
@@ -94,6 +96,7 @@ def test_inference_is_measured_beside_its_alternatives(
     assert 1e-4 < differences.loc["PyTorch int8", "min"] < 0.5
     (ours,) = (name for name in differences.index if name.startswith("SparseWAV, 90% zero"))
     assert differences.loc[ours, "max"] < 1e-4
+    assert differences.loc["SparseWAV structured, 50% kept, ONNX Runtime float32", "max"] < 1e-4
     assert (tmp_path / "alternatives.png").stat().st_size > 10_000
 
 
