@@ -52,8 +52,8 @@ def finish(
                 "lr_multiplier": 4.0,
             }
             metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
-        if target is None:
-            metrics["target_megabytes"] = config.sparsity.megabytes
+        for key in {"megabytes", "parameters", "macs"} & config.sparsity.keys():
+            metrics[f"target_{key}"] = config.sparsity[key]
         metrics["stages"] = [{"sparsity": target}]
         write_details(job.folder, metrics["wer"])
         run_folder.write_json(job.folder / run_folder.METRICS, metrics | more)

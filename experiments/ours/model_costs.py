@@ -1,20 +1,27 @@
-"""Measurements of models: their time on a CPU, and their bytes and WER when they are rounded."""
+"""Measurements of models: their time on a CPU, also in int8, and their bytes and WER when they are rounded."""
 
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsewav
+from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
+from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
+from sparsewav.inference.exchange import check_libraries, write_exchange
+from sparsewav.inference.runtime import load_exported
 from sparsewav.inference.timing import in_turns
-from sparsewav.models.load import choose_device
+from sparsewav.models.load import SpeechModel, choose_device
 from sparsewav.pipeline.run_folder import count_parameters, device_name
 from sparsewav.progress import quieten_libraries, stage
 from sparsewav.pruning.encoding import file_bytes
@@ -44,16 +51,16 @@ def measure_times(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
         runs: Folders of the runs.
 
     Returns:
-        A row a model, the dense one first, with the columns run; milliseconds for a second of audio;
-        milliseconds_dense, the dense model's in the same turns; faster, the ratio of the two; swapped, the number of
-        matrices that multiply sparse; and audio_seconds, rounds, threads and machine of the measurement.
+        A row a model, the dense one first, with the columns run; bits of its numbers; milliseconds for a second of
+        audio; milliseconds_dense, the dense model's in the same turns; faster, the ratio of the two; swapped, the
+        number of matrices that multiply sparse; and audio_seconds, rounds, threads and machine of the measurement.
 
     Raises:
         UserError: A run has no model.
     """
     _require_models(runs)
     quieten_libraries()
-    audio = torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
+    audio = _audio()
     dense = load_or_train(dense_model).model
     rows = []
     with stage(Console(), "Measuring speed") as progress:
@@ -69,11 +76,67 @@ def measure_times(dense_model: Model, runs: list[Path]) -> pandas.DataFrame:
         "swapped": 0,
     }
     return pandas.concat([pandas.DataFrame([first]), table], ignore_index=True).assign(
+        bits=32,
         audio_seconds=AUDIO,
         rounds=ROUNDS,
         threads=torch.get_num_threads(),
         machine=device_name(torch.device("cpu")),
     )
+
+
+def _audio() -> Float[Tensor, "1 samples"]:
+    return torch.randn(1, 16_000 * AUDIO, generator=torch.Generator().manual_seed(0))
+
+
+def measure_int8(config: Config, runs: list[Path]) -> pandas.DataFrame:
+    """Export the models of runs, and the dense model that they come from, as int8 for OpenVINO; time and evaluate them.
+
+    Each takes turns with the dense model in PyTorch. The ranges are those of 32 utterances of the calibration set.
+
+    Args:
+        config: The settings that the dense model is loaded by, and the sets of speech.
+        runs: Folders of the runs.
+
+    Returns:
+        A row a model, the dense one first, with the columns run, bits, milliseconds, milliseconds_dense and faster as
+        of :func:`measure_times`; wer.
+
+    Raises:
+        UserError: OpenVINO is not installed, or a run has no model.
+    """
+    check_libraries("openvino", int8=True)
+    _require_models(runs)
+    quieten_libraries()
+    sets = Sets(config.data)
+    utterances = next(iter(sets.evaluation().values()))
+    calibration = [replace(utterance, text="") for utterance in sets.calibration(32, 0, fewer=True)]
+    audio, dense = _audio(), load_or_train(config.model).model
+    rows = []
+    with stage(Console(), "Measuring int8") as progress, tempfile.TemporaryDirectory() as folder:
+        for done, run in enumerate([None, *runs]):
+            speech = load_or_train(config.model if run is None else Model(str(run / "model")))
+            place = Path(folder) / str(done)
+            place.mkdir()
+            write_exchange(speech, place, "openvino", SpeechBatches(calibration, speech.processor, 1e-3, padding=False))
+            exported = load_exported(place)
+            with torch.inference_mode():
+                before, after = in_turns(ROUNDS, [partial(dense, audio), partial(exported.model, audio)])
+            row = {"run": config.model.source if run is None else str(run), "bits": 8}
+            row |= {"milliseconds": 1000 * after / AUDIO, "milliseconds_dense": 1000 * before / AUDIO}
+            rows.append(row | {"faster": before / after, "wer": _wer(exported, utterances, config)})
+            progress(done, len(runs))
+    return pandas.DataFrame(rows)
+
+
+def _wer(speech: SpeechModel, utterances: list[Utterance], config: Config) -> float:
+    rates = sparsewav.evaluate(
+        speech,
+        utterances,
+        seconds_per_batch=config.seconds_per_batch,
+        case=config.data.case,
+        remove_characters=config.data.remove_characters,
+    )
+    return rates.wer
 
 
 def _require_models(runs: list[Path]) -> None:
@@ -126,16 +189,9 @@ def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
                 speech = load_or_train(config.model if run is None else Model(str(run / "model")), device)
                 speech.model = speech.model.float()
                 round_numbers(speech.model, quantization)
-                rates = sparsewav.evaluate(
-                    speech,
-                    utterances,
-                    seconds_per_batch=config.seconds_per_batch,
-                    case=config.data.case,
-                    remove_characters=config.data.remove_characters,
-                )
                 name = config.model.source if run is None else str(run)
                 row = {"run": name, "rounding": rounding, "bytes": file_bytes(speech.model.state_dict())}
-                rows.append(row | {"bits": bits, "wer": rates.wer})
+                rows.append(row | {"bits": bits, "wer": _wer(speech, utterances, config)})
             progress(done, len(runs))
     return pandas.DataFrame(rows)
 

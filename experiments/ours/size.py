@@ -87,7 +87,7 @@ POINTS = (
     ),
     *(_fitting(BUDGET, size, "smallest", 125.0) for size in range(4)),
 )
-SWEEPS = (*(point.sweep for point in POINTS), *speed.SWEEPS)
+SWEEPS = (*(point.sweep for point in POINTS), *speed.WITH_TABLE2)
 
 SHOWN_IN_PAPER = ("Kind", "Model", "WER %", "MB", "Bits", "Reached", "Seeds", "Front")
 
@@ -128,7 +128,7 @@ def measure(item: Item, scale: Scale) -> None:
 
 
 def _other_jobs(scale: Scale) -> list[Job]:
-    return [job for sweep in speed.SWEEPS for job in jobs(sweep, scale)]
+    return [job for sweep in speed.WITH_TABLE2 for job in jobs(sweep, scale)]
 
 
 def make(item: Item, scale: Scale) -> Result:
@@ -138,7 +138,7 @@ def make(item: Item, scale: Scale) -> Result:
         UserError: A run or the measurement is missing.
     """
     own = {point: read_point(point, scale) for point in POINTS}
-    others = [read([sweep], scale) for sweep in speed.SWEEPS]
+    others = [read([sweep], scale) for sweep in speed.WITH_TABLE2]
     path = scale.folder / f"{item.name}-measured.csv"
     measured = measured_before(path, [job.folder for job in _other_jobs(scale)], ["bytes", "wer"])
     if measured is None:

@@ -1,10 +1,11 @@
-"""The sweeps of the methods that the paper compares with, which Tables 2 and 3 share."""
+"""The sweeps of the methods that the paper compares with, and of heads and units removed whole, beside them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas
 
-from experiments.sweeps import Sweep
+from experiments.sweeps import Scale, Sweep, read
 from sparsewav.baselines import METHODS
 
 DEMO = ("training.epochs=0.08",)
@@ -64,6 +65,36 @@ def registered() -> dict[str, Row]:
 
 
 SWEEPS = tuple(sweep_of(row.method, row.role) for row in registered().values())
+
+
+STRUCTURED = "structured"
+"""What the column ``method`` says of our runs that removed heads and units whole (:func:`read_methods`)."""
+OURS = ("sparsewav", STRUCTURED)
+
+
+def structured(share: float) -> Sweep:
+    """The runs that leave this share of the encoder's parameters, with as many updates as our runs at 85 % get."""
+    longer = 0.5 / (1 - 0.85)  # than at 50 %, as finetune_strategy.more_when_sparser has it
+    return Sweep(
+        "ours/structured",
+        "base",
+        demo=(f"training.epochs={0.08 * longer:.6f}",),
+        paper=(f"training.epochs={40 * longer:.6f}",),
+        both=(f"sparsity.parameters={share:g}",),
+        seconds=60.0,
+    )
+
+
+def read_methods(sweeps: Iterable[Sweep], scale: Scale) -> pandas.DataFrame:
+    """Read runs as :func:`~experiments.sweeps.read` does, and tell ours that removed heads and units from the others.
+
+    Raises:
+        UserError: As there.
+    """
+    runs = read(sweeps, scale)
+    if "target_parameters" in runs:
+        runs.loc[runs["target_parameters"].notna(), "method"] = STRUCTURED
+    return runs
 
 
 def cost(run: pandas.Series) -> str:

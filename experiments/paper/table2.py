@@ -6,18 +6,25 @@ import pandas
 
 from experiments.paper import baselines
 from experiments.results import EQUAL, Item, Result, describe, paper, reached, summarize
-from experiments.sweeps import Scale, Sweep, read
+from experiments.sweeps import Scale, Sweep
 from experiments.tables import mean_and_deviation, write_table
 
 OURS = tuple(
     Sweep("paper/compression", role, demo=(*baselines.DEMO, *baselines.THREE_SEEDS))
     for role in ("base", "wavlm", "hubert")
 )
-SWEEPS = (*OURS, *baselines.SWEEPS)
+STRUCTURED = baselines.structured(0.235)
+"""As many parameters as the prior methods have: 22.3 of 94.7 millions (Table 2 of the paper)."""
+SWEEPS = (*OURS, STRUCTURED, *baselines.SWEEPS)
 
 DENSE = {"wav2vec2 Base": "base", "HuBERT Base": "hubert", "WavLM Base+": "wavlm"}
-PRUNED = {"SparseWAV2VEC2": "base", "SparseWAVLM+": "wavlm", "Ours, HuBERT": "hubert"}
-"""The rows of SparseWAV with their model's role; the last one is not in the paper's table."""
+PRUNED = {
+    "SparseWAV2VEC2": ("base", "sparsewav"),
+    "SparseWAVLM+": ("wavlm", "sparsewav"),
+    "Ours, HuBERT": ("hubert", "sparsewav"),
+    "SparseWAV, structured": ("base", baselines.STRUCTURED),
+}
+"""The rows of SparseWAV with their model's role and method; the last two are not in the paper's table."""
 
 
 SHOWN_IN_PAPER = ("Method", "Paper WER %", "Our WER %", "Reached", "Seeds", "Training")
@@ -25,7 +32,7 @@ SHOWN_IN_PAPER = ("Method", "Paper WER %", "Our WER %", "Reached", "Seeds", "Tra
 
 def make(item: Item, scale: Scale) -> Result:
     """Write the table."""
-    runs = read(item.sweeps, scale)
+    runs = baselines.read_methods(item.sweeps, scale)
     published = {row["method"]: row for row in paper()["table2"]}
     methods = baselines.registered()
     names = [*(name for name in published if name not in PRUNED), *(name for name in methods if name not in published)]
@@ -47,7 +54,7 @@ def make(item: Item, scale: Scale) -> Result:
             }
             value |= {"model": chosen["model"], "params": chosen["params_total"], "wer_dense": chosen["wer_dense"]}
         else:
-            role, method = (PRUNED[name], "sparsewav") if name in PRUNED else ("", "")
+            role, method = PRUNED.get(name, ("", ""))
             if name in methods:
                 role, method = methods[name].role, methods[name].method
             chosen = runs[(runs["role"] == role) & (runs["method"] == method)]
@@ -86,7 +93,7 @@ def make(item: Item, scale: Scale) -> Result:
 
 
 def _strategies(runs: pandas.DataFrame, *, ours: bool) -> str:
-    return " and ".join(sorted(set(runs.loc[(runs["method"] == "sparsewav") == ours, "finetune_strategy"])))
+    return " and ".join(sorted(set(runs.loc[runs["method"].isin(baselines.OURS) == ours, "finetune_strategy"])))
 
 
 def _measured(chosen: pandas.DataFrame, scale: Scale) -> dict[str, object]:

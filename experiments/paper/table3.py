@@ -4,16 +4,16 @@ from typing import Any
 
 import pandas
 
-from experiments.paper import baselines
+from experiments.paper import baselines, table2
 from experiments.results import Item, Result, describe, paper, reached, summarize
-from experiments.sweeps import Scale, Sweep, read
+from experiments.sweeps import Scale, Sweep
 from experiments.tables import mean_and_deviation, write_table
 from sparsewav.baselines import METHODS
 from sparsewav.errors import UserError
 
 OURS = (Sweep("paper/timing", "base"), Sweep("paper/timing", "large"))
 LARGE = tuple(baselines.sweep_of(method, "large") for method in ("dphubert",) if method in METHODS)
-SWEEPS = (*OURS, *(sweep for sweep in baselines.SWEEPS if sweep.role == "base"), *LARGE)
+SWEEPS = (*OURS, table2.STRUCTURED, *(sweep for sweep in baselines.SWEEPS if sweep.role == "base"), *LARGE)
 
 ROLES = {"HuBERT-base": "base", "HuBERT-large": "large", "wav2vec2-base": "base", "wav2vec2-large": "large"}
 """The role of our model that stands for each of the paper's models."""
@@ -28,7 +28,7 @@ def make(item: Item, scale: Scale) -> Result:
     Raises:
         UserError: A run is missing, or took a piece from the cache.
     """
-    runs = read(item.sweeps, scale)
+    runs = baselines.read_methods(item.sweeps, scale)
     runs["prune"] = [seconds["prune"] for seconds in runs["seconds"]]
     cached = runs[runs["seconds_cached"].map(lambda pieces: bool(pieces.keys() - {"evaluate"}))]
     if len(cached):
@@ -41,12 +41,14 @@ def make(item: Item, scale: Scale) -> Result:
         )
     means = runs[runs["method"] == "sparsewav"].groupby("role")["prune"].mean()
     methods = {name: row.method for name, row in baselines.registered().items()}
+    methods |= {"SparseWAV": "sparsewav", "SparseWAV, structured": baselines.STRUCTURED}
     wanted = [(row["method"], row["model"], row["seconds"]) for row in paper()["table3"]]
     shown = {name for name, _, _ in wanted}
     rows_of_base = [row for row in baselines.registered().items() if row[1].role == "base" and row[0] not in shown]
     # Ours last among those of its size, as in the paper.
     first_ours = next(index for index, (name, _, _) in enumerate(wanted) if name == "SparseWAV")
     wanted[first_ours:first_ours] = [(name, "wav2vec2-base", None) for name, _ in rows_of_base]
+    wanted.insert(first_ours + len(rows_of_base) + 1, ("SparseWAV, structured", "wav2vec2-base", None))
     rows: list[dict[str, object]] = []
     values: list[dict[str, object]] = []
     for name, model, seconds in wanted:
@@ -55,8 +57,7 @@ def make(item: Item, scale: Scale) -> Result:
         if seconds is not None:
             row |= {"Paper model": model, "Paper time": _duration(seconds)}
             value |= {"paper_model": model, "paper_seconds": seconds}
-        method = "sparsewav" if name == "SparseWAV" else methods.get(name)
-        chosen = runs[(runs["role"] == ROLES[model]) & (runs["method"] == method)]
+        chosen = runs[(runs["role"] == ROLES[model]) & (runs["method"] == methods.get(name))]
         if len(chosen):
             value |= _measured(chosen, means[ROLES[model]], scale)
             row |= _printed(chosen, value)
@@ -64,7 +65,7 @@ def make(item: Item, scale: Scale) -> Result:
         values.append(value)
     frame = pandas.DataFrame(rows)
     published = {row["model"]: row["seconds"] for row in paper()["table3"] if row["method"] == "SparseWAV"}
-    ours = runs[runs["method"] == "sparsewav"]
+    ours = runs[runs["method"].isin(baselines.OURS)]
     slower = [
         name
         for name, model, seconds in wanted

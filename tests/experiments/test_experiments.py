@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 import sparsewav
 from experiments.__main__ import main, needed_by
-from experiments.bench.inference import remove_at_random
+from experiments.bench.inference import random_cut, remove_at_random
 from experiments.differences import speakers_of
 from experiments.estimate import typed
 from experiments.items import ITEMS, PAPER
@@ -30,6 +30,7 @@ from experiments.ours.size import POINTS
 from experiments.ours.size_figure import BUDGET
 from experiments.ours.variants import VARIANTS
 from experiments.paper.baselines import ROWS
+from experiments.paper.table2 import OURS
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from experiments.tables import latex_table
 from sparsewav.baselines import METHODS
@@ -37,6 +38,8 @@ from sparsewav.errors import UserError
 from sparsewav.files import conf_folder
 from sparsewav.pipeline import run_folder
 from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.settings.run import Config
+from sparsewav.training.schedule import plan_stages
 from tests.finished import change, finish
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,10 @@ EXPERIMENTS = sorted(
 SWEEPS = list(dict.fromkeys(sweep for item in ITEMS.values() for sweep in item.sweeps))
 
 
+def _updates(config: Config) -> int:
+    return sum(stage.updates for stage in plan_stages(config, 20_000))
+
+
 @pytest.mark.parametrize("scale", ["demo", "paper"])
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: "-".join([sweep.experiment, sweep.role, *sweep.both]))
 def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: str) -> None:
@@ -56,7 +63,12 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
     for job in found:
         config = typed(job.config)
         config.check()
-        assert config.training.epochs == (40 if scale == "paper" else config.training.epochs)
+        if sweep.experiment == "ours/structured":
+            assert _updates(config) == pytest.approx(
+                _updates(typed(jobs(OURS[0], Scale(scale, Path()))[0].config)), abs=1
+            )
+        elif scale == "paper":
+            assert config.training.epochs == 40
         assert config.calibration.utterances == (2048 if scale == "paper" else 128)
 
 
@@ -330,7 +342,9 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert compression.loc["DistilHuBERT", "achieved_sparsity"] == pytest.approx(0.84)
     assert "| 200 x 24 + 400 x 16 |" in (tmp_path / "table2.md").read_text()
     assert {row.method for row in ROWS.values()} >= set(METHODS), "every method has a row"
-    assert compression["wer_mean"].notna().sum() == 3 + sum(row.method in METHODS for row in ROWS.values())
+    assert compression["wer_mean"].notna().sum() == 4 + sum(row.method in METHODS for row in ROWS.values())
+    cut = compression.loc["SparseWAV, structured"]
+    assert cut[["achieved_sparsity", "updates", "seeds"]].tolist() == [0.6, 400, 3]
     assert compression.loc["SparseWAV2VEC2", "params"] == 800_000
     spread = [0.05 + 0.05 + 0.85**6 * 1.1, 0.1 * 0.85**6, 3]
     for method in ("SparseWAV2VEC2", "PARP"):
@@ -340,6 +354,7 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     ours = timing[timing["method"] == "SparseWAV"]
     assert ours[["seconds_mean", "seconds_deviation", "seeds"]].to_numpy().tolist() == [[6, 0, 3]] * 2
     assert timing.set_index("method").loc["DistilHuBERT", "times_as_long"] == 10.0
+    assert timing.set_index("method").loc["SparseWAV, structured", "times_as_long"] == 1.0
     assert (
         "divided by 1000, and learning rates multiplied by 4, for all methods alike"
         in (tmp_path / "table3.md").read_text()
@@ -369,18 +384,26 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def _int8_as_measured(config: Config, runs: list[Path]) -> pandas.DataFrame:
+    rows = [{"run": run, "bits": 8, "wer": 0.12, "faster": 4.0} for run in (config.model.source, *map(str, runs))]
+    return pandas.DataFrame(rows).assign(milliseconds=1.0, milliseconds_dense=4.0)
+
+
 def test_speed_is_measured_once_on_the_models_of_the_runs(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_costs, "AUDIO", 1)
     monkeypatch.setattr(model_costs, "ROUNDS", 3)
+    monkeypatch.setattr(model_costs, "measure_int8", _int8_as_measured)
     item, scale = ITEMS["speed"], Scale("demo", tmp_path, (f"model.name_or_path={model_folder}",))
     assert item.measure is not None
     for sweep in item.sweeps:
         finish(sweep, scale, lambda settings: 0.1)
         for job in jobs(sweep, scale):
             model = sparsewav.load(model_folder)
-            if job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
+            if "parameters" in job.config.sparsity:
+                model = random_cut(model, 0.5)
+            elif job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
                 for matrix in prunable_matrices(model):
                     remove_at_random(matrix.weight, job.config.sparsity.target)
             model.save_pretrained(job.folder / "model")
@@ -393,11 +416,22 @@ def test_speed_is_measured_once_on_the_models_of_the_runs(
     measured = tmp_path / "speed-measured.csv"
     assert rows.index.tolist()[:4] == ["dense", "SparseWAV, 69.0 %", "SparseWAV, 84.0 %", "SparseWAV, 89.0 %"]
     assert (rows["Times faster"].astype(float) > 0).all()
+    in_int8 = [name for name in rows.index if name.endswith(", OpenVINO int8")]
+    left = ("75 %", "50 %", "23.5 %")
+    assert in_int8 == [
+        f"{name}, OpenVINO int8" for name in ("dense", *(f"SparseWAV, structured, {share} left" for share in left))
+    ]
+    assert rows.loc[in_int8, "WER %"].tolist() == ["12.00"] * 4
+    assert rows.loc["SparseWAV, structured, 50 % left", "WER %"] == "10.00"
+    assert rows.loc[in_int8, "ms"].astype(float).tolist() == pytest.approx(
+        [float(rows.loc["dense", "ms"]) / 4] * 4, abs=0.01
+    )
     assert (tmp_path / "speed.png").is_file()
     before = measured.read_bytes()
     item.measure(item, scale)
     assert measured.read_bytes() == before, "measured already"
-    assert pandas.read_csv(tmp_path / "speed.csv")["updates"].tolist()[1:] == [400] * (len(rows) - 1)
+    updates = pandas.read_csv(tmp_path / "speed.csv").set_index("model")["updates"].dropna()
+    assert updates.tolist() == [400] * (len(rows) - 2), "all but the dense model's two"
     change(jobs(item.sweeps[0], scale)[0].folder, wer=0.2)
     with pytest.raises(UserError, match="not measured"):
         item.make(item, scale)

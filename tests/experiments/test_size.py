@@ -48,9 +48,9 @@ def scale(folder: Path) -> Scale:
             return _wer(point, place) + 0.01 * int(settings["seed"])
 
         finish(point.sweep, scale, wer, bytes=_size(point, place), bits=3.0)
-    for sweep in speed.SWEEPS:
+    for sweep in speed.WITH_TABLE2:
         finish(sweep, scale, lambda settings: 0.5)
-    folders = [job.folder for sweep in speed.SWEEPS for job in jobs(sweep, scale)]
+    folders = [job.folder for sweep in speed.WITH_TABLE2 for job in jobs(sweep, scale)]
     rows = [
         {"run": run, "rounding": rounding, "bytes": size, "bits": bits, "wer": wer}
         for run, wer in [("demo", 0.05), *((str(run), 0.6) for run in folders)]
@@ -67,7 +67,7 @@ def test_the_figure_of_sizes_has_every_model_and_marks_the_front(scale: Scale) -
     assert [path.suffix for path in result.files] == [".png", ".pdf", ".csv", ".md", ".tex"]
     assert all(path.stat().st_size for path in result.files)
     table = pandas.read_csv(scale.folder / "size.csv")
-    assert len(table) == 3 + len(POINTS) + 2 * len(speed.SWEEPS)
+    assert len(table) == 3 + len(POINTS) + 2 * len(speed.WITH_TABLE2)
     models = list(zip(table["bytes"], table["wer_mean"], strict=True))
     beaten = [any(size <= own and wer < rate for size, wer in models) for own, rate in models]
     assert table["front"].tolist() == [not item for item in beaten]
@@ -76,7 +76,7 @@ def test_the_figure_of_sizes_has_every_model_and_marks_the_front(scale: Scale) -
     assert ours["wer_deviation"] == pytest.approx(0.01)
     rounded = table.set_index(["kind", "label"]).loc[("Table 2, int8", "PARP")]
     assert rounded[["wer_mean", "bytes", "updates"]].tolist() == [0.6, 3e6, 400], "measured anew, and not the run's own"
-    change(jobs(speed.SWEEPS[0], scale)[0].folder, wer=0.4)
+    change(jobs(speed.WITH_TABLE2[0], scale)[0].folder, wer=0.4)
     with pytest.raises(UserError, match=r"not measured; measure them: \./reproduce\.sh demo size"):
         item.make(item, scale)
 
@@ -123,7 +123,7 @@ def test_models_of_other_methods_are_rounded_and_counted_as_the_file_would_be(
     overrides = (f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}")
     subsets = ("data.evaluation_subset=test", "data.calibration_subset=train", "data.training_subset=train")
     scale = Scale("demo", tmp_path, (*overrides, *subsets, "device=cpu"))
-    config = typed(jobs(speed.SWEEPS[0], scale)[0].config)
+    config = typed(jobs(speed.WITH_TABLE2[0], scale)[0].config)
     run = tmp_path / "run"
     with pytest.raises(UserError, match="has no model"):
         measure_rounded(config, [run])
