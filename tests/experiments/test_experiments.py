@@ -437,6 +437,33 @@ def test_speed_is_measured_once_on_the_models_of_the_runs(
         item.make(item, scale)
 
 
+@pytest.mark.slow
+def test_int8_is_timed_and_transcribed_by_its_own_runtime(
+    model_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_costs, "AUDIO", 1)
+    monkeypatch.setattr(model_costs, "ROUNDS", 3)
+    overrides = (f"model.name_or_path={model_folder}", "data=librispeech_dir", f"data.root={corpus}")
+    subsets = ("data.evaluation_subset=test", "data.calibration_subset=train", "data.training_subset=train")
+    config = typed(jobs(OURS[0], Scale("demo", tmp_path, (*overrides, *subsets)))[0].config)
+    speech = sparsewav.load_model(str(model_folder))
+    own = speech.model
+    speech.model = random_cut(own, 0.5)
+    sparsewav.save(speech, tmp_path / "run" / "model")
+    heard: list[str] = []
+    transcribe = sparsewav.evaluate
+    monkeypatch.setattr(
+        sparsewav,
+        "evaluate",
+        lambda model, *args, **more: heard.append(model.model.runtime) or transcribe(model, *args, **more),
+    )
+    table = model_costs.measure_int8(config, [tmp_path / "run"])
+    assert table[["run", "bits"]].to_numpy().tolist() == [[str(model_folder), 8], [str(tmp_path / "run"), 8]]
+    assert [runtime.partition(" ")[0] for runtime in heard] == ["openvino"] * 2
+    assert table["wer"].tolist() == pytest.approx([0.5, 0.5], abs=0.5)
+    assert (table["milliseconds_dense"] / table["milliseconds"]).tolist() == pytest.approx(table["faster"].tolist())
+
+
 def test_speakers_are_read_from_ids_like_librispeechs() -> None:
     assert speakers_of(["3-0-0001", "7-1-0002"]) == ["3", "7"]
     assert speakers_of(["3-0-0001", "call_7"]) == []
