@@ -173,7 +173,7 @@ def plot(path: Path, points: pandas.DataFrame) -> None:
             audio).
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 5.0), layout="constrained")
         axes = figure.add_subplot()
         for (method, bits), own in points.groupby(["method", "bits"]):
             if method in baselines.OURS:
@@ -197,5 +197,5 @@ def plot(path: Path, points: pandas.DataFrame) -> None:
         logarithmic_wer(axes)
         handles, labels = axes.get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
-        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=3, fontsize=8)
+        figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=2, fontsize=8)
         save(figure, path)
