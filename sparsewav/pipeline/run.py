@@ -53,9 +53,10 @@ from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config
 from sparsewav.settings.sparsity import COUNTED
+from sparsewav.training.precision import choose_precision
 from sparsewav.training.recipes import load_or_train, present_folder
 from sparsewav.training.schedule import plan_stages, too_short
-from sparsewav.training.trainer import choose_precision, write_training_log
+from sparsewav.training.trainer import write_training_log
 
 OTHER_SETTINGS = "choose another folder, or force=true to replace this one"
 
@@ -338,7 +339,9 @@ def _finish(
         **{key: first[key] for key in run_folder.RATES},
         "divergence": first.get("divergence"),
         "updates": sum(record["updates"] for record in state.stages),
-        "training_precision": choose_precision(config.training.precision, device) if state.log else None,
+        "training_precision": choose_precision(config.training.precision, speech.model, quietly=True)
+        if state.log
+        else None,
         "compression": None
         if ours
         else state.compression | {"update_divisor": config.update_divisor, "lr_multiplier": config.lr_multiplier},

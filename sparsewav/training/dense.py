@@ -43,9 +43,10 @@ from sparsewav.progress import print_note, print_warning, reporting, stage
 from sparsewav.pruning.encoder import check_family, has_head, prunable_matrices
 from sparsewav.pruning.families import ENCODERS
 from sparsewav.settings.run import TrainConfig
+from sparsewav.training.precision import choose_precision
 from sparsewav.training.recipes import TRAINING, is_on_hub, train_if_recipe
 from sparsewav.training.schedule import Stage, too_short
-from sparsewav.training.trainer import Log, choose_precision, train_ctc, updates_of, write_training_log
+from sparsewav.training.trainer import Log, train_ctc, updates_of, write_training_log
 
 LETTERS = "ETAONIHSRDLUMWCFGYPBVK'XJQZ"
 """The letters of English in the order of wav2vec 2.0, whose vocabulary has 32 tokens."""
@@ -209,7 +210,7 @@ def _train(config: TrainConfig, folder: Path, console: Console, begin: Callable[
         "warnings": warnings,
         "settings": asdict(config.training),
         "inputs": json.loads(started_from.read_text()),
-        "training_precision": choose_precision(config.training.precision, device),
+        "training_precision": choose_precision(config.training.precision, saved.model, quietly=True),
         **run_folder.environment(device),
     }
     run_folder.write_json(done, record)

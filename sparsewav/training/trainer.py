@@ -41,6 +41,7 @@ from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.masks import HoldMasks, masked_gradients
+from sparsewav.training.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -64,26 +65,6 @@ SKIPPED_IN_A_ROW = 40
 def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
     """Give the number of updates in so many epochs, at least one."""
     return max(1, math.ceil(epochs * utterances / batch_size - 1e-9))
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Turn ``auto`` into bfloat16 where the device has instructions for it, and into float32 elsewhere.
-
-    A processor without such instructions emulates them, ten to twenty times slower than float32.
-
-    Raises:
-        UserError: float16 is asked for on a CPU, whose autocast does not support it.
-    """
-    if name == "float16" and device.type == "cpu":
-        raise UserError("training.precision=float16 wants a GPU; choose training.precision=auto")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch: unknown
-        native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bfloat16" if native else "float32"
 
 
 def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int, seed: int) -> list[Utterance]:
@@ -260,7 +241,7 @@ def train(
             gradient or a weight is not finite; the last checkpoint before that stays.
     """
     device = next(model.parameters()).device
-    precision = choose_precision(settings.precision, device)
+    precision = choose_precision(settings.precision, model)
     plan = plan_updates(training_set, settings.batch_size, updates, seed)
     arguments = TrainingArguments(
         output_dir=str(folder),

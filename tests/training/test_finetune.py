@@ -30,14 +30,15 @@ from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.settings.run import Config
 from sparsewav.settings.training import Training
+from sparsewav.training import precision as precisions
 from sparsewav.training.masks import masked_gradients, masks_of
+from sparsewav.training.precision import choose_precision
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import (
     CHECKPOINTS,
     SKIPPED_IN_A_ROW,
     _FiniteTrainer,
-    choose_precision,
     plan_updates,
     train_ctc,
     write_training_log,
@@ -88,8 +89,9 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_masks_hold_through_decay_kill_and_resume(
-    model_folder: Path, corpus: Path, tmp_path: Path, precision: str
+    model_folder: Path, corpus: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(precisions, "wrong_in_bfloat16", lambda model: None)  # right or wrong, masks hold
     training = read_librispeech_folder(corpus, "train")
     settings = _settings(precision=precision)
 
@@ -453,8 +455,34 @@ def test_automatic_precision_is_the_one_that_the_processor_multiplies(
     monkeypatch: pytest.MonkeyPatch, capability: str, precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "avx512_f": True})
-    assert choose_precision("auto", torch.device("cpu")) == precision
-    assert choose_precision("float32", torch.device("cpu")) == "float32"
+    assert choose_precision("auto", torch.nn.Linear(32, 32)) == precision
+    assert choose_precision("float32", torch.nn.Linear(32, 32)) == "float32"
+
+
+@pytest.mark.parametrize("spoiled", ["output", "gradient"])
+def test_a_processor_that_computes_wrongly_in_bfloat16_trains_in_float32(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spoiled: str
+) -> None:
+    """Found on a processor with AMX: the positional convolution gave garbage, and the training learned from it."""
+    model = torch.nn.ModuleDict({"dense": torch.nn.Linear(64, 64), "conv": torch.nn.Conv1d(64, 64, 3)})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_precision("auto", model) == "bfloat16"
+    rightly = torch.nn.functional.conv1d
+
+    def wrongly(*arguments: Any) -> Tensor:
+        output = rightly(*arguments)
+        if not torch.is_autocast_enabled("cpu"):
+            return output
+        if spoiled == "gradient":
+            return output.detach() + output.flip(-1) - output.flip(-1).detach()
+        return output.flip(-1)
+
+    monkeypatch.setattr(torch.nn.functional, "conv1d", wrongly)
+    assert choose_precision("auto", model) == "float32"
+    assert "this machine computes conv wrongly in bfloat16; training in float32" in caplog.text
+    assert choose_precision("float32", model) == "float32"
+    with pytest.raises(UserError, match=r"wrongly in bfloat16; choose training\.precision=float32"):
+        choose_precision("bfloat16", model)
 
 
 @pytest.mark.slow
