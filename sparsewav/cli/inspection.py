@@ -73,7 +73,7 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
 
     from sparsewav.pipeline import run_folder
     from sparsewav.pipeline.naming import rounded_to
-    from sparsewav.pruning.structure import structures
+    from sparsewav.pruning.structure import front_end, structures
 
     found = []
     metrics = run_folder.read_metrics(run)
@@ -84,8 +84,10 @@ def discrepancies(model: "PreTrainedModel", matrices: "pandas.DataFrame", run: P
         )
     if (run / run_folder.LAYERS).is_file():
         layers = pandas.read_csv(run / run_folder.LAYERS).set_index("name")
-        if "kept" in layers:  # heads and units were removed whole
+        if "kept" in layers:  # parts were removed whole
             parts = {structure.name: structure.count for structure in structures(model)}
+            if "channels" in set(layers["kind"]):
+                parts |= {channels.name: channels.count for channels in front_end(model).sets}
             return found + [
                 f"{run_folder.LAYERS} says {name} has {kept} {kind}; it has {parts.get(name, 0)}"
                 for name, kept, kind in zip(layers.index, layers["kept"], layers["kind"], strict=True)

@@ -76,7 +76,7 @@ def show_result(metrics: dict[str, Any], folder: Path, console: Console) -> None
     later = [metrics[group] for group in LATER_CHOICES if metrics[group] not in (papers_choice(group), None)]
     first = [metrics["saliency"]] if metrics["saliency"] else later[:1]  # a solver without it, as in folders' names
     if metrics["achieved_share"] is not None:
-        first = ["heads and units removed"]
+        first = ["parts removed whole"]
     later = [choice for choice in later if choice not in first]
     how = metrics["method"] if compression else ", ".join([*first, metrics["allocation"], *later])
     table = Table(title=f"{metrics['model']}: {how}", show_header=False)

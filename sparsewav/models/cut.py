@@ -1,5 +1,8 @@
 """Cutting attention heads and feed-forward units out of a model: a smaller model that computes the same without them.
 
+Channels of the front end are cut by the pruning itself (:mod:`~sparsewav.pruning.channels`), and a model without some
+of them stays of its class, with a smaller ``conv_dim``.
+
 In transformers the width of a head is ``hidden_size / num_attention_heads``, so that no class of its own can have fewer
 heads of the same width. A model that keeps all heads and equally many units in every layer stays of its class, with a
 smaller ``intermediate_size``; every other one becomes one of :mod:`~sparsewav.models.structured`.
@@ -20,7 +23,7 @@ from sparsewav.models.load import SpeechModel
 from sparsewav.models.structured import STRUCTURED, LayerShape
 from sparsewav.pruning.encoder import encoder_layers, layers_name
 from sparsewav.pruning.report import PruneReport
-from sparsewav.pruning.structure import structures
+from sparsewav.pruning.structure import front_end, structures
 
 Cuttable = TypeVar("Cuttable", PreTrainedModel, SpeechModel)
 
@@ -47,7 +50,8 @@ def cut_model(model: PreTrainedModel, kept: Mapping[str, Int[Tensor, " kept"]]) 
     Args:
         model: A model of a family that can be cut, or one that was cut before; it is not changed.
         kept: The indices of the parts that stay, by the name of their
-            :class:`~sparsewav.pruning.structure.Structure`. Structures that it does not name stay whole.
+            :class:`~sparsewav.pruning.structure.Structure`. Structures that it does not name stay whole. The channels
+            that it names, by convolution, are those that the model still has.
 
     Returns:
         A new model on the same device, in evaluation mode.
@@ -59,6 +63,9 @@ def cut_model(model: PreTrainedModel, kept: Mapping[str, Int[Tensor, " kept"]]) 
     layers = len(encoder_layers(model))
     query, units = [torch.ones(0, 1, dtype=torch.bool)] * layers, [torch.ones(0, dtype=torch.bool)] * layers
     found = structures(model)
+    channels = {name: parts for name, parts in kept.items() if ".conv_layers." in name}
+    _check_channels(model, channels)
+    kept = {name: parts for name, parts in kept.items() if name not in channels}
     if unknown := set(kept) - {structure.name for structure in found}:
         raise ValueError(f"the model has no structure {', '.join(sorted(unknown))}")
     for structure in found:
@@ -100,7 +107,7 @@ def cut(model: Cuttable, report: PruneReport) -> Cuttable:
     """
     pruned = model.model if isinstance(model, SpeechModel) else model
     if not report.kept:
-        raise UserError("the report says of no heads and units which stay; prune with sparsewav.Structured(...) first")
+        raise UserError("the report says of no parts which stay; prune with sparsewav.Structured(...) first")
     for structure in structures(pruned):
         kept = report.kept.get(structure.name)
         columns = structure.reader.weight.detach().unflatten(1, (structure.count, structure.size))
@@ -114,6 +121,18 @@ def cut(model: Cuttable, report: PruneReport) -> Cuttable:
     except ValueError as error:
         raise UserError(f"the report is of another model: {error}") from error
     return replace(model, model=smaller) if isinstance(model, SpeechModel) else smaller
+
+
+def _check_channels(model: PreTrainedModel, kept: Mapping[str, Int[Tensor, " _kept"]]) -> None:
+    """Refuse channels that are not as many as the convolutions of a model have.
+
+    Raises:
+        ValueError: They are not.
+    """
+    counts = {channels.name: channels.count for channels in front_end(model).sets} if kept else {}
+    for name, parts in kept.items():
+        if len(parts) != counts.get(name):
+            raise ValueError(f"{name} has {counts.get(name, 'no')} channels, and {len(parts)} are to have stayed")
 
 
 def cut_layers(

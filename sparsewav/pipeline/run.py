@@ -321,7 +321,7 @@ def _finish(
             for group in ("saliency", "solver", "objective", "recovery", "quantization", "allocation")
         },
         **({} if config.uses_saliency else {"saliency": None}),
-        "scope": config.scope,
+        "scope": config.reach if ours else config.scope,
         "finetune_strategy": config.finetune_strategy.name,
         "seed": config.seed,
         "pattern": str(config.sparsity) if config.sparsity.pattern else None,

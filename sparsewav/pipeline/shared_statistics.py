@@ -128,7 +128,7 @@ def gather_hessians(
                 collect_hessians,
                 speech.model,
                 batches,
-                scope=config.scope,
+                scope=config.reach,
                 progress=progress,
                 frames_per_column=sample,
                 seed=config.seed,
@@ -143,7 +143,7 @@ def gather_hessians(
 
     if identity is None:
         return *gather(), False
-    identity = identity | {"utterances": cache.utterances_fingerprint(utterances), "scope": config.scope}
+    identity = identity | {"utterances": cache.utterances_fingerprint(utterances), "scope": config.reach}
     if sample is not None:
         identity |= {"frames_per_column": sample, "seed": config.seed}
     folder, cached = cache.cached_folder("hessians", identity, make, enabled=config.cache)

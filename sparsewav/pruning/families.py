@@ -20,7 +20,7 @@ from sparsewav.errors import UserError
 OWN_PREFIX = "sparsewav-"
 """Prefix of the ``model_type`` of models that this package's methods produce and transformers has no class for."""
 
-Kind = Literal["heads", "units"]
+Kind = Literal["heads", "units", "channels"]
 """What structured pruning removes."""
 
 Frames = Callable[[Any, Int[Tensor, "..."]], Int[Tensor, "..."]]

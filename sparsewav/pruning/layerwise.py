@@ -1,8 +1,8 @@
 """The loop over the layers: collect a layer's Hessians, solve its matrices, recover its output, round, and propagate.
 
 Where nothing is recovered a matrix is rounded right after it is solved, so that what comes after it makes up for both.
-What is in front of the layers (``scope=encoder``) is pruned before, matrix by matrix. With propagation ``parallel``
-there is no loop: all Hessians come from one pass of the dense model.
+What is in front of the layers (``scope=encoder``, or channels that are removed whole) is pruned before, matrix by
+matrix. With propagation ``parallel`` there is no loop: all Hessians come from one pass of the dense model.
 """
 
 import copy
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.parts import parts_kept
+from sparsewav.pruning.channels import remove_channels
 from sparsewav.pruning.encoder import FRONT, PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, InputObserver, Progress, collect_hessian_in_front
 from sparsewav.pruning.hidden_states import (
@@ -85,7 +86,8 @@ def prune_layer_by_layer(
     layers, matrices = encoder_layers(model), prunable_matrices(model, settings.scope)
     front = [matrix for matrix in matrices if matrix.layer == FRONT]
     with projections_as_modules(model), scratch_folder() as folder:
-        if settings.two_models or not front:
+        front_changes = bool(front) or plan.front is not None
+        if settings.two_models or not front_changes:
             with distributed.together():
                 inputs = first_layer_inputs(model, batches, folder)
                 for item in inputs if settings.two_models else []:
@@ -96,7 +98,11 @@ def prune_layer_by_layer(
             solve([matrix], found, plan, outcome)
             if progress:
                 progress("calibrate", number, len(front) + len(layers))
-        if front:
+        if plan.front is not None:
+            remove_front_channels(model, batches, plan, outcome)
+        if plan.structures == {} and not recovers:  # channels alone
+            return
+        if front_changes:
             with distributed.together():
                 inputs = first_layer_inputs(model, batches, folder)
         for index, layer in enumerate(layers):
@@ -218,7 +224,7 @@ def solve(
         outcome: Reports, masks and seconds are added to it.
         progress: Called with the number of matrices done.
     """
-    if plan.structures:
+    if plan.structures is not None:
         _remove_parts(matrices, hessians, plan, outcome, progress)
         return
     with outcome.timing("solve"):
@@ -252,6 +258,28 @@ def solve(
             outcome.masks |= {name: mask for name, (_, mask) in done.items()}
 
 
+def remove_front_channels(
+    model: PreTrainedModel, batches: Any, plan: Plan, outcome: Outcome, hessians: Hessians | None = None
+) -> None:
+    """Remove channels of the front end in place, as planned; with Hessians of the dense model from those."""
+    assert plan.front is not None
+    settings = plan.settings
+    with outcome.timing("solve"):
+        done = remove_channels(
+            model,
+            plan.front,
+            plan.channels_kept,
+            batches,
+            settings.solver.damping,
+            settings.calibration,
+            settings.seed,
+            hessians,
+            asymmetric=isinstance(settings.objective, Asymmetric),
+        )
+    for reader, (report, kept) in zip(plan.front.readers, done, strict=True):
+        outcome.structures[reader], outcome.kept[report.name] = report, kept
+
+
 def _remove_parts(
     matrices: list[PrunableMatrix], hessians: Hessians, plan: Plan, outcome: Outcome, progress: Progress | None
 ) -> None:
@@ -262,6 +290,7 @@ def _remove_parts(
         with distributed.together():
             for key, group in dealt.items():
                 for matrix in group if owners[key] == distributed.rank() else []:
+                    assert plan.structures is not None
                     structure, dense = plan.structures[matrix.name], matrix.weight.detach()
                     count = parts_kept(plan.targets[matrix.name], structure.count)
                     drift = plan.group([matrix], [0.0], hessians.by_input[key], hessians.drifts.get(key)).drift

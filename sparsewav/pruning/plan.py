@@ -17,7 +17,7 @@ from sparsewav.pruning.recovery import LayerRecovery
 from sparsewav.pruning.report import MatrixReport
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix, quantize_matrices
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, prune_groups
-from sparsewav.pruning.structure import Structure
+from sparsewav.pruning.structure import FrontEnd, Structure
 from sparsewav.pruning.structured import StructureReport, as_pruned, remove_parts
 from sparsewav.settings.pruning import Asymmetric, Pruning
 from sparsewav.settings.quantization import Integers
@@ -34,7 +34,8 @@ class Plan:
         settings: The settings of the pruning.
         targets: The sparsity of every matrix that is pruned, by name.
         structures: What loses parts whole, by the name of the matrix that reads them, whose sparsity is the share of
-            them that is removed; empty where single weights are removed, from all prunable matrices.
+            them that is removed; None where single weights are removed, from all prunable matrices.
+        front: The front end, if it loses channels; its sparsity is under its own name.
         traces: The Hessian traces that the allocation used.
         masks: The masks already in force, by name.
         bits: The bits of every matrix, by name; empty where the weights are not rounded to whole numbers.
@@ -51,11 +52,18 @@ class Plan:
     rounds: bool = True
     keep_masks: bool = True
     batched_devices: tuple[str, ...] = BATCHED_DEVICES
-    structures: Mapping[str, Structure] = field(default_factory=dict)
+    structures: Mapping[str, Structure] | None = None
+    front: FrontEnd | None = None
 
     def pruned(self, matrices: list[PrunableMatrix]) -> list[PrunableMatrix]:
         """Give those of some prunable matrices that the solver changes."""
-        return [matrix for matrix in matrices if not self.structures or matrix.name in self.structures]
+        return [matrix for matrix in matrices if self.structures is None or matrix.name in self.structures]
+
+    @property
+    def channels_kept(self) -> int:
+        """How many channels the widest convolution of the front end keeps."""
+        assert self.front is not None
+        return max(parts_kept(self.targets[self.front.name], self.front.count), 1)
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -103,7 +111,7 @@ class Plan:
 
         Where parts are removed whole it is one matrix, at several sparsities.
         """
-        if self.structures:
+        if self.structures is not None:
             structure = self.structures[matrices[0].name]
             counts = [parts_kept(sparsity, structure.count) for sparsity in sparsities]
             removals = remove_parts(structure, hessian, counts, self.settings.solver.damping)

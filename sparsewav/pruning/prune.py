@@ -22,6 +22,7 @@ from sparsewav.pruning.allocation.budget import MARGIN, byte_budget
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.allocation.search import LevelAllocation
 from sparsewav.pruning.allocation.sensitivity import Trace, unseparated_neighbors
+from sparsewav.pruning.channels import front_tensors, put_front
 from sparsewav.pruning.encoder import (
     FRONT,
     PrunableMatrix,
@@ -38,11 +39,13 @@ from sparsewav.pruning.layerwise import (
     LoadLayer,
     StageProgress,
     prune_layer_by_layer,
+    remove_front_channels,
     solve,
 )
 from sparsewav.pruning.plan import BATCHED_DEVICES, Outcome, Plan
 from sparsewav.pruning.report import PruneReport
 from sparsewav.pruning.rest import round_rest
+from sparsewav.pruning.structure import front_end
 from sparsewav.pruning.structured import removed_weights
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
@@ -114,7 +117,8 @@ def prune(
             not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
             of the weights file allows, or ``Structured(parameters=0.5)``: whole heads and units, whose columns in the
-            matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model. For the last two
+            matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model, and channels of
+            the convolutions where its ``parts`` name them, which are cut out of the model at once. For the last two
             ``allocation`` is ``error_curves`` unless one is given.
         preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended), ``best``, or
             ``smallest`` for ``Megabytes``; the same as ``experiment=`` of the command.
@@ -160,7 +164,7 @@ def prune(
     settings.scope = scope or settings.scope
     settings.check()
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.scope)
+    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
     check_allocation(pruned, settings.allocation)
     check_quantization(pruned, settings.quantization)
     if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
@@ -168,7 +172,7 @@ def prune(
             f"quantization={settings.quantization.name} rounds the model that is cut; prune without it, cut the model, "
             f"and prune that to 0 with quantization={settings.quantization.name} and allocation=uniform"
         )
-    with _undone_by_errors(pruned), whatever_modes(pruned.device):
+    with _undone_by_errors(pruned, channels=settings.reach != settings.scope), whatever_modes(pruned.device):
         return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress)
 
 
@@ -205,16 +209,15 @@ def prune_model(
     """
     settings.check()
     check_quantization(model, settings.quantization)
-    matrices, parts = prunable_matrices(model, settings.scope), None
+    matrices, parts = prunable_matrices(model, settings.reach), None
     check_scope(model, matrices, settings.scope)
     budget = byte_budget(model, settings) if levels is None else None
     prunable = sum(matrix.size for matrix in matrices)
     if isinstance(settings.sparsity, Structured):
         if masks:
-            raise UserError("masks remove single weights, and sparsity=structured whole heads and units; give no masks")
+            raise UserError("masks remove single weights, and sparsity=structured whole parts; give no masks")
         parts = part_budget(model, settings.sparsity)
-        matrices = [matrix for matrix in matrices if matrix.name in parts.structures]
-        hessians = hessians.restricted(parts.structures) if hessians else None
+        matrices = [matrix for matrix in matrices if matrix.name in parts.in_layers]
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
     if unknown:
@@ -241,17 +244,20 @@ def prune_model(
             targets = {} if by_levels else allocate(sizes, settings, traces)
         bits = _bits(sizes, settings, levels)
         plan = Plan(settings, targets, traces, dict(masks or {}), bits, rounds, keep_masks, batched_devices)
-        plan.structures = parts.structures if parts else {}
+        if parts is not None:
+            plan.structures, plan.front = parts.in_layers, parts.front
+        observed = parts.readers if parts else list(sizes)
+        hessians = hessians.restricted(observed) if hessians else None
         if hessians is None and (parallel or by_levels):
             with _timed(seconds, "calibrate"):
                 hessians = collect_hessians(
                     model,
                     batches,
-                    scope=settings.scope,
+                    scope=settings.reach,
                     frames_per_column=settings.calibration.frames_per_column,
                     seed=settings.seed,
                     progress=stage_progress(progress, "calibrate"),
-                ).restricted(sizes)
+                ).restricted(observed)
         allocated = None
         if by_levels:
             assert hessians is not None
@@ -264,7 +270,9 @@ def prune_model(
             outcome = Outcome()
             if parallel:
                 assert hessians is not None
-                solve(matrices, hessians, plan, outcome, stage_progress(progress, "solve"))
+                if plan.front is not None:
+                    remove_front_channels(model, batches, plan, outcome, hessians)
+                solve(matrices, hessians.restricted(sizes), plan, outcome, stage_progress(progress, "solve"))
             else:
                 with _timed(seconds, "calibrate"):
                     prune_layer_by_layer(model, batches, plan, outcome, load_layer=load_layer, progress=progress)
@@ -284,7 +292,10 @@ def prune_model(
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
     stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
     if parts is not None:
-        removed, zeros = removed_weights(model, outcome.structures), 0
+        left = sum(matrix.size for matrix in prunable_matrices(model, settings.reach))  # without the channels
+        removed, zeros = prunable - left + removed_weights(model, outcome.structures), 0
+        kept = {name: outcome.structures[name].kept for name in parts.in_layers}
+        kept |= {plan.front.name: plan.channels_kept} if plan.front else {}
     else:
         removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
     return PruneReport(
@@ -297,10 +308,10 @@ def prune_model(
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
-        scope=settings.scope,
-        structures=[outcome.structures[name] for name in sizes if name in outcome.structures],
+        scope=settings.reach,
+        structures=[outcome.structures[name] for name in observed if name in outcome.structures],
         kept=outcome.kept,
-        share=parts.share({name: report.kept for name, report in outcome.structures.items()}) if parts else None,
+        share=parts.share(kept) if parts else None,
     )
 
 
@@ -393,12 +404,18 @@ def stage_progress(progress: StageProgress | None, stage: str) -> Progress | Non
 
 
 @contextmanager
-def _undone_by_errors(model: PreTrainedModel) -> Iterator[None]:
-    """Give the model its numbers back if the block ends with an error: rounding changes the front end, too."""
+def _undone_by_errors(model: PreTrainedModel, *, channels: bool) -> Iterator[None]:
+    """Give the model its numbers back if the block ends with an error: rounding changes the front end, too.
+
+    Where channels are removed, its front end gets its sizes back.
+    """
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    front = front_end(model) if channels else None
     try:
         yield
     except BaseException:
+        if front is not None:
+            put_front(model, front, {name: before[name].to(model.device) for name in front_tensors(model, front)})
         model.load_state_dict(before)
         raise
 

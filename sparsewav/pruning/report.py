@@ -51,9 +51,10 @@ class PruneReport:
     """The result of :func:`prune`; :meth:`to_frame` makes a table of it.
 
     Attributes:
-        matrices: A report for every matrix, in the model's order; empty where heads and units were removed whole.
+        matrices: A report for every matrix, in the model's order; empty where parts were removed whole.
         masks: The mask of every matrix by name, True where a weight is kept; empty without ``keep_masks``.
-        sparsity: Pruned weights over prunable weights; of heads and units those that :func:`sparsewav.cut` cuts.
+        sparsity: Pruned weights over prunable weights; of heads and units those that :func:`sparsewav.cut` cuts. Where
+            channels were removed, the matrices in front of the layers that read them are counted, too.
         target_sparsity: The sparsity that was asked for; None where a size was.
         seconds: Seconds of the stages ``calibrate``, ``allocate`` and ``solve``, of ``recover`` where there is a
             recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
@@ -62,8 +63,9 @@ class PruneReport:
         allocated: What the allocation over levels found; None for the other allocations.
         bytes: The size of the weights file in bitmask format, where one was asked for.
         scope: What was prunable: ``transformer`` or ``encoder``.
-        structures: A report for every attention and feed-forward network that may have lost heads or units.
-        kept: The indices of the heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes them.
+        structures: A report for every convolution, attention and feed-forward network that may have lost parts.
+        kept: The indices of the channels, heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes
+            them.
         share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut.
     """
 

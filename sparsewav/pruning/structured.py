@@ -1,4 +1,4 @@
-"""Removing heads and units: the parts of a structure that count least, and what is said of it."""
+"""Removing heads and units: the parts of a structure that count least, and what is said of it, and of channels."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from sparsewav.pruning.structure import Structure
 
 @dataclass(frozen=True)
 class StructureReport:
-    """The result of removing parts of one attention or feed-forward network, in figures.
+    """The result of removing parts of one attention, feed-forward network or convolution, in figures.
 
     Attributes:
         name: The name of its module.
-        layer: The index of its transformer layer.
-        kind: What its parts are: ``heads`` or ``units``.
+        layer: The index of its transformer layer, or :data:`~sparsewav.pruning.encoder.FRONT`.
+        kind: What its parts are: ``heads``, ``units`` or ``channels``.
         size: The columns of the matrix that reads them, for each part.
         parts: How many there were.
         kept: How many stay.

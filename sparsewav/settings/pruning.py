@@ -328,6 +328,12 @@ class Pruning:
     )
 
     @property
+    def reach(self) -> str:
+        """Which matrices change and are counted: those of the scope, and without channels those in front, too."""
+        channels = isinstance(self.sparsity, Structured) and "channels" in self.sparsity.parts
+        return ENCODER if channels else self.scope
+
+    @property
     def two_models(self) -> bool:
         """Whether the dense model's activations are needed beside the pruned model's."""
         return isinstance(self.objective, Asymmetric) or not isinstance(self.recovery, NoRecovery)
@@ -396,12 +402,12 @@ class Pruning:
     def _structured_faults(self, sparsity: Structured) -> Iterator[str]:
         if self.scope != TRANSFORMER:
             yield (
-                f"scope={self.scope} removes single weights in front of the layers, and sparsity=structured heads and "
-                f"units within them; choose scope={TRANSFORMER} with it"
+                f"scope={self.scope} removes single weights in front of the layers, and sparsity=structured channels; "
+                f"choose scope={TRANSFORMER} with it, and channels among sparsity.parts"
             )
         if isinstance(self.allocation, Traced):
             yield (
-                f"allocation={self.allocation.name} shares weights, and sparsity=structured removes heads and units; "
+                f"allocation={self.allocation.name} shares weights, and sparsity=structured removes whole parts; "
                 "choose allocation=error_curves (or search, uniform) with it"
             )
         if isinstance(self.allocation, Search) and sparsity.uniform:

@@ -85,7 +85,7 @@ class Megabytes(Sparsity):
         return f"{self.megabytes:g} MB"
 
 
-PARTS = ("heads", "units")
+PARTS = ("heads", "units", "channels")
 """What ``sparsity=structured`` removes, whole."""
 
 
@@ -95,7 +95,10 @@ COUNTED = {"parameters": "parameters", "macs": "multiply-accumulates"}
 
 @dataclass
 class Structured(Sparsity):
-    """Whole attention heads and units of the feed-forward networks are removed, and the model becomes smaller."""
+    """Whole attention heads and units of the feed-forward networks are removed, and the model becomes smaller.
+
+    Channels of the front end's convolutions go as well where ``parts`` has them; all convolutions keep the same share.
+    """
 
     name: str = field(default="structured", init=False)
     parameters: float | None = option(
@@ -108,7 +111,10 @@ class Structured(Sparsity):
         most=1,
     )
     uniform: bool = option(False, "every layer keeps equally many heads, and equally many units")
-    parts: list[str] = option(["heads", "units"], "what is removed: heads, units or both")
+    parts: list[str] = option(
+        ["heads", "units"],
+        "what is removed: some of heads, units, and channels (of the convolutions in front of the layers)",
+    )
 
     @property
     def counts(self) -> str:

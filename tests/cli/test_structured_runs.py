@@ -67,6 +67,30 @@ def test_a_run_that_cuts_rounds_and_records_it(
     assert run_sparsewav(str(folder), command="sparsewav-inspect").returncode == 1
 
 
+def test_a_run_that_removes_channels_is_recorded_tuned_and_rounded(
+    run_sparsewav: Run, small: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    options = ["sparsity.parameters=0.9", "sparsity.parts=[channels]", "quantization=int8", "training.batch_size=4"]
+    options += ["finetune_strategy=one_pass", "training.epochs=1"]
+    result = run_sparsewav(*small, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = run_folder_in(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    layers = pandas.read_csv(folder / "layers.csv").set_index("name")
+    model = AutoModelForCTC.from_pretrained(folder / "model")
+    assert type(model).__name__ == "Wav2Vec2ForCTC"
+    assert list(model.config.conv_dim) == list(layers["kept"])
+    assert list(layers["kind"]) == ["channels", "channels"]
+    assert (layers["kept"] < layers["parts"]).all()
+    share = encoder_parameters(folder / "model") / encoder_parameters(model_folder)
+    assert metrics["achieved_share"] == pytest.approx(share)
+    assert 0.8 < share <= 0.9
+    assert (metrics["scope"], metrics["bits"]) == ("encoder", 8)
+    assert run_sparsewav(str(folder), command="sparsewav-inspect").returncode == 0
+    layers.assign(kept=layers["kept"] - 1).to_csv(folder / "layers.csv")
+    assert run_sparsewav(str(folder), command="sparsewav-inspect").returncode == 1
+
+
 def test_stages_are_shares_of_the_dense_encoder_and_a_stopped_run_goes_on(
     run_sparsewav: Run, small: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
-    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2", "wav2vec2")
+    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2", "wav2vec2", "hubert")
     options: list[dict[str, Any]] = [
         {"allocation": Hutchinson(rank_tolerance=0.0), "calibration": Calibration(frames_per_column=None)},
         {"allocation": "uniform", "calibration": Calibration(propagation="sequential", frames_per_column=2.0)},
@@ -81,6 +81,11 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
         {
             "sparsity": Structured(parameters=0.85),
             "allocation": "error_curves",
+            "calibration": Calibration(propagation="sequential", frames_per_column=None),
+        },
+        {
+            "sparsity": Structured(parameters=0.9, parts=["channels", "units"]),
+            "allocation": "uniform",
             "calibration": Calibration(propagation="sequential", frames_per_column=None),
         },
     ]

@@ -14,6 +14,7 @@ from sparsewav.pruning.allocation.parts import PartBudget
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
+from sparsewav.pruning.channels import front_levels
 from sparsewav.pruning.encoder import (
     first_utterances,
     has_head,
@@ -102,16 +103,23 @@ def allocate_levels(
             if isinstance(allocation, HAWQ | ErrorCurves):
                 goal: float | ByteBudget | PartBudget | None = sparsity if budget is None else budget
                 assert goal is not None
+                measured_on, front = first_utterances(batches, allocation.utterances), None
+                if plan.front is not None:
+                    assert isinstance(goal, PartBudget)
+                    numbers = goal.front_numbers(allocation.step)
+                    damping = settings.solver.damping
+                    front = front_levels(model, plan.front, numbers, measured_on, damping, hessians)
                 found = allocate_by_levels(
                     model,
                     matrices,
                     hessians,
-                    first_utterances(batches, allocation.utterances),
+                    measured_on,
                     goal,
                     plan.solve_levels,
                     allocation,
                     traces=plan.traces,
                     masks=plan.masks,
+                    front=front,
                     seed=settings.seed,
                     progress=progress,
                 )

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.channels import FrontLevels
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.pruning.hidden_states import scratch_folder
@@ -159,6 +160,13 @@ class LevelStore(AbstractContextManager["LevelStore"]):
             return self._weights[name][index]
         with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
             return file.get_tensor(str(index))
+
+    def put(self, piece: PrunableMatrix | FrontLevels, index: int) -> None:
+        """Give the model a matrix, or the front end with fewer channels, at a level, by the level's index."""
+        if isinstance(piece, FrontLevels):
+            piece.put(index)
+        else:
+            piece.weight.data.copy_(self.weight(piece.name, index))
 
 
 def row_errors(change: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, " rows"]:

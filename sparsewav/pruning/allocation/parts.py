@@ -1,13 +1,14 @@
-"""A budget of structured pruning: what heads and units take of the encoder, and how many of each fit.
+"""A budget of structured pruning: what heads, units and channels take of the encoder, and how many of each fit.
 
 What counts are the encoder's parameters, or its multiply-accumulates for an utterance of ten seconds. Both grow
-linearly with the parts of a structure, so that what every number of parts takes is known before anything is removed. A
-level of a structure is a number of parts; its matrix is really solved there, and its cost in the model's output
-measured (:mod:`~sparsewav.pruning.allocation.search`). The levels are few; units fill up what they leave.
+linearly with the heads or units of a structure, and with the square of the one share of channels that the convolutions
+of the front end keep, so that what every number of parts takes is known before anything is removed. A level of a
+structure is a number of parts; its matrix is really solved there, and its cost in the model's output measured
+(:mod:`~sparsewav.pruning.allocation.search`). The levels are few; units fill up what they leave.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from sparsewav.pruning.allocation.levels import Level, LevelStore, choose_within
 from sparsewav.pruning.encoder import PrunableMatrix, base_of, encoder_layers
 from sparsewav.pruning.macs import counted_modules
 from sparsewav.pruning.solvers.solve import PrunedMatrix
-from sparsewav.pruning.structure import Structure, structures
+from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
 from sparsewav.settings.sparsity import COUNTED, Structured
 
 SAMPLES = 160_000
@@ -35,14 +36,30 @@ class PartBudget:
     Attributes:
         asked: What was asked for.
         total: What the encoder has as it is: parameters, or multiply-accumulates.
-        structures: What may lose parts, by the name of the matrix that reads them.
-        amounts: What each takes with 0, 1, ... of its parts, by that name, shape (parts + 1,).
+        structures: What may lose parts, by the name of the matrix that reads them; the front end by its own name.
+        amounts: What each takes with 0, 1, ... of its parts, by that name, shape (parts + 1,). The front end takes as
+            much with 0 of the channels of its widest convolution as with 1, as every convolution keeps one.
     """
 
     asked: Structured
     total: int
-    structures: dict[str, Structure]
+    structures: dict[str, Structure | FrontEnd]
     amounts: dict[str, np.ndarray]
+
+    @property
+    def front(self) -> FrontEnd | None:
+        """The front end, if it may lose channels."""
+        return next((own for own in self.structures.values() if isinstance(own, FrontEnd)), None)
+
+    @property
+    def in_layers(self) -> dict[str, Structure]:
+        """What may lose parts in the layers, by the name of the matrix that reads them."""
+        return {name: own for name, own in self.structures.items() if isinstance(own, Structure)}
+
+    @property
+    def readers(self) -> list[str]:
+        """The names of all matrices that read what may be removed."""
+        return [*(self.front.readers if self.front else ()), *self.in_layers]
 
     @property
     def rest(self) -> int:
@@ -75,13 +92,20 @@ class PartBudget:
         if least <= self.room:
             return
         possible = (self.rest + least) / self.total
-        kinds = " and ".join(self.asked.parts)
+        kinds = " and ".join(kind for kind in self.asked.parts if kind != "channels")
+        fewest = "with one channel a convolution" if "channels" in self.asked.parts else ""
+        without = " and ".join(filter(None, [f"without any {kinds}" if kinds else "", fewest]))
         more = "" if len(self.asked.parts) > 1 else ", or more of sparsity.parts"
         raise UserError(
-            f"sparsity.{self.asked.counts}={self.asked.share:g} is out of reach: without any {kinds} the encoder still "
-            f"has {possible:.4f} of its {COUNTED[self.asked.counts]}; choose "
+            f"sparsity.{self.asked.counts}={self.asked.share:g} is out of reach: {without} the encoder "
+            f"still has {possible:.4f} of its {COUNTED[self.asked.counts]}; choose "
             f"at least {math.ceil(possible * 1000) / 1000:g}{more}"
         )
+
+    def front_numbers(self, step: float) -> list[int]:
+        """Give how many channels the widest convolution keeps at the levels of the front end, ascending."""
+        assert self.front is not None
+        return sorted({max(parts_kept(sparsity, self.front.count), 1) for sparsity in self.sparsities(step)})
 
     def more_than_needed(self, most: int) -> str | None:
         """Give a sentence if nothing has to be removed, where all structures take ``most``."""
@@ -112,7 +136,8 @@ class PartBudget:
     def choose(self, costs: Mapping[str, np.ndarray], sizes: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Give the index of every structure's level, so that they fit and cost least together.
 
-        With ``sparsity.uniform`` the structures of a kind have one level, whose costs are summed.
+        With ``sparsity.uniform`` the structures of a kind have one level, whose costs are summed. The convolutions of
+        the front end always do, as they are one structure.
         """
         sets = [[name] for name in costs]
         if self.asked.uniform:
@@ -179,27 +204,38 @@ def _last(holds: Callable[[int], bool], count: int) -> int:
 
 
 def part_budget(model: PreTrainedModel, asked: Structured) -> PartBudget:
-    """Count what an encoder has, and what its heads and units have of it.
+    """Count what an encoder has, and what its heads, units and channels have of it.
 
     Raises:
         UserError: The model's family has none that can be removed, its layers differ and are to be uniform, or the
             budget is out of reach.
     """
-    chosen = {structure.reader.name: structure for structure in structures(model) if structure.kind in asked.parts}
+    chosen: dict[str, Structure | FrontEnd] = {}
+    if "channels" in asked.parts:
+        front = front_end(model)
+        chosen[front.name] = front
+    if set(asked.parts) - {"channels"}:
+        chosen |= {own.reader.name: own for own in structures(model) if own.kind in asked.parts}
     if not chosen:
         raise UserError(f"the model has no {' and '.join(asked.parts)} left to remove; choose others in sparsity.parts")
     if asked.uniform:
-        _check_alike(model, asked.parts, chosen.values())
+        kinds = [kind for kind in asked.parts if kind != "channels"]
+        _check_alike(model, kinds, [own for own in chosen.values() if isinstance(own, Structure)])
     if asked.macs is None:
         total = sum(parameter.numel() for parameter in base_of(model).parameters())
-        amounts = {name: _parameters(model, structure) for name, structure in chosen.items()}
+        amounts = {
+            name: _front_parameters(model, own) if isinstance(own, FrontEnd) else _parameters(model, own)
+            for name, own in chosen.items()
+        }
     else:
         base = base_of(model)
         counts = counted_modules(base, torch.zeros(1, SAMPLES))
         total, prefix = counts[""], _prefix(model, base)
         amounts = {
-            name: np.arange(structure.count + 1) * (counts[structure.name.removeprefix(prefix)] // structure.count)
-            for name, structure in chosen.items()
+            name: _front_macs(own, {prefix + place: count for place, count in counts.items()})
+            if isinstance(own, FrontEnd)
+            else np.arange(own.count + 1) * (counts[own.name.removeprefix(prefix)] // own.count)
+            for name, own in chosen.items()
         }
     budget = PartBudget(asked, total, chosen, amounts)
     budget.check(sum(int(own[0]) for own in amounts.values()))
@@ -210,7 +246,7 @@ def _prefix(model: PreTrainedModel, base: nn.Module) -> str:
     return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
 
 
-def _check_alike(model: PreTrainedModel, kinds: Sequence[str], chosen: Iterable[Structure]) -> None:
+def _check_alike(model: PreTrainedModel, kinds: Sequence[str], chosen: Sequence[Structure]) -> None:
     """Refuse a model whose layers have different numbers of parts.
 
     Raises:
@@ -237,3 +273,41 @@ def _parameters(model: PreTrainedModel, structure: Structure) -> np.ndarray:
     if shared is None:
         return kept * one
     return kept * (one + 1) + (kept > 0) * sum(parameter.numel() for parameter in shared.parameters())
+
+
+def _front_parameters(model: PreTrainedModel, front: FrontEnd) -> np.ndarray:
+    """Give the parameters of a front end, the projection's bias left out, by the channels of its widest convolution."""
+    rows = len(front.sets[-1].reader.weight)
+
+    def count(number: int) -> int:
+        total, before = 0, 1
+        for channels, kept in zip(front.sets, front.kept(number), strict=True):
+            total += kept * (before * channels.maker.kernel_size[0] + len(channels.vectors))
+            before = kept
+        return total + before * rows
+
+    return np.array([count(number) for number in range(front.count + 1)], dtype=np.int64)
+
+
+def _front_macs(front: FrontEnd, counts: Mapping[str, int]) -> np.ndarray:
+    """Give the multiply-accumulates of a front end by the channels of its widest convolution.
+
+    Args:
+        front: The front end.
+        counts: Those of the modules of the model as it is, by name.
+    """
+    # For each channel that a convolution reads and each that it makes, and for each that the projection reads.
+    before = [1, *front.counts[:-1]]
+    pairs = [
+        counts[channels.name] // (read * made)
+        for channels, read, made in zip(front.sets, before, front.counts, strict=True)
+    ]
+    last = counts[front.sets[-1].reader.name] // front.counts[-1]
+
+    def count(number: int) -> int:
+        kept = front.kept(number)
+        return sum(one * read * made for one, read, made in zip(pairs, [1, *kept[:-1]], kept, strict=True)) + (
+            last * kept[-1]
+        )
+
+    return np.array([count(number) for number in range(front.count + 1)], dtype=np.int64)

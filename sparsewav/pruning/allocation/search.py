@@ -29,6 +29,7 @@ from sparsewav.pruning.allocation.budget import ByteBudget, Fit, UniformFit
 from sparsewav.pruning.allocation.divergence import OutputDivergence
 from sparsewav.pruning.allocation.levels import (
     Grid,
+    Level,
     LevelStore,
     SolveLevels,
     build_level_store,
@@ -38,6 +39,7 @@ from sparsewav.pruning.allocation.levels import (
 )
 from sparsewav.pruning.allocation.parts import PartBudget
 from sparsewav.pruning.allocation.sensitivity import Trace
+from sparsewav.pruning.channels import FrontLevels
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.settings.pruning import HAWQ, ErrorCurves, Search
@@ -95,6 +97,7 @@ def allocate_by_levels(
     *,
     traces: Mapping[str, Trace] | None = None,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
+    front: FrontLevels | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LevelAllocation:
@@ -103,13 +106,14 @@ def allocate_by_levels(
     Args:
         model: A CTC model in evaluation mode.
         matrices: All of its prunable matrices, or those that read what may be removed whole.
-        hessians: Their Hessians.
+        hessians: Their Hessians, and those of the matrices that read channels where these may be removed.
         batches: The evaluation batches of the output divergence; labels are not read.
-        sparsity: The sparsity of the whole model, the bytes of its file, or what its heads and units may take.
+        sparsity: The sparsity of the whole model, the bytes of its file, or what its parts may take.
         solve: Prunes matrices with the solver that the model is going to be pruned with.
         settings: The allocation; ``Search`` searches after ``ErrorCurves``.
         traces: The Hessian traces, for ``HAWQ``.
         masks: Masks already in force: no matrix gets a level below its present sparsity.
+        front: The front end with fewer and fewer channels, where these may be removed.
         seed: The seed of the Fisher information and of the search.
         progress: Called as the allocation advances.
 
@@ -120,7 +124,9 @@ def allocate_by_levels(
     goal = level_grid(sparsity, settings.step, settings.spread) if isinstance(sparsity, float) else sparsity
     effect = "trace" if isinstance(settings, HAWQ) else settings.effect
     evaluations = settings.evaluations if isinstance(settings, Search) else 0
-    steps = len(hessians.by_input) + (len(matrices) if effect == "output" else 0) + evaluations
+    pieces: list[PrunableMatrix | FrontLevels] = [*([front] if front else []), *matrices]
+    own_hessians = hessians.restricted(sizes)
+    steps = len(own_hessians.by_input) + (len(pieces) if effect == "output" else 0) + evaluations
     done = 0
 
     def advance() -> None:
@@ -130,10 +136,11 @@ def allocate_by_levels(
             progress(done, steps)
 
     dense = [matrix.weight.detach().clone() for matrix in matrices]
-    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches, matrices)
+    readers = list(front.front.readers.values()) if front else []
+    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches, [*readers, *matrices])
     store = build_level_store(
         matrices,
-        hessians,
+        own_hessians,
         [goal.sparsity(offset) for offset in goal.offsets]
         if isinstance(goal, Grid)
         else goal.sparsities(settings.step),
@@ -144,6 +151,10 @@ def allocate_by_levels(
     )
     try:
         with store:
+            if front is not None:
+                assert isinstance(goal, PartBudget)
+                store.levels[front.name] = [Level(1 - number / front.front.count) for number in front.numbers]
+                store.sizes[front.name] = goal.amounts[front.name][front.numbers]
             if not isinstance(goal, Grid):
                 goal.check(sum(int(own[0]) for own in store.sizes.values()))
                 if note := goal.more_than_needed(sum(int(own[-1]) for own in store.sizes.values())):
@@ -156,9 +167,9 @@ def allocate_by_levels(
             else:
                 assert divergence is not None
                 if effect == "fisher":
-                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians)
+                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians, front)
                 else:
-                    costs = measure_costs(divergence, matrices, store, settings.others, advance)
+                    costs = measure_costs(divergence, pieces, store, settings.others, advance)
             removed = {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
             for name, count in removed.items():
                 for index, level in enumerate(store.levels[name]):
@@ -172,11 +183,13 @@ def allocate_by_levels(
             least = None
             if divergence is not None:
                 chosen, least = search_swaps(
-                    divergence, matrices, store, costs, chosen, evaluations, seed, advance, room=room
+                    divergence, pieces, store, costs, chosen, evaluations, seed, advance, room=room
                 )
     finally:
         for matrix, weight in zip(matrices, dense, strict=True):
             matrix.weight.data.copy_(weight)
+        if front is not None:
+            front.put(None)
     measured = divergence.evaluations if divergence else 0
     if not isinstance(goal, Grid):
         return LevelAllocation.of_fit(
@@ -200,52 +213,65 @@ def _trace_costs(store: LevelStore, traces: Mapping[str, Trace] | None) -> dict[
 
 
 def _fisher_costs(
-    store: LevelStore, fisher: Mapping[str, Float[Tensor, " _rows"]], hessians: Hessians
+    store: LevelStore,
+    fisher: Mapping[str, Float[Tensor, " _rows"]],
+    hessians: Hessians,
+    front: FrontLevels | None = None,
 ) -> dict[str, np.ndarray]:
-    return {
-        name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / hessians.rows[hessians.reads[name]]
-        for name, errors in store.row_errors.items()
-    }
+    def costs(all_errors: Mapping[str, Float[Tensor, "_levels _rows"]]) -> dict[str, np.ndarray]:
+        return {
+            name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / hessians.rows[hessians.reads[name]]
+            for name, errors in all_errors.items()
+        }
+
+    of_front = {front.name: np.sum(list(costs(front.row_errors).values()), axis=0)} if front else {}
+    return of_front | costs(store.row_errors)
 
 
 def measure_costs(
     divergence: OutputDivergence,
-    matrices: Sequence[PrunableMatrix],
+    pieces: Sequence[PrunableMatrix | FrontLevels],
     store: LevelStore,
     others: str = "dense",
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Measure the output divergence with one matrix at each level and the others dense or at the store's reference.
+    """Measure the output divergence with one piece at each level and the others dense or at the store's reference.
+
+    A piece is a matrix, or the front end with fewer channels.
 
     Afterwards the model has the weights that ``others`` names. The result is, by matrix, an array of shape (levels,).
     """
-    rest = {
-        matrix.name: store.weight(matrix.name, store.reference[matrix.name])
-        if others == "pruned"
-        else matrix.weight.detach().clone()
-        for matrix in matrices
-    }
-    for matrix in matrices:
-        matrix.weight.data.copy_(rest[matrix.name])
+    dense = {piece.name: piece.weight.detach().clone() for piece in pieces if isinstance(piece, PrunableMatrix)}
+
+    def rest(piece: PrunableMatrix | FrontLevels) -> None:
+        if others == "pruned":
+            store.put(piece, store.reference[piece.name])
+        elif isinstance(piece, FrontLevels):
+            piece.put(None)
+        else:
+            piece.weight.data.copy_(dense[piece.name])
+
+    for piece in pieces:
+        rest(piece)
     at_rest = divergence.measure() if others == "pruned" else None
     costs: dict[str, np.ndarray] = {}
-    for layer, group in groupby(sorted(matrices, key=lambda matrix: matrix.layer), key=lambda matrix: matrix.layer):
+    for layer, group in groupby(sorted(pieces, key=lambda piece: piece.layer), key=lambda piece: piece.layer):
         with divergence.resuming_at(layer):
-            for matrix in group:
+            for piece in group:
                 values = []
-                for index in range(len(store.levels[matrix.name])):
-                    matrix.weight.data.copy_(store.weight(matrix.name, index))
-                    is_rest = at_rest is not None and index == store.reference[matrix.name]
+                for index in range(len(store.levels[piece.name])):
+                    store.put(piece, index)
+                    is_rest = at_rest is not None and index == store.reference[piece.name]
                     values.append(at_rest if is_rest else divergence.measure())
-                matrix.weight.data.copy_(rest[matrix.name])
-                costs[matrix.name] = np.array(values)
+                rest(piece)
+                costs[piece.name] = np.array(values)
                 advance()
     return costs
 
 
 def search_swaps(
     divergence: OutputDivergence,
-    matrices: Sequence[PrunableMatrix],
+    pieces: Sequence[PrunableMatrix | FrontLevels],
     store: LevelStore,
     costs: Mapping[str, np.ndarray],
     start: Mapping[str, int],
@@ -259,7 +285,7 @@ def search_swaps(
 
     Args:
         divergence: Measures the output divergence from the dense model.
-        matrices: The matrices of the model.
+        pieces: The matrices of the model that may change, and the front end where it may lose channels.
         store: Their levels.
         costs: The estimated cost of each level; infinite for a level that the matrix cannot have.
         start: The index of every matrix's initial level.
@@ -271,15 +297,16 @@ def search_swaps(
     Returns:
         The choice with the least divergence found, and its divergence.
     """
-    by_name = {matrix.name: matrix for matrix in matrices}
+    by_name = {piece.name: piece for piece in pieces}
     amounts = store.sizes
     if room is None:  # of weights; levels follow one another at the same distance
-        amounts = {name: matrix.size * np.arange(len(store.levels[name])) for name, matrix in by_name.items()}
+        matrices = [piece for piece in pieces if isinstance(piece, PrunableMatrix)]
+        amounts = {matrix.name: matrix.size * np.arange(len(store.levels[matrix.name])) for matrix in matrices}
     generator = np.random.default_rng(seed)
 
     def put(choice: Mapping[str, int], names: Iterable[str]) -> None:
         for name in names:
-            by_name[name].weight.data.copy_(store.weight(name, choice[name]))
+            store.put(by_name[name], choice[name])
 
     best = dict(start)
     put(best, best)
