@@ -125,7 +125,7 @@ class Asymmetric(Objective):
     """The dense model's outputs from the pruned model's inputs, min ||WX − ŴX̂||²: makes up for earlier layers.
 
     What is in front of the layers (``scope=encoder``) is pruned with the symmetric one, and the first layer makes up
-    for it.
+    for it. Where channels are removed whole, what reads them is fitted to the dense front end, whatever the strength.
     """
 
     name: str = field(default="asymmetric", init=False)

@@ -104,7 +104,7 @@ def test_every_number_of_channels_takes_what_a_model_of_it_does(tiny_model: Any,
     for counts in ("parameters", "macs"):
         options = {"conv_bias": norm == "layer"} | ({"feat_proj_layer_norm": False} if family == "hubert" else {})
         model = tiny_model(family, norm, **UNEVEN | options)
-        budget = part_budget(model, Structured(parts=["channels"], **{counts: 0.99}))
+        budget = part_budget(model, Structured(parts=["channels"]).changed(**{counts: 0.99}))
         assert budget.front is not None
         dense = front_tensors(model, budget.front)
         assert budget.total == encoder_size(model, counts)
