@@ -152,8 +152,8 @@ def remove_channels(
             )
             hessian = found.of(channels.reader.name)
             removal = remove_groups(dense, hessian, channels.size, [count], damping, channels.reader.name)[0]
-            fits = fit_norms(model, front, batches, {channels.name: [removal.kept]})
-            cut = ChannelCut(removal.kept, removal.weight, {name: own[0] for name, own in fits.items()})
+            norms = fit_norms(model, batches, channels, removal.kept)
+            cut = ChannelCut(removal.kept, removal.weight, norms)
             cut = distributed.broadcast(cut)  # GPU sums are not deterministic, and all processes must agree
             before = front_tensors(model, front)
             put_front(model, front, cut_set(before, channels, cut))
@@ -175,51 +175,41 @@ def remove_channels(
 
 
 def fit_norms(
-    model: PreTrainedModel,
-    front: FrontEnd,
-    batches: Sequence[dict[str, Tensor]],
-    choices: Mapping[str, Sequence[Int[Tensor, " _kept"]]],
-) -> dict[str, list[Fit]]:
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], channels: ChannelSet, kept: Int[Tensor, " kept"]
+) -> dict[str, Fit]:
     """Fit layer norms over fewer channels to those over all, channel by channel, in one pass; nothing is changed.
 
     Args:
         model: A model in evaluation mode.
-        front: Its front end.
         batches: Calibration batches.
-        choices: By the name of a channel set, the channels that may stay; the result has an item for each choice.
+        channels: The channels.
+        kept: Those that are to stay.
 
     Returns:
         The corrections by the name of the norm.
     """
-    sets = [channels for channels in front.sets if channels.name in choices and channels.norms]
-    if not sets:
+    moments = {name: torch.zeros(5, len(kept), dtype=torch.float64, device=kept.device) for name in channels.norms}
+    if not moments:
         return {}
-    moments = {
-        name: [torch.zeros(5, len(kept), dtype=torch.float64, device=model.device) for kept in choices[channels.name]]
-        for channels in sets
-        for name in channels.norms
-    }
     lengths: Tensor = torch.zeros(0)
 
-    def watch(channels: ChannelSet, name: str, norm: nn.LayerNorm) -> Any:
+    def watch(name: str, norm: nn.LayerNorm) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts, values = lengths, inputs[0]
             for window in channels.windows:
                 counts = windows_in(counts, *window)
             rows = values[torch.arange(values.shape[1], device=values.device) < counts[:, None]].float()
             rows = rows[:: math.ceil(len(rows) / ROWS)]
-            whole = nn.functional.layer_norm(rows, rows.shape[1:], eps=norm.eps)
-            for kept, total in zip(choices[channels.name], moments[name], strict=True):
-                own = nn.functional.layer_norm(rows[:, kept], kept.shape, eps=norm.eps)
-                target = whole[:, kept]
-                pieces = (torch.ones_like(own), own, target, own * own, own * target)
-                total += torch.stack([piece.sum(0, dtype=torch.float64) for piece in pieces])
+            target = nn.functional.layer_norm(rows, rows.shape[1:], eps=norm.eps)[:, kept]
+            own = nn.functional.layer_norm(rows[:, kept], kept.shape, eps=norm.eps)
+            pieces = (torch.ones_like(own), own, target, own * own, own * target)
+            moments[name] += torch.stack([piece.sum(0, dtype=torch.float64) for piece in pieces])
 
         return norm.register_forward_pre_hook(hook)
 
-    hooks = [watch(channels, name, norm) for channels in sets for name, norm in channels.norms.items()]
+    hooks = [watch(name, norm) for name, norm in channels.norms.items()]
     try:
-        with distributed.together(), _stopping_at(sets[-1].reader.module):
+        with distributed.together(), _stopping_at(channels.reader.module):
             for _, part, _ in calibration_parts(model, batches):
                 lengths = part["attention_mask"].sum(1)
                 with suppress(StopForward):
@@ -227,10 +217,9 @@ def fit_norms(
     finally:
         for handle in hooks:
             handle.remove()
-    for totals in moments.values():
-        for total in totals:
-            distributed.add_up(total)
-    return {name: [_regression(total) for total in totals] for name, totals in moments.items()}
+    for total in moments.values():
+        distributed.add_up(total)
+    return {name: _regression(total) for name, total in moments.items()}
 
 
 def _regression(moments: Float[Tensor, "5 kept"]) -> Fit:
@@ -312,23 +301,21 @@ def _stopping_at(module: nn.Module) -> Any:
 
 @dataclass
 class FrontLevels:
-    """A front end at several levels: with fewer and fewer channels, each chosen and fitted on the dense front end.
+    """A front end at several levels: with fewer and fewer channels.
 
     Attributes:
         model: The model.
         front: Its front end.
         numbers: How many channels the widest convolution keeps at every level, ascending.
         dense: The values of :func:`front_tensors` in the dense model.
-        cuts: For every level what becomes of each set.
-        row_errors: For every matrix that reads channels the error of each row's output, shape (levels, rows).
+        levels: Those at every level.
     """
 
     model: PreTrainedModel
     front: FrontEnd
     numbers: list[int]
     dense: dict[str, Tensor]
-    cuts: list[list[ChannelCut]]
-    row_errors: dict[str, Float[Tensor, "levels rows"]]
+    levels: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -342,52 +329,28 @@ class FrontLevels:
 
     def put(self, index: int | None) -> None:
         """Give the model the front end at a level; None for the dense one."""
-        tensors = self.dense
-        for channels, cut in zip(self.front.sets, [] if index is None else self.cuts[index], strict=index is not None):
-            tensors = cut_set(tensors, channels, cut)
-        put_front(self.model, self.front, tensors)
+        put_front(self.model, self.front, self.dense if index is None else self.levels[index])
 
 
-@torch.no_grad()
 def front_levels(
     model: PreTrainedModel,
     front: FrontEnd,
     numbers: Sequence[int],
     batches: Sequence[dict[str, Tensor]],
-    damping: float,
-    hessians: Hessians,
+    *arguments: Any,
+    **options: Any,
 ) -> FrontLevels:
-    """Solve a front end at several levels, from statistics of the dense model; it is not changed.
+    """Remove channels as :func:`remove_channels` does, for several numbers; the model is the same afterwards.
 
-    Args:
-        model: A dense model in evaluation mode.
-        front: Its front end.
-        numbers: How many channels the widest convolution keeps at every level.
-        batches: Batches that the norms are fitted on.
-        damping: As in :func:`remove_channels`.
-        hessians: The Hessians of the matrices that read channels.
+    Its arguments are those of :func:`remove_channels`. The levels are in memory; together they are as large as a third
+    of so many front ends.
     """
-    removals, row_errors = {}, {}
-    for place, channels in enumerate(front.sets):
-        counts = [front.kept(number)[place] for number in numbers]
-        reader, hessian = channels.reader, hessians.of(channels.reader.name)
-        removals[channels.name] = remove_groups(
-            reader.weight.detach(), hessian, channels.size, counts, damping, reader.name
-        )
-        changes = [(reader.weight.detach() - removal.weight).float() for removal in removals[channels.name]]
-        row_errors[reader.name] = torch.stack(
-            [((change @ hessian) * change).sum(1, dtype=torch.float64) for change in changes]
-        )
-    fits = fit_norms(model, front, batches, {name: [own.kept for own in found] for name, found in removals.items()})
-    cuts = [
-        [
-            ChannelCut(
-                removals[channels.name][index].kept,
-                removals[channels.name][index].weight,
-                {name: fits[name][index] for name in channels.norms},
-            )
-            for channels in front.sets
-        ]
-        for index in range(len(numbers))
-    ]
-    return FrontLevels(model, front, list(numbers), front_tensors(model, front), cuts, row_errors)
+    found = FrontLevels(model, front, list(numbers), front_tensors(model, front))
+    try:
+        for number in numbers:
+            remove_channels(model, front, number, batches, *arguments, **options)
+            found.levels.append(front_tensors(model, front))
+            found.put(None)
+    finally:
+        found.put(None)
+    return found

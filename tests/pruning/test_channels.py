@@ -181,7 +181,7 @@ def test_behind_a_layer_norm_the_others_are_fitted(tiny_model: Any, batches: lis
     (name, norm), seen = next(iter(norms.items())), []
     with norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
         model(batches[1]["input_values"])
-    ((scale, shift),) = fit_norms(model, front, batches[1:], {front.sets[-1].name: [kept]})[name]
+    scale, shift = fit_norms(model, batches[1:], front.sets[-1], kept)[name]
     rows = seen[0][0]
     whole, own = nn.functional.layer_norm(rows, (20,))[:, :10], nn.functional.layer_norm(rows[:, :10], (10,))
     assert (own * scale + shift - whole).square().sum() < 0.9 * (own - whole).square().sum()

@@ -26,6 +26,7 @@ from sparsewav.settings.pruning import (
     HAWQ,
     OBS,
     Allocation,
+    Asymmetric,
     ErrorCurves,
     Hutchinson,
     Pruning,
@@ -98,22 +99,29 @@ def allocate_levels(
     settings, matrices = plan.settings, plan.pruned(prunable_matrices(model, plan.settings.scope))
     allocation, sparsity = settings.allocation, settings.sparsity.fraction
     found: LevelAllocation | None = None
+    front = None
+    if plan.front is not None and isinstance(allocation, ErrorCurves) and isinstance(budget, PartBudget):
+        front = front_levels(  # in all processes
+            model,
+            plan.front,
+            budget.front_numbers(allocation.step),
+            first_utterances(batches, allocation.utterances),
+            settings.solver.damping,
+            settings.calibration,
+            settings.seed,
+            hessians,
+            asymmetric=isinstance(settings.objective, Asymmetric),
+        )
     with distributed.together():
         if distributed.rank() == 0:  # the others wait, because every step of the search depends on the one before
             if isinstance(allocation, HAWQ | ErrorCurves):
                 goal: float | ByteBudget | PartBudget | None = sparsity if budget is None else budget
                 assert goal is not None
-                measured_on, front = first_utterances(batches, allocation.utterances), None
-                if plan.front is not None:
-                    assert isinstance(goal, PartBudget)
-                    numbers = goal.front_numbers(allocation.step)
-                    damping = settings.solver.damping
-                    front = front_levels(model, plan.front, numbers, measured_on, damping, hessians)
                 found = allocate_by_levels(
                     model,
                     matrices,
                     hessians,
-                    measured_on,
+                    first_utterances(batches, allocation.utterances),
                     goal,
                     plan.solve_levels,
                     allocation,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.sensitivity import only_matrices_trainable
+from sparsewav.pruning.channels import FrontLevels
 from sparsewav.pruning.encoder import (
     FRONT,
     PrunableMatrix,
@@ -43,22 +44,25 @@ class OutputDivergence:
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], matrices: Sequence[PrunableMatrix]
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[dict[str, Tensor]],
+        pieces: Sequence[PrunableMatrix | FrontLevels],
     ) -> None:
         """Compute the output of the dense model.
 
         Args:
             model: A dense CTC model, or an encoder without a head, in evaluation mode.
             batches: The evaluation batches; labels are not read.
-            matrices: The matrices that may change between two measurements.
+            pieces: The matrices that may change between two measurements, and the front end if it may.
 
         Raises:
             UserError: There is no batch.
         """
         self.model = model
         self.evaluations = 0
-        self._matrices = matrices
-        self._front_changes = any(matrix.layer == FRONT for matrix in matrices)
+        self._matrices = [piece for piece in pieces if isinstance(piece, PrunableMatrix)]
+        self._front_changes = any(piece.layer == FRONT for piece in pieces)
         self._layers = encoder_layers(model)
         self._front: nn.Module = base_of(model).get_submodule(family_of(model).front)
         self._parts = [
@@ -144,7 +148,7 @@ class OutputDivergence:
         posteriors of each frame. Half of it, times the mean squared error of that output, is the divergence that the
         error causes, to second order and if the errors of different rows are independent.
         """
-        matrices = list(self._matrices)
+        matrices = self._matrices
         device = self.model.device
         sums = {matrix.name: torch.zeros(matrix.weight.shape[0], dtype=torch.float64) for matrix in matrices}
         generator = torch.Generator().manual_seed(seed)

@@ -126,7 +126,7 @@ def allocate_by_levels(
     evaluations = settings.evaluations if isinstance(settings, Search) else 0
     pieces: list[PrunableMatrix | FrontLevels] = [*([front] if front else []), *matrices]
     own_hessians = hessians.restricted(sizes)
-    steps = len(own_hessians.by_input) + (len(pieces) if effect == "output" else 0) + evaluations
+    steps = len(own_hessians.by_input) + (len(pieces) if effect == "output" else front is not None) + evaluations
     done = 0
 
     def advance() -> None:
@@ -136,8 +136,7 @@ def allocate_by_levels(
             progress(done, steps)
 
     dense = [matrix.weight.detach().clone() for matrix in matrices]
-    readers = list(front.front.readers.values()) if front else []
-    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches, [*readers, *matrices])
+    divergence = None if isinstance(settings, HAWQ) else OutputDivergence(model, batches, pieces)
     store = build_level_store(
         matrices,
         own_hessians,
@@ -167,7 +166,10 @@ def allocate_by_levels(
             else:
                 assert divergence is not None
                 if effect == "fisher":
-                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians, front)
+                    # Of the channels alone there is no matrix that could have a gradient.
+                    costs = _fisher_costs(store, divergence.output_fisher(seed), hessians) if matrices else {}
+                    if front is not None:  # measured, in the same unit
+                        costs = measure_costs(divergence, [front], store, advance=advance) | costs
                 else:
                     costs = measure_costs(divergence, pieces, store, settings.others, advance)
             removed = {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
@@ -216,16 +218,11 @@ def _fisher_costs(
     store: LevelStore,
     fisher: Mapping[str, Float[Tensor, " _rows"]],
     hessians: Hessians,
-    front: FrontLevels | None = None,
 ) -> dict[str, np.ndarray]:
-    def costs(all_errors: Mapping[str, Float[Tensor, "_levels _rows"]]) -> dict[str, np.ndarray]:
-        return {
-            name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / hessians.rows[hessians.reads[name]]
-            for name, errors in all_errors.items()
-        }
-
-    of_front = {front.name: np.sum(list(costs(front.row_errors).values()), axis=0)} if front else {}
-    return of_front | costs(store.row_errors)
+    return {
+        name: 0.5 * (errors.cpu() @ fisher[name]).numpy() / hessians.rows[hessians.reads[name]]
+        for name, errors in store.row_errors.items()
+    }
 
 
 def measure_costs(
