@@ -181,6 +181,7 @@ CHOICES = (
 """Groups of whose options ``metrics.json`` has the names; what a baseline does not use is null there."""
 
 TARGETS = {"target": "target_sparsity"} | {key: f"target_{key}" for key in ("megabytes", "parameters", "macs")}
+TARGETS |= {"speedup": "asked_speedup"}
 """Options of the group ``sparsity``, and what they are in ``metrics.json``."""
 
 

@@ -30,6 +30,7 @@ The exit code is 1 if the model is not what the run's files say.
 _SHOWN_METRICS = (
     *("model", "method", "saliency", "solver", "objective", "recovery", "allocation", "scope", "target_sparsity"),
     *("target_megabytes", "target_parameters", "target_macs", "achieved_share"),
+    *("asked_speedup", "achieved_speedup"),
     *("finetune_strategy", "updates", "seed", "wer_dense", "wer", "cer_dense", "cer", "divergence"),
 )
 """The keys of ``metrics.json`` that are shown."""

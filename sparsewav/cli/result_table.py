@@ -95,8 +95,23 @@ def _asked(metrics: dict[str, Any]) -> dict[str, str]:
         if metrics[f"target_{key}"] is not None:
             reached = f"{metrics['achieved_share']:.4f}   of the encoder's"
             return {f"{name}, asked": f"{metrics[f'target_{key}']:g}", f"{name}, reached": reached}
+    if metrics.get("asked_speedup") is not None:
+        return _speed(metrics)
     pattern = f"   ({metrics['pattern']})" if metrics["pattern"] else ""
     return {"sparsity, asked": f"{metrics['target_sparsity']:.4f}{pattern}"}
+
+
+def _speed(metrics: dict[str, Any]) -> dict[str, str]:
+    """Say how many times as fast the model is as was asked for, and what was timed and how."""
+    how = metrics["latency"]
+    before, after = (sum(how[key]) for key in ("seconds_dense", "seconds"))
+    low, high = how["speedup_quartiles"]
+    return {
+        "speed-up, asked": f"{metrics['asked_speedup']:g}",
+        "speed-up, measured": f"{metrics['achieved_speedup']:.3f}   half of the rounds from {low:.3f} to {high:.3f}",
+        "time, dense and now": f"{before:.4f} and {after:.4f} s",
+        "timed with": f"{how['conditions']}, {how['processor']}",
+    }
 
 
 def _parameters(metrics: dict[str, Any]) -> str:

@@ -23,6 +23,8 @@ _ERRORS = ("wer", "cer")
 
 _RESULTS = {
     "achieved_sparsity": "reached",
+    "asked_speedup": "speed-up\nasked",
+    "achieved_speedup": "speed-up\nmeasured",
     "bits": "bits",
     "bytes": "MB",
     **{f"{rate}_dense": f"dense\n{rate.upper()} %" for rate in _ERRORS},
@@ -86,6 +88,7 @@ def _figures(sweep: Sweep) -> dict[str, str]:
         and (not column.endswith("_dense") or sweep.varies(column))
         and (not column.endswith("_pruned") or sweep.any("updates"))  # without fine-tuning the two are equal
         and (column not in ("updates", "bits") or sweep.varies(column))
+        and (column != "asked_speedup" or "sparsity.speedup" not in sweep.axes)
         and (column != "bytes" or sizes)
         and (column != "status" or len(sweep.failed))
     }
@@ -148,8 +151,10 @@ def _show(column: str, row: pandas.Series) -> str:
         return f"{100 * value:.2f}"
     if column == "bytes":
         return f"{value / 1e6:.3f}"
-    if column == "bits":
+    if column in ("bits", "asked_speedup"):
         return f"{value:.3g}"
+    if column == "achieved_speedup":
+        return f"{value:.3f}"
     if column.endswith("seconds") or column == "seconds_cached":
         return f"{value:.1f}"
     if column in ("updates", "evaluation_overlap"):

@@ -138,15 +138,28 @@ def _compile(compiler: list[str], folder: Path) -> None:
     object_file.unlink()
 
 
-@cache
-def processor_name() -> str:
-    """Describe the processor and its instruction sets, on which the result of ``-march=native`` depends."""
+def processor_model() -> str:
+    """Give the name that the processor's maker gives it, or the kind of machine where that is not known."""
+    fields = _processor()
+    return fields.get("model name") or fields.get("CPU part") or platform.processor() or platform.machine()
+
+
+def _processor() -> dict[str, str]:
+    """Read what Linux says of the processor; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+        return {}
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return {key.strip(): value.strip() for key, value in fields.items()}
+
+
+@cache
+def processor_name() -> str:
+    """Describe the processor and its instruction sets, on which the result of ``-march=native`` depends."""
+    fields = _processor()
+    if not fields:
+        return f"{platform.machine()} {platform.processor()}"
     names = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
     return " ".join([platform.machine(), *(fields[name] for name in names if name in fields)])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 import torch
@@ -62,14 +63,48 @@ class Timing:
 
 def in_turns(rounds: int, contestants: Sequence[Callable[[], Any]]) -> list[float]:
     """Give the median seconds of each function, called in turns after a warm-up round."""
+    return [statistics.median(times) for times in rounds_in_turns(rounds, contestants)]
+
+
+def rounds_in_turns(
+    rounds: int,
+    contestants: Sequence[Callable[[], Any]],
+    advance: Callable[[], None] = lambda: None,
+    *,
+    shuffled: bool = False,
+) -> list[list[float]]:
+    """Give the seconds of each function in every round, called in turns after a warm-up round.
+
+    Args:
+        rounds: How many rounds count.
+        contestants: The functions.
+        advance: Called after every round, the first included.
+        shuffled: Take another order in every round, so that none always follows one that leaves the caches full.
+    """
     seconds: list[list[float]] = [[] for _ in contestants]
+    order = list(range(len(contestants)))
+    shuffle = Random(0).shuffle
     for number in range(rounds + 1):
-        for times, contestant in zip(seconds, contestants, strict=True):
+        if shuffled:
+            shuffle(order)
+        for index in order:
             started = time.perf_counter()
-            contestant()
+            contestants[index]()
             if number:
-                times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in seconds]
+                seconds[index].append(time.perf_counter() - started)
+        advance()
+    return seconds
+
+
+def rounds_within(seconds: float, contestants: Sequence[Callable[[], Any]], least: int, most: int) -> int:
+    """Give how many rounds of all functions take about so many seconds, by one round behind a warm-up of each."""
+    taken = 0.0
+    for contestant in contestants:
+        contestant()
+        started = time.perf_counter()
+        contestant()
+        taken += time.perf_counter() - started
+    return min(max(int(seconds / max(taken, 1e-9)), least), most)
 
 
 @torch.inference_mode()

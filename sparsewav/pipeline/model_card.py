@@ -170,6 +170,8 @@ def _asked(metrics: Mapping[str, Any]) -> str:
     for key, name in COUNTED.items():
         if metrics[f"target_{key}"] is not None:
             return f"{metrics[f'target_{key}']:g} of the encoder's {name}"
+    if metrics.get("asked_speedup") is not None:
+        return f"{metrics['asked_speedup']:g} times the speed of the dense model"
     return metrics["pattern"] or f"{metrics['target_sparsity']:g}"
 
 
@@ -191,12 +193,26 @@ def _pruning_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
         ),
         **({"nominal bits of their weights": f"{metrics['bits']:.3g}"} if metrics["bits"] else {}),
         "pruned to": stages,
-        **({"share of the encoder that stays": f"{metrics['achieved_share']:.4f}"} if cut else {}),
+        **(_size_facts(metrics) if cut else {}),
         "parameters": f"{metrics['params_total']:,}; {metrics['params_dense']:,} before"
         if cut
         else f"{metrics['params_nonzero']:,} of {metrics['params_total']:,} are not zero",
         "weights in bitmask format": f"{metrics['bytes'] / 1e6:.2f} MB",
         "calibration": f"{metrics['n_calibration_utterances']:,} utterances of {sample}, seed {metrics['seed']}",
+    }
+
+
+def _size_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Say what share of the encoder stays, or how fast the model is and how that was measured."""
+    if metrics.get("asked_speedup") is None:
+        return {"share of the encoder that stays": f"{metrics['achieved_share']:.4f}"}
+    how = metrics["latency"]
+    before, after = (sum(how[key]) for key in ("seconds_dense", "seconds"))
+    return {
+        "times as fast as the dense model": (
+            f"{metrics['achieved_speedup']:.2f} (asked for: {metrics['asked_speedup']:g}); {after:.4f} s instead of "
+            f"{before:.4f} s: {how['conditions']}, {how['processor']}"
+        )
     }
 
 

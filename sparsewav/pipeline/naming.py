@@ -14,7 +14,7 @@ from sparsewav.settings.baselines import OURS
 from sparsewav.settings.options import metadata_of
 from sparsewav.settings.pruning import OPTIONS, TRANSFORMER
 from sparsewav.settings.run import Config
-from sparsewav.settings.sparsity import COUNTED, Structured
+from sparsewav.settings.sparsity import COUNTED, RUNTIMES, Structured
 
 SETTINGS = ".hydra"
 """Folder of a run's composed configuration; Hydra's name for it."""
@@ -46,6 +46,9 @@ def identifying_settings(root: DictConfig) -> dict[str, Any]:
         if isinstance(values, dict) and is_dataclass(schema):
             for key in [key for key in values if not metadata_of(schema, key).get("identifies", True)]:
                 del values[key]
+    if settings["sparsity"].get("speedup", "") is None:  # nothing is timed
+        for key in ("speedup", "runtime", "audio_seconds"):
+            del settings["sparsity"][key]
     # Of the two that can name the model one counts.
     unnamed = ("name_or_path", "revision") if settings["model"]["fairseq_checkpoint"] else ("fairseq_checkpoint",)
     for key in unnamed:
@@ -77,7 +80,9 @@ def _sparsity_part(sparsity: dict[str, Any]) -> str:
     if "megabytes" in sparsity:  # a value that is missing is a string, of which the check tells
         return f"{sparsity['megabytes']}MB".replace(".0MB", "MB")
     if "parameters" in sparsity:
-        return "-".join(f"{sparsity[key]}{key}" for key in COUNTED if sparsity[key] is not None)
+        fast = [] if sparsity.get("speedup") is None else [f"{sparsity['speedup']}x".replace(".0x", "x")]
+        fast += [sparsity["runtime"]] if fast and sparsity["runtime"] != RUNTIMES[0] else []
+        return "-".join([*(f"{sparsity[key]}{key}" for key in COUNTED if sparsity[key] is not None), *fast])
     return f"{sparsity['target']:g}" if "target" in sparsity else f"{sparsity['n']}of{sparsity['m']}"
 
 

@@ -49,6 +49,7 @@ class State:
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
         compression: What a baseline reports of its compression; empty for ours.
+        latency: How long the dense model and its parts took when the run began; empty where no speed is asked for.
         files: Hashes of the files of the step's model, by which damage is noticed.
     """
 
@@ -65,6 +66,7 @@ class State:
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.files import damage, locked, remove_leftovers
+from sparsewav.inference.latency import Timed
+from sparsewav.inference.speedup import check_runtime
 from sparsewav.inference.wer import unspaced
 from sparsewav.models import hub
 from sparsewav.models.checkpoint import Checkpoint
@@ -38,14 +40,16 @@ from sparsewav.pipeline.resume import (
 from sparsewav.pipeline.shared_statistics import (
     Evaluation,
     evaluate_model,
+    gather_latency,
     identity_of,
 )
-from sparsewav.pipeline.steps import prune_step, quantize_step, tune_step
+from sparsewav.pipeline.steps import prune_step, quantize_step, time_step, tune_step
 from sparsewav.pipeline.utterances import choose_utterances, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.allocate import check_allocation
 from sparsewav.pruning.allocation.budget import byte_budget
+from sparsewav.pruning.allocation.latency import LatencyTable
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.macs import multiply_accumulates, silence
@@ -118,13 +122,17 @@ def _run(
         _check_offload(config)
     if not ours:
         compress.check(config)
+    elif isinstance(config.sparsity, Structured):
+        check_runtime(config.sparsity)
     with stage(console, f"Loading {config.model.source}"):
         speech = load_or_train(config.model, device)
     for warning in speech.warnings:
         print_warning(warning)
     params_dense, _ = run_folder.count_parameters(speech.model)
+    timed: Timed | None = None
     if ours and isinstance(config.sparsity, Structured):
-        part_budget(speech.model, config.sparsity)  # refuses what is out of reach
+        timed = gather_latency(config, speech, console)
+        part_budget(speech.model, config.sparsity, timed.table if timed else None)  # refuses what is out of reach
     sets.needs_text = speech.writes
     if not speech.writes:
         _check_encoder(config, speech)
@@ -164,6 +172,7 @@ def _run(
             | ({f"{key}_dense": rate for key, rate in asdict(before.rates[name]).items()} if speech.writes else {})
             for name, utterances in evaluation.items()
         ],
+        latency=timed.table.record() if timed else {},
     )
     smaller = "prune" if ours else "compress"
     steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
@@ -183,6 +192,8 @@ def _run(
         state, step_folder = done
         console.print(f"Going on from {step_folder.name}, which an earlier, interrupted launch left")
         speech.model = load_speech_model(str(step_folder), device=device).model
+        if timed:  # all stages share the first one's latencies
+            timed = replace(timed, table=LatencyTable.of_record(state.latency))
         if state.hypotheses is None:
             evaluate_step(config, speech, evaluation, how, steps[state.steps - 1][0], state, step_folder, console)
     for number, (kind, item) in enumerate(steps):
@@ -193,7 +204,9 @@ def _run(
         checkpoints = folder / run_folder.STAGES / f"checkpoints-{number}-{state.identity[:8]}"
         if kind == "prune":
             prune_step(
-                config, speech, calibration, item.sparsity, dense, state, folder, console, rounds=not (tunes or cuts)
+                *(config, speech, calibration, item.sparsity, dense, state, folder, console),
+                rounds=not (tunes or cuts),
+                timed=timed,
             )
         elif kind == "quantize":
             quantize_step(config, speech, calibration, state, folder, console)
@@ -206,6 +219,7 @@ def _run(
         if kind in ("compress", "finetune"):  # Accelerate's autocast stays around a trained model: go on with the saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
+    speed = time_step(config, speech, timed, console) if timed else dict.fromkeys(run_folder.SPEED)
     replayed = state.cached | ({"evaluate": before.seconds_cached} if before.seconds_cached else {})
     about = {
         "params_dense": params_dense,
@@ -217,6 +231,7 @@ def _run(
         "inputs": made_from,
         "provenance": origin,
         "model_files": state.files,
+        **speed,
     }
     return _finish(config, folder, speech, state, evaluation, before, about)
 

@@ -49,6 +49,10 @@ RATES = tuple(f"{rate}{model}" for rate in ("wer", "cer") for model in ("_dense"
 """The error rates of a run: of the dense model, of the pruned one before fine-tuning, and of the final one."""
 
 
+SPEED = ("asked_speedup", "achieved_speedup", "latency")
+"""How many times as fast as the dense model the final one was to be and is, and what was timed and how."""
+
+
 def export_folder(folder: Path, format: str, dtype: str) -> Path | None:
     """Give the folder of a run's model in another format than that of ``model/``; None for that format."""
     parts = [part for part, plain in ((format, "dense"), (dtype, "model")) if part != plain]
@@ -79,7 +83,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); do the run again") from error
     targets = ("target_sparsity", "target_megabytes", "target_parameters", "target_macs", "achieved_share")
-    numbers = (*targets, "achieved_sparsity", *RATES, "updates", "seed")
+    numbers = (*targets, "asked_speedup", "achieved_speedup", "achieved_sparsity", *RATES, "updates", "seed")
     if (
         not isinstance(metrics, dict)
         or not isinstance(metrics.get("seconds"), dict)

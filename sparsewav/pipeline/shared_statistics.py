@@ -13,18 +13,20 @@ from sparsewav import cache
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance
+from sparsewav.inference.latency import Timed, latency_table
 from sparsewav.inference.runtime import ExportedModel
+from sparsewav.inference.shapes import Shape
 from sparsewav.inference.wer import ErrorRates, error_rates, transcribe
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import describe
 from sparsewav.pipeline import run_folder
 from sparsewav.pipeline.utterances import on_set
 from sparsewav.pipeline.workers import in_all_processes
-from sparsewav.progress import stage
+from sparsewav.progress import print_note, stage
 from sparsewav.pruning import Hessians, Trace, collect_hessians
 from sparsewav.pruning.allocation.allocate import traces_of
 from sparsewav.pruning.encoder import takes_padding
-from sparsewav.settings.pruning import Traced
+from sparsewav.settings.pruning import Structured, Traced
 from sparsewav.settings.run import Config
 
 
@@ -194,3 +196,15 @@ def gather_traces(
     traces = {name: Trace(**trace) for name, trace in record["traces"].items()}
     cache.check_finite({name: trace.value for name, trace in traces.items()}, f"the Hessian's trace in {folder}")
     return traces, record["seconds"], cached
+
+
+def gather_latency(config: Config, speech: SpeechModel, console: Console) -> Timed | None:
+    """Time the dense model and its parts, or read what was timed on this machine; None where no speed is asked for."""
+    asked = config.sparsity
+    if not isinstance(asked, Structured) or asked.speedup is None:
+        return None
+    with stage(console, f"Timing the model and its parts in {asked.runtime}") as progress:
+        table, source = latency_table(speech.model, asked, enabled=config.cache, progress=progress)
+    where = "measured on this machine now" if source is None else f"read from {source}"
+    print_note(f"latencies {where}: {table.conditions}; the whole model takes {table.total / 1e9:.4g} s")
+    return Timed(Shape.of(speech.model), table, source)

@@ -1,19 +1,27 @@
 """The steps of a run that change its model: pruning, fine-tuning, and rounding after it."""
 
+import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas
+import torch
 from rich.console import Console
 
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
 from sparsewav.files import writing
+from sparsewav.inference.kernel import processor_model
+from sparsewav.inference.latency import Timed
+from sparsewav.inference.shapes import Shape
+from sparsewav.inference.speedup import CPU, Speedup, measure_speedup, shape_timer
 from sparsewav.models.cut import cut_model
 from sparsewav.models.load import SpeechModel, load_speech_model
 from sparsewav.pipeline import run_folder
@@ -29,15 +37,28 @@ from sparsewav.pipeline.shared_statistics import (
 from sparsewav.pipeline.workers import in_all_processes
 from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import PruneReport, distributed, prune_model
+from sparsewav.pruning.allocation.latency import TOLERANCE, TimeShape
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.rest import round_rest
-from sparsewav.settings.pruning import OBS, Magnitude, NoRecovery, Pruning, Structured, Symmetric, Uniform, Unstructured
+from sparsewav.settings.pruning import (
+    OBS,
+    Magnitude,
+    NoRecovery,
+    Pruning,
+    Sparsity,
+    Structured,
+    Symmetric,
+    Uniform,
+    Unstructured,
+)
 from sparsewav.settings.quantization import Integers
 from sparsewav.settings.run import Config
 from sparsewav.training.masks import masked_matrices, masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage
 from sparsewav.training.trainer import Log, train_ctc, write_training_log
+
+logger = logging.getLogger(__name__)
 
 
 def prune_step(
@@ -51,12 +72,13 @@ def prune_step(
     console: Console,
     *,
     rounds: bool,
+    timed: Timed | None = None,
 ) -> None:
     """Prune the model to the sparsity of the next stage, write ``layers.csv`` and note what was done.
 
     Its weights are changed in place; where heads and units are removed, the smaller model takes its place. The sparsity
     is None where the allocation finds it. Without ``rounds`` a later step rounds the weights to the bits
-    that ``layers.csv`` has.
+    that ``layers.csv`` has. ``timed`` is what is known of the model that is to become faster.
     """
     first = not state.stages  # later stages start from a model that no other run has: their statistics are not kept
     identity = dense if first else None
@@ -69,7 +91,8 @@ def prune_step(
         )
     settings = config.pruning(sparsity)
     structured = isinstance(settings.sparsity, Structured)
-    if isinstance(settings.sparsity, Structured) and not first:  # of what the stages before have left
+    # Of what the stages before have left; seconds are those of the dense model at every stage.
+    if isinstance(settings.sparsity, Structured) and not first and timed is None:
         assert settings.sparsity.share is not None
         share = settings.sparsity.share / state.stages[-1]["share_left"]
         settings.sparsity = settings.sparsity.keeping(min(share, 1.0))
@@ -81,7 +104,11 @@ def prune_step(
 
     how = config.saliency.name if config.uses_saliency else config.solver.name
     # What the engine keeps on disk lies in temporary folders.
-    with writing(Path(tempfile.gettempdir())), stage(console, f"Pruning to {settings.sparsity} with {how}") as progress:
+    with (
+        writing(Path(tempfile.gettempdir())),
+        timing_shapes(timed, speech, settings.sparsity, console) as time_shape,
+        stage(console, f"Pruning to {settings.sparsity} with {how}") as progress,
+    ):
         if config.model.offload:
             report = _prune_from_disk(config, speech, batches, settings, folder, advance)
         else:
@@ -94,6 +121,8 @@ def prune_step(
                 hessians=hessians,
                 traces=traces,
                 rounds=rounds,
+                latency=timed.table if timed else None,
+                time_shape=time_shape,
                 progress=advance,
             )
     new = [warning for warning in report.warnings if warning not in state.warnings]  # an earlier stage said the others
@@ -115,7 +144,7 @@ def prune_step(
         speech.model = cut_model(speech.model, report.kept)
         if not first:
             achieved = 1 - (1 - achieved) * (1 - state.stages[-1]["achieved_sparsity"])
-            share_left *= state.stages[-1]["share_left"]
+            share_left *= state.stages[-1]["share_left"] if timed is None else 1.0
     probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
         {
@@ -126,6 +155,7 @@ def prune_step(
         }
         | ({} if report.bits is None else {"bits": report.bits})
         | ({} if share_left is None else {"share_left": share_left})
+        | ({} if report.speedup is None else {"speedup_when_chosen": report.speedup})
         | (
             {"divergence_evaluations": report.allocated.evaluations, "output_divergence": report.allocated.divergence}
             if report.allocated
@@ -134,6 +164,63 @@ def prune_step(
     )
     if report.recoveries:
         state.stages[-1]["layer_errors"] = [asdict(recovery) for recovery in report.recoveries]
+
+
+@contextmanager
+def timing_shapes(
+    timed: Timed | None, speech: SpeechModel, sparsity: Sparsity, console: Console
+) -> Iterator[TimeShape | None]:
+    """Give what times models with fewer heads and units of the newest model; None where no speed is asked for."""
+    if timed is None:
+        yield None
+        return
+    assert isinstance(sparsity, Structured)
+    asked = sparsity
+
+    def tell(found: Speedup) -> None:
+        sentence = (
+            f"a choice of heads and units was timed: {found.ratio:.3f} times as fast, {asked.speedup:g} asked for"
+        )
+        logger.info(sentence)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    with shape_timer(timed.dense, Shape.of(speech.model), asked, tell) as time_shape:
+        yield time_shape
+
+
+def time_step(config: Config, speech: SpeechModel, timed: Timed, console: Console) -> dict[str, Any]:
+    """Time the final model beside the dense one, both really loaded, and warn where it is slower than was asked for.
+
+    Returns:
+        What ``metrics.json`` says of it.
+    """
+    asked = config.sparsity
+    assert isinstance(asked, Structured)
+    assert asked.share is not None
+    with stage(console, f"Timing the smaller model beside the dense one in {asked.runtime}"):
+        dense = load_speech_model(str(speech.folder), device=CPU).model
+        found = measure_speedup(dense, speech.model, asked)
+    if found.ratio < 1 / (asked.share * (1 + TOLERANCE)):
+        print_warning(
+            f"the model is {found.ratio:.2f} times as fast as the dense one, and {asked.asked} was asked for; run "
+            "again on a machine that does nothing else (force=true cache=false), or ask for more"
+        )
+    return {
+        "asked_speedup": asked.speedup,
+        "achieved_speedup": found.ratio,
+        "achieved_share": 1 / found.ratio,
+        "latency": {
+            "conditions": timed.table.conditions,
+            "runtime": asked.runtime,
+            "threads": torch.get_num_threads(),
+            "audio_seconds": list(asked.audio_seconds),
+            "seconds_dense": found.dense,
+            "seconds": found.smaller,
+            "speedup_quartiles": [found.low, found.high],
+            "processor": processor_model(),
+            "table": "measured" if timed.source is None else "read",
+        },
+    }
 
 
 def _add_seconds(state: State, report: PruneReport, *pieces: str) -> None:

@@ -30,6 +30,9 @@ _LAUNCHER_VARIABLES = (
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
 )
 
+OF_THE_FIRST = ("progress", "time_shape")
+"""Options that are functions, which the first process alone calls."""
+
 TIMEOUT = timedelta(days=24)
 """The others wait so long while the first tunes; more milliseconds would not fit into 32 bits."""
 
@@ -60,10 +63,10 @@ def in_all_processes(function: Callable[..., T], model: PreTrainedModel, batches
     """Call a function of the engine in all processes, with the same model, batches and options.
 
     Args:
-        function: It takes a model, batches, options and ``progress``, which the first process alone is given.
+        function: It takes a model, batches and options.
         model: The first process's model; the others get its weights.
         batches: Each process reads them from files that it must find in the same place.
-        options: The function's options.
+        options: The function's options, of which the others get all but :data:`OF_THE_FIRST`.
 
     Raises:
         UserError: The function raised one in any process, or there are fewer GPUs than processes.
@@ -76,7 +79,7 @@ def in_all_processes(function: Callable[..., T], model: PreTrainedModel, batches
             )
         if model.device.index:
             raise UserError(f"device={model.device} is one GPU, and the processes take one each; choose device=auto")
-        shared = {name: value for name, value in options.items() if name != "progress"}
+        shared = {name: value for name, value in options.items() if name not in OF_THE_FIRST}
         distributed.broadcast((function, type(model), model.config, model.dtype, model.state_dict(), batches, shared))
         with distributed.together():  # the others make the model
             pass

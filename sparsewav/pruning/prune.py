@@ -17,8 +17,15 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.allocation.allocate import allocate, allocate_levels, check_allocation, traces_of
+from sparsewav.pruning.allocation.allocate import (
+    allocate,
+    allocate_levels,
+    check_allocation,
+    choose_evenly,
+    traces_of,
+)
 from sparsewav.pruning.allocation.budget import MARGIN, byte_budget
+from sparsewav.pruning.allocation.latency import LatencyTable, TimeShape
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.allocation.search import LevelAllocation
 from sparsewav.pruning.allocation.sensitivity import Trace, unseparated_neighbors
@@ -118,8 +125,9 @@ def prune(
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
             of the weights file allows, or ``Structured(parameters=0.5)``: whole heads and units, whose columns in the
             matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model, and channels of
-            the convolutions where its ``parts`` name them, which are cut out of the model at once. For the last two
-            ``allocation`` is ``error_curves`` unless one is given.
+            the convolutions where its ``parts`` name them, which are cut out of the model at once; with
+            ``Structured(speedup=2)`` as many go as make it twice as fast on this machine's CPU, which is measured.
+            For the last two ``allocation`` is ``error_curves`` unless one is given.
         preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended), ``best``, or
             ``smallest`` for ``Megabytes``; the same as ``experiment=`` of the command.
         saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
@@ -142,27 +150,57 @@ def prune(
         UserError: An option, the model or the calibration data is wrong. After this and any other error the model is
             as it was, for which a copy of it is kept in the meantime.
     """
+    settings = options_of(
+        sparsity,
+        preset,
+        {
+            "saliency": saliency,
+            "solver": solver,
+            "objective": objective,
+            "recovery": recovery,
+            "quantization": quantization,
+            "allocation": allocation,
+            "calibration": calibration,
+            "scope": scope,
+            "seed": seed,
+        },
+    )
+    return prune_with(model, calibration_batches, settings, masks=masks, progress=progress)
+
+
+def options_of(sparsity: float | Sparsity, preset: str, given: Mapping[str, Any]) -> Pruning:
+    """Give the settings that the options of :func:`prune` stand for; ``given`` has the others by their names.
+
+    Raises:
+        UserError: One of them is wrong.
+    """
+    calibration = given["calibration"]
     if not isinstance(calibration, Calibration | None):
         raise UserError(f"calibration={calibration} is no Calibration; give e.g. Calibration(propagation='sequential')")
     settings = read_preset(preset)
-    given = {
-        "saliency": saliency,
-        "solver": solver,
-        "objective": objective,
-        "recovery": recovery,
-        "quantization": quantization,
-        "allocation": allocation,
-    }
-    for group, value in given.items():
-        if value is not None:
-            setattr(settings, group, resolve(group, value))
-    settings.sparsity, settings.seed = resolve("sparsity", sparsity), seed
+    for group in ("saliency", "solver", "objective", "recovery", "quantization", "allocation"):
+        if given[group] is not None:
+            setattr(settings, group, resolve(group, given[group]))
+    settings.sparsity, settings.seed = resolve("sparsity", sparsity), given["seed"]
     by_size = isinstance(settings.sparsity, Megabytes | Structured)
-    if by_size and allocation is None and isinstance(settings.allocation, Traced):
+    if by_size and given["allocation"] is None and isinstance(settings.allocation, Traced):
         settings.allocation = ErrorCurves()  # as sparsity=megabytes or structured of the command brings it
     settings.calibration = calibration or settings.calibration
-    settings.scope = scope or settings.scope
+    settings.scope = given["scope"] or settings.scope
     settings.check()
+    return settings
+
+
+def prune_with(
+    model: PreTrainedModel | HasModel,
+    calibration_batches: Iterable[Mapping[str, Tensor]],
+    settings: Pruning,
+    *,
+    masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
+    progress: StageProgress | None = None,
+    **timing: Any,
+) -> PruneReport:
+    """Prune as :func:`prune` does, by settings; ``timing`` is ``latency`` and ``time_shape`` of :func:`prune_model`."""
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
     check_allocation(pruned, settings.allocation)
@@ -173,7 +211,7 @@ def prune(
             f"and prune that to 0 with quantization={settings.quantization.name} and allocation=uniform"
         )
     with _undone_by_errors(pruned, channels=settings.reach != settings.scope), whatever_modes(pruned.device):
-        return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress)
+        return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress, **timing)
 
 
 def prune_model(
@@ -189,6 +227,8 @@ def prune_model(
     load_layer: LoadLayer | None = None,
     keep_masks: bool = True,
     batched_devices: tuple[str, ...] = BATCHED_DEVICES,
+    latency: LatencyTable | None = None,
+    time_shape: TimeShape | None = None,
     progress: StageProgress | None = None,
 ) -> PruneReport:
     """Prune a CTC model in place, as :func:`prune` does, with statistics that may have been computed earlier.
@@ -205,6 +245,10 @@ def prune_model(
         load_layer: As in :func:`~sparsewav.pruning.layerwise.prune_layer_by_layer`.
         keep_masks: Whether the report holds the masks, a byte for every weight.
         batched_devices: Types of device on which matrices whose inputs are equally wide are solved in one batch.
+        latency: How long the model and its parts take, for ``Structured(speedup=2)``; of a model that was cut before,
+            those of the dense one.
+        time_shape: Times a model with so many heads and units, for the same; called in the first process alone. Without
+            it what is chosen by ``latency`` is not checked.
         progress: As in :func:`prune`.
     """
     settings.check()
@@ -216,7 +260,7 @@ def prune_model(
     if isinstance(settings.sparsity, Structured):
         if masks:
             raise UserError("masks remove single weights, and sparsity=structured whole parts; give no masks")
-        parts = part_budget(model, settings.sparsity)
+        parts = part_budget(model, settings.sparsity, latency)
         matrices = [matrix for matrix in matrices if matrix.name in parts.in_layers]
     sizes = {matrix.name: matrix.size for matrix in matrices}
     unknown = sorted(set(masks or {}) - set(sizes))
@@ -239,6 +283,8 @@ def prune_model(
         if levels is not None:
             targets = {name: levels[name][0] for name in sizes}
         elif parts is not None:
+            if not by_levels:
+                parts = choose_evenly(parts, time_shape)
             targets = parts.targets(parts.kept_evenly())
         else:
             targets = {} if by_levels else allocate(sizes, settings, traces)
@@ -263,7 +309,13 @@ def prune_model(
             assert hessians is not None
             with _timed(seconds, "allocate"):
                 allocated = allocate_levels(
-                    model, batches, plan, hessians, parts or budget, stage_progress(progress, "allocate")
+                    model,
+                    batches,
+                    plan,
+                    hessians,
+                    parts or budget,
+                    stage_progress(progress, "allocate"),
+                    time_shape=time_shape,
                 )
 
         def prune_to_plan() -> Outcome:
@@ -287,15 +339,21 @@ def prune_model(
         elif isinstance(settings.sparsity, Megabytes):
             outcome, allocated = prune_to_size(model, settings.sparsity, plan, allocated, prune_to_plan)
         else:
+            if parts is not None:
+                parts = replace(parts, correction=allocated.correction)
             plan.targets = parts.filled_targets(allocated.sparsities) if parts else allocated.sparsities
             outcome = prune_to_plan()
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
     stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
+    share = speedup = None
     if parts is not None:
         left = sum(matrix.size for matrix in prunable_matrices(model, settings.reach))  # without the channels
         removed, zeros = prunable - left + removed_weights(model, outcome.structures), 0
         kept = {name: outcome.structures[name].kept for name in parts.in_layers}
         kept |= {plan.front.name: plan.channels_kept} if plan.front else {}
+        share = parts.share(kept)
+        if time_shape is not None and distributed.rank() == 0:
+            speedup = 1 / time_shape(parts.by_structure(kept))
     else:
         removed = sum(round(outcome.reports[name].sparsity * size) for name, size in sizes.items())
     return PruneReport(
@@ -311,7 +369,8 @@ def prune_model(
         scope=settings.reach,
         structures=[outcome.structures[name] for name in observed if name in outcome.structures],
         kept=outcome.kept,
-        share=parts.share(kept) if parts else None,
+        share=share,
+        speedup=speedup,
     )
 
 

@@ -66,7 +66,10 @@ class PruneReport:
         structures: A report for every convolution, attention and feed-forward network that may have lost parts.
         kept: The indices of the channels, heads or units of each that stay, by its name, as :func:`sparsewav.cut` takes
             them.
-        share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut.
+        share: The share of the encoder's parameters, or multiply-accumulates, that stays after the cut; with a budget
+            of seconds that of the dense model's seconds, by the sum of what was measured of its parts.
+        speedup: How many times as fast as the dense model one with these parts was when the whole was timed; None where
+            that was not asked for.
     """
 
     matrices: list[MatrixReport]
@@ -82,6 +85,7 @@ class PruneReport:
     structures: list[StructureReport] = field(default_factory=list)
     kept: dict[str, Int[Tensor, " _kept"]] = field(default_factory=dict)
     share: float | None = None
+    speedup: float | None = None
 
     @property
     def bits(self) -> float | None:
@@ -98,7 +102,7 @@ class PruneReport:
         worst = max(rows, key=lambda row: row.relative_error)
         seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         asked = "" if self.target_sparsity is None else f" (asked for: {self.target_sparsity:.2%})"
-        size = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
+        file = "" if self.bytes is None else f"; the weights file has {self.bytes / 1e6:.4f} MB"
         done = f"{self.sparsity:.2%} of the weights of the {self.scope}'s {len(self.matrices)} matrices are zero{asked}"
         if self.share is not None:
             left = ", ".join(
@@ -106,9 +110,12 @@ class PruneReport:
                 f"{sum(row.parts for row in rows if row.kind == kind):,} {kind}"
                 for kind in dict.fromkeys(row.kind for row in rows)
             )
-            done = f"{left} stay, {self.share:.2%} of what the encoder had; sparsewav.cut makes the smaller model"
+            size = f"{self.share:.2%} of what the encoder had"
+            if self.speedup is not None:
+                size = f"{self.speedup:.2f} times as fast as the dense model when it was timed"
+            done = f"{left} stay, {size}; sparsewav.cut makes the smaller model"
         lines = [
-            done + (f", the others have {self.bits:.3g} nominal bits" if self.bits else "") + f"{size}; {seconds}",
+            done + (f", the others have {self.bits:.3g} nominal bits" if self.bits else "") + f"{file}; {seconds}",
             f"largest relative error of an output: {worst.relative_error:.3g}, of {worst.name}",
             *(f"! {warning}" for warning in self.warnings),
         ]

@@ -92,6 +92,15 @@ PARTS = ("heads", "units", "channels")
 COUNTED = {"parameters": "parameters", "macs": "multiply-accumulates"}
 """What a share of the encoder can be of, by its key, and its name in sentences."""
 
+SIZES = (*COUNTED, "speedup")
+"""The keys that say how small or how fast the model is to be, of which one is given."""
+
+RUNTIMES = ("pytorch", "bfloat16", "onnx_int8", "openvino_int8")
+"""What a model that is to be faster runs in."""
+
+SHORTEST, LONGEST = 0.1, 60.0
+"""Seconds of the utterances that a model can be timed on."""
+
 
 @dataclass
 class Structured(Sparsity):
@@ -102,13 +111,29 @@ class Structured(Sparsity):
 
     name: str = field(default="structured", init=False)
     parameters: float | None = option(
-        None, "share of the encoder's parameters (all but the CTC head's) that stay; or give macs", above=0, most=1
+        None,
+        "share of the encoder's parameters (all but the CTC head's) that stay; or give another size",
+        above=0,
+        most=1,
     )
     macs: float | None = option(
         None,
-        "share of the encoder's multiply-accumulates that stay, for ten seconds of audio; or give parameters",
+        "share of the encoder's multiply-accumulates that stay, for ten seconds of audio; or give another size",
         above=0,
         most=1,
+    )
+    speedup: float | None = option(
+        None,
+        "how many times as fast as the dense model, measured on this machine's CPU; or give another size",
+        above=1,
+    )
+    runtime: str = option(
+        "pytorch",
+        "what runs both where speedup is given: pytorch (float32), bfloat16, onnx_int8, openvino_int8",
+        choices=RUNTIMES,
+    )
+    audio_seconds: list[float] = option(
+        [5.0, 20.0], "lengths of the utterances that both are timed on; the speed-up is that of the sum"
     )
     uniform: bool = option(False, "every layer keeps equally many heads, and equally many units")
     parts: list[str] = option(
@@ -118,30 +143,54 @@ class Structured(Sparsity):
 
     @property
     def counts(self) -> str:
-        """What the share is of: ``parameters`` or ``macs``."""
-        return "parameters" if self.macs is None else "macs"
+        """What the share is of: ``parameters``, ``macs``, or the seconds of ``speedup``."""
+        return next((key for key in reversed(SIZES) if getattr(self, key) is not None), SIZES[0])
 
     @property
     def share(self) -> float | None:
         """The share of it that stays; None where none is given."""
-        return self.parameters if self.macs is None else self.macs
+        return getattr(self, self.counts) if self.speedup is None else 1 / self.speedup
 
     @property
     def fraction(self) -> float | None:
         return None if self.share is None else round(1 - self.share, 12)
 
+    @property
+    def asked(self) -> str:
+        """The key and its value, for sentences."""
+        return f"sparsity.{self.counts}={getattr(self, self.counts):g}"
+
     def keeping(self, share: float) -> Self:
         """Give the same for another share that stays."""
-        return self.changed(**{self.counts: share})
+        return self.changed(**{self.counts: share if self.speedup is None else round(1 / share, 9)})
 
     def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"{self.speedup:g} times the speed"
         return f"{self.share:g} of the {COUNTED[self.counts]}"
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        if self.parameters is None and self.macs is None:
-            yield "parameters=null does not say how small the model is to be; give sparsity.parameters or sparsity.macs"
-        if self.parameters is not None and self.macs is not None:
-            yield f"parameters={self.parameters} and sparsity.macs={self.macs} are two sizes; give one of them"
+        given = [key for key in SIZES if getattr(self, key) is not None]
+        if not given:
+            yield (
+                "parameters=null does not say how small the model is to be; give sparsity.parameters, sparsity.macs or "
+                "sparsity.speedup"
+            )
+        if len(given) > 1:
+            first, *others = (f"{key}={getattr(self, key)}" for key in given)
+            count = "two sizes" if len(given) == 2 else "three sizes"
+            yield f"{first} and {' and '.join(f'sparsity.{other}' for other in others)} are {count}; give one of them"
+        if self.speedup is None and self.runtime in RUNTIMES[1:]:
+            yield f"runtime={self.runtime} is that of a speed; give sparsity.speedup, or leave it out"
+        if not self.audio_seconds or not all(_is_length(seconds) for seconds in self.audio_seconds):
+            yield (
+                f"audio_seconds=[{','.join(map(str, self.audio_seconds))}] must be some lengths from {SHORTEST:g} to "
+                f"{LONGEST:g} seconds"
+            )
         if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
             yield f"parts=[{','.join(map(str, self.parts))}] must be some of {', '.join(PARTS)}, each once"
+
+
+def _is_length(seconds: object) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and SHORTEST <= seconds <= LONGEST

@@ -1,16 +1,20 @@
 """Runs that remove heads and units: what is on disk, what is recorded, and how they go on."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
 import torch
 from transformers import AutoModelForCTC
 
+from sparsewav.inference import latency, speedup
 from sparsewav.models.load import load
-from sparsewav.pipeline.steps import tune_step
+from sparsewav.pipeline.steps import prune_step, tune_step
 from sparsewav.pruning.encoder import base_of
 from tests.terminal import Run, assert_one_sentence, run_folder_in
 
@@ -146,3 +150,102 @@ def test_a_sweep_and_what_is_refused(run_sparsewav: Run, small: list[str], tmp_p
         (["allocation=hutchinson"], "allocation=hutchinson shares weights"),
     ):
         assert_one_sentence(run_sparsewav(*small, "sparsity.parameters=0.8", *arguments), sentence)
+
+
+@pytest.fixture
+def wide(small: list[str], tiny_model: Callable[..., Any], model_folder: Path, tmp_path: Path) -> list[str]:
+    """The same arguments for a model whose time is that of its layers, timed for a moment alone."""
+    folder = tmp_path / "wide"
+    shutil.copytree(model_folder, folder)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 768}
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (20, 8), "conv_stride": (20, 8)}
+    tiny_model("wav2vec2", vocab_size=32, **sizes, **convolutions).save_pretrained(folder)
+    speed = ["sparsity.speedup=1.1", "sparsity.audio_seconds=[4,8]"]
+    return [*small, f"model.name_or_path={folder}", *speed]
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is timed for long, and nothing was timed before."""
+    for module in (latency, speedup):
+        monkeypatch.setattr(module, "SECONDS", 0.5)
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("briefly")
+def test_a_run_that_is_to_be_faster_records_what_was_asked_for_and_measured(
+    run_sparsewav: Run, wide: list[str], tmp_path: Path
+) -> None:
+    """With the real clock, of which nothing is expected: the machine may be busy."""
+    result = run_sparsewav(*wide, "allocation.step=0.25")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = run_folder_in(tmp_path)
+    assert "-obs-error_curves-1.1x-" in folder.name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["asked_speedup"], metrics["target_macs"], metrics["target_sparsity"]) == (1.1, None, None)
+    assert metrics["achieved_share"] == pytest.approx(1 / metrics["achieved_speedup"])
+    how = metrics["latency"]
+    assert (how["runtime"], how["audio_seconds"], how["table"]) == ("pytorch", [4, 8], "measured")
+    assert how["threads"] == torch.get_num_threads()
+    assert all(len(how[key]) == 2 and min(how[key]) > 0 for key in ("seconds_dense", "seconds"))
+    low, high = how["speedup_quartiles"]
+    assert low <= metrics["achieved_speedup"] <= high
+    kept = pandas.read_csv(folder / "layers.csv")
+    assert (kept["kept"] < kept["parts"]).any()
+    assert metrics["params_total"] < metrics["params_dense"]
+    for words in ("latencies measured on this machine now: pytorch", "speed-up, asked", "speed-up, measured"):
+        assert words in result.stdout
+    assert f"{metrics['achieved_speedup']:.2f} (asked for: 1.1)" in (folder / "model" / "README.md").read_text()
+    assert run_sparsewav(str(folder), command="sparsewav-inspect").returncode == 0
+    sweep = run_sparsewav("-m", *wide, "seed=1,2", "allocation=uniform", "save_model=false", "output_root=sweep")
+    assert sweep.returncode == 0, sweep.stdout + sweep.stderr
+    assert sweep.stdout.count("latencies read from") == 2
+    (summary,) = (tmp_path / "sweep").glob("**/summary.csv")
+    assert (pandas.read_csv(summary)["achieved_speedup"] > 0).sum() == 2
+
+
+@pytest.mark.usefixtures("briefly")
+def test_stages_share_the_latencies_of_the_dense_model(
+    run_sparsewav: Run, wide: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on has those that it began with, wherever the cache is then."""
+    options = ["finetune_strategy=progressive", "finetune_strategy.stages=[0.05]", "allocation=uniform"]
+    options += ["training.epochs=1", "training.batch_size=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsewav.pipeline.run.tune_step", _stop_at_the_second())
+        stopped = run_sparsewav(*wide, *options)
+        assert stopped.returncode != 0
+    (step,) = (tmp_path / "outputs").glob("*/stages/2-prune*/step.json")
+    begun = json.loads(step.read_text())
+    seen: list[Any] = []
+
+    def note(*arguments: Any, **options: Any) -> None:
+        seen.append(options["timed"].table.record())
+        prune_step(*arguments, **options)
+
+    shutil.rmtree(step.parent)  # the second stage is done again
+    monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("sparsewav.pipeline.run.prune_step", note)
+    result = run_sparsewav(*wide, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert seen == [begun["latency"]]
+    first, second = json.loads((run_folder_in(tmp_path) / "metrics.json").read_text())["stages"]
+    assert second["share_left"] <= first["share_left"] <= 0.95
+
+
+@pytest.mark.usefixtures("briefly")
+def test_speeds_that_cannot_be_are_refused(
+    run_sparsewav: Run, wide: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, sentence in (
+        (["sparsity.speedup=500"], r"speedup=500 is out of reach: .* choose sparsity\.speedup=[0-9.]+ at most"),
+        (["sparsity.speedup=1"], "speedup=1 must be above 1"),
+        (["sparsity.macs=0.5"], "are two sizes; give one of them"),
+        (["sparsity.runtime=tflite"], "choose one of pytorch, bfloat16, onnx_int8, openvino_int8"),
+        (["sparsity.audio_seconds=[]"], "must be some lengths from 0.1 to 60 seconds"),
+    ):
+        assert_one_sentence(run_sparsewav(*wide, *arguments), sentence)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run_sparsewav(*wide, "sparsity.runtime=onnx_int8")
+    assert_one_sentence(result, r"onnxruntime is not installed; install it: pip install 'sparsewav\[onnx\]'")
+    assert "Loading" not in result.stdout

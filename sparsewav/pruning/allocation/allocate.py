@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.budget import ByteBudget, fit_uniformly
+from sparsewav.pruning.allocation.latency import TimeShape
 from sparsewav.pruning.allocation.parts import PartBudget
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
@@ -87,6 +88,20 @@ def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, T
     return allocate_by_rank(sizes, sensitivities, target, allocation.alpha, exact_budget=allocation.exact_budget)
 
 
+def choose_evenly(parts: PartBudget, time_shape: TimeShape | None) -> PartBudget:
+    """Give the budget within which all structures keep the same share of their parts, timed as in ``allocate_levels``.
+
+    It is the same in all processes.
+    """
+    if time_shape is None and distributed.world() == 1:
+        return parts
+    correction = parts.correction
+    with distributed.together():
+        if distributed.rank() == 0 and time_shape is not None:
+            correction = parts.measured_with(PartBudget.kept_evenly, time_shape).correction
+    return replace(parts, correction=distributed.broadcast(correction))
+
+
 def allocate_levels(
     model: PreTrainedModel,
     batches: Any,
@@ -94,8 +109,14 @@ def allocate_levels(
     hessians: Hessians,
     budget: ByteBudget | PartBudget | None,
     progress: Progress | None = None,
+    *,
+    time_shape: TimeShape | None = None,
 ) -> LevelAllocation:
-    """Find the sparsity of every matrix by what its levels cost; the same in all processes."""
+    """Find the sparsity of every matrix by what its levels cost; the same in all processes.
+
+    With ``time_shape`` what a budget of seconds chooses is timed, in the first process, and chosen again where it
+    misses.
+    """
     settings, matrices = plan.settings, plan.pruned(prunable_matrices(model, plan.settings.scope))
     allocation, sparsity = settings.allocation, settings.sparsity.fraction
     found: LevelAllocation | None = None
@@ -130,6 +151,7 @@ def allocate_levels(
                     front=front,
                     seed=settings.seed,
                     progress=progress,
+                    time_shape=time_shape,
                 )
             else:
                 assert isinstance(budget, ByteBudget)

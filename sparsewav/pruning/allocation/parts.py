@@ -1,15 +1,17 @@
-"""A budget of structured pruning: what heads, units and channels take of the encoder, and how many of each fit.
+"""A budget of structured pruning: what heads, units and channels take of the model, and how many of each fit.
 
-What counts are the encoder's parameters, or its multiply-accumulates for an utterance of ten seconds. Both grow
-linearly with the heads or units of a structure, and with the square of the one share of channels that the convolutions
-of the front end keep, so that what every number of parts takes is known before anything is removed. A level of a
-structure is a number of parts; its matrix is really solved there, and its cost in the model's output measured
-(:mod:`~sparsewav.pruning.allocation.search`). The levels are few; units fill up what they leave.
+What counts are the encoder's parameters, its multiply-accumulates for an utterance of ten seconds, or the seconds of
+the whole model (:mod:`~sparsewav.pruning.allocation.latency`). What every number of parts takes is known before
+anything is removed: parameters and multiply-accumulates grow linearly with the heads or units of a structure, and with
+the square of the one share of channels that the convolutions of the front end keep; seconds never become fewer with
+more parts. A level of a structure is a number of parts; its matrix is really solved there, and its cost in the model's
+output measured (:mod:`~sparsewav.pruning.allocation.search`). The levels are few; units fill up what they leave.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
+from sparsewav.pruning.allocation.latency import TOLERANCE, TRIES, LatencyTable, TimeShape, latency_amounts
 from sparsewav.pruning.allocation.levels import Level, LevelStore, choose_within
 from sparsewav.pruning.encoder import PrunableMatrix, base_of, encoder_layers
 from sparsewav.pruning.macs import counted_modules
 from sparsewav.pruning.solvers.solve import PrunedMatrix
 from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
 from sparsewav.settings.sparsity import COUNTED, Structured
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 160_000
 """The utterance whose multiply-accumulates are counted: ten seconds at 16 kHz."""
@@ -35,16 +40,23 @@ class PartBudget:
 
     Attributes:
         asked: What was asked for.
-        total: What the encoder has as it is: parameters, or multiply-accumulates.
+        total: What the share is of: the parameters or multiply-accumulates that the encoder has, or the nanoseconds
+            that the dense model takes.
         structures: What may lose parts, by the name of the matrix that reads them; the front end by its own name.
         amounts: What each takes with 0, 1, ... of its parts, by that name, shape (parts + 1,). The front end takes as
             much with 0 of the channels of its widest convolution as with 1, as every convolution keeps one.
+        rest: What there is besides these structures.
+        correction: Nanoseconds that a choice was found to take beyond the sum of its amounts; negative for fewer.
+        conditions: How seconds were measured; empty for the other amounts.
     """
 
     asked: Structured
     total: int
     structures: dict[str, Structure | FrontEnd]
     amounts: dict[str, np.ndarray]
+    rest: int
+    correction: int = 0
+    conditions: str = ""
 
     @property
     def front(self) -> FrontEnd | None:
@@ -62,15 +74,10 @@ class PartBudget:
         return [*(self.front.readers if self.front else ()), *self.in_layers]
 
     @property
-    def rest(self) -> int:
-        """What the encoder has besides these structures."""
-        return self.total - sum(int(own[-1]) for own in self.amounts.values())
-
-    @property
     def room(self) -> int:
         """What the structures may take together."""
         assert self.asked.share is not None
-        return math.floor(self.asked.share * self.total + 1e-6) - self.rest
+        return math.floor(self.asked.share * self.total + 1e-6) - self.rest - self.correction
 
     def share(self, kept: Mapping[str, int]) -> float:
         """Give the share of the encoder that stays with so many parts of every structure."""
@@ -96,9 +103,15 @@ class PartBudget:
         fewest = "with one channel a convolution" if "channels" in self.asked.parts else ""
         without = " and ".join(filter(None, [f"without any {kinds}" if kinds else "", fewest]))
         more = "" if len(self.asked.parts) > 1 else ", or more of sparsity.parts"
+        if self.asked.speedup is not None:
+            most = math.floor(100 / possible) / 100
+            raise UserError(
+                f"{self.asked.asked} is out of reach: {without} the model is {most:.2f} times as fast as the "
+                f"dense one by what was measured ({self.conditions}); choose sparsity.speedup={most:g} at most{more}"
+            )
         raise UserError(
-            f"sparsity.{self.asked.counts}={self.asked.share:g} is out of reach: {without} the encoder "
-            f"still has {possible:.4f} of its {COUNTED[self.asked.counts]}; choose "
+            f"{self.asked.asked} is out of reach: {without} the encoder still "
+            f"has {possible:.4f} of its {COUNTED[self.asked.counts]}; choose "
             f"at least {math.ceil(possible * 1000) / 1000:g}{more}"
         )
 
@@ -109,7 +122,7 @@ class PartBudget:
 
     def more_than_needed(self, most: int) -> str | None:
         """Give a sentence if nothing has to be removed, where all structures take ``most``."""
-        return f"sparsity.{self.asked.counts}={self.asked.share:g} removes nothing" if most <= self.room else None
+        return f"{self.asked.asked} removes nothing" if most <= self.room else None
 
     def levels(
         self,
@@ -182,8 +195,44 @@ class PartBudget:
 
     def filled_targets(self, sparsities: Mapping[str, float]) -> dict[str, float]:
         """Give these shares with as many more units as fit (:meth:`filled`)."""
-        kept = {name: parts_kept(own, self.structures[name].count) for name, own in sparsities.items()}
-        return self.targets(self.filled(kept))
+        return self.targets(self.filled(self.parts_left(sparsities)))
+
+    def parts_left(self, sparsities: Mapping[str, float]) -> dict[str, int]:
+        """Give how many parts every structure keeps that loses such a share of them."""
+        return {name: parts_kept(own, self.structures[name].count) for name, own in sparsities.items()}
+
+    def measured_with(self, choose: Callable[["PartBudget"], Mapping[str, int]], time_shape: TimeShape) -> "PartBudget":
+        """Correct a budget of seconds so that what is chosen within it really takes what was asked for.
+
+        Every choice is timed. Where it misses what was asked for by more than
+        :data:`~sparsewav.pruning.allocation.latency.TOLERANCE`, the difference between its time and that of the table
+        becomes the correction, and the choice is made again.
+
+        Args:
+            choose: Gives how many parts every structure keeps within a budget.
+            time_shape: Times a model with these numbers.
+
+        Returns:
+            The budget whose choice came nearest of those that were tried, and was fast enough if any was.
+        """
+        assert self.asked.share is not None
+        tried: list[tuple[bool, float, PartBudget]] = []
+        budget = self
+        least = sum(int(own[0]) for own in self.amounts.values())
+        while len(tried) < TRIES:
+            kept = choose(budget)
+            measured = time_shape(self.by_structure(kept))
+            miss = measured / self.asked.share - 1
+            logger.info("chosen by the table: %.4f of the time; timed: %.4f", self.share(kept), measured)
+            tried.append((miss > TOLERANCE, abs(miss), budget))
+            budget = replace(self, correction=round((measured - self.share(kept)) * self.total))
+            if abs(miss) <= TOLERANCE or budget.room < least:
+                break
+        return min(tried, key=lambda one: one[:2])[2]
+
+    def by_structure(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Give numbers of parts by the names of the structures."""
+        return {self.structures[name].name: count for name, count in kept.items()}
 
     def _fits(self, kept: Mapping[str, int]) -> bool:
         return self._taken(kept) <= self.room
@@ -203,43 +252,64 @@ def _last(holds: Callable[[int], bool], count: int) -> int:
     return low
 
 
-def part_budget(model: PreTrainedModel, asked: Structured) -> PartBudget:
-    """Count what an encoder has, and what its heads, units and channels have of it.
+def part_budget(model: PreTrainedModel, asked: Structured, latency: LatencyTable | None = None) -> PartBudget:
+    """Count what a model has, and what its heads, units and channels have of it.
+
+    Args:
+        model: A model; for a budget of seconds the one whose latencies were measured, or what was cut out of it.
+        asked: The budget.
+        latency: How long that model and its parts take, for a budget of seconds.
 
     Raises:
-        UserError: The model's family has none that can be removed, its layers differ and are to be uniform, or the
-            budget is out of reach.
+        UserError: The model's family has none that can be removed, its layers differ and are to be uniform, the budget
+            is out of reach, or it is one of seconds and no latencies are given.
     """
+    found = structures(model)
     chosen: dict[str, Structure | FrontEnd] = {}
     if "channels" in asked.parts:
         front = front_end(model)
         chosen[front.name] = front
-    if set(asked.parts) - {"channels"}:
-        chosen |= {own.reader.name: own for own in structures(model) if own.kind in asked.parts}
+    chosen |= {own.reader.name: own for own in found if own.kind in asked.parts}
     if not chosen:
         raise UserError(f"the model has no {' and '.join(asked.parts)} left to remove; choose others in sparsity.parts")
     if asked.uniform:
         kinds = [kind for kind in asked.parts if kind != "channels"]
         _check_alike(model, kinds, [own for own in chosen.values() if isinstance(own, Structure)])
+    if asked.speedup is not None:
+        if latency is None:
+            raise UserError(
+                f"{asked.asked} takes latencies that were measured, and none are given; call sparsewav.prune, which "
+                "measures them"
+            )
+        every = latency_amounts([*chosen.values(), *(own for own in found if own.reader.name not in chosen)], latency)
+        amounts = {name: every[name] for name in chosen}
+        # Of a model that was cut before, the share is still of the dense one.
+        rest = latency.rest + sum(int(own[-1]) for name, own in every.items() if name not in chosen)
+        budget = PartBudget(asked, latency.total, chosen, amounts, rest, conditions=latency.conditions)
+    else:
+        total, amounts = _counted(model, asked, chosen)
+        budget = PartBudget(asked, total, chosen, amounts, total - sum(int(own[-1]) for own in amounts.values()))
+    budget.check(sum(int(own[0]) for own in amounts.values()))
+    return budget
+
+
+def _counted(
+    model: PreTrainedModel, asked: Structured, chosen: Mapping[str, Structure | FrontEnd]
+) -> tuple[int, dict[str, np.ndarray]]:
+    """Give the parameters or multiply-accumulates of the encoder, and those of every structure by its parts."""
+    base = base_of(model)
     if asked.macs is None:
-        total = sum(parameter.numel() for parameter in base_of(model).parameters())
-        amounts = {
+        return sum(parameter.numel() for parameter in base.parameters()), {
             name: _front_parameters(model, own) if isinstance(own, FrontEnd) else _parameters(model, own)
             for name, own in chosen.items()
         }
-    else:
-        base = base_of(model)
-        counts = counted_modules(base, torch.zeros(1, SAMPLES))
-        total, prefix = counts[""], _prefix(model, base)
-        amounts = {
-            name: _front_macs(own, {prefix + place: count for place, count in counts.items()})
-            if isinstance(own, FrontEnd)
-            else np.arange(own.count + 1) * (counts[own.name.removeprefix(prefix)] // own.count)
-            for name, own in chosen.items()
-        }
-    budget = PartBudget(asked, total, chosen, amounts)
-    budget.check(sum(int(own[0]) for own in amounts.values()))
-    return budget
+    counts, prefix = counted_modules(base, torch.zeros(1, SAMPLES)), _prefix(model, base)
+    return counts[""], {
+        name: _front_macs(own, {prefix + place: count for place, count in counts.items()})
+        if isinstance(own, FrontEnd)
+        else np.arange(own.count + 1) * (counts[own.name.removeprefix(prefix)] // own.count)
+        for name, own in chosen.items()
+    }
 
 
 def _prefix(model: PreTrainedModel, base: nn.Module) -> str:

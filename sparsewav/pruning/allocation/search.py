@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.budget import ByteBudget, Fit, UniformFit
 from sparsewav.pruning.allocation.divergence import OutputDivergence
+from sparsewav.pruning.allocation.latency import TimeShape
 from sparsewav.pruning.allocation.levels import (
     Grid,
     Level,
@@ -62,6 +63,7 @@ class LevelAllocation:
         bits: The bits of every matrix that is rounded to integers, where a budget of bytes chose them.
         fit: What a smaller choice can be made from, for a budget of bytes.
         note: A sentence for the user; None where there is nothing to say.
+        correction: That of the budget of seconds within which the levels were chosen.
     """
 
     sparsities: dict[str, float]
@@ -71,6 +73,7 @@ class LevelAllocation:
     bits: dict[str, float] = field(default_factory=dict)
     fit: Fit | UniformFit | None = None
     note: str | None = None
+    correction: int = 0
 
     @classmethod
     def of_fit(cls, fit: Fit | UniformFit, **known: Any) -> "LevelAllocation":
@@ -100,6 +103,7 @@ def allocate_by_levels(
     front: FrontLevels | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    time_shape: TimeShape | None = None,
 ) -> LevelAllocation:
     """Find every matrix's sparsity, and within bytes its bits, too; the model is bit for bit the same afterwards.
 
@@ -116,6 +120,7 @@ def allocate_by_levels(
         front: The front end with fewer and fewer channels, where these may be removed.
         seed: The seed of the Fisher information and of the search.
         progress: Called as the allocation advances.
+        time_shape: Times what is chosen within a budget of seconds, before a search begins.
 
     Raises:
         UserError: A setting is wrong, or no choice of levels meets the budget.
@@ -177,6 +182,14 @@ def allocate_by_levels(
                 for index, level in enumerate(store.levels[name]):
                     if sizes[name] * level.sparsity < count - 1:  # counts are rounded
                         costs[name][index] = np.inf
+            if isinstance(goal, PartBudget) and time_shape is not None:
+
+                def chosen_within(budget: PartBudget) -> dict[str, int]:
+                    chosen = budget.choose(costs, store.sizes)
+                    sparsities = {name: store.levels[name][index].sparsity for name, index in chosen.items()}
+                    return budget.filled(budget.parts_left(sparsities))
+
+                goal = goal.measured_with(chosen_within, time_shape)
             if not isinstance(goal, Grid):
                 chosen, room = goal.choose(costs, store.sizes), goal.room
             else:
@@ -195,7 +208,10 @@ def allocate_by_levels(
     measured = divergence.evaluations if divergence else 0
     if not isinstance(goal, Grid):
         return LevelAllocation.of_fit(
-            Fit(store.levels, store.sizes, costs, chosen), divergence=least, evaluations=measured
+            Fit(store.levels, store.sizes, costs, chosen),
+            divergence=least,
+            evaluations=measured,
+            correction=goal.correction if isinstance(goal, PartBudget) else 0,
         )
     offsets = {name: goal.lowest + index for name, index in chosen.items()}
     return LevelAllocation(
