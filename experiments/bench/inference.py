@@ -32,11 +32,11 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.alternatives import ALTERNATIVES, TRIAL, Alternative, alternative, audio_of, run_model
 from sparsewav.inference.kernel import sparse_product
+from sparsewav.inference.shapes import with_parts
 from sparsewav.inference.sparse_linear import SparseLinear
 from sparsewav.inference.timing import WIDTHS
-from sparsewav.models.cut import cut_model
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
-from sparsewav.pruning.structure import structures
+from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
 
 DENSE = "dense"
 
@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
         nargs="*",
         type=float,
         default=list(KEPT),
-        help="of alternatives and memory: shares of the parts (default 0.5 0.25)",
+        help="of alternatives and memory: shares of heads, units and channels (default 0.5 0.25)",
     )
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"batch x seconds (default {' '.join(CASES)})")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
@@ -224,15 +224,16 @@ def prepared(model: PreTrainedModel, folder: Path, names: Iterable[str]) -> dict
 
 
 def cut_to(dense: PreTrainedModel, share: float, folder: Path) -> dict[str, Alternative]:
-    """Models that keep this share of each structure's parts, in PyTorch and by other runtimes."""
+    """A model with this share of the heads, units and channels, in PyTorch and by other runtimes."""
     model = random_cut(dense, share)
     found = {"": Alternative(partial(run_model, model), 0.0)} | prepared(model, folder, CUT_RUN_BY)
     return {", ".join(filter(None, [f"{OURS} structured, {share:.0%} kept", by])): own for by, own in found.items()}
 
 
 def random_cut(dense: PreTrainedModel, share: float) -> PreTrainedModel:
-    """A model without some parts of every structure, as many as leave this share."""
-    return cut_model(dense, {item.name: torch.arange(round(share * item.count)) for item in structures(dense)})
+    """A model with random weights that has this share of the heads, units and channels of another."""
+    parts: list[Structure | FrontEnd] = [*structures(dense), front_end(dense)]
+    return with_parts(dense, {item.name: round(share * item.count) for item in parts})
 
 
 def alternate_models(
