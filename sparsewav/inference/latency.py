@@ -170,7 +170,8 @@ def measure(model: PreTrainedModel, asked: Structured, progress: Progress | None
             if kind == "channels":
                 probe = probe_of(dense, 1, conv_dim=front_end(dense).kept(count))
             else:
-                probe = probe_of(dense, layers, **({kind: count} if kind else {}))
+                heads, units = (count if kind == own else 0 for own in ("heads", "units"))
+                probe = probe_of(dense, layers, heads, units)
             runs.append(run_of(probe))
         rows = []
         with torch.inference_mode():
