@@ -242,7 +242,8 @@ def _gradients(
     if item is None:  # a process without any batch
         return [torch.zeros_like(parameter) for parameter in learning], torch.zeros((), device=device)
     difference, target = _difference(run, item, device)
-    gradients = torch.autograd.grad(difference.square().sum(), learning)
+    # The norm before an attention of which nothing is left has no part in the output.
+    gradients = torch.autograd.grad(difference.square().sum(), learning, allow_unused=True, materialize_grads=True)
     return [gradient.contiguous() for gradient in gradients], torch.tensor(float(target.numel()), device=device)
 
 

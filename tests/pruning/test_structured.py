@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import sparsewav
 from sparsewav import Calibration, PruneReport, Reconstruction, Structured
 from sparsewav.errors import UserError
+from sparsewav.models.cut import cut_model
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.encoder import base_of, prunable_matrices
 from sparsewav.pruning.macs import counted_modules
@@ -112,6 +113,23 @@ def test_learned_layers_lose_less_and_removed_parts_stay_removed(tiny_model: Any
     )
     torch.testing.assert_close(logits(sparsewav.cut(model, report)), logits(model), atol=2e-5, rtol=1e-5)
     assert all(item.error < 0.9 * item.error_before for item in report.recoveries)
+
+
+def test_a_layer_without_any_heads_left_learns_all_the_same(tiny_model: Any, batches: list[Batch]) -> None:
+    """The norm before its attention has no part in what it puts out."""
+    model = tiny_model("wav2vec2", "layer", **SHAPE)
+    heads = [f"wav2vec2.encoder.layers.{index}.attention" for index in range(2)]
+    model = cut_model(model, {heads[0]: torch.arange(0), heads[1]: torch.arange(2)})
+    report = sparsewav.prune(
+        model,
+        batches,
+        Structured(parameters=0.9),
+        allocation="uniform",
+        recovery=Reconstruction(steps=5),
+        calibration=Calibration(propagation="sequential"),
+    )
+    assert len(report.recoveries) == 2
+    assert not any(recovery.diverged for recovery in report.recoveries)
 
 
 def test_what_cannot_be_is_refused_and_the_model_stays(tiny_model: Any, batches: list[Batch]) -> None:
