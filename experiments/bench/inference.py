@@ -31,12 +31,13 @@ from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.alternatives import ALTERNATIVES, TRIAL, Alternative, alternative, audio_of, run_model
-from sparsewav.inference.kernel import sparse_product
+from sparsewav.inference.kernel import sparse_kernel
 from sparsewav.inference.shapes import with_parts
-from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.sparse_modules import SparseConv1d, SparseLinear
 from sparsewav.inference.timing import WIDTHS
 from sparsewav.pruning.encoder import encoder_layers, prunable_matrices
 from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
+from sparsewav.settings.pruning import ENCODER, SCOPES, TRANSFORMER
 
 DENSE = "dense"
 
@@ -59,6 +60,9 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 KEPT = (0.5, 0.25)
 CUT_RUN_BY = ("PyTorch bfloat16", "ONNX Runtime int8", "OpenVINO int8")
 """The alternatives that models with fewer parts are run by, besides PyTorch in float32."""
+CONVOLUTIONS = ((3, 15_999), (3, 7_999), (3, 3_999), (3, 1_999), (2, 999), (2, 499))
+"""Kernel and length of the input of the convolutions behind the first for 5 s of audio: 512 channels, stride 2."""
+
 CASES = ("1x5", "1x20", "8x5", "8x20")
 KEYS = ("subject", "contestant", "threads")
 
@@ -67,6 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parts = {
         "products": Part(bench_products, show_summary),
+        "convolutions": Part(bench_convolutions, show_summary),
         "inference": Part(bench_inference, show_speedups),
         "alternatives": Part(bench_alternatives, show_alternatives),
         "memory": Part(bench_memory, show_memory),
@@ -85,6 +90,12 @@ def main(words: Sequence[str] | None = None) -> int:
         type=float,
         default=list(KEPT),
         help="of alternatives and memory: shares of heads, units and channels (default 0.5 0.25)",
+    )
+    parser.add_argument(
+        "--scope",
+        default=TRANSFORMER,
+        choices=SCOPES,
+        help="of inference: the matrices with zeros (default %(default)s)",
     )
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=f"batch x seconds (default {' '.join(CASES)})")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
@@ -111,7 +122,7 @@ def show_memory(table: pandas.DataFrame, path: Path) -> str:
 @torch.inference_mode()
 def bench_products(arguments: argparse.Namespace) -> pandas.DataFrame:
     """Each shape of matrix: dense, our kernel in each layout, PyTorch's CSR and BSR products."""
-    sparse_product()  # compiled before anything is timed
+    sparse_kernel()  # compiled before anything is timed
     rows: list[dict[str, Any]] = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -134,13 +145,35 @@ def bench_products(arguments: argparse.Namespace) -> pandas.DataFrame:
 
 
 @torch.inference_mode()
+def bench_convolutions(arguments: argparse.Namespace) -> pandas.DataFrame:
+    """Each convolution of the front end: dense, and our kernel in each layout; 5 s of audio, as base has its input."""
+    sparse_kernel()  # compiled before anything is timed
+    rows: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for kernel, length in CONVOLUTIONS:
+            inputs = torch.randn(1, 512, length)
+            for sparsity in arguments.sparsities:
+                convolution = torch.nn.Conv1d(512, 512, kernel, 2, bias=False)
+                remove_at_random(convolution.weight, sparsity)
+                contestants: dict[str, Callable[[], Any]] = {DENSE: partial(convolution, inputs)}
+                for width in WIDTHS:
+                    contestants[f"kernel, {width} columns"] = partial(SparseConv1d(convolution, width), inputs)
+                subject = f"kernel {kernel}, length {length}, {sparsity:.0%} zero, {threads} threads"
+                found = {"threads": threads, "kernel": kernel, "length": length, "sparsity": sparsity}
+                rows += [row | found for row in alternate(arguments.rounds, subject, contestants)]
+    return pandas.DataFrame(rows)
+
+
+@torch.inference_mode()
 def bench_inference(arguments: argparse.Namespace) -> pandas.DataFrame:
     """Whole models, dense and accelerated: seconds for a second of audio, also of the transformer layers alone."""
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         dense, shown = random_model(name, arguments.layers), with_layers(name, arguments.layers)
+        shown += ", front end pruned, too" if arguments.scope == ENCODER else ""
         for sparsity in sorted(arguments.sparsities):
-            for matrix in prunable_matrices(dense):
+            for matrix in prunable_matrices(dense, arguments.scope):
                 remove_at_random(matrix.weight, sparsity)  # the same random numbers: what is removed stays removed
             for threads in arguments.threads:
                 torch.set_num_threads(threads)

@@ -14,11 +14,23 @@ from transformers import PreTrainedModel
 from sparsewav.errors import UserError
 from sparsewav.inference.alternatives import ALTERNATIVES, BFLOAT16, copy_with_its_weights
 from sparsewav.inference.comparison import Comparison, remembered_or_compared
-from sparsewav.inference.kernel import NoKernel, sparse_product
-from sparsewav.inference.sparse_linear import SparseLinear
-from sparsewav.inference.timing import MARGIN, Timing, in_turns, remember, remembered, setting, sparsity, time_linear
+from sparsewav.inference.kernel import NoKernel, sparse_kernel
+from sparsewav.inference.sparse_modules import SparseConv1d, SparseLinear, SparseModule, why_dense
+from sparsewav.inference.timing import (
+    LONGEST,
+    MARGIN,
+    Timing,
+    in_turns,
+    remember,
+    remembered,
+    setting,
+    sparsity,
+    time_convolution,
+    time_linear,
+)
 from sparsewav.models.hub import commit_of
-from sparsewav.pruning.encoder import PrunableMatrix, check_unwrapped, prunable_matrices
+from sparsewav.pruning.encoder import FRONT, PrunableMatrix, check_unwrapped, prunable_matrices
+from sparsewav.settings.pruning import ENCODER
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +39,8 @@ FRAMES = (250, 1000)
 
 BUCKET = 0.05
 """Matrices of one shape with sparsities in the same interval share a timing, that of the least sparse one."""
+
+CONVOLUTIONS_NEED_KERNEL = "it is a convolution, which only the kernel multiplies sparse"
 
 NOT_FASTER = "the sparse product is not clearly faster"
 
@@ -39,10 +53,13 @@ class AcceleratedMatrix:
 
     Attributes:
         name: Name of its module.
-        rows, cols: Its shape.
+        rows, cols: Its shape; the columns of a convolution are channels times kernel.
         sparsity: Share of zeros.
         reason: Why it stays dense; empty if it was swapped.
-        dense, sparse: Seconds of a product for each number of frames; empty if none was timed.
+        dense, sparse: Seconds of a product for each number of frames; empty if none was timed. In front of the layers
+            the product is that of as many rows as make so many frames, at most
+            :data:`~sparsewav.inference.timing.LONGEST`.
+        kernel: The kernel of a convolution, in frames; 1 for a linear module.
     """
 
     name: str
@@ -52,11 +69,17 @@ class AcceleratedMatrix:
     reason: str = ""
     dense: tuple[float, ...] = ()
     sparse: tuple[float, ...] = ()
+    kernel: int = 1
 
     @property
     def swapped(self) -> bool:
         """Whether the product is sparse now."""
         return not self.reason
+
+    def __str__(self) -> str:
+        """The zeros, and how many times as fast as dense the sparse product is at each number of frames."""
+        faster = " and ".join(f"{dense / sparse:.2f}" for dense, sparse in zip(self.dense, self.sparse, strict=True))
+        return f"{self.name} ({self.sparsity:.1%} zero, {faster} times as fast as dense)"
 
 
 @dataclass
@@ -87,6 +110,9 @@ class AccelerationReport:
     def __str__(self) -> str:
         lines = [f"{self.swapped} of {len(self.matrices)} matrices multiply sparse ({self.product})"]
         reasons = [matrix.reason for matrix in self.matrices if matrix.reason]
+        convolutions = [str(matrix) for matrix in self.matrices if matrix.swapped and matrix.kernel > 1]
+        if convolutions:
+            lines.append(f"{len(convolutions)} of these are convolutions: {', '.join(convolutions)}")
         lines += [f"{reasons.count(reason)} left dense: {reason}" for reason in dict.fromkeys(reasons)]
         if self.without_kernel:
             lines.append(f"no kernel, PyTorch's slower CSR products are used instead: {self.without_kernel}")
@@ -106,10 +132,11 @@ def accelerate(
 ) -> AccelerationReport:
     """Make a pruned model skip its zeros, in place, for inference.
 
-    Every prunable matrix whose sparse product is faster on this machine is swapped, and its dense weight is freed. The
-    outputs are equal up to rounding. Products are timed with the current number of threads of PyTorch; then the whole
-    model is timed in turns with the dense one, and is left dense if it is slower. The report says which plain
-    alternative is faster still. The timings are stored in the folder of the model.
+    Every prunable matrix of the layers and in front of them, convolutions included, whose sparse product is faster on
+    this machine is swapped, and its dense weight is freed. The outputs are equal up to rounding. Products are timed
+    with the current number of threads of PyTorch; then the whole model is timed in turns with the dense one, and is
+    left dense if it is slower. The report says which plain alternative is faster still. The timings are stored in the
+    folder of the model.
 
     Args:
         model: CTC model, in float32 on the CPU (``pattern="2:4"``: in float16 or bfloat16 on a GPU).
@@ -134,11 +161,10 @@ def accelerate(
     if not counts or min(counts) < 1:
         raise UserError(f"frames={frames} must be one or more numbers above 0")
     check_unwrapped(model)
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if any(isinstance(module, SparseModule) for module in model.modules()):
         raise UserError("the model is accelerated already; load it again to choose anew")
-    matrices = prunable_matrices(model)
     if pattern == "2:4":
-        return _accelerate_on_gpu(model, matrices, counts)
+        return _accelerate_on_gpu(model, prunable_matrices(model), counts)
     if pattern != "any":
         raise UserError(f"pattern={pattern!r} is none of 'any' and '2:4'")
     if model.device.type != "cpu" or model.dtype != torch.float32:
@@ -148,26 +174,37 @@ def accelerate(
         )
     without_kernel = ""
     try:
-        sparse_product()
+        sparse_kernel()
     except NoKernel as error:
         without_kernel = str(error)
         log.warning("no sparse kernel: %s; PyTorch's CSR products are used where they are faster", error)
+    matrices = prunable_matrices(model, ENCODER)
+    reasons = [_reason(model, matrix, CONVOLUTIONS_NEED_KERNEL if without_kernel else "") for matrix in matrices]
+    rates = _rates(matrices)
+    buckets = [_bucket(*pair) for pair in zip(matrices, rates, strict=True)]
     place = Path(folder) if folder is not None else _folder(model)
     key = setting(counts, kernel=not without_kernel)
     timings = remembered(place, counts, kernel=not without_kernel)
     known = set(timings)
     # The least sparse matrix of a bucket comes first, and the others share its timing.
-    for matrix in sorted(matrices, key=lambda matrix: sparsity(matrix.weight)):
-        if not _reason(model, matrix) and _bucket(matrix.weight) not in timings:
-            assert isinstance(matrix.module, nn.Linear)
-            timings[_bucket(matrix.weight)] = time_linear(matrix.module, counts, kernel=not without_kernel)
+    for index in sorted(range(len(matrices)), key=lambda index: sparsity(matrices[index].weight)):
+        if not reasons[index] and buckets[index] not in timings:
+            module, made = matrices[index].module, [_rows(count, rates[index]) for count in counts]
+            timings[buckets[index]] = (
+                time_convolution(module, made)
+                if isinstance(module, nn.Conv1d)
+                else time_linear(module, made, kernel=not without_kernel)
+            )
     if set(timings) != known:
         remember(place, key, timings)
-    rows = [_decide(model, matrix, timings) for matrix in matrices]
+    rows = [
+        _decide(matrix, reason, timings.get(bucket))
+        for matrix, reason, bucket in zip(matrices, reasons, buckets, strict=True)
+    ]
     layers = {
-        matrix.name: SparseLinear(matrix.module, timings[_bucket(matrix.weight)].width)
-        for matrix, row in zip(matrices, rows, strict=True)
-        if row.swapped and isinstance(matrix.module, nn.Linear)
+        matrix.name: _sparse(matrix.module, timings[bucket])
+        for matrix, bucket, row in zip(matrices, buckets, rows, strict=True)
+        if row.swapped
     }
     accelerated = copy_with_its_weights(model) if layers else model
     for name, layer in layers.items():
@@ -179,8 +216,8 @@ def accelerate(
         rows, layers = [replace(row, reason=NOT_FASTER_AT_ALL) if row.swapped else row for row in rows], {}
     del accelerated
     for name, layer in layers.items():
-        linear: Any = model.get_submodule(name)
-        linear.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
+        dense: Any = model.get_submodule(name)
+        dense.weight = nn.Parameter(torch.empty(0))  # other references to the module then hold no memory
         model.set_submodule(name, layer)
     if layers:
         _leave_mapped_file(model)
@@ -190,11 +227,9 @@ def accelerate(
 
 def restore(model: PreTrainedModel) -> int:
     """Undo :func:`accelerate` on the CPU in place, and give the number of matrices that had been swapped."""
-    swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseModule)]
     for name, module in swapped:
-        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(module.dense_weight()), module.bias
-        model.set_submodule(name, linear.train(module.training))
+        model.set_submodule(name, module.dense_module())
     return len(swapped)
 
 
@@ -207,39 +242,76 @@ def _folder(model: PreTrainedModel) -> Path | None:
     return folder
 
 
-def _bucket(weight: Tensor) -> str:
-    rows, cols = weight.shape
-    step = math.floor(sparsity(weight) / BUCKET + 1e-9)
-    return f"{rows}x{cols}, {step * BUCKET:.2f} of it zero or more"
+def _rates(matrices: list[PrunableMatrix]) -> list[int]:
+    """Count the rows that each matrix multiplies for a frame of the layers: more than one before the last stride."""
+    strides = [math.prod(stride for _, stride, _ in matrix.windows) for matrix in matrices]
+    return [
+        max(1, max(strides) // own) if matrix.layer == FRONT else 1
+        for matrix, own in zip(matrices, strides, strict=True)
+    ]
 
 
-def _reason(model: PreTrainedModel, matrix: PrunableMatrix) -> str:
-    """Say why a matrix must stay dense; empty if its timing decides."""
+def _rows(frames: int, rate: int) -> int:
+    """Count the rows that a matrix is timed with."""
+    return min(frames * rate, max(frames, LONGEST))
+
+
+def _bucket(matrix: PrunableMatrix, rate: int) -> str:
+    """Name what matrices have in common that share a timing."""
+    module, (rows, cols) = matrix.module, matrix.weight.shape
+    facts = [f"{rows}x{cols}"]
+    if isinstance(module, nn.Conv1d):
+        facts.append(f"kernel {module.kernel_size[0]}, stride {module.stride[0]}")
+    if rate > 1:
+        facts.append(f"{rate} rows a frame")
+    step = math.floor(sparsity(matrix.weight) / BUCKET + 1e-9)
+    return ", ".join([*facts, f"{step * BUCKET:.2f} of it zero or more"])
+
+
+def _reason(model: PreTrainedModel, matrix: PrunableMatrix, convolutions: str) -> str:
+    """Say why a matrix must stay dense; empty if its timing decides.
+
+    Args:
+        model, matrix: The matrix in its model.
+        convolutions: Why convolutions must; empty if they need not.
+    """
     if sparsity(matrix.weight) < 0.2:
         return "hardly any of it is zero"
     parent = model.get_submodule(matrix.name.rpartition(".")[0])
     if hasattr(parent, "torch_multi_head_self_attention"):
         return "WavLM's attention is one fused function that takes the dense weights"
-    if isinstance(matrix.module, nn.Conv1d):
-        return "it is a convolution of kernel 1, for which there is no sparse product"
+    if type(matrix.module) is nn.Conv1d:
+        if why := why_dense(matrix.module):
+            return f"it is a convolution without a sparse product: {why}"
+        return convolutions
     if type(matrix.module) is not nn.Linear:
         return f"it is a {type(matrix.module).__name__}, which may do more than multiply"
     return ""
 
 
-def _decide(model: PreTrainedModel, matrix: PrunableMatrix, timings: dict[str, Timing]) -> AcceleratedMatrix:
+def _decide(matrix: PrunableMatrix, reason: str, timing: Timing | None) -> AcceleratedMatrix:
+    """Give the decision for a matrix that stays dense for a reason, or else has a timing."""
     rows, cols = matrix.weight.shape
-    facts = (matrix.name, rows, cols, sparsity(matrix.weight))
-    if reason := _reason(model, matrix):
-        return AcceleratedMatrix(*facts, reason)
-    timing = timings[_bucket(matrix.weight)]
-    return AcceleratedMatrix(*facts, "" if timing.worth_it else NOT_FASTER, timing.dense, timing.sparse)
+    kernel = matrix.module.kernel_size[0] if isinstance(matrix.module, nn.Conv1d) else 1
+    made = AcceleratedMatrix(matrix.name, rows, cols, sparsity(matrix.weight), reason, kernel=kernel)
+    if reason or timing is None:
+        return made
+    return replace(made, reason="" if timing.worth_it else NOT_FASTER, dense=timing.dense, sparse=timing.sparse)
+
+
+def _sparse(module: nn.Linear | nn.Conv1d, timing: Timing) -> SparseModule:
+    """Give the sparse module that stands for a dense one, in the fastest layout."""
+    if isinstance(module, nn.Linear):
+        return SparseLinear(module, timing.width)
+    assert timing.width is not None  # the kernel's layout, or the convolution had a reason to stay
+    return SparseConv1d(module, timing.width)
 
 
 def _leave_mapped_file(model: PreTrainedModel) -> None:
     """Copy the remaining tensors, because one tensor in a mapped checkpoint keeps all of it in memory."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+        with torch.inference_mode(tensor.is_inference()):  # it stays what it was: a mix of both cannot be computed with
+            tensor.data = tensor.data.clone()
 
 
 @torch.inference_mode()
@@ -256,7 +328,7 @@ def _accelerate_on_gpu(
     rows = []
     for matrix in matrices:
         height, cols = matrix.weight.shape
-        reason = _reason(model, matrix)
+        reason = _reason(model, matrix, "it is a convolution, for which there is no 2:4 product")
         if not reason and not two_of_four(matrix.weight):
             reason = "it is not 2:4 (at most two nonzeros in every four neighbours of a row)"
         dense: tuple[float, ...] = ()

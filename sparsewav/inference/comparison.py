@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.inference.alternatives import Run, alternative, audio_of, run_model
-from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.sparse_modules import SparseModule
 from sparsewav.inference.timing import check_seconds, in_turns, read_remembered, remember
 from sparsewav.pruning.encoder import in_evaluation_mode, whatever_modes
 
@@ -121,7 +121,7 @@ def remembered_or_compared(
         setting: All that timings depend on besides the model.
     """
     key = f"{setting}, the whole model"
-    products = [f"{name} {module}" for name, module in accelerated.named_modules() if isinstance(module, SparseLinear)]
+    products = [f"{name} {module}" for name, module in accelerated.named_modules() if isinstance(module, SparseModule)]
     identity = blake2b(repr([*names, dense.config.to_json_string(), products]).encode(), digest_size=8).hexdigest()
 
     def read(entries: Any) -> Comparison | None:

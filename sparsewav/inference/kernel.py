@@ -1,4 +1,4 @@
-"""The sparse product in C++, compiled for this processor on first use, cached, and called through ctypes.
+"""The sparse product and convolution in C++: compiled for this processor on first use, cached, called through ctypes.
 
 Loading a library runs what is in it. So it is loaded from the cache only if nobody else could have written it there:
 the file and the folders up to ``kernels`` belong to this user, and no other may write to them.
@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int16, Int32
 from torch import Tensor
 
 from sparsewav.cache import cached_folder
@@ -38,14 +40,24 @@ class NoKernel(Exception):
     """The kernel cannot be compiled or loaded on this machine, for the reason in the message."""
 
 
-Product = Callable[..., None]
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled functions of ``product.cpp``, which says what they take.
+
+    Attributes:
+        product: ``sparsewav_product``.
+        convolution: ``sparsewav_convolution``.
+    """
+
+    product: Callable[..., None]
+    convolution: Callable[..., None]
 
 
 @cache
-def sparse_product() -> Product:
-    """Give the function ``sparsewav_product`` of ``product.cpp``, compiled on first use by one process for all.
+def sparse_kernel() -> Kernel:
+    """Give the functions of ``product.cpp``, compiled on first use by one process for all.
 
-    Where the cache cannot be written, or others can write to it, the function is compiled for this process alone.
+    Where the cache cannot be written, or others can write to it, they are compiled for this process alone.
 
     Raises:
         NoKernel: There is no compiler, or it failed, or what it made does not load.
@@ -63,7 +75,7 @@ def sparse_product() -> Product:
         raise NoKernel(f"the compiled kernel does not load: {error}") from error
 
 
-def _from_cache(compiler: list[str]) -> Product:
+def _from_cache(compiler: list[str]) -> Kernel:
     """Load the kernel from the cache, compiling it if it is not there or damaged."""
     source = SOURCE.read_text(encoding="utf-8")
     identity = {"source": source, "compiler": compiler, "processor": processor_name(), "flags": _FLAGS}
@@ -92,19 +104,19 @@ def _refuse_foreign(path: Path) -> None:
         raise UserError(f"other users may write to {path}; forbid it (chmod go-w {shlex.quote(str(path))})")
 
 
-def _load(folder: Path) -> Product:
+def _load(folder: Path) -> Kernel:
     """Load the kernel from a folder that :func:`_compile` filled.
 
     Raises:
         OSError: It does not load.
-        AttributeError: It lacks the function.
+        AttributeError: It lacks a function.
     """
     library: Any = ctypes.CDLL(str(folder / LIBRARY))
-    function = library.sparsewav_product
-    whole, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [pointer, *[whole] * 4, *[pointer] * 6, ctypes.c_int]
-    function.restype = None
-    return function
+    functions = (library.sparsewav_product, library.sparsewav_convolution)
+    for function, sizes in zip(functions, (4, 8), strict=True):
+        function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * sizes, *[ctypes.c_void_p] * 6, ctypes.c_int]
+        function.restype = None
+    return Kernel(*functions)
 
 
 TILE = 64
@@ -181,9 +193,46 @@ def multiply(
     frames, cols = inputs.shape
     tiles = inputs.new_empty((frames + TILE - 1) // TILE * TILE * cols)
     outputs = inputs.new_empty(frames, rows)
-    sparse_product()(
+    sparse_kernel().product(
         *(inputs.data_ptr(), frames, rows, cols, -(-cols // width)),
         *(offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), bias.data_ptr() if bias is not None else None),
         *(tiles.data_ptr(), outputs.data_ptr(), torch.get_num_threads()),
     )
     return outputs
+
+
+def convolve(
+    inputs: Float[Tensor, "batch channels length"],
+    rows: int,
+    kernel: int,
+    stride: int,
+    width: int,
+    offsets: Int32[Tensor, " blocks_rows_and_one"],
+    columns: Int16[Tensor, " nonzeros"],
+    values: Float[Tensor, " nonzeros"],
+    bias: Float[Tensor, " rows"] | None,
+) -> Float[Tensor, "batch rows frames"]:
+    """Compute a convolution without padding in float32, with a weight stored in blocks of columns.
+
+    Inputs that are a transposed (batch, length, channels) are read as they lie, and so lie the outputs then.
+
+    Args:
+        inputs: float32 on the CPU, at least one utterance of at least the length of the kernel.
+        rows: The channels of the outputs.
+        kernel, stride: Of the convolution, in frames.
+        width, offsets, columns, values, bias: As of :func:`multiply`; a column is channel * kernel + tap.
+    """
+    batch, channels, length = inputs.shape
+    frames = (length - kernel) // stride + 1
+    threads = torch.get_num_threads()
+    frame_major = not inputs.is_contiguous() and inputs.transpose(1, 2).is_contiguous()
+    inputs = inputs if frame_major else inputs.contiguous()
+    shape = (batch, frames, rows) if frame_major else (batch, rows, frames)
+    outputs = inputs.new_empty(shape)
+    tiles = inputs.new_empty(threads * channels * kernel * TILE)
+    sparse_kernel().convolution(
+        *(inputs.data_ptr(), batch, channels, length, kernel, stride, int(frame_major), rows),
+        *(-(-channels * kernel // width), offsets.data_ptr(), columns.data_ptr(), values.data_ptr()),
+        *(bias.data_ptr() if bias is not None else None, tiles.data_ptr(), outputs.data_ptr(), threads),
+    )
+    return outputs.transpose(1, 2) if frame_major else outputs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsewav.errors import UserError
 from sparsewav.files import write_file
 from sparsewav.inference.kernel import MAX_COLUMNS, SOURCE, processor_name
-from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.sparse_modules import SparseConv1d, SparseLinear
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ MARGIN = 1.1
 
 ROUNDS = 5
 
+LONGEST = 2048
+"""Frames that convolutions are timed with at most: longer inputs take both kinds proportionally longer."""
+
 REMEMBERED = "acceleration.json"
 """File in the folder of a model with the timings of each machine and setting."""
 
@@ -42,7 +45,7 @@ class Timing:
     """Timings of the dense and the best sparse product for matrices of one shape and similar sparsity.
 
     Attributes:
-        rows, cols: Shape of the matrix.
+        rows, cols: Shape of the matrix; the columns of a convolution are channels times kernel.
         sparsity: Sparsity of the timed matrix, the least sparse of those that share the timing.
         dense, sparse: Median seconds of a product for each number of frames.
         width: Columns in a block of the best layout, or None for PyTorch's CSR product.
@@ -107,7 +110,6 @@ def rounds_within(seconds: float, contestants: Sequence[Callable[[], Any]], leas
     return min(max(int(seconds / max(taken, 1e-9)), least), most)
 
 
-@torch.inference_mode()
 def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timing:
     """Time a float32 module on the CPU, dense and in every sparse layout.
 
@@ -118,24 +120,45 @@ def time_linear(linear: nn.Linear, frames: Sequence[int], kernel: bool) -> Timin
     """
     widths: tuple[int | None, ...] = WIDTHS if kernel and linear.in_features <= MAX_COLUMNS else (None,)
     candidates = [SparseLinear(linear, width) for width in widths]
+    return _time(linear, candidates, [(1, count, linear.in_features) for count in frames])
+
+
+def time_convolution(convolution: nn.Conv1d, frames: Sequence[int]) -> Timing:
+    """Time a float32 convolution on the CPU, dense and in every layout of the kernel.
+
+    Args:
+        convolution: The module, which a :class:`~sparsewav.inference.sparse_modules.SparseConv1d` can replace.
+        frames: Numbers of frames in its output.
+    """
+    candidates = [SparseConv1d(convolution, width) for width in WIDTHS]
+    (kernel,), (stride,) = convolution.kernel_size, convolution.stride
+    lengths = [(min(count, LONGEST) - 1) * stride + kernel for count in frames]
+    return _time(convolution, candidates, [(1, convolution.in_channels, length) for length in lengths])
+
+
+@torch.inference_mode()
+def _time(
+    dense: nn.Linear | nn.Conv1d, candidates: Sequence[SparseLinear | SparseConv1d], shapes: Sequence[tuple[int, ...]]
+) -> Timing:
+    """Time a module and sparse ones in turns on noise of each shape, and choose the fastest of the sparse ones."""
     seconds = []
-    for count in frames:
-        inputs = torch.randn(1, count, linear.in_features, generator=torch.Generator().manual_seed(0))
-        seconds.append(in_turns(ROUNDS, [lambda x=inputs, m=module: m(x) for module in (linear, *candidates)]))  # type: ignore[misc]
+    for shape in shapes:
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        seconds.append(in_turns(ROUNDS, [lambda x=inputs, m=module: m(x) for module in (dense, *candidates)]))  # type: ignore[misc]
     totals = [sum(row[1 + index] / row[0] for row in seconds) for index in range(len(candidates))]
     best = totals.index(min(totals))
     return Timing(
-        linear.out_features,
-        linear.in_features,
-        sparsity(linear.weight),
+        candidates[best].rows,
+        candidates[best].cols,
+        sparsity(dense.weight),
         tuple(row[0] for row in seconds),
         tuple(row[1 + best] for row in seconds),
-        widths[best],
+        candidates[best].width,
     )
 
 
 def sparsity(weight: Tensor) -> float:
-    """Give the share of zeros in a matrix."""
+    """Give the share of zeros in a weight."""
     return 1 - int(weight.count_nonzero()) / weight.numel()
 
 

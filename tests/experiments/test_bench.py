@@ -100,6 +100,16 @@ def test_inference_is_measured_beside_its_alternatives(
     assert (tmp_path / "alternatives.png").stat().st_size > 10_000
 
 
+def test_convolutions_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and both layouts of the kernel take turns, here on one short input."""
+    monkeypatch.setattr(inference, "CONVOLUTIONS", ((3, 9),))
+    command = ["convolutions", "--rounds", "1", "--threads", "1", "--sparsities", "0.9", "--output", str(tmp_path)]
+    assert inference.main(command) == 0
+    table = pandas.read_csv(tmp_path / "convolutions.csv")
+    assert list(table["contestant"]) == ["dense", "kernel, 96 columns", "kernel, 192 columns"]
+    assert (table["seconds"] > 0).all()
+
+
 @pytest.mark.parametrize("benchmark", [engine, gpu, inference])
 def test_every_benchmark_describes_its_parts_and_refuses_others(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -22,28 +22,13 @@ from sparsewav.files import CHECKSUMS
 from sparsewav.inference import acceleration, comparison, kernel, restore
 from sparsewav.inference.acceleration import two_of_four
 from sparsewav.inference.comparison import Comparison
-from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.sparse_modules import SparseConv1d, SparseLinear
 from sparsewav.inference.timing import REMEMBERED, Timing, time_linear
 from sparsewav.inference.wer import error_rates, transcribe
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning import prunable_matrices
 from sparsewav.settings.data import DemoData
-
-
-def _has_kernel() -> str:
-    try:
-        kernel.sparse_product()
-    except kernel.NoKernel as error:
-        return str(error)
-    return ""
-
-
-@pytest.fixture
-def compiled() -> None:
-    """Skip where the kernel cannot be built, and say why."""
-    reason = _has_kernel()
-    if reason:
-        pytest.skip(f"no kernel: {reason}")
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER
 
 
 def _sparse_linear(rows: int, cols: int, share: float, *, bias: bool = True, seed: int = 0) -> nn.Linear:
@@ -58,10 +43,10 @@ def _sparse_linear(rows: int, cols: int, share: float, *, bias: bool = True, see
     return linear.eval()
 
 
-def _prune_at_random(model: Any, share: float) -> None:
+def _prune_at_random(model: Any, share: float, scope: str = TRANSFORMER) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for matrix in prunable_matrices(model):
+        for matrix in prunable_matrices(model, scope):
             matrix.weight.mul_(torch.rand(matrix.weight.shape, generator=generator) >= share)
 
 
@@ -72,7 +57,11 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def timing(linear: nn.Linear, frames: Any, kernel: bool) -> Timing:
         return Timing(*linear.weight.shape, 0.5, (2.0,), (1.0,), 96 if kernel else None)
 
+    def timing_of_convolution(convolution: nn.Conv1d, frames: Any) -> Timing:
+        return Timing(*convolution.weight.flatten(1).shape, 0.5, (2.0,), (1.0,), 96)
+
     monkeypatch.setattr(acceleration, "time_linear", timing)
+    monkeypatch.setattr(acceleration, "time_convolution", timing_of_convolution)
     monkeypatch.setattr(comparison, "compare", _compared_with(1.0))
 
 
@@ -144,14 +133,16 @@ def test_csr_equals_the_dense_product(bias: bool) -> None:
 
 @pytest.mark.usefixtures("compiled", "always_faster")
 @pytest.mark.parametrize(
-    "family", ["wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "sew-d", "parakeet_ctc", "granite_speech5_ctc"]
+    "family",
+    ["wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "sew-d", "parakeet_ctc", "lasr_ctc", "granite_speech5_ctc"],
 )
 def test_outputs_are_those_of_the_dense_model(
     family: str, tiny_model: Any, noise_batch: Any, model_input: Any, tmp_path: Path
 ) -> None:
     """Every family, padding included; a saved model is dense again, and so is a restored one, bit for bit."""
     model = tiny_model(family)
-    _prune_at_random(model, 0.8)
+    _prune_at_random(model, 0.8, ENCODER)
+    matrices = prunable_matrices(model, ENCODER)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = {name: value for name, value in model_input(model, noise_batch([400, 272])).items() if name != "labels"}
     with torch.no_grad():
@@ -161,12 +152,11 @@ def test_outputs_are_those_of_the_dense_model(
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     fused = [matrix for matrix in report.matrices if not matrix.swapped]
     assert {matrix.name.rpartition(".")[2] for matrix in fused} == (
-        {"q_proj", "k_proj", "v_proj", "out_proj"}
-        if family == "wavlm"
-        else {"pointwise_conv1", "pointwise_conv2"}
-        if family in ("wav2vec2-conformer", "parakeet_ctc")
-        else set()
+        {"q_proj", "k_proj", "v_proj", "out_proj"} if family == "wavlm" else set()
     )
+    convolutions = sum(isinstance(matrix.module, nn.Conv1d) for matrix in matrices)
+    assert convolutions == sum(isinstance(module, SparseConv1d) for module in model.modules())
+    assert bool(convolutions) == (family != "granite_speech5_ctc")
     assert report.swapped == len(report.matrices) - len(fused) > 0
 
     model.save_pretrained(tmp_path)
@@ -179,6 +169,34 @@ def test_outputs_are_those_of_the_dense_model(
     for state in (loaded, model.state_dict()):
         assert state.keys() == dense.keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in dense.items())
+
+
+@pytest.mark.usefixtures("compiled")
+def test_convolutions_are_timed_with_the_frames_they_have(
+    tiny_model: Any, always_faster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of a stride there are more frames; what is dense is not timed, and the report names what is swapped."""
+    model = tiny_model("wav2vec2", conv_dim=(8, 8, 8, 8), conv_kernel=(10, 3, 3, 2), conv_stride=(5, 2, 2, 2))
+    first, *pruned = [matrix for matrix in prunable_matrices(model, ENCODER) if isinstance(matrix.module, nn.Conv1d)]
+    with torch.no_grad():
+        for matrix in pruned:
+            matrix.weight[:, 3:] = 0.0
+    timed: list[tuple[int, ...]] = []
+    timing = acceleration.time_convolution
+
+    def counting(convolution: nn.Conv1d, frames: Any) -> Timing:
+        timed.append((convolution.kernel_size[0], *frames))
+        return timing(convolution, frames)
+
+    monkeypatch.setattr(acceleration, "time_convolution", counting)
+    report = sparsewav.accelerate(model, frames=8)
+    assert sorted(timed) == [(2, 8), (3, 16)]
+    assert [matrix.name for matrix in report.matrices if matrix.swapped] == [matrix.name for matrix in pruned]
+    assert "2 of these are convolutions: wav2vec2.feature_extractor.conv_layers.2.conv (87.5% zero, 2.00 times" in str(
+        report
+    )
+    assert isinstance(model.get_submodule(first.name), nn.Conv1d)
+    assert restore(model) == 2
 
 
 @pytest.mark.usefixtures("compiled", "always_faster")
@@ -204,7 +222,7 @@ def test_dense_stays_where_it_is_faster(tiny_model: Any, tmp_path: Path, monkeyp
     (key,) = json.loads((tmp_path / REMEMBERED).read_text())
     assert key.endswith("the whole model"), "no product was timed"
     monkeypatch.setattr(comparison, "compare", _compared_with(1.0))  # noise of so small a model decides nothing
-    _prune_at_random(model, 0.3)
+    _prune_at_random(model, 0.3, ENCODER)
     report = sparsewav.accelerate(model, frames=[50, 200], folder=tmp_path)
     for matrix in report.matrices:
         worth_it = all(dense >= 1.1 * sparse for dense, sparse in zip(matrix.dense, matrix.sparse, strict=True))
@@ -317,14 +335,15 @@ def test_timings_that_cannot_be_are_measured_again(
 ) -> None:
     """A file that was edited or damaged costs a new timing and a line, and never changes a product."""
     model = tiny_model("wav2vec2")
-    _prune_at_random(model, 0.8)
+    _prune_at_random(model, 0.8, ENCODER)
+    everything = len(prunable_matrices(model, ENCODER))
     values = noise_batch([400])["input_values"]
     with torch.no_grad():
         dense = model(values).logits
     sparsewav.accelerate(copy.deepcopy(model), frames=8, folder=tmp_path)
     record = json.loads((tmp_path / REMEMBERED).read_text())
     (tmp_path / REMEMBERED).write_text(json.dumps(damage(record)))
-    assert sparsewav.accelerate(model, frames=8, folder=tmp_path).swapped == 12
+    assert sparsewav.accelerate(model, frames=8, folder=tmp_path).swapped == everything
     assert caplog.text.count("the products are timed again") == 1
     assert REMEMBERED in caplog.text
     assert json.loads((tmp_path / REMEMBERED).read_text()) == record
@@ -350,6 +369,18 @@ def test_what_is_accelerated_in_inference_mode_serves_outside_of_it(tiny_model: 
     with torch.inference_mode():
         assert sparsewav.accelerate(model, frames=8).swapped
     assert model(torch.zeros(1, 800)).logits.isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled", "always_faster")
+@pytest.mark.parametrize("scope", [TRANSFORMER, ENCODER])
+def test_a_model_made_in_inference_mode_is_accelerated(scope: str, tiny_model: Any) -> None:
+    with torch.inference_mode():
+        model = tiny_model("wav2vec2", "group")
+        _prune_at_random(model, 0.9, scope)
+        audio = torch.randn(1, 800, generator=torch.Generator().manual_seed(0))
+        dense = model(audio).logits
+        assert sparsewav.accelerate(model, frames=8).swapped
+        torch.testing.assert_close(model(audio).logits, dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("compiled", "always_faster")
@@ -408,12 +439,16 @@ def test_without_a_compiler_it_says_so(
 ) -> None:
     """Without a compiler CSR products are what is tried, and the report and the log say why."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    kernel.sparse_product.cache_clear()  # an earlier test may have built it
+    kernel.sparse_kernel.cache_clear()  # an earlier test may have built it
     model = tiny_model("wav2vec2", hidden_size=64, intermediate_size=96)
-    for matrix in prunable_matrices(model):
+    for matrix in prunable_matrices(model, ENCODER):
         nn.init.zeros_(matrix.weight)
     report = sparsewav.accelerate(model, frames=64)
     assert report.product == "CSR"
+    convolutions = [matrix for matrix in report.matrices if matrix.kernel > 1]
+    assert convolutions
+    assert {matrix.reason for matrix in convolutions} == {acceleration.CONVOLUTIONS_NEED_KERNEL}
+    assert acceleration.CONVOLUTIONS_NEED_KERNEL in str(report)
     assert "there is no C++ compiler (no-such-compiler)" in str(report)
     assert "there is no C++ compiler (no-such-compiler)" in caplog.text
 
@@ -422,12 +457,12 @@ def test_without_a_compiler_it_says_so(
 def own_kernel(compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache that holds the kernel and nothing else, before this process has it; gives the library."""
     monkeypatch.setenv("SPARSEWAV_CACHE", str(tmp_path / "cache"))
-    kernel.sparse_product.cache_clear()
-    kernel.sparse_product()
-    kernel.sparse_product.cache_clear()
+    kernel.sparse_kernel.cache_clear()
+    kernel.sparse_kernel()
+    kernel.sparse_kernel.cache_clear()
     (library,) = tmp_path.glob("cache/kernels/*/product.so")
     yield library
-    kernel.sparse_product.cache_clear()
+    kernel.sparse_kernel.cache_clear()
 
 
 def _works() -> bool:
@@ -501,7 +536,7 @@ def test_without_a_cache_the_kernel_serves_one_process(
     assert len(caplog.records) == 1
 
 
-BUILD = "from sparsewav.inference.kernel import sparse_product; sparse_product()"
+BUILD = "from sparsewav.inference.kernel import sparse_kernel; sparse_kernel()"
 
 
 @pytest.mark.slow

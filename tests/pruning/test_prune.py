@@ -25,7 +25,7 @@ from transformers import (
 import sparsewav
 from sparsewav import ALPS, NM, OBS, Calibration, Hutchinson, Pruning, Reconstruction, Unstructured
 from sparsewav.errors import UserError
-from sparsewav.inference.sparse_linear import SparseLinear
+from sparsewav.inference.sparse_modules import SparseLinear
 from sparsewav.pruning import collect_hessians, estimate_traces, layerwise, prunable_matrices, prune_matrix, prune_model
 from sparsewav.pruning.encoder import encoder_layers
 from sparsewav.pruning.families import FAMILIES
