@@ -23,6 +23,7 @@ from sparsewav.models.checkpoint import first_line
 from sparsewav.pruning.allocation.latency import TimeShape
 from sparsewav.pruning.encoder import has_head, in_evaluation_mode, whatever_modes
 from sparsewav.settings.sparsity import Structured
+from sparsewav.training.precision import wrong_in_bfloat16
 
 RATE = 16_000
 """Samples in a second, of all families that can be cut."""
@@ -57,12 +58,19 @@ class Speedup:
 
 
 def check_runtime(asked: Structured, model: PreTrainedModel | None = None) -> None:
-    """Refuse a runtime that is not installed, or that does not take a model.
+    """Refuse a runtime that is not installed, that does not take a model, or that this machine computes wrongly in.
 
     Raises:
         UserError: It says so.
     """
-    if asked.speedup is None or asked.runtime not in EXPORTED_AS:
+    if asked.speedup is None:
+        return
+    if asked.runtime == "bfloat16" and model is not None and (wrong := wrong_in_bfloat16(model)):
+        raise UserError(
+            f"sparsity.runtime=bfloat16 gives something else than the model: this machine computes {wrong} wrongly in "
+            "bfloat16; choose another runtime"
+        )
+    if asked.runtime not in EXPORTED_AS:
         return
     check_libraries(EXPORTED_AS[asked.runtime], int8=True)
     if model is not None and not has_head(model):

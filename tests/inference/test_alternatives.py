@@ -14,6 +14,7 @@ from sparsewav.inference.alternatives import ALTERNATIVES, alternative, audio_of
 from sparsewav.inference.comparison import Comparison, compare
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import encoder_layers
+from sparsewav.training.precision import wrong_in_bfloat16
 from tests.conftest import CONFIGS
 
 
@@ -30,7 +31,9 @@ def test_every_alternative_gives_the_outputs_of_the_model(
     try:
         found = alternative(name, model, tmp_path)
     except UserError as error:  # of the processor, as all libraries are installed
-        if name != "OpenVINO bfloat16" or "does not multiply bfloat16" not in str(error):
+        lacking = name == "OpenVINO bfloat16" and "does not multiply bfloat16" in str(error)
+        wrong = name.endswith("bfloat16") and "its outputs differ" in str(error) and wrong_in_bfloat16(model)
+        if not (lacking or wrong):
             raise
         return
     audio = torch.randn(3, 12_000, generator=torch.Generator().manual_seed(5))
