@@ -338,7 +338,8 @@ def plot_alternatives(path: Path, overview: pandas.DataFrame) -> None:
     settings = list(dict.fromkeys(zip(overview["model"], overview["threads"], strict=True)))
     names = list(dict.fromkeys(overview["contestant"]))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.2 * len(settings), 5.2), 1.6 + 0.5 * len(names)), layout="constrained")
+        width = 0.075 * max(map(len, names)) + 2.6 * len(settings)
+        figure = Figure(figsize=(width, 1.6 + 0.4 * len(names)), layout="constrained")
         for axes, (model, threads) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
             part = overview[(overview["model"] == model) & (overview["threads"] == threads)]
             cases = list(part.groupby(["batch", "audio"]))
@@ -350,8 +351,8 @@ def plot_alternatives(path: Path, overview: pandas.DataFrame) -> None:
                 axes.barh(places, faster, 0.8 / len(cases), xerr=spread, error_kw={"linewidth": 0.8}, **style)
             axes.axvline(1.0, color="#444444", linewidth=1.0)
             axes.set_yticks(range(len(names)), names if axes is figure.axes[0] else [""] * len(names))
-            axes.invert_yaxis()
-            axes.set_title(f"wav2vec2-{model}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title(f"{model}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
             axes.set_xlabel("Times faster than dense")
         labelled = {str(bars.get_label()): bars for axes in figure.axes for bars in axes.containers}
         bars_of: dict[str, Any] = {label: bars for label, bars in labelled.items() if " x " in label}
