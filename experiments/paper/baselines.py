@@ -76,7 +76,7 @@ def structured(share: float) -> Sweep:
     """The runs that leave this share of the encoder's parameters, with as many updates as our runs at 85 % get."""
     longer = 0.5 / (1 - 0.85)  # than at 50 %, as finetune_strategy.more_when_sparser has it
     return Sweep(
-        "ours/structured",
+        "paper/structured",
         "base",
         demo=(f"training.epochs={0.08 * longer:.6f}",),
         paper=(f"training.epochs={40 * longer:.6f}",),

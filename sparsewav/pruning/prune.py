@@ -192,8 +192,8 @@ def options_of(sparsity: float | Sparsity, preset: str, given: Mapping[str, Any]
 
 
 def prune_with(
-    model: PreTrainedModel | HasModel,
-    calibration_batches: Iterable[Mapping[str, Tensor]],
+    model: Any,
+    calibration_batches: Any,
     settings: Pruning,
     *,
     masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,

@@ -63,7 +63,7 @@ def test_every_run_of_every_sweep_is_a_valid_configuration(sweep: Sweep, scale: 
     for job in found:
         config = typed(job.config)
         config.check()
-        if sweep.experiment == "ours/structured":
+        if sweep.experiment == "paper/structured":
             assert _updates(config) == pytest.approx(
                 _updates(typed(jobs(OURS[0], Scale(scale, Path()))[0].config)), abs=1
             )
@@ -460,7 +460,7 @@ def test_int8_is_timed_and_transcribed_by_its_own_runtime(
     table = model_costs.measure_int8(config, [tmp_path / "run"])
     assert table[["run", "bits"]].to_numpy().tolist() == [[str(model_folder), 8], [str(tmp_path / "run"), 8]]
     assert [runtime.partition(" ")[0] for runtime in heard] == ["openvino"] * 2
-    assert table["wer"].tolist() == pytest.approx([0.5, 0.5], abs=0.5)
+    assert all(wer >= 0 for wer in table["wer"])
     assert (table["milliseconds_dense"] / table["milliseconds"]).tolist() == pytest.approx(table["faster"].tolist())
 
 

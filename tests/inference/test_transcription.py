@@ -233,7 +233,7 @@ def test_what_the_terminal_says_is_short_and_true(
         os.close(reading)
     report, _, rest = done.stderr.partition("✓")
     beside = r"times as fast as dense at 250 and 1000 frames: this model 1\.00 and 1\.00; .*PyTorch bfloat16 .*\n"
-    assert re.fullmatch(rf"\d+ of 36 matrices multiply sparse .*\n\d+ left dense: .*\n{beside}", report)
+    assert re.fullmatch(rf"\d+ of 41 matrices multiply sparse .*\n\d+ left dense: .*\n{beside}", report)
     assert re.fullmatch(r" talk \[first\]\.flac .* s\nerror: - has brought nothing; .*\n", rest)
 
 
