@@ -28,14 +28,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import run_base
 from sparsewav.pruning.families import windows_in
 from sparsewav.pruning.hessian import Hessians, InputObserver, collect_hessian_in_front
 from sparsewav.pruning.hidden_states import StopForward, calibration_parts, layer_masks
+from sparsewav.pruning.output_error import output_energy, output_error
 from sparsewav.pruning.solvers.groups import GroupRemoval, remove_groups
-from sparsewav.pruning.solvers.solve import is_finite
+from sparsewav.pruning.solvers.solve import check_finite
 from sparsewav.pruning.structure import ChannelSet, FrontEnd
 from sparsewav.pruning.structured import StructureReport
 from sparsewav.settings.pruning import Calibration
@@ -163,12 +163,8 @@ def remove_channels(
                 fitted = _fit_reader(model, front, channels, cut, beside, batches, damping, calibration, seed)
                 channels.reader.parameter.data = fitted.weight.view(channels.reader.parameter.shape)
                 error += fitted.error
-            if not is_finite(channels.reader.weight):
-                raise UserError(
-                    f"the pruned weight of {channels.reader.name} has values beyond {dense.dtype}; load the model in "
-                    "float32"
-                )
-            error /= max(float(((dense.float() @ hessian) * dense).sum(dtype=torch.float64)), 1e-30)
+            check_finite(channels.reader.weight, channels.reader.name)
+            error /= output_energy(dense, found, channels.reader.name)
         report = StructureReport(channels.name, front.layer, front.kind, channels.size, parts, count, error)
         done.append((report, kept))
     return done
@@ -266,10 +262,8 @@ def _fit_reader(
     weight, hessian, drift = reader.weight.detach(), found.of(reader.name), found.drifts[reader.name]
     groups = weight.shape[1] // channels.size
     fitted = remove_groups(weight, hessian, channels.size, [groups], damping, reader.name, drift)[0]
-    change = (weight - fitted.weight).float()
-    error = ((change @ hessian) * change).sum() + 2 * ((weight.float() @ drift) * change).sum()
-    error += ((weight.float() @ found.drift_sums[reader.name]) * weight).sum()
-    return distributed.broadcast(replace(fitted, error=max(float(error), 0.0)))
+    error = output_error(weight, fitted.weight, found, reader.name)
+    return distributed.broadcast(replace(fitted, error=max(error, 0.0)))
 
 
 def _input_of(model: PreTrainedModel, module: nn.Module, part: dict[str, Tensor]) -> Float[Tensor, "batch _ _"]:

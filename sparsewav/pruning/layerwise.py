@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.parts import parts_kept
 from sparsewav.pruning.channels import remove_channels
@@ -29,11 +28,12 @@ from sparsewav.pruning.hidden_states import (
     save_next_inputs,
     scratch_folder,
 )
+from sparsewav.pruning.output_error import output_energy, output_error
 from sparsewav.pruning.plan import Outcome, Plan
 from sparsewav.pruning.recovery import recover
 from sparsewav.pruning.report import MatrixReport
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix
-from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, is_finite, prune_groups
+from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, check_finite, prune_groups
 from sparsewav.pruning.structured import StructureReport, remove_parts
 from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
 
@@ -247,7 +247,7 @@ def solve(
                 for key, group, found in zip(keys, asked, prune_groups(asked, plan.settings), strict=True):
                     results = _rounded(group, found, plan, outcome) if rounds else found
                     for matrix, result in zip(own[key], results, strict=True):
-                        _check_finite(matrix, result.weight)
+                        check_finite(result.weight, matrix.name)
                         done[matrix.name] = (_report(matrix, result, hessians, plan), result.keep)
                         matrix.weight.data.copy_(result.weight)
                 if progress:
@@ -296,7 +296,7 @@ def _remove_parts(
                     drift = plan.group([matrix], [0.0], hessians.by_input[key], hessians.drifts.get(key)).drift
                     damping = plan.settings.solver.damping
                     removal = remove_parts(structure, hessians.by_input[key], [count], damping, drift)[0]
-                    _check_finite(matrix, removal.weight)
+                    check_finite(removal.weight, matrix.name)
                     error = output_error(dense, removal.weight, hessians, matrix.name)
                     report = StructureReport(
                         name=structure.name,
@@ -305,7 +305,7 @@ def _remove_parts(
                         size=structure.size,
                         parts=structure.count,
                         kept=count,
-                        relative_error=error / _output_energy(dense, hessians, matrix.name),
+                        relative_error=error / output_energy(dense, hessians, matrix.name),
                     )
                     done[matrix.name] = report, removal.kept.cpu()
                     matrix.weight.data.copy_(removal.weight)
@@ -325,18 +325,6 @@ def _exchange(groups: Mapping[str, list[PrunableMatrix]], owners: Mapping[str, i
             received: Any = distributed.broadcast((matrix.weight.data, done.get(matrix.name)), owners[key])
             matrix.weight.data.copy_(received[0])
             done[matrix.name] = received[1]
-
-
-def _check_finite(matrix: PrunableMatrix, pruned: Float[Tensor, "rows cols"]) -> None:
-    """Refuse a weight beyond the range of its type.
-
-    Raises:
-        UserError: It has such values.
-    """
-    if not is_finite(pruned):
-        raise UserError(
-            f"the pruned weight of {matrix.name} has values beyond {pruned.dtype}; load the model in float32"
-        )
 
 
 @torch.no_grad()
@@ -425,7 +413,7 @@ def _report(matrix: PrunableMatrix, pruned: PrunedMatrix, hessians: Hessians, pl
         target_sparsity=plan.targets[matrix.name],
         sparsity=int((~pruned.keep).sum()) / pruned.keep.numel(),
         bits=plan.bits.get(matrix.name),
-        relative_error=_error_of(dense, pruned, hessians, matrix.name) / _output_energy(dense, hessians, matrix.name),
+        relative_error=_error_of(dense, pruned, hessians, matrix.name) / output_energy(dense, hessians, matrix.name),
     )
 
 
@@ -437,7 +425,7 @@ def _measure_again(
         for matrix in group:
             dense = dense_weights[matrix.name]
             error = output_error(dense, matrix.weight, hessians, matrix.name)
-            relative = error / _output_energy(dense, hessians, matrix.name)
+            relative = error / output_energy(dense, hessians, matrix.name)
             if matrix.name in outcome.structures:
                 found = outcome.structures[matrix.name]
                 outcome.structures[matrix.name] = replace(found, relative_error=relative)
@@ -456,39 +444,6 @@ def _error_of(dense: Float[Tensor, "rows cols"], pruned: PrunedMatrix, hessians:
         if from_damping < 0.9 * damped:  # otherwise the difference would be dominated by rounding
             return damped - from_damping
     return output_error(dense, pruned.weight, hessians, name)
-
-
-def _output_energy(dense: Float[Tensor, "rows cols"], hessians: Hessians, name: str) -> float:
-    """Give ||WX||² on the calibration set, bounded away from zero."""
-    return max(output_error(dense, torch.zeros_like(dense), hessians, name), 1e-30)
-
-
-def output_error(
-    dense: Float[Tensor, "rows cols"], pruned: Float[Tensor, "rows cols"], hessians: Hessians, name: str
-) -> float:
-    """Give ||WX − ŴX̂||² on the calibration set for the matrix ``name``; with Ŵ zero it is ||WX||²."""
-    key = hessians.reads[name]
-    dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    change = dense - pruned
-    error = _energy(change, hessians.by_input[key])
-    if key in hessians.drifts:
-        mixed = ((dense @ hessians.drifts[key].to(dense.dtype)) * change).sum(dtype=torch.float64)
-        error += 2 * float(mixed) + _energy(dense, hessians.drift_sums[key])
-    return error
-
-
-def _energy(weight: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"], block_size: int = 512) -> float:
-    """Give ||WX||² from W and H = XXᵀ, of which only the blocks on and above the diagonal are multiplied."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    total = 0.0
-    for start in range(0, len(hessian), block_size):
-        stop = min(start + block_size, len(hessian))
-        block = hessian[start:stop].to(weight.dtype)
-        product = torch.addmm(
-            weight[:, start:stop] @ block[:, start:stop], weight[:, stop:], block[:, stop:].T, beta=1, alpha=2
-        )
-        total += float((product * weight[:, start:stop]).sum(dtype=torch.float64))
-    return total
 
 
 def _of_layer(progress: StageProgress | None, index: int, layers: int) -> Progress | None:

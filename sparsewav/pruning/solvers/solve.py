@@ -198,6 +198,16 @@ def _check(group: MatrixGroup, pattern: tuple[int, int] | None) -> None:
             )
 
 
+def check_finite(weight: Float[Tensor, "rows cols"], name: str) -> None:
+    """Refuse the pruned weight of a matrix that is beyond the range of its type.
+
+    Raises:
+        UserError: It has such values.
+    """
+    if not is_finite(weight):
+        raise UserError(f"the pruned weight of {name} has values beyond {weight.dtype}; load the model in float32")
+
+
 def is_finite(matrix: Float[Tensor, "rows cols"]) -> bool:
     """Tell whether all values are finite, in one pass: a value that is not stays in the sum."""
     return bool(matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32)).isfinite())
