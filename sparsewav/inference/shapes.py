@@ -12,7 +12,7 @@ from sparsewav.models.cut import cut_model
 from sparsewav.models.structured import STRUCTURED, LayerShape
 from sparsewav.pruning.encoder import has_head
 from sparsewav.pruning.families import OWN_PREFIX
-from sparsewav.pruning.structure import FrontEnd, front_end
+from sparsewav.pruning.structure import front_end
 
 THIN = 16
 """Channels of the convolutions of a probe, whose layers alone are of interest."""
@@ -69,19 +69,13 @@ def with_parts(model: PreTrainedModel, kept: Mapping[str, int]) -> PreTrainedMod
 
     With fewer channels the weights are random ones.
     """
-    kept = dict(kept)
-    if any(name.endswith(".feature_extractor") for name in kept):
-        front = front_end(model)
+    front, kept = front_end(model), dict(kept)
+    number = kept.pop(front.name, front.count)
+    if number < front.count:
         shape = Shape.of(model)
-        model = with_channels(shape, front, kept.pop(front.name)).build()
+        shape.config.conv_dim = type(shape.config.conv_dim)(front.kept(number))
+        model = shape.build()
     return cut_model(model, {name: torch.arange(count) for name, count in kept.items()})
-
-
-def with_channels(shape: Shape, front: FrontEnd, number: int) -> Shape:
-    """Give the shape of a model whose widest convolution has so many channels, and the others the same share."""
-    config = copy.deepcopy(shape.config)
-    config.conv_dim = type(config.conv_dim)(front.kept(number))
-    return Shape(shape.kind, config)
 
 
 def _built(kind: Any, config: PretrainedConfig) -> PreTrainedModel:

@@ -33,8 +33,10 @@ def choose_precision(name: str, model: nn.Module, *, quietly: bool = False) -> s
     device = next(model.parameters()).device
     if name == "float16" and device.type == "cpu":
         raise UserError("training.precision=float16 wants a GPU; choose training.precision=auto")
-    if name not in ("auto", "bfloat16") or (name == "auto" and not _has_bfloat16(device)):
-        return "float32" if name == "auto" else name
+    if name in ("float32", "float16"):
+        return name
+    if name == "auto" and not _has_bfloat16(device):
+        return "float32"
     wrong = wrong_in_bfloat16(model)
     if wrong is None:
         return "bfloat16"
@@ -78,13 +80,13 @@ def wrong_in_bfloat16(model: nn.Module) -> str | None:
 
 def _results(module: nn.Linear | nn.Conv1d, *, enabled: bool) -> list[Tensor]:
     """Give the output of a module of this shape for noise, and the gradients of input and weight."""
-    generator, weight = torch.Generator().manual_seed(0), module.weight.detach().float()
+    generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device)
+        return torch.randn(shape, generator=generator).to(module.weight.device)
 
     with torch.inference_mode(False), torch.enable_grad():
-        weight = noise(*weight.shape).requires_grad_()
+        weight = noise(*module.weight.shape).requires_grad_()
         if isinstance(module, nn.Conv1d):
             reach = module.dilation[0] * (module.kernel_size[0] - 1)
             read = noise(2, module.in_channels, (FRAMES - 1) * module.stride[0] + reach + 1).requires_grad_()

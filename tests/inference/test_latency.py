@@ -16,7 +16,7 @@ from sparsewav.errors import UserError
 from sparsewav.files import write_checksums
 from sparsewav.inference import latency, speedup
 from sparsewav.inference.latency import RECORD, Measurement, grid, grids, isotonic, read_measurement, table_of
-from sparsewav.inference.shapes import probe_of
+from sparsewav.inference.shapes import probe_of, with_parts
 from sparsewav.inference.speedup import measure_speedup
 from sparsewav.pruning.allocation.latency import TOLERANCE
 from sparsewav.pruning.allocation.parts import part_budget
@@ -122,6 +122,18 @@ def test_a_probe_has_the_layers_that_are_asked_for_and_sees_as_many_frames(
             module = layer.feed_forward
             assert module.intermediate_dense.out_features == units if units else not hasattr(module, "output_dense")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_models_of_other_sizes_have_the_parts_that_are_asked_for(tiny_model: Any, head: bool) -> None:
+    model = tiny_model("wav2vec2", **SHAPE)
+    model = model if head else base_of(model)
+    front, (first, *_) = front_end(model), structures(model)
+    smaller = with_parts(model, {front.name: 3, first.name: 2})
+    assert type(smaller).__name__ == ("StructuredWav2Vec2ForCTC" if head else "StructuredWav2Vec2Model")
+    assert [one.count for one in front_end(smaller).sets] == front.kept(3)
+    assert next(one.count for one in structures(smaller) if one.name == first.name) == 2
+    assert [one.count for one in front_end(model).sets] == list(front.counts), "the model stays"
 
 
 @pytest.mark.parametrize(("speedup", "parts"), [(1.6, ["heads", "units"]), (2.5, ALL_PARTS)])
