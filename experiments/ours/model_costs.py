@@ -1,7 +1,6 @@
 """Measurements of models: their time on a CPU, also in int8, and their bytes and WER when they are rounded."""
 
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsewav
-from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.sets import Sets
 from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
-from sparsewav.inference.exchange import check_libraries, write_exchange
+from sparsewav.inference.exchange import CALIBRATED, check_libraries, int8_calibration, write_exchange
 from sparsewav.inference.runtime import load_exported
 from sparsewav.inference.timing import in_turns
 from sparsewav.models.load import SpeechModel, choose_device
@@ -91,7 +89,8 @@ def _audio() -> Float[Tensor, "1 samples"]:
 def measure_int8(config: Config, runs: list[Path]) -> pandas.DataFrame:
     """Export the models of runs, and the dense model that they come from, as int8 for OpenVINO; time and evaluate them.
 
-    Each takes turns with the dense model in PyTorch. The ranges are those of 32 utterances of the calibration set.
+    Each takes turns with the dense model in PyTorch. The ranges are those of so many utterances of the
+    calibration set as ``sparsewav-export`` takes.
 
     Args:
         config: The settings that the dense model is loaded by, and the sets of speech.
@@ -109,7 +108,7 @@ def measure_int8(config: Config, runs: list[Path]) -> pandas.DataFrame:
     quieten_libraries()
     sets = Sets(config.data)
     utterances = next(iter(sets.evaluation().values()))
-    calibration = [replace(utterance, text="") for utterance in sets.calibration(32, 0, fewer=True)]
+    calibration = sets.calibration(CALIBRATED, 0, fewer=True)
     audio, dense = _audio(), load_or_train(config.model).model
     rows = []
     with stage(Console(), "Measuring int8") as progress, tempfile.TemporaryDirectory() as folder:
@@ -117,7 +116,7 @@ def measure_int8(config: Config, runs: list[Path]) -> pandas.DataFrame:
             speech = load_or_train(config.model if run is None else Model(str(run / "model")))
             place = Path(folder) / str(done)
             place.mkdir()
-            write_exchange(speech, place, "openvino", SpeechBatches(calibration, speech.processor, 1e-3, padding=False))
+            write_exchange(speech, place, "openvino", int8_calibration(speech, calibration))
             exported = load_exported(place)
             with torch.inference_mode():
                 before, after = in_turns(ROUNDS, [partial(dense, audio), partial(exported.model, audio)])

@@ -43,8 +43,8 @@ sparsewav-evaluate run it.
 FORMATS = ("dense", "bitmask", "onnx", "openvino")
 SECONDS_PER_BATCH = 60.0
 """Most audio in a batch of the evaluation, padding included; as of a run, which left hypotheses of it in the cache."""
-CALIBRATED, COMPARED = 32, 20
-"""Utterances at most that int8 is calibrated on, and whose logits are compared."""
+COMPARED = 20
+"""Utterances at most whose logits are compared."""
 
 
 def main() -> None:
@@ -203,10 +203,8 @@ def _few(speech: "SpeechModel", utterances: "list[Utterance]", seconds_per_batch
 
 def _calibration(speech: "SpeechModel", sets: "Sets", settings: dict[str, Any]) -> Any:
     """Give the calibration set of the run, or that of the defaults, an utterance at a time."""
-    from dataclasses import replace
-
-    from sparsewav.data.batches import SpeechBatches
     from sparsewav.data.sets import refuse_unreadable
+    from sparsewav.inference.exchange import CALIBRATED, int8_calibration
 
     count = settings.get("calibration", {}).get("utterances", Calibration().utterances)
     utterances = sets.calibration(min(count, CALIBRATED), settings.get("seed", 0), fewer=True)
@@ -214,8 +212,7 @@ def _calibration(speech: "SpeechModel", sets: "Sets", settings: dict[str, Any]) 
     print_note(
         f"int8 is calibrated on {len(utterances)} utterances of {'='.join(map(str, sets.data.subset('calibration')))}"
     )
-    alone = [replace(utterance, text="") for utterance in utterances]
-    return SpeechBatches(alone, speech.processor, 1e-3, padding=False)
+    return int8_calibration(speech, utterances)
 
 
 def _report(

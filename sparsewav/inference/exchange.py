@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav import __version__
-from sparsewav.data.batches import Batch
+from sparsewav.data.batches import Batch, SpeechBatches
+from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.inference.agreement import TRACED, check_same, noise
 from sparsewav.inference.runtime import LOGITS, MASK, ExportedModel, exported_model, of_extra
@@ -35,6 +37,9 @@ OPSET = 17
 
 WHOLE_FILE = 1_900_000_000
 """Bytes of weights from which they lie in a file of their own: a file of ONNX ends at 2 GB."""
+
+CALIBRATED = 32
+"""Utterances at most that int8 is calibrated on."""
 
 RECORD = "sparsewav_export.json"
 """Says in the folder what it is, how it was made, and how it scored."""
@@ -66,6 +71,11 @@ def check_libraries(format: str, *, int8: bool) -> None:
     """
     for module in (*EXTRAS[format], *(["nncf"] if int8 and format == "openvino" else [])):
         of_extra(module, format)
+
+
+def int8_calibration(speech: SpeechModel, utterances: Sequence[Utterance]) -> SpeechBatches:
+    """Give batches that int8 is calibrated on: each utterance alone, without its transcript."""
+    return SpeechBatches([replace(one, text="") for one in utterances], speech.processor, 1e-3, padding=False)
 
 
 def write_exchange(
