@@ -85,6 +85,7 @@ def test_the_notebook_runs_and_prints_what_the_page_says(
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "experiments/README.md", "exec"), {"__name__": "example"})
     printed = re.sub("; calibrate.*", "; ...", capsys.readouterr().out)
+    printed = re.sub(r"✓ Speaking .*\n", "", printed)  # where no test before this one has spoken the demo's sets
     number = r"\d+\.\d+"
     assert re.sub(number, "0", printed).split() == re.sub(number, "0", said).split()
     # Rounding of another processor may move a decision of the solver.
