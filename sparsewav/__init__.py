@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparsewav.pipeline.prune_folder import prune_folder  # noqa: F401
     from sparsewav.pipeline.run_folder import save  # noqa: F401
     from sparsewav.pruning import MatrixReport, PruneReport, prune_matrix  # noqa: F401
+    from sparsewav.training.global_recovery import recover  # noqa: F401
     from sparsewav.training.recipes import load_model  # noqa: F401
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ _LATER = {
     "prune": "sparsewav.inference.latency",  # which measures what the engine's wants for a speed-up
     "prune_folder": "sparsewav.pipeline.prune_folder",
     "prune_matrix": "sparsewav.pruning",
+    "recover": "sparsewav.training.global_recovery",
     "save": "sparsewav.pipeline.run_folder",
     "transcribe": "sparsewav.inference.transcription",
 }

@@ -78,7 +78,7 @@ def plan_batches(utterances: Sequence[Utterance], seconds_per_batch: float, *, p
 def collate(utterances: Sequence[Utterance], processor: Processor) -> Batch:
     """Read utterances, make features of them and pad, with their transcripts as labels padded with -100.
 
-    There are no labels without a tokenizer.
+    There are no labels without a tokenizer, nor where none of the utterances has a transcript.
     """
     sample_rate = processor.feature_extractor.sampling_rate
     audio: list[np.ndarray] = [read_audio(utterance, sample_rate) for utterance in utterances]
@@ -87,7 +87,7 @@ def collate(utterances: Sequence[Utterance], processor: Processor) -> Batch:
     )
     key = processor.feature_extractor.model_input_names[0]
     batch = {key: inputs[key], "attention_mask": inputs["attention_mask"].long()}
-    if processor.tokenizer is None:
+    if processor.tokenizer is None or not any(item.text for item in utterances):
         return batch
     labels = [torch.tensor(row, dtype=torch.long) for row in labels_of(_texts(utterances), processor.tokenizer)]
     return batch | {"labels": pad_sequence(labels, batch_first=True, padding_value=-100)}

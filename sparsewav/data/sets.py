@@ -73,11 +73,13 @@ class Sets:
         data: The configuration.
         needs_text: Whether an utterance without a transcript counts as broken; for an encoder without a head it does
             not.
+        unlabelled: The names of subsets in which it does not either.
     """
 
     def __init__(self, data: Data) -> None:
         self.data = data
         self.needs_text = True
+        self.unlabelled: frozenset[str] = frozenset()
         self._subsets: dict[str, Subset] = {}
         self._samples: dict[tuple[int, int], Subset] = {}  # of a stream, by size and seed
 
@@ -90,7 +92,7 @@ class Sets:
         for name in names:
             if name not in self._subsets:
                 self._subsets[name] = self._filtered(
-                    _list(self.data, key, name, needs_text=self.needs_text), f"{key}={name}"
+                    _list(self.data, key, name, needs_text=self._reads_text(name)), f"{key}={name}", name
                 )
         return {name: self._subsets[name].utterances for name in names}
 
@@ -110,7 +112,7 @@ class Sets:
 
             return self._sound(draw)
         if (count, seed) not in self._samples:
-            self._samples[count, seed] = self._sample_of_stream(count, seed)
+            self._samples[count, seed] = self._sample_of_stream(count, seed, fewer)
         return self._samples[count, seed].utterances
 
     def evaluation(self) -> dict[str, list[Utterance]]:
@@ -141,11 +143,14 @@ class Sets:
         drawn = set(sample_utterances(utterances, count, EVALUATION_SEED, key="data.evaluation_utterances"))
         return [utterance for utterance in utterances if utterance in drawn]
 
-    def _filtered(self, listing: Listing, given: str) -> Subset:
+    def _reads_text(self, name: str) -> bool:
+        return self.needs_text and name not in self.unlabelled
+
+    def _filtered(self, listing: Listing, given: str, name: str) -> Subset:
         subset = Subset(broken=listing.broken, recognised=listing.recognised, unused=listing.unused)
         subset.listed = len(listing.utterances) + len(listing.broken)
         for item in listing.utterances:
-            self._put(item, subset)
+            self._put(item, subset, needs_text=self._reads_text(name))
         if subset.broken and not self.data.skip_broken:
             _refuse(subset.broken)
         if not subset.utterances:
@@ -156,9 +161,9 @@ class Sets:
             )
         return subset
 
-    def _put(self, item: Utterance, subset: Subset) -> None:
+    def _put(self, item: Utterance, subset: Subset, *, needs_text: bool) -> None:
         """Put an utterance among those that are left, or count it with those that are left out."""
-        if self.needs_text and not item.text:
+        if needs_text and not item.text:
             fault = f"{item.source} has no transcript; write it or leave the utterance out"
             subset.broken.append(Broken(item.id, item.source, fault))
             return
@@ -198,31 +203,34 @@ class Sets:
                 ]
                 subset.utterances = [item for item in subset.utterances if item not in faults]
 
-    def _sample_of_stream(self, count: int, seed: int) -> Subset:
+    def _sample_of_stream(self, count: int, seed: int, fewer: bool) -> Subset:
         key, _ = self.data.subset("calibration")
         (name,) = self.data.names("calibration")
         data, split = _on_hub(self.data, key, name)
         # What never changes on the hub, and what no filter chooses from, is kept.
         if not isinstance(self.data, LibriSpeechHub) or any(getattr(self.data, item) is not None for item in FILTERS):
-            return self._draw_from_stream(data, split, f"{key}={name}", count, seed)
+            return self._draw_from_stream(data, split, key, name, count, seed, fewer=fewer)
         identity = {
             "data": data.path,
             "name": data.name,
             "split": split,
             "count": count,
             "seed": seed,
-            "text": self.needs_text,
+            "text": self._reads_text(name),
         }
 
         def stream() -> Listing:
-            drawn = self._draw_from_stream(data, split, f"{key}={name}", count, seed)
+            drawn = self._draw_from_stream(data, split, key, name, count, seed, fewer=fewer)
             return Listing(drawn.utterances, recognised=drawn.recognised)
 
         kept = fetched_once(identity, stream)
         return Subset(kept.utterances, listed=count, recognised=kept.recognised)
 
-    def _draw_from_stream(self, data: HuggingFace, split: str, given: str, count: int, seed: int) -> Subset:
-        items, recognised = stream_shuffled(data, split, given, count, seed, needs_text=self.needs_text)
+    def _draw_from_stream(
+        self, data: HuggingFace, split: str, key: str, name: str, count: int, seed: int, *, fewer: bool
+    ) -> Subset:
+        needs_text = self._reads_text(name)
+        items, recognised = stream_shuffled(data, split, f"{key}={name}", count, seed, needs_text=needs_text)
         subset = Subset(recognised=recognised)
         with stage(Console(), f"Streaming {count} utterances of {split} of {data.path}") as progress:
             for item in items:
@@ -231,7 +239,7 @@ class Sets:
                     fault = decoding_fault(item) if self.data.skip_broken else ""
                     item = Broken(item.id, item.source, fault) if fault else item
                 if isinstance(item, Utterance):
-                    self._put(item, subset)
+                    self._put(item, subset, needs_text=needs_text)
                 else:
                     subset.broken.append(item)
                 if subset.broken and not self.data.skip_broken:
@@ -239,7 +247,7 @@ class Sets:
                 progress(len(subset.utterances), count)
                 if len(subset.utterances) == count:
                     break
-        if len(subset.utterances) < count:
+        if len(subset.utterances) < count and not fewer:
             sample_utterances(subset.utterances, count, seed)  # says that there are too few
         subset.utterances = with_ids(subset.utterances, split)
         return subset

@@ -19,7 +19,9 @@ from sparsewav.files import content_hash
 from sparsewav.models.checkpoint import WEIGHT_FILES
 from sparsewav.models.fairseq import DICTIONARY
 from sparsewav.pipeline.naming import identifying_settings
+from sparsewav.pipeline.utterances import recovery_set
 from sparsewav.settings.data import Data, DemoData, HuggingFace, LibriSpeechHub
+from sparsewav.settings.pruning import Global
 from sparsewav.settings.run import Config, TrainConfig
 from sparsewav.training.recipes import present_folder
 
@@ -53,9 +55,11 @@ def of_run(config: Config, sets: Sets | None = None, revision: str | None = None
     readers: Readers = {
         "evaluation": lambda: chain.from_iterable(sets.evaluation().values()),
         "calibration": lambda: sets.calibration(config.calibration.utterances, config.seed),
+        "recovery": lambda: recovery_set(config, sets),
         "training": lambda: sets.training(config.training.seed),
     }
-    readers = {role: readers[role] for role in config.roles}
+    recovers = "calibration" in config.roles and isinstance(config.recovery, Global)
+    readers = {role: readers[role] for role in (*config.roles, *(["recovery"] if recovers else []))}
     settings = identifying_settings(OmegaConf.structured(config))
     model = config.model
     files = partial(_model_files, model.name_or_path, revision or model.revision, model.fairseq_checkpoint)

@@ -26,7 +26,13 @@ from sparsewav.progress import print_warning, stage
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.run import Config
 
-EVALUATED = {"prune": "pruned", "compress": "compressed", "finetune": "tuned", "quantize": "rounded"}
+EVALUATED = {
+    "prune": "pruned",
+    "recover": "recovered",
+    "compress": "compressed",
+    "finetune": "tuned",
+    "quantize": "rounded",
+}
 """The kinds of steps, and what the model is after each. A baseline has ``compress`` where ours has ``prune``; only a
 model that was tuned is rounded by a step of its own."""
 
@@ -48,6 +54,7 @@ class State:
             had, by kind of work.
         warnings: Sentences for the user.
         log: The entries of the fine-tuning's trainer, over all stages.
+        recovery_log: Those of the recovery of the whole model.
         compression: What a baseline reports of its compression; empty for ours.
         latency: How long the dense model and its parts took when the run began; empty where no speed is asked for.
         files: Hashes of the files of the step's model, by which damage is noticed.
@@ -65,6 +72,7 @@ class State:
     cached: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    recovery_log: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -125,7 +133,7 @@ def evaluate_step(
             )
             state.seconds["evaluate"] += time.perf_counter() - started
         rates = asdict(error_rates(evaluation[name], hypotheses[name]))
-        smaller = kind in ("prune", "compress")
+        smaller = kind in ("prune", "recover", "compress")
         record |= rates | ({f"{key}_pruned": rate for key, rate in rates.items()} if smaller else {})
     state.hypotheses = hypotheses
     first = state.evaluation[0]
@@ -177,8 +185,9 @@ def clear(folder: Path) -> None:
     """Delete what an earlier run left in a folder, so that nothing of it lies beside the results of the next."""
     for path in [folder / run_folder.STAGES, *run_folder.model_folders(folder)]:
         shutil.rmtree(path, ignore_errors=True)
-    names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.TRAINING_LOG, run_folder.COMPRESSION_LOG)
-    for path in [*(folder / name for name in (*names, run_folder.LEFT_OUT)), *folder.glob("layers*.csv")]:
+    logs = (run_folder.TRAINING_LOG, run_folder.RECOVERY_LOG, run_folder.COMPRESSION_LOG)
+    names = (run_folder.METRICS, run_folder.PREDICTIONS, run_folder.LEFT_OUT, *logs)
+    for path in [*(folder / name for name in names), *folder.glob("layers*.csv")]:
         if path.is_file():
             path.unlink()
 

@@ -43,8 +43,8 @@ from sparsewav.pipeline.shared_statistics import (
     gather_latency,
     identity_of,
 )
-from sparsewav.pipeline.steps import prune_step, quantize_step, time_step, tune_step
-from sparsewav.pipeline.utterances import choose_utterances, on_set
+from sparsewav.pipeline.steps import prune_step, quantize_step, recover_step, time_step, tune_step
+from sparsewav.pipeline.utterances import choose_utterances, on_set, unlabelled_subsets
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.allocate import check_allocation
@@ -54,7 +54,7 @@ from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.macs import multiply_accumulates, silence
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.pruning import Megabytes, Structured
+from sparsewav.settings.pruning import Global, Megabytes, Structured
 from sparsewav.settings.run import Config
 from sparsewav.settings.sparsity import COUNTED
 from sparsewav.training.precision import choose_precision
@@ -133,7 +133,7 @@ def _run(
     if ours and isinstance(config.sparsity, Structured):
         timed = gather_latency(config, speech, console)
         part_budget(speech.model, config.sparsity, timed.table if timed else None)  # refuses what is out of reach
-    sets.needs_text = speech.writes
+    sets.needs_text, sets.unlabelled = speech.writes, unlabelled_subsets(config)
     if not speech.writes:
         _check_encoder(config, speech)
     if ours:
@@ -165,7 +165,7 @@ def _run(
     for warning in too_short(config.training, stages, len(training)):
         print_warning(warning)
     state = State(
-        _run_identity(made_from, dense, *evaluation.values(), calibration, training),
+        _run_identity(made_from, dense, *evaluation.values(), calibration, chosen.recovery, training),
         evaluation=[
             {"name": name, "n_utterances": len(utterances), "overlap": chosen.overlap[name]}
             | dict.fromkeys(run_folder.RATES)  # what an encoder has none of
@@ -175,10 +175,17 @@ def _run(
         latency=timed.table.record() if timed else {},
     )
     smaller = "prune" if ours else "compress"
-    steps = [(kind, item) for item in stages for kind in (smaller, "finetune") if kind == smaller or item.updates]
+    recovers = ours and isinstance(config.recovery, Global)
+    steps = [
+        (kind, item)
+        for item in stages
+        for kind, wanted in ((smaller, True), ("recover", recovers), ("finetune", item.updates > 0))
+        if wanted
+    ]
     tunes = any(item.updates for item in stages)
-    cuts = ours and isinstance(config.sparsity, Structured)  # weights are rounded in the shapes that they end with
-    if (tunes or cuts) and config.quantization.name != "none":
+    cuts = ours and isinstance(config.sparsity, Structured)
+    later = tunes or cuts or recovers  # weights are rounded in the shapes that they end with, once no more is learned
+    if later and config.quantization.name != "none":
         steps.append(("quantize", stages[-1]))
     done = None if config.force else newest_step(folder, state.identity)
     begin()
@@ -205,9 +212,11 @@ def _run(
         if kind == "prune":
             prune_step(
                 *(config, speech, calibration, item.sparsity, dense, state, folder, console),
-                rounds=not (tunes or cuts),
+                rounds=not later,
                 timed=timed,
             )
+        elif kind == "recover":
+            recover_step(config, speech, chosen.recovery, item, checkpoints, state, folder, console)
         elif kind == "quantize":
             quantize_step(config, speech, calibration, state, folder, console)
         elif kind == "compress":
@@ -216,7 +225,11 @@ def _run(
             tune_step(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state)
-        if kind in ("compress", "finetune"):  # Accelerate's autocast stays around a trained model: go on with the saved
+        if kind in (
+            "compress",
+            "recover",
+            "finetune",
+        ):  # Accelerate's autocast stays around a trained model: go on with the saved
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
     speed = time_step(config, speech, timed, console) if timed else dict.fromkeys(run_folder.SPEED)
@@ -252,7 +265,8 @@ def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> di
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
-    sets.needs_text = metrics.get("divergence") is None  # otherwise it was of an encoder
+    # Without a word error rate it was of an encoder.
+    sets.needs_text, sets.unlabelled = metrics.get("divergence") is None, unlabelled_subsets(config)
     now = inputs.of_run(config, sets, _newest_commit(config, metrics))
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):
@@ -313,8 +327,9 @@ def _finish(
         run_folder.write_predictions(predictions, evaluation, before.hypotheses, state.hypotheses)
     else:
         run_folder.write_divergences(predictions, evaluation, state.divergences)
-    if state.log:
-        write_training_log(folder / run_folder.TRAINING_LOG, state.log)
+    for name, log in ((run_folder.TRAINING_LOG, state.log), (run_folder.RECOVERY_LOG, state.recovery_log)):
+        if log:
+            write_training_log(folder / name, log)
     compression_log = state.compression.pop("log", [])
     if compression_log:
         run_folder.write_table(folder / run_folder.COMPRESSION_LOG, compression_log)

@@ -41,7 +41,9 @@ from sparsewav.pruning.allocation.latency import TOLERANCE, TimeShape
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
+    ENCODER,
     OBS,
+    Global,
     Magnitude,
     NoRecovery,
     Pruning,
@@ -53,6 +55,7 @@ from sparsewav.settings.pruning import (
 )
 from sparsewav.settings.quantization import Integers
 from sparsewav.settings.run import Config
+from sparsewav.training.global_recovery import recover_on_utterances, summary
 from sparsewav.training.masks import masked_matrices, masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage
@@ -96,7 +99,7 @@ def prune_step(
         assert settings.sparsity.share is not None
         share = settings.sparsity.share / state.stages[-1]["share_left"]
         settings.sparsity = settings.sparsity.keeping(min(share, 1.0))
-    recovers = config.recovery.name != "none"
+    recovers = config.layer_recovery is not None
 
     def advance(piece: str, done: int, total: int) -> None:
         if not recovers or piece == "recover":  # the bar shows what takes the longest
@@ -325,6 +328,44 @@ def tune_step(
             raise AssertionError(f"pruned weights of {matrix.name} came back in the tuning")
     state.stages[-1]["updates"] = item.updates
     state.log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def recover_step(
+    config: Config,
+    speech: SpeechModel,
+    utterances: list[Utterance],
+    item: Stage,
+    checkpoints: Path,
+    state: State,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Let the pruned model learn the dense model's outputs, in place, and note what was gained; masks are held."""
+    settings = config.recovery
+    assert isinstance(settings, Global)
+    assert speech.folder is not None
+    learn = partial(recover_on_utterances, Path(speech.folder), config.reach == ENCODER, config.seed)
+    arguments = (speech.processor, utterances, settings, settings.updates, checkpoints)
+    recovering = stage(console, f"Recovering on {len(utterances)} utterances for {settings.updates:,} updates at most")
+    with writing(checkpoints), recovering as progress:
+        started = time.perf_counter()
+        shown: Any = {
+            "progress": progress,
+            "write_log": partial(_write_log, folder / run_folder.RECOVERY_LOG, state.recovery_log, item.sparsity),
+        }
+        if settings.processes == 1 and distributed.world() == 1:
+            log = learn(speech.model, *arguments, masks=masks_of(speech.model, config.reach), **shown)
+        else:
+            speech.model, log = train_masked_in_processes(
+                speech.model, *arguments, scope=config.reach, learn=learn, **shown
+            )
+        state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
+    found = summary(log)
+    for warning in found.warnings:
+        print_warning(warning)
+    state.warnings += found.warnings
+    state.stages[-1]["recovery"] = asdict(found)
+    state.recovery_log += [{"stage": item.sparsity, **entry} for entry in log]
 
 
 def _write_log(path: Path, before: Log, sparsity: float | None, log: Log) -> None:

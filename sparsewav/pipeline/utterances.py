@@ -9,7 +9,8 @@ from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
 from sparsewav.models.load import SpeechModel
-from sparsewav.settings.pruning import Traced
+from sparsewav.settings.baselines import OURS
+from sparsewav.settings.pruning import Global, Traced
 from sparsewav.settings.run import Config
 
 
@@ -19,7 +20,8 @@ class Chosen:
 
     Attributes:
         evaluation: By the names of the sets.
-        calibration, training: What the smaller model is made from.
+        calibration, training, recovery: What the smaller model is made from; the last is what ``recovery=global``
+            learns from, whose transcripts are not read.
         how: What the transcripts are normalized by.
         overlap: The number of utterances of every evaluation set that are in one of the other sets, too.
         notes: Sentences for the user that belong into the record, too.
@@ -29,6 +31,7 @@ class Chosen:
     evaluation: dict[str, list[Utterance]]
     calibration: list[Utterance]
     training: list[Utterance]
+    recovery: list[Utterance]
     how: Normalization
     overlap: dict[str, int]
     notes: list[str]
@@ -46,24 +49,42 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
     evaluation = sets.evaluation()
     calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
     training = sets.training(config.training.seed) if "training" in roles else []
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
+    recovery = recovery_set(config, sets)
+    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training, *recovery]
     refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
     notes, overlap = sets.left_out(), {}
     for name, utterances in evaluation.items():
         called = name if len(evaluation) > 1 else "evaluation"
         overlap[name], found = find_overlap(
-            data, utterances, {"calibration": calibration, "training": training}, called
+            data, utterances, {"calibration": [*calibration, *recovery], "training": training}, called
         )
         notes += found
     how, assumed = choose_normalization(
         (utterance.text for utterance in everyone), speech.processor.tokenizer, data.case, data.remove_characters
     )
     evaluation = {name: normalized(utterances, how) for name, utterances in evaluation.items()}
-    calibration, training = normalized(calibration, how), normalized(training, how)
-    everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training]
-    check_labels(list(dict.fromkeys(everyone)), speech.processor, how)
-    for utterances in (*evaluation.values(), calibration, training):
+    calibration, training, recovery = (normalized(utterances, how) for utterances in (calibration, training, recovery))
+    labelled = [*chain.from_iterable(evaluation.values()), *training]
+    if not sets.unlabelled:
+        labelled += [*calibration, *recovery]
+    check_labels(list(dict.fromkeys(labelled)), speech.processor, how)
+    for utterances in (*evaluation.values(), calibration, training, recovery):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
-    return Chosen(evaluation, calibration, training, how, overlap, notes, assumed)
+    return Chosen(evaluation, calibration, training, recovery, how, overlap, notes, assumed)
+
+
+def recovery_set(config: Config, sets: Sets) -> list[Utterance]:
+    """Give what ``recovery=global`` learns from, out of the calibration subset; nothing where it is not chosen."""
+    if config.method.name != OURS or not isinstance(config.recovery, Global):
+        return []
+    return sets.calibration(config.recovery.utterances, config.seed, fewer=True)
+
+
+def unlabelled_subsets(config: Config) -> frozenset[str]:
+    """Give the names of the subsets of which a run reads no transcript, so that there need be none."""
+    if config.method.name != OURS or isinstance(config.allocation, Traced):
+        return frozenset()
+    read = {name for role in config.roles if role != "calibration" for name in config.data.names(role)}
+    return frozenset(config.data.names("calibration")) - read

@@ -35,7 +35,7 @@ from sparsewav.pruning.report import MatrixReport
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix
 from sparsewav.pruning.solvers.solve import MatrixGroup, PrunedMatrix, check_finite, prune_groups
 from sparsewav.pruning.structured import StructureReport, remove_parts
-from sparsewav.settings.pruning import Asymmetric, NoRecovery, Pruning
+from sparsewav.settings.pruning import Asymmetric, Pruning
 
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); stages are ``calibrate``, ``allocate``, ``solve`` and ``recover``."""
@@ -82,7 +82,7 @@ def prune_layer_by_layer(
         UserError: The set is empty, or an activation is not finite.
     """
     settings, device = plan.settings, model.device
-    recovers = not isinstance(settings.recovery, NoRecovery)
+    how = settings.layer_recovery
     layers, matrices = encoder_layers(model), prunable_matrices(model, settings.scope)
     front = [matrix for matrix in matrices if matrix.layer == FRONT]
     with projections_as_modules(model), scratch_folder() as folder:
@@ -100,7 +100,7 @@ def prune_layer_by_layer(
                 progress("calibrate", number, len(front) + len(layers))
         if plan.front is not None:
             remove_front_channels(model, batches, plan, outcome)
-        if plan.structures == {} and not recovers:  # channels alone
+        if plan.structures == {} and how is None:  # channels alone
             return
         if front_changes:
             with distributed.together():
@@ -119,26 +119,24 @@ def prune_layer_by_layer(
                 if settings.calibration.propagation == "true_sequential" and any(groups):
                     groups = in_reading_order(groups[0], inputs, run)
                 solved: list[tuple[list[PrunableMatrix], Hessians]] = []  # for the roundings and errors that follow
-                dense_weights = {matrix.name: matrix.weight.detach().clone() for matrix in own if recovers}
+                dense_weights = {matrix.name: matrix.weight.detach().clone() for matrix in own if how}
                 for group in filter(None, groups):  # a layer may have no parts that can be removed
                     hessians = collect_layer_hessians(group, inputs, run, settings, layer, dense_layer, device)
-                    if recovers:
+                    if how:
                         solved.append((group, hessians))
                     solve(group, hessians, plan, outcome)
                 for item in inputs if settings.two_models else []:
                     item.save("dense_states", run(item, dense_layer, "dense_states"))
-                if recovers:
+                if how:
                     with outcome.timing("recover"):
                         shown = _of_layer(progress, index, len(layers))
-                        recovery = recover(layer, own, run, inputs, settings.recovery, settings.seed, shown)
+                        recovery = recover(layer, own, run, inputs, how, settings.seed, shown)
                     if plan.bits and plan.rounds:
                         grids: dict[str, QuantizedMatrix] = {}
                         for group, hessians in solved:
                             grids |= quantize(group, hessians, plan, outcome)
                         with outcome.timing("recover"):
-                            again = recover(
-                                layer, own, run, inputs, settings.recovery, settings.seed, shown, grids=grids
-                            )
+                            again = recover(layer, own, run, inputs, how, settings.seed, shown, grids=grids)
                         recovery = replace(again, diverged=again.diverged or recovery.diverged)
                     outcome.recoveries.append(recovery)
                     with outcome.timing("recover"):
@@ -229,7 +227,7 @@ def solve(
         return
     with outcome.timing("solve"):
         dealt, owners = _dealt_groups(matrices, hessians)
-        recovered = not isinstance(plan.settings.recovery, NoRecovery) and matrices[0].layer != FRONT
+        recovered = plan.settings.layer_recovery is not None and matrices[0].layer != FRONT
         rounds = bool(plan.bits) and plan.rounds and not recovered
         done: dict[str, tuple[MatrixReport, Tensor]] = {}
         with distributed.together():

@@ -61,6 +61,7 @@ from sparsewav.settings.pruning import (
     Allocation,
     Calibration,
     ErrorCurves,
+    Global,
     Hutchinson,
     Megabytes,
     Objective,
@@ -133,7 +134,8 @@ def prune(
         saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
         solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
         objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
-        recovery: What a pruned layer learns afterwards: ``none`` (the paper's), ``reconstruction``, ``affine``.
+        recovery: What is left learns from the dense model afterwards: ``none`` (the paper's), ``reconstruction`` or
+            ``affine``, layer by layer; :func:`sparsewav.recover` does it with the whole model.
         quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
             ``int4``, ``int3``, ``int2``, or ``mixed`` for ``Megabytes``; all but ``float16`` take a model in float32.
         allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
@@ -205,6 +207,11 @@ def prune_with(
     check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
     check_allocation(pruned, settings.allocation)
     check_quantization(pruned, settings.quantization)
+    if isinstance(settings.recovery, Global):
+        raise UserError(
+            "recovery=global trains the whole model after the pruning; keep a copy of the dense one, prune without it, "
+            "and call sparsewav.recover(model, dense, calibration_batches)"
+        )
     if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
         raise UserError(
             f"quantization={settings.quantization.name} rounds the model that is cut; prune without it, cut the model, "
@@ -344,7 +351,7 @@ def prune_model(
             plan.targets = parts.filled_targets(allocated.sparsities) if parts else allocated.sparsities
             outcome = prune_to_plan()
     quantizes = rounds and not isinstance(settings.quantization, NoQuantization)
-    stages = {"solve": True, "recover": settings.recovery.name != "none", "quantize": quantizes}
+    stages = {"solve": True, "recover": settings.layer_recovery is not None, "quantize": quantizes}
     share = speedup = None
     if parts is not None:
         left = sum(matrix.size for matrix in prunable_matrices(model, settings.reach))  # without the channels

@@ -26,7 +26,7 @@ from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix
-from sparsewav.settings.pruning import Reconstruction, Recovery
+from sparsewav.settings.pruning import Affine, Reconstruction
 
 RunLayer = Callable[[LayerInputs], Float[Tensor, "batch frames width"]]
 """Gives a layer's output for a batch."""
@@ -47,12 +47,39 @@ class LayerRecovery:
     diverged: bool = False
 
 
+@dataclass(frozen=True)
+class ModelRecovery:
+    """What the recovery of the whole model achieved.
+
+    Attributes:
+        loss_before: The loss on the utterances that were held back, before it.
+        loss: The same of the model that was kept; where no moment was better, that of the model as it was pruned.
+        updates: The updates that were made, of which those behind the best moment are lost.
+        best_update: The update behind which the loss was least; 0 where none was better.
+    """
+
+    loss_before: float
+    loss: float
+    updates: int
+    best_update: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where nothing was gained."""
+        if self.best_update:
+            return []
+        return [
+            "recovery=global found no model with a smaller loss on the utterances that it held back, and the model "
+            "stays as it was pruned; lower recovery.learning_rate, or give more utterances"
+        ]
+
+
 def recover(
     layer: nn.Module,
     matrices: list[PrunableMatrix],
     run: RunLayer,
     inputs: list[LayerInputs],
-    settings: Recovery,
+    settings: Reconstruction | Affine,
     seed: int,
     progress: Progress | None = None,
     *,
@@ -65,7 +92,7 @@ def recover(
         matrices: The layer's prunable matrices.
         run: Gives the layer's output for a batch.
         inputs: This process's batches, with the dense model's outputs of the layer as ``dense_states``.
-        settings: ``Reconstruction`` or ``Affine``.
+        settings: How.
         seed: The seed of the order of the batches.
         progress: Called after every step.
         grids: How the matrices were rounded, by name: their scales stay, and every weight on its grid.

@@ -18,6 +18,7 @@ from sparsewav.settings.quantization import (
     Quantization,
 )
 from sparsewav.settings.sparsity import NM, Megabytes, Sparsity, Structured, Unstructured
+from sparsewav.settings.training import Optimization
 
 TRANSFORMER, ENCODER = SCOPES = "transformer", "encoder"
 """What may be pruned: the matrices of the transformer layers, or those in front of the layers, too."""
@@ -134,9 +135,10 @@ class Asymmetric(Objective):
 
 @dataclass(kw_only=True)
 class Recovery(Option):
-    """What a transformer layer learns after its matrices are pruned, without labels.
+    """What is left of a pruned model learns from the dense model, without labels.
 
-    What is in front of the layers (``scope=encoder``) learns nothing; the first layer learns to make up for it.
+    Layer by layer, what is in front of the layers (``scope=encoder``) learns nothing; the first layer learns to make up
+    for it.
     """
 
 
@@ -161,6 +163,35 @@ class Reconstruction(Recovery):
     name: str = field(default="reconstruction", init=False)
     steps: int = option(100, "steps of Adam for every layer, one calibration batch each", least=1)
     learning_rate: float = option(3e-3, "learning rate at the first step; it falls to zero", above=0)
+
+
+@dataclass(kw_only=True)
+class Global(Recovery, Optimization):
+    """What is left of the whole model learns the dense model's posteriors and last hidden states, after the pruning.
+
+    The loss is the divergence KL(dense || pruned) of the characters of a frame in nats, and the squared error of the
+    last hidden states as a share of their squares; an encoder without a head has the second alone. Transcripts are not
+    read. The model of the moment with the least loss on the utterances that are held back is kept.
+    """
+
+    name: str = field(default="global", init=False)
+    group: ClassVar[str] = "recovery"
+    steps: int = option(
+        0, "steps of recovery=reconstruction in every layer before, at its learning rate; 0: none", least=0
+    )
+    updates: int = option(300, "updates of the whole model at most", least=1)
+    utterances: int = option(
+        512,
+        "of the calibration set, to learn from; all, if there are no more, and transcripts are not needed",
+        least=2,
+    )
+    held_back: float = option(0.06, "share of these that are held back, to tell when to stop", above=0, below=1)
+    patience: int = option(3, "stop after so many tenths of the updates without a lower loss on these", least=1)
+    hidden_states: float = option(1.0, "weight of the last hidden states in the loss", least=0)
+    processes: int = option(1, "processes on this machine, one for each GPU, that share every update", least=1)
+    batch_size: int = option(8)
+    learning_rate: float = option(5e-4)
+    scheduler: str = option("cosine")
 
 
 @dataclass(kw_only=True)
@@ -274,7 +305,7 @@ OPTIONS: dict[str, tuple[type[Option], ...]] = {
     "saliency": (FirstOrder, SecondOrder, Wanda, Magnitude),
     "solver": (OBS, OBSRefit, ALPS),
     "objective": (Symmetric, Asymmetric),
-    "recovery": (NoRecovery, Reconstruction, Affine),
+    "recovery": (NoRecovery, Reconstruction, Affine, Global),
     "quantization": (NoQuantization, Float16, Int8, Int4, Int3, Int2, Mixed),
     "allocation": (Hutchinson, Uniform, HAWQ, ErrorCurves, Search),
 }
@@ -309,7 +340,7 @@ class Pruning:
     saliency: Saliency = option(FirstOrder, "which weights are removed first")
     solver: Solver = option(OBS, "how mask and kept weights are found")
     objective: Objective = option(Symmetric, "which error is minimised")
-    recovery: Recovery = option(NoRecovery, "what a pruned layer learns afterwards")
+    recovery: Recovery = option(NoRecovery, "what is left learns from the dense model afterwards")
     quantization: Quantization = option(NoQuantization, "to how few values the kept weights are rounded")
     allocation: Allocation = option(Hutchinson, "how the sparsity is shared among the matrices")
     calibration: Calibration = option(Calibration, "the sample of speech that Hessians are summed over")
@@ -334,9 +365,17 @@ class Pruning:
         return ENCODER if channels else self.scope
 
     @property
+    def layer_recovery(self) -> Reconstruction | Affine | None:
+        """What every pruned layer learns by itself."""
+        if isinstance(self.recovery, Global):
+            steps = self.recovery.steps
+            return Reconstruction(steps=steps) if steps else None
+        return self.recovery if isinstance(self.recovery, Reconstruction | Affine) else None
+
+    @property
     def two_models(self) -> bool:
-        """Whether the dense model's activations are needed beside the pruned model's."""
-        return isinstance(self.objective, Asymmetric) or not isinstance(self.recovery, NoRecovery)
+        """Whether the dense model's activations are needed beside the pruned model's, layer by layer."""
+        return isinstance(self.objective, Asymmetric) or self.layer_recovery is not None
 
     @property
     def dense_hessians(self) -> bool:
@@ -392,12 +431,18 @@ class Pruning:
                 "quantization=mixed gives every matrix the bits that a size of the whole file leaves it; choose "
                 "sparsity=megabytes with it, or the same bits for all, e.g. quantization=int4"
             )
-        for group in ("objective", "recovery"):
-            if group in beyond_paper and propagation == "parallel":
+        by_layers = {"objective": "objective" in beyond_paper, "recovery": self.layer_recovery is not None}
+        for group in filter(by_layers.get, by_layers):
+            if propagation == "parallel":
                 yield (
                     f"{group}={names[group]} needs what the pruned layers give; choose "
                     "calibration.propagation=true_sequential (or sequential) with it"
                 )
+        if isinstance(self.recovery, Global) and isinstance(sparsity, Megabytes):
+            yield (
+                "recovery=global changes the weights whose bytes sparsity=megabytes has counted; choose "
+                "recovery=reconstruction, or sparsity=unstructured"
+            )
 
     def _structured_faults(self, sparsity: Structured) -> Iterator[str]:
         if self.scope != TRANSFORMER:

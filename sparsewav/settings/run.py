@@ -21,6 +21,7 @@ from sparsewav.settings.pruning import (
     OPTIONS,
     TRANSFORMER,
     Calibration,
+    Global,
     Hutchinson,
     Megabytes,
     Pruning,
@@ -177,6 +178,8 @@ class Config(Pruning):
                 "model.offload=true goes from layer to layer and never has the whole model's gradients; choose "
                 "calibration.propagation=sequential and allocation=uniform with it"
             )
+        if isinstance(self.recovery, Global):
+            yield "model.offload=true cannot recover the whole model, which takes all of it; choose another recovery"
         if self.finetune_strategy.name != "none":
             yield "model.offload=true cannot tune, which takes the whole model; choose finetune_strategy=none with it"
         if isinstance(self.sparsity, Megabytes):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sparsewav.settings.options import Option, Settings, option
 
@@ -14,8 +15,13 @@ SCHEDULERS = (
 
 @dataclass
 class Optimization(Settings):
-    """How fast to train."""
+    """How fast to train.
 
+    Attributes:
+        group: The group that the options are in, for messages.
+    """
+
+    group: ClassVar[str] = "method"
     batch_size: int = option(16, "utterances of an update, over all processes and accumulation steps", least=1)
     gradient_accumulation_steps: int = option(1, "forward and backward passes that an update is split into", least=1)
     learning_rate: float = option(5e-4, "peak of the schedule", above=0)
@@ -47,6 +53,7 @@ class Optimization(Settings):
 class Training(Optimization):
     """How long and how fast to train for recognition."""
 
+    group: ClassVar[str] = "training"
     epochs: float = option(0.16, "passes over the training set, of fine-tuning at 50 % sparsity and below", above=0)
     processes: int = option(1, "processes of a run's fine-tuning on this machine, one for each GPU", least=1)
     freeze_feature_encoder: bool = option(True, "leave the convolutions as they are")

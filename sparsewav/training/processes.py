@@ -16,27 +16,31 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import Log, train_ctc
+
+Learn = Callable[..., Log]
+"""Trains a pruned model in place, as :func:`~sparsewav.training.trainer.train_ctc` does."""
 
 
 def train_masked_in_processes(
     model: PreTrainedModel,
     processor: Processor,
     training_set: Sequence[Utterance],
-    settings: Training,
+    settings: Any,
     updates: int,
     folder: Path,
     *,
     scope: str,
+    learn: Learn = train_ctc,
     progress: Progress | None = None,
     write_log: Callable[[Log], None] | None = None,
 ) -> tuple[PreTrainedModel, Log]:
     """Train a pruned model in ``settings.processes`` processes that share every batch, while its zeros are kept.
 
     The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`, and the scope whose matrices' zeros are
-    kept; ``write_log`` is called in the first of the processes, and must be a function that pickle finds by its name.
+    kept; ``learn`` is called in their place in every process, and ``write_log`` in the first of them, and both must be
+    functions that pickle finds by their names. ``settings`` has the number of processes.
     For a model on a GPU, the processes take the first so many GPUs.
 
     Returns:
@@ -47,16 +51,15 @@ def train_masked_in_processes(
     """
     on_gpu = model.device.type == "cuda"
     if on_gpu and settings.processes > torch.cuda.device_count():
-        raise UserError(
-            f"training.processes={settings.processes} wants a GPU each, and there are {torch.cuda.device_count()}"
-        )
+        asked = f"{settings.group}.processes={settings.processes}"
+        raise UserError(f"{asked} wants a GPU each, and there are {torch.cuda.device_count()}")
     model.save_pretrained(folder / "pruned")
     processor.save_pretrained(folder / "pruned")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = multiprocessing.get_context("spawn").Value("q", 0)
-    arguments = (list(training_set), settings, updates, folder, scope, on_gpu, port, done, write_log)
+    arguments = (list(training_set), settings, updates, folder, scope, learn, on_gpu, port, done, write_log)
     try:
         processes = multiprocessing.spawn(_train, arguments, nprocs=settings.processes, join=False)
         while not processes.join(timeout=1):
@@ -75,10 +78,11 @@ def train_masked_in_processes(
 def _train(
     rank: int,
     training_set: list[Utterance],
-    settings: Training,
+    settings: Any,
     updates: int,
     folder: Path,
     scope: str,
+    learn: Learn,
     on_gpu: bool,
     port: int,
     done: Any,
@@ -99,7 +103,7 @@ def _train(
     def count(update: int, _: int) -> None:
         done.value = update
 
-    log = train_ctc(
+    log = learn(
         model,
         speech.processor,
         training_set,

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -39,6 +40,7 @@ from sparsewav.models.processor import Processor
 from sparsewav.progress import print_warning
 from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
+from sparsewav.settings.pruning import Global
 from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.masks import HoldMasks, masked_gradients
 from sparsewav.training.precision import choose_precision
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 BATCHES_SORTED_TOGETHER = 50
 """Within so many batches, utterances of similar lengths share a batch."""
 
-LOG_COLUMNS = ["update", "epoch", "loss", "learning_rate", "grad_norm", "eval_wer", "eval_cer"]
+LOG_COLUMNS = ["update", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_wer", "eval_cer"]
 
 Log = list[dict[str, Any]]
 """What a training writes down as it goes: update, epoch and loss, or the development set's error rates."""
@@ -67,7 +69,13 @@ def updates_of(epochs: float, utterances: int, batch_size: int) -> int:
     return max(1, math.ceil(epochs * utterances / batch_size - 1e-9))
 
 
-def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int, seed: int) -> list[Utterance]:
+def plan_updates(
+    utterances: Sequence[Any],
+    batch_size: int,
+    updates: int,
+    seed: int,
+    seconds: Callable[[Any], float] = audio_seconds,
+) -> list[Any]:
     """Draw the utterances of all updates at once, so that a resumed training sees the same ones.
 
     Every epoch takes each utterance once, in random order. Within :data:`BATCHES_SORTED_TOGETHER` batches, utterances
@@ -80,7 +88,7 @@ def plan_updates(utterances: Sequence[Utterance], batch_size: int, updates: int,
     count = updates * batch_size
     epochs = [generator.permutation(len(utterances)) for _ in range(-(-count // len(utterances)))]
     order = np.concatenate(epochs)[:count]
-    lengths = {index: audio_seconds(utterances[index]) for index in set(order.tolist())}
+    lengths = {index: seconds(utterances[index]) for index in set(order.tolist())}
     plan: list[int] = []
     for start in range(0, count, BATCHES_SORTED_TOGETHER * batch_size):
         together = sorted(order[start : start + BATCHES_SORTED_TOGETHER * batch_size].tolist(), key=lengths.__getitem__)
@@ -137,6 +145,12 @@ class _FiniteTrainer(Trainer):
         if self.accelerator.scaler is None or not math.isfinite(total) or self.skipped > SKIPPED_IN_A_ROW:
             self.stop(float(total), float(norm))
         return loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+        """Give the loss of a batch that is held back; the Trainer's own looks for labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach().mean(), None, None
 
     def mean_unlogged(self) -> float:
         """Give ``unlogged``, averaged over the processes."""
@@ -199,13 +213,16 @@ class _AfterUpdate(TrainerCallback):
 
 def train(
     model: nn.Module,
-    read: Callable[[Sequence[Utterance]], Batch],
-    training_set: Sequence[Utterance],
+    read: Callable[[Sequence[Any]], Batch],
+    training_set: Sequence[Any],
     settings: Optimization,
     updates: int,
     folder: Path,
     *,
     seed: int,
+    seconds: Callable[[Any], float] = audio_seconds,
+    held_back: Sequence[Any] = (),
+    patience: int = CHECKPOINTS,
     callbacks: Sequence[TrainerCallback] = (),
     after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
@@ -221,11 +238,15 @@ def train(
         model: Module that takes a batch as keywords and returns an object with a ``loss``. Checkpoints hold its state
             dictionary, which should not include frozen parts such as a teacher.
         read: Turns the utterances of an update into a batch.
-        training_set: Utterances to learn from.
+        training_set: Utterances to learn from, in any form that ``read`` and ``seconds`` take.
         settings: Schedule, precision and clipping.
         updates: Number of optimizer steps.
         folder: Where checkpoints are written. The newest complete one in it is resumed.
         seed: Seed of the order and of dropout.
+        seconds: Gives the length of an utterance, by which utterances are sorted into batches.
+        held_back: Utterances that are not learned from. The log has the loss on them before the first update and at
+            every checkpoint, and the model ends as it was at the checkpoint with the least.
+        patience: The training stops after so many checkpoints in a row without a lower one.
         callbacks: Further callbacks of the Trainer.
         after_update: Called with the state of the Trainer after every update.
         parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
@@ -242,7 +263,9 @@ def train(
     """
     device = next(model.parameters()).device
     precision = choose_precision(settings.precision, model)
-    plan = plan_updates(training_set, settings.batch_size, updates, seed)
+    plan = plan_updates(training_set, settings.batch_size, updates, seed, seconds)
+    known = [*plan, *held_back]
+    checkpoint = _last_checkpoint(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=updates,
@@ -262,7 +285,8 @@ def train(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         save_steps=settings.checkpoint_updates or min(CHECKPOINT_UPDATES, math.ceil(updates / CHECKPOINTS)),
-        save_total_limit=1,
+        save_total_limit=1,  # besides the best one
+        **(_keeping_the_best(starts=checkpoint is None) if held_back else {}),
         logging_steps=min(50, max(1, updates // 10)),
         logging_nan_inf_filter=False,  # it would hide what stops the training
         report_to="none",
@@ -273,6 +297,7 @@ def train(
         # A process uses one GPU; otherwise the Trainer would use all it sees, with a batch for each.
         arguments._n_gpu = 1
     arguments.per_device_train_batch_size = _share_of_a_batch(settings, arguments.world_size)
+    arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
 
     def log_of(state: TrainerState) -> Log:
         # The Trainer counts epochs of the whole plan, of which there is one.
@@ -280,7 +305,7 @@ def train(
             {"update": entry["step"], **entry, "epoch": entry["step"] * settings.batch_size / len(training_set)}
             for entry in state.log_history
         ]
-        return [entry for entry in entries if "loss" in entry or "eval_wer" in entry]
+        return [entry for entry in entries if {"loss", "eval_loss", "eval_wer"} & entry.keys()]
 
     def grow_log(state: TrainerState) -> None:
         newest = state.log_history[-1]
@@ -293,18 +318,18 @@ def train(
         model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
-        data_collator=lambda batch: read([plan[row["index"]] for row in batch]),
-        callbacks=list(callbacks),
+        eval_dataset=datasets.Dataset.from_dict({"index": range(len(plan), len(known))}) if held_back else None,
+        data_collator=lambda batch: read([known[row["index"]] for row in batch]),
+        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if held_back else [])],
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
 
     def stop(loss: float, norm: float) -> None:
         done = trainer.state.global_step
         utterances = plan[done * settings.batch_size : (done + 1) * settings.batch_size]
-        key = "training" if isinstance(settings, Training) else "method"
         raise UserError(
             f"the training stopped at update {done + 1} of {updates}: "
-            f"{_culprit(model, read, utterances, loss, norm, key)}"
+            f"{_culprit(model, read, utterances, loss, norm, settings.group)}"
         )
 
     trainer.stop = stop
@@ -313,7 +338,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     # Otherwise the Trainer expects the model to divide the loss by the accumulation steps, which CTC models do not.
     trainer.model_accepts_loss_kwargs = False
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     if broken := not_finite(model.state_dict()):
         raise UserError(f"the training ended with numbers in {broken} that are not finite; lower the learning rate")
     return log_of(trainer.state)
@@ -346,6 +371,8 @@ def _culprit(
             "or remove them"
         )
     named = ", ".join(f"{alone} for utterance {item.id} ({item.source})" for item, alone in culprits.items())
+    if key == Global.group:
+        return f"the loss is {named}; remove what is named, or lower {key}.learning_rate"
     return (
         f"the loss is {named}, as CTC's is where a transcript is longer than the recording has frames; remove or "
         "correct what is named, or set ctc_zero_infinity to true in the model's config.json to train on the others"
@@ -423,12 +450,25 @@ def train_ctc(
         )
 
 
+def _keeping_the_best(*, starts: bool) -> dict[str, Any]:
+    """Give the Trainer's arguments with which it ends with the checkpoint that has the least loss on other speech."""
+    return {
+        "eval_strategy": "steps",  # at every checkpoint
+        "eval_on_start": starts,
+        "restore_callback_states_from_checkpoint": True,  # how long ago it was better
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "prediction_loss_only": True,
+    }
+
+
 def _share_of_a_batch(settings: Optimization, processes: int) -> int:
     """Give the number of utterances that one process takes in a forward pass."""
     share, rest = divmod(settings.batch_size, settings.gradient_accumulation_steps * processes)
     if rest:
         raise UserError(
-            f"training.batch_size={settings.batch_size} cannot be shared by {processes} processes in "
+            f"{settings.group}.batch_size={settings.batch_size} cannot be shared by {processes} processes in "
             f"{settings.gradient_accumulation_steps} passes; make it a multiple of "
             f"{settings.gradient_accumulation_steps * processes}"
         )

@@ -73,7 +73,7 @@ class OutputDivergence:
         if not self._parts:
             raise UserError("the output divergence has no utterance to be measured on; give at least one")
         self._masks = [layer_masks(model, part) for part in self._parts]
-        self._output_masks = [_output_mask(model, part) for part in self._parts]
+        self._output_masks = [output_mask(model, part) for part in self._parts]
         self.frames = sum(int(mask.sum()) for mask in self._output_masks)
         self._features: list[Any] = []  # of the front end for every part, while they stay the same
         self._has_head = has_head(model)
@@ -181,7 +181,7 @@ class OutputDivergence:
         return {name: total / self.frames for name, total in sums.items()}
 
 
-def _output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
+def output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:
     """Give a mask that is True where an utterance has a frame of the output, which an adapter may have subsampled."""
     counts = output_counts(model, part["attention_mask"].sum(-1))
     frames = int(output_counts(model, torch.tensor([part["attention_mask"].shape[-1]])))

@@ -1,0 +1,325 @@
+"""Recovery of the whole model: what is left of a pruned model learns the dense model's outputs, without labels.
+
+The loss is KL(dense || pruned) of the characters' posteriors, averaged over the frames, plus the squared error of the
+last hidden states over their squares (knowledge distillation, Hinton et al. 2015). It is trained by Hugging Face's
+Trainer as the fine-tuning is. Some utterances are held back: of all moments that with the least loss on them is kept.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from sparsewav.data.batches import Batch, collate
+from sparsewav.data.utterances import Utterance, audio_seconds
+from sparsewav.errors import UserError
+from sparsewav.models.load import load_speech_model
+from sparsewav.models.processor import Processor
+from sparsewav.pruning.allocation.divergence import output_mask
+from sparsewav.pruning.encoder import (
+    as_sequence,
+    base_of,
+    has_head,
+    in_evaluation_mode,
+    input_key,
+    model_batches,
+    pieces_of,
+    whatever_modes,
+)
+from sparsewav.pruning.families import family_of
+from sparsewav.pruning.hessian import Progress
+from sparsewav.pruning.prune import HasModel
+from sparsewav.pruning.recovery import ModelRecovery
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Global
+from sparsewav.training.masks import HoldMasks, masked_gradients, masks_of
+from sparsewav.training.trainer import Log, train
+
+Outputs = tuple[Tensor | None, Float[Tensor, "frames width"]]
+"""Log posteriors (frames, characters) of a model with a head, and the last hidden states, of all frames with audio."""
+
+
+class OutputLoss(nn.Module):
+    """A pruned model, and its loss against the dense model's outputs.
+
+    It stays in evaluation mode, so that neither dropout nor masks of SpecAugment come between the two models.
+
+    Args:
+        pruned: The model that learns.
+        dense: The model that it was; it takes no gradient and is in no checkpoint.
+        hidden_states: The weight of the last hidden states.
+    """
+
+    def __init__(self, pruned: PreTrainedModel, dense: PreTrainedModel, hidden_states: float) -> None:
+        super().__init__()
+        self.pruned, self.hidden_states = pruned, hidden_states
+        self.reference = torch.no_grad()(partial(outputs_of, dense))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Give the loss of a batch."""
+        divergence = error = squares = torch.zeros((), device=self.pruned.device)
+        frames = 0
+        for part in model_batches(self.pruned, batch, 0):
+            wanted, states = self.reference(part)
+            found, now = outputs_of(self.pruned, part)
+            if wanted is not None and found is not None:
+                divergence = divergence + (wanted.exp() * (wanted - found)).sum()
+            error = error + (now - states).square().sum()
+            squares, frames = squares + states.square().sum(), frames + len(states)
+        return {"loss": divergence / frames + self.hidden_states * error / squares}
+
+
+def outputs_of(model: PreTrainedModel, batch: Batch) -> Outputs:
+    """Give what a model makes of a batch that :func:`~sparsewav.pruning.encoder.model_batches` has prepared."""
+    caught: list[Tensor] = []
+    hook = base_of(model).register_forward_hook(
+        lambda module, arguments, output: caught.append(output.last_hidden_state)
+    )
+    try:
+        output: Any = model(**{key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        hook.remove()
+    valid = output_mask(model, batch)
+    posteriors = output.logits.float().log_softmax(-1)[valid] if has_head(model) else None
+    return posteriors, caught[0].float()[valid]
+
+
+def recover_model(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    inputs: Sequence[Any],
+    read: Callable[[Sequence[Any]], Batch],
+    seconds: Callable[[Any], float],
+    settings: Global,
+    updates: int,
+    folder: Path,
+    *,
+    masks: Mapping[str, Tensor],
+    front_end: bool,
+    seed: int,
+    progress: Progress | None = None,
+    write_log: Callable[[Log], None] | None = None,
+) -> Log:
+    """Train a pruned model in place on the dense model's outputs; where no moment is better, it stays as it was.
+
+    Args:
+        model: The pruned model.
+        dense: The dense model, on the same device.
+        inputs: What is learned from, an item for every utterance; some are held back.
+        read: Turns some of these into a batch.
+        seconds: Gives the length of one of them, by which they are sorted into batches.
+        settings: Loss and schedule.
+        updates: Updates at most.
+        folder: Where checkpoints are written; the newest whole one in it is resumed.
+        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
+        front_end: Whether what is in front of the layers learns, too, as where it was pruned.
+        seed: Draws what is held back, and the order of the others.
+        progress: Called with (updates done, updates) after every update.
+        write_log: Called with the log so far whenever it grows.
+
+    Returns:
+        The log; :func:`summary` reads it.
+
+    Raises:
+        UserError: There are fewer than two utterances, or :func:`~sparsewav.training.trainer.train` refuses.
+    """
+    if len(inputs) < 2:
+        raise UserError(f"recovery=global has {len(inputs)} utterances, of which one is held back; give two or more")
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(1, round(settings.held_back * len(inputs))), len(inputs) - 1)
+    held_back, learned = [inputs[index] for index in order[:count]], [inputs[index] for index in sorted(order[count:])]
+    with (
+        _undone_unless_better(model) as tell,
+        _frozen(dense),
+        _learning(model, front_end),
+        masked_gradients(model, masks),
+    ):
+        log = train(
+            OutputLoss(model, dense, settings.hidden_states),
+            read,
+            learned,
+            settings,
+            updates,
+            folder,
+            seed=seed,
+            seconds=seconds,
+            held_back=held_back,
+            patience=settings.patience,
+            callbacks=[HoldMasks(model, masks)],
+            progress=progress,
+            write_log=write_log,
+        )
+        tell(summary(log).best_update > 0)
+    return log
+
+
+def summary(log: Log) -> ModelRecovery:
+    """Give what a recovery's log says of it."""
+    measured = [(entry["update"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    best_update, loss = min(measured, key=lambda pair: pair[1])
+    return ModelRecovery(measured[0][1], loss, max(entry["update"] for entry in log), best_update)
+
+
+def recover(
+    model: PreTrainedModel | HasModel,
+    dense: PreTrainedModel | HasModel,
+    calibration_batches: Any,
+    recovery: Global | None = None,
+    *,
+    scope: str = TRANSFORMER,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ModelRecovery:
+    """Let a pruned model learn the dense model's outputs, in place and without labels; its zeros stay zero.
+
+    >>> dense = copy.deepcopy(speech.model)  # doctest: +SKIP
+    >>> sparsewav.prune(speech, batches, 0.8, preset="best_oneshot")  # doctest: +SKIP
+    >>> sparsewav.recover(speech, dense, batches)  # doctest: +SKIP
+
+    Rounded weights leave their grid: recover first, and round afterwards, with ``prune`` at a sparsity of 0.
+
+    Args:
+        model: A model that :func:`sparsewav.prune` or :func:`sparsewav.cut` left, or what has one as ``model``.
+        dense: The model that it was, on the same device.
+        calibration_batches: As ``prune`` takes them; labels are not read.
+        recovery: The loss, the schedule and the number of updates; None for the defaults.
+        scope: What was pruned; with ``encoder`` what is in front of the layers learns, too.
+        seed: Draws the utterances that are held back, and the order of the others.
+        progress: Called with (updates done, updates) after every update.
+
+    Raises:
+        UserError: An option, a batch or the number of utterances is wrong, or the loss is not finite. After this and
+            any other error the model is as it was.
+    """
+    settings = recovery or Global()
+    if faults := [f"recovery.{fault}" for fault in settings.faults()]:
+        raise UserError("\n".join(faults))
+    pruned: Any = getattr(model, "model", model)
+    reference: Any = getattr(dense, "model", dense)
+    key = input_key(pruned)
+    utterances = [
+        row
+        for number, batch in enumerate(as_sequence(calibration_batches))
+        for row in _utterances_of(pieces_of(batch), key, number)
+    ]
+    with tempfile.TemporaryDirectory() as folder, whatever_modes(pruned.device):
+        log = recover_model(
+            *(pruned, reference, utterances[: settings.utterances], partial(_padded, key), _length),
+            *(settings, settings.updates, Path(folder)),
+            masks=masks_of(pruned, scope),
+            front_end=scope == ENCODER,
+            seed=seed,
+            progress=progress,
+        )
+    return summary(log)
+
+
+def recover_on_utterances(
+    dense: PreTrainedModel | Path,
+    front_end: bool,
+    seed: int,
+    model: PreTrainedModel,
+    processor: Processor,
+    utterances: Sequence[Utterance],
+    settings: Global,
+    updates: int,
+    folder: Path,
+    *,
+    masks: Mapping[str, Tensor],
+    progress: Progress | None = None,
+    write_log: Callable[[Log], None] | None = None,
+) -> Log:
+    """Recover a model on utterances as :func:`recover_model` does; the dense model may be the folder that has it."""
+    reference = load_speech_model(str(dense), device=model.device).model if isinstance(dense, Path) else dense
+    read = partial(collate, processor=processor)
+    return recover_model(
+        *(model, reference, utterances, read, audio_seconds, settings, updates, folder),
+        masks=masks,
+        front_end=front_end,
+        seed=seed,
+        progress=progress,
+        write_log=write_log,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """An utterance of a calibration batch without its padding, (samples) or (feature frames, bins)."""
+
+    id: str
+    source: str
+    values: Tensor
+
+
+def _utterances_of(batch: Batch, key: str, number: int) -> Iterator[_Row]:
+    for index, row in enumerate(batch[key].cpu()):
+        values = row[: int(batch["attention_mask"][index].sum())] if "attention_mask" in batch else row
+        yield _Row(f"{number}-{index}", f"row {index} of calibration batch {number}", values)
+
+
+def _length(row: _Row) -> float:
+    return float(len(row.values))
+
+
+def _padded(key: str, rows: Sequence[_Row]) -> Batch:
+    lengths = torch.tensor([len(row.values) for row in rows])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return {key: pad_sequence([row.values for row in rows], batch_first=True), "attention_mask": mask}
+
+
+@contextmanager
+def _undone_unless_better(model: PreTrainedModel) -> Iterator[Callable[[bool], None]]:
+    """Give the model its numbers back behind the block, unless the function that it gives was told of a better one."""
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    better = False
+
+    def tell(found: bool) -> None:
+        nonlocal better
+        better = found
+
+    try:
+        yield tell
+    finally:
+        if not better:
+            model.load_state_dict(before)
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, a model is in evaluation mode; no part of it takes a gradient."""
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with in_evaluation_mode(model):
+            yield
+    finally:
+        for parameter, wanted in zip(model.parameters(), before, strict=True):
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _learning(model: PreTrainedModel, front_end: bool) -> Iterator[None]:
+    """Within the block, every parameter takes a gradient, those in front of the layers only with ``front_end``."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(True)
+    if not front_end:
+        base_of(model).get_submodule(family_of(model).front).requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None

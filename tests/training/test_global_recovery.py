@@ -1,0 +1,304 @@
+"""``recovery=global``: the loss against brute force, masks that hold, and runs that stop, go on and need no labels."""
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
+
+import sparsewav
+from sparsewav.data.librispeech import read_librispeech_folder
+from sparsewav.errors import UserError
+from sparsewav.models.load import load_speech_model
+from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
+from sparsewav.settings import Global
+from sparsewav.training.global_recovery import OutputLoss, recover_on_utterances, summary
+from sparsewav.training.masks import masks_of
+from sparsewav.training.processes import train_masked_in_processes
+from tests.conftest import CONFIGS
+from tests.terminal import Run, assert_one_sentence, run_folder_in
+
+Batch = dict[str, Tensor]
+Factory = Callable[..., PreTrainedModel]
+MakeBatch = Callable[..., Batch]
+
+QUICK: dict[str, Any] = {
+    "updates": 20,
+    "batch_size": 4,
+    "held_back": 0.25,
+    "learning_rate": 3e-3,
+    "precision": "float32",
+}
+RUN = ["allocation=uniform", "recovery=global", *(f"recovery.{key}={value}" for key, value in QUICK.items())]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _changed(model: PreTrainedModel) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(5)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for matrix in prunable_matrices(other):
+            matrix.weight[torch.rand(matrix.weight.shape, generator=generator) < 0.5] = 0
+    return other
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_loss_of_a_padded_batch_is_that_of_its_utterances(
+    family: str,
+    norm: str,
+    tiny_model: Factory,
+    noise_batch: MakeBatch,
+    model_input: Callable[[PreTrainedModel, Batch], Batch],
+    utterances: Callable[[list[Batch]], list[Batch]],
+) -> None:
+    """KL and squared errors of every utterance alone, summed by plain loops over frames."""
+    dense = tiny_model(family, norm)
+    pruned = _changed(dense)
+    batch = noise_batch([1024, 768, 640])
+    loss = float(OutputLoss(pruned, dense, 0.7)(**model_input(dense, batch))["loss"].detach())
+    divergences, errors, squares = [], 0.0, 0.0
+    for item in utterances([batch]):
+        own = {key: value for key, value in model_input(dense, item).items() if key != "labels"}
+        states, posteriors = [], []
+        for model in (dense, pruned):
+            with torch.no_grad():
+                states.append(base_of(model)(**own).last_hidden_state[0].double())
+                posteriors.append(model(**own).logits[0].double().softmax(-1))
+        for wanted, found in zip(*posteriors, strict=True):
+            divergences.append(float((wanted * (wanted / found).log()).sum()))
+        errors += float((states[0] - states[1]).square().sum())
+        squares += float(states[0].square().sum())
+    expected = sum(divergences) / len(divergences) + 0.7 * errors / squares
+    assert loss == pytest.approx(expected, rel=2e-4)
+    assert expected > 0.01
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_recovery_brings_the_outputs_nearer_and_keeps_every_zero(
+    head: bool, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """Without labels; an encoder without a head learns its hidden states; what is in front stays as it is."""
+    model: Any = tiny_model("wav2vec2")
+    if not head:
+        model.save_pretrained(tmp_path)
+        model = AutoModel.from_pretrained(tmp_path).eval()
+    assert has_head(model) == head
+    dense, plain = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(4)]
+    unlabelled = [{key: batch[key] for key in ("input_values", "attention_mask")} for batch in batches]
+    for item in (plain, model):
+        sparsewav.prune(item, unlabelled, 0.6, allocation="uniform")
+    found = sparsewav.recover(model, dense, unlabelled, Global(**QUICK))
+    assert found.loss < 0.8 * found.loss_before
+    assert found.best_update > 0
+    assert not found.warnings
+    for matrix, own in zip(prunable_matrices(plain), prunable_matrices(model), strict=True):
+        assert torch.equal(own.weight == 0, matrix.weight == 0)
+        assert not torch.equal(own.weight, matrix.weight)
+    front = {name for name, _ in model.named_parameters() if "feature_extractor" in name}
+    assert front
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        if name in front:
+            assert torch.equal(parameter, dense.get_parameter(name))
+    # It is nearer on speech that it has not seen.
+    with torch.no_grad():
+        new = noise_batch([1600] * 4, seed=9)["input_values"]
+        wanted, *states = (base_of(item)(new).last_hidden_state for item in (dense, plain, model))
+    before, after = (float((item - wanted).square().sum()) for item in states)
+    assert after < before
+
+
+def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
+    tiny_model: Factory, noise_batch: MakeBatch
+) -> None:
+    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    batches = [noise_batch([800] * 4, seed=seed) for seed in range(2)]
+    settings = Global(**QUICK | {"learning_rate": 20.0, "patience": 2})
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    found = sparsewav.recover(pruned, dense, batches, settings)
+    assert (found.best_update, found.loss) == (0, found.loss_before)
+    assert found.updates < settings.updates, "it stopped early"
+    assert ["stays as it was pruned" in warning for warning in found.warnings] == [True]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+def test_a_recovery_killed_halfway_ends_with_the_same_model_and_log(
+    model_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """So does the best moment, which lies before the kill."""
+    utterances = read_librispeech_folder(corpus, "train")
+    rising = {"learning_rate": 1.0, "scheduler": "constant_with_warmup", "warmup_steps": 20}  # too high in the end
+    settings = Global(**QUICK | rising | {"patience": 4})
+
+    def recover(name: str, stop_after: int | None = None) -> tuple[dict[str, Tensor], Any]:
+        def count(done: int, _: int) -> None:
+            if done == stop_after:
+                raise _Killed
+
+        speech = load_speech_model(str(model_folder))
+        dense = copy.deepcopy(speech.model)
+        pruned = _changed(speech.model)
+        log = recover_on_utterances(
+            *(dense, False, 0, pruned, speech.processor, utterances, settings, settings.updates, tmp_path / name),
+            masks=masks_of(pruned),
+            progress=count,
+        )
+        return pruned.state_dict(), log
+
+    whole, log = recover("whole")
+    assert (summary(log).best_update, summary(log).updates) == (4, 12)
+    with pytest.raises(_Killed):
+        recover("killed", stop_after=9)
+    resumed, again = recover("killed")
+    keep = ("update", "loss", "eval_loss")
+    assert [{key: entry.get(key) for key in keep} for entry in again] == [
+        {key: entry.get(key) for key in keep} for entry in log
+    ]
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_run_recovers_on_audio_without_transcripts_then_rounds_and_says_so(
+    run_sparsewav: Run, small: list[str], corpus: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """The manifest of the calibration set has no column of transcripts; the test set's has one."""
+    rows = [(item.source, item.text) for item in read_librispeech_folder(corpus, "test")]
+    (tmp_path / "unlabelled.csv").write_text(
+        "audio\n" + "\n".join(str(item.source) for item in read_librispeech_folder(corpus, "train"))
+    )
+    (tmp_path / "test.csv").write_text("audio,text\n" + "\n".join(f"{audio},{text}" for audio, text in rows))
+    data = ["data=manifest", "data.test=test.csv", "data.calibration=unlabelled.csv", "calibration.utterances=8"]
+    model = [f"model.name_or_path={model_folder}", "device=cpu"]
+    result = run_sparsewav(*model, *data, *RUN, "quantization=int4", "quantization.group_size=null")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = run_folder_in(tmp_path)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    found = metrics["stages"][0]["recovery"]
+    assert found["loss"] < found["loss_before"]
+    assert metrics["seconds"]["recover"] > 0
+    assert metrics["bits"] == 4
+    log = pandas.read_csv(folder / "recovery_log.csv")
+    assert log["eval_loss"].dropna().tolist()[0] == pytest.approx(found["loss_before"])
+    assert metrics["achieved_sparsity"] == pytest.approx(0.75, abs=1e-3)
+    tensors = load_file(folder / "model" / "model.safetensors")
+    layers = pandas.read_csv(folder / "layers.csv").set_index("name")
+    assert all(len(tensors[f"{name}.weight"][0].unique()) <= 16 for name in layers.index)
+    with_labels = run_sparsewav(*model, *data, "allocation=hutchinson", "allocation.alpha=0.05")
+    assert_one_sentence(with_labels, "unlabelled.csv")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["sparsity=structured", "sparsity.parameters=0.7", "sparsity.parts=[heads,units,channels]"],
+        ["finetune_strategy=one_pass", "training.batch_size=4", "training.epochs=1", "data.training_subset=train"],
+        ["scope=encoder"],
+    ],
+    ids=["structured", "tuned", "front end"],
+)
+def test_a_stopped_run_goes_on_behind_its_recovery(
+    options: list[str], run_sparsewav: Run, small: list[str], tmp_path: Path
+) -> None:
+    arguments = [*small, *RUN, *options]
+    result = run_sparsewav(*arguments, "output_root=reference")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (reference,) = (tmp_path / "reference").glob("tiny*")
+    folder = tmp_path / "outputs" / reference.name
+    (folder / "predictions.jsonl").mkdir(parents=True)
+    assert_one_sentence(run_sparsewav(*arguments), r"cannot write .*predictions\.jsonl")
+    (folder / "predictions.jsonl").rmdir()
+    again = run_sparsewav(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Recovering" in result.stdout
+    assert "Recovering" not in again.stdout
+    for name in ("model/model.safetensors", "predictions.jsonl", "recovery_log.csv"):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["stages"][0]["recovery"]["updates"] > 0
+    if "scope=encoder" in options:  # what was pruned in front learns, too
+        before = json.loads((reference / "metrics.json").read_text())
+        assert before["stages"][0]["recovery"] == metrics["stages"][0]["recovery"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_every_update(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    utterances = read_librispeech_folder(corpus, "train")
+    speech = load_speech_model(str(model_folder))
+    pruned = _changed(speech.model)
+    found = []
+    for processes in (1, 2):
+        settings = Global(**QUICK | {"processes": processes})
+        model, log = train_masked_in_processes(
+            copy.deepcopy(pruned),
+            speech.processor,
+            utterances,
+            settings,
+            settings.updates,
+            tmp_path / str(processes),
+            scope="transformer",
+            learn=partial(recover_on_utterances, model_folder, False, 0),
+        )
+        for matrix, own in zip(prunable_matrices(pruned), prunable_matrices(model), strict=True):
+            assert not own.weight[matrix.weight == 0].any()
+        found.append(summary(log))
+    assert found[0].loss < found[0].loss_before
+    assert found[1].loss < found[1].loss_before
+    assert found[0].loss_before == pytest.approx(found[1].loss_before, rel=0.05)  # batches of other sizes are averaged
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sparsity=megabytes", "sparsity.megabytes=1"], "recovery=global changes the weights whose bytes"),
+        (["model.offload=true", "calibration.propagation=sequential"], "cannot recover the whole model"),
+        (["recovery.steps=5"], r"recovery=global needs what the pruned layers give"),
+        (["recovery.held_back=1"], r"recovery\.held_back=1 must be below 1"),
+        (["recovery.utterances=1"], r"recovery\.utterances=1 must be at least 2"),
+        (["recovery.batch_size=3", "recovery.processes=2"], r"recovery\.batch_size=3 cannot be split into 2"),
+    ],
+)
+def test_what_does_not_go_with_it(options: list[str], message: str, run_sparsewav: Run, small: list[str]) -> None:
+    assert_one_sentence(run_sparsewav(*small, *RUN, *options), message)
+
+
+def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    batches = [noise_batch([800] * 4), noise_batch([800] * 4, seed=1)]
+    broken = [batches[0], noise_batch([800] * 4) | {"input_values": torch.full((4, 800), torch.nan)}]
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    for arguments, message in [
+        (([noise_batch([800])], Global(**QUICK)), "has 1 utterances, of which one is held back; give two or more"),
+        ((broken, Global(**QUICK)), "holds samples that are NaN or infinite"),
+        ((batches, Global(held_back=2.0)), r"^recovery\.held_back=2 must be below 1$"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sparsewav.recover(pruned, dense, *arguments)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+    with pytest.raises(UserError, match=r"call sparsewav\.recover\(model, dense, calibration_batches\)"):
+        sparsewav.prune(dense, batches, 0.5, allocation="uniform", recovery="global")
+
+
+def test_audio_that_breaks_the_loss_is_named(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    utterances = read_librispeech_folder(corpus, "train")
+    speech = load_speech_model(str(model_folder))
+    pruned = _changed(speech.model)
+    with torch.no_grad():
+        speech.model.get_parameter("lm_head.bias")[1] = torch.inf
+    with pytest.raises(UserError, match=r"^the training stopped at update 1 of 20: the loss is nan"):
+        recover_on_utterances(
+            *(speech.model, False, 0, pruned, speech.processor, utterances, Global(**QUICK), 20, tmp_path),
+            masks=masks_of(pruned),
+        )
