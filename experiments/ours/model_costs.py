@@ -107,6 +107,7 @@ def measure_int8(config: Config, runs: list[Path]) -> pandas.DataFrame:
     _require_models(runs)
     quieten_libraries()
     sets = Sets(config.data)
+    sets.leave_calibration_unlabelled(["evaluation"])
     utterances = next(iter(sets.evaluation().values()))
     calibration = sets.calibration(CALIBRATED, 0, fewer=True)
     audio, dense = _audio(), load_or_train(config.model).model

@@ -207,6 +207,7 @@ def _calibration(speech: "SpeechModel", sets: "Sets", settings: dict[str, Any]) 
     from sparsewav.inference.exchange import CALIBRATED, int8_calibration
 
     count = settings.get("calibration", {}).get("utterances", Calibration().utterances)
+    sets.leave_calibration_unlabelled(["evaluation"])
     utterances = sets.calibration(min(count, CALIBRATED), settings.get("seed", 0), fewer=True)
     refuse_unreadable(utterances)
     print_note(

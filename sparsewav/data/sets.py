@@ -73,7 +73,7 @@ class Sets:
         data: The configuration.
         needs_text: Whether an utterance without a transcript counts as broken; for an encoder without a head it does
             not.
-        unlabelled: The names of subsets in which it does not either.
+        unlabelled: The names of subsets in which it does not either (:meth:`leave_calibration_unlabelled`).
     """
 
     def __init__(self, data: Data) -> None:
@@ -82,6 +82,11 @@ class Sets:
         self.unlabelled: frozenset[str] = frozenset()
         self._subsets: dict[str, Subset] = {}
         self._samples: dict[tuple[int, int], Subset] = {}  # of a stream, by size and seed
+
+    def leave_calibration_unlabelled(self, roles: Iterable[str]) -> None:
+        """Let utterances of the calibration subsets have no transcripts, unless one of these roles reads them, too."""
+        labelled = {name for role in roles for name in self.data.names(role)}
+        self.unlabelled = frozenset(self.data.names("calibration")) - labelled
 
     def read(self, role: str) -> dict[str, list[Utterance]]:
         """Give every utterance of a role's subsets that the filters leave, by the subsets' names."""

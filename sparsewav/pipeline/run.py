@@ -44,7 +44,7 @@ from sparsewav.pipeline.shared_statistics import (
     identity_of,
 )
 from sparsewav.pipeline.steps import prune_step, quantize_step, recover_step, time_step, tune_step
-from sparsewav.pipeline.utterances import choose_utterances, on_set, unlabelled_subsets
+from sparsewav.pipeline.utterances import choose_utterances, leave_unlabelled, on_set
 from sparsewav.progress import collect_warnings, print_note, print_warning, reporting, stage
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.allocate import check_allocation
@@ -133,7 +133,8 @@ def _run(
     if ours and isinstance(config.sparsity, Structured):
         timed = gather_latency(config, speech, console)
         part_budget(speech.model, config.sparsity, timed.table if timed else None)  # refuses what is out of reach
-    sets.needs_text, sets.unlabelled = speech.writes, unlabelled_subsets(config)
+    sets.needs_text = speech.writes
+    leave_unlabelled(config, sets)
     if not speech.writes:
         _check_encoder(config, speech)
     if ours:
@@ -265,8 +266,8 @@ def _find_done(config: Config, sets: Sets, folder: Path, console: Console) -> di
     if not isinstance(before, dict) or not all(isinstance(before.get(key), dict) for key in ("settings", "content")):
         tell(f"{folder / run_folder.METRICS} does not say what the run was made from; doing it again")
         return None
-    # Without a word error rate it was of an encoder.
-    sets.needs_text, sets.unlabelled = metrics.get("divergence") is None, unlabelled_subsets(config)
+    sets.needs_text = metrics.get("divergence") is None  # otherwise it was of an encoder
+    leave_unlabelled(config, sets)
     now = inputs.of_run(config, sets, _newest_commit(config, metrics))
     inputs.refuse_other_settings(before, now, folder, OTHER_SETTINGS)
     if changed := inputs.changes(before, now, config.model.source):

@@ -1,14 +1,16 @@
 """The utterances of a run: read, normalized and checked before anything is computed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from sparsewav.data.batches import check_labels, check_lengths
 from sparsewav.data.sets import Sets, find_overlap, refuse_unreadable
 from sparsewav.data.text import Normalization, choose_normalization, normalized
 from sparsewav.data.utterances import Utterance
+from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
+from sparsewav.models.processor import Processor
 from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Global, Traced
 from sparsewav.settings.run import Config
@@ -68,6 +70,8 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
     if not sets.unlabelled:
         labelled += [*calibration, *recovery]
     check_labels(list(dict.fromkeys(labelled)), speech.processor, how)
+    if sets.unlabelled and not _can_be_labels([*calibration, *recovery], speech.processor, how):
+        calibration, recovery = ([replace(item, text="") for item in drawn] for drawn in (calibration, recovery))
     for utterances in (*evaluation.values(), calibration, training, recovery):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
     with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
@@ -82,9 +86,15 @@ def recovery_set(config: Config, sets: Sets) -> list[Utterance]:
     return sets.calibration(config.recovery.utterances, config.seed, fewer=True)
 
 
-def unlabelled_subsets(config: Config) -> frozenset[str]:
-    """Give the names of the subsets of which a run reads no transcript, so that there need be none."""
-    if config.method.name != OURS or isinstance(config.allocation, Traced):
-        return frozenset()
-    read = {name for role in config.roles if role != "calibration" for name in config.data.names(role)}
-    return frozenset(config.data.names("calibration")) - read
+def leave_unlabelled(config: Config, sets: Sets) -> None:
+    """Let the calibration set have no transcripts where a run reads none of them."""
+    if not isinstance(config.allocation, Traced):
+        sets.leave_calibration_unlabelled(role for role in config.roles if role != "calibration")
+
+
+def _can_be_labels(utterances: Sequence[Utterance], processor: Processor, how: Normalization) -> bool:
+    try:
+        check_labels(list(dict.fromkeys(utterances)), processor, how)
+    except UserError:
+        return False
+    return True

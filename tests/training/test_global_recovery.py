@@ -198,6 +198,12 @@ def test_a_run_recovers_on_audio_without_transcripts_then_rounds_and_says_so(
     assert all(len(tensors[f"{name}.weight"][0].unique()) <= 16 for name in layers.index)
     with_labels = run_sparsewav(*model, *data, "allocation=hutchinson", "allocation.alpha=0.05")
     assert_one_sentence(with_labels, "unlabelled.csv")
+    # Nor are transcripts read that the model could not write.
+    (tmp_path / "foreign.csv").write_text(
+        "audio,text\n" + "\n".join(f"{item.source},жук" for item in read_librispeech_folder(corpus, "train"))
+    )
+    foreign = run_sparsewav(*model, *data, "data.calibration=foreign.csv", *RUN, "recovery.updates=2")
+    assert foreign.returncode == 0, foreign.stdout + foreign.stderr
 
 
 @pytest.mark.parametrize(
