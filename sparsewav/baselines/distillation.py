@@ -209,7 +209,13 @@ def distilling(build: Callable[[PreTrainedModel, Any], tuple[Distiller, dict[str
         student, updates = distiller.student, settings.updates
         read = partial(collate, processor=processor)
         with no_masking(student), scaled_front_end_gradient(student, settings.front_end_gradient):
-            log = train(distiller, read, training_set, settings, updates, folder, seed=seed, progress=progress)
+            frozen = [distiller.teacher.model]
+            log = train(
+                *(distiller, read, training_set, settings, updates, folder),
+                seed=seed,
+                frozen=frozen,
+                progress=progress,
+            )
         entries = [{"phase": "distil", **entry} for entry in log]
         return student, CompressionReport(updates, settings.batch_size, log=entries, facts=facts)
 

@@ -67,8 +67,9 @@ def compress(
     def learn(module: nn.Module, student: PreTrainedModel, phase: Gated, name: str, done: int, **options: Any) -> Log:
         shown: Progress | None = (lambda update, _: progress(done + update, total)) if progress else None
         read = partial(collate, processor=processor)
+        options |= {"progress": shown, "frozen": [dense] if settings.teacher else []}
         with no_masking(student) if settings.teacher else nullcontext():
-            return train(module, read, training_set, phase, phase.updates, folder / name, progress=shown, **options)
+            return train(module, read, training_set, phase, phase.updates, folder / name, **options)
 
     objective: Objective = ctc_loss
     if settings.teacher:

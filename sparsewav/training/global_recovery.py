@@ -155,6 +155,7 @@ def recover_model(
             updates,
             folder,
             seed=seed,
+            frozen=[dense],
             seconds=seconds,
             held_back=held_back,
             patience=settings.patience,

@@ -1,6 +1,6 @@
 """The precision of a training, and whether the processor computes rightly in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ UNLIKE = 0.05
 bfloat16 is some thousandths."""
 
 
-def choose_precision(name: str, model: nn.Module, *, quietly: bool = False) -> str:
+def choose_precision(name: str, model: nn.Module, frozen: Sequence[nn.Module] = (), *, quietly: bool = False) -> str:
     """Turn ``auto`` into bfloat16 where the device has instructions for it that are right, and else into float32.
 
     A processor without such instructions emulates them, ten to twenty times slower than float32. Some compute a
@@ -25,6 +25,7 @@ def choose_precision(name: str, model: nn.Module, *, quietly: bool = False) -> s
     Args:
         name: The option ``training.precision``.
         model: What is trained, on its device.
+        frozen: What the loss is computed with besides, such as a teacher.
         quietly: Leave out the warning.
 
     Raises:
@@ -37,7 +38,7 @@ def choose_precision(name: str, model: nn.Module, *, quietly: bool = False) -> s
         return name
     if name == "auto" and not _has_bfloat16(device):
         return "float32"
-    wrong = wrong_in_bfloat16(model)
+    wrong = next(filter(None, map(wrong_in_bfloat16, (model, *frozen))), None)
     if wrong is None:
         return "bfloat16"
     fault = f"this machine computes {wrong} wrongly in bfloat16"

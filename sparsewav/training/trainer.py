@@ -220,6 +220,7 @@ def train(
     folder: Path,
     *,
     seed: int,
+    frozen: Sequence[nn.Module] = (),
     seconds: Callable[[Any], float] = audio_seconds,
     held_back: Sequence[Any] = (),
     patience: int = CHECKPOINTS,
@@ -243,6 +244,8 @@ def train(
         updates: Number of optimizer steps.
         folder: Where checkpoints are written. The newest complete one in it is resumed.
         seed: Seed of the order and of dropout.
+        frozen: Models that the loss is computed with and that do not learn, such as a teacher; the precision has to
+            suit them, too.
         seconds: Gives the length of an utterance, by which utterances are sorted into batches.
         held_back: Utterances that are not learned from. The log has the loss on them before the first update and at
             every checkpoint, and the model ends as it was at the checkpoint with the least.
@@ -262,7 +265,7 @@ def train(
             gradient or a weight is not finite; the last checkpoint before that stays.
     """
     device = next(model.parameters()).device
-    precision = choose_precision(settings.precision, model)
+    precision = choose_precision(settings.precision, model, frozen)
     plan = plan_updates(training_set, settings.batch_size, updates, seed, seconds)
     known = [*plan, *held_back]
     checkpoint = _last_checkpoint(folder)

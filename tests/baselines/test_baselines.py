@@ -24,6 +24,7 @@ from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.pruning.families import FAMILIES
 from sparsewav.pruning.macs import multiply_accumulates
+from sparsewav.training import trainer
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import ParameterGroup, train
 
@@ -96,6 +97,24 @@ def compressed(corpus: Path, model_folder: Path, tmp_path: Path) -> Callable[...
         return teacher, student, report
 
     return run
+
+
+@pytest.mark.parametrize("method", ["distilhubert", "fithubert", "deep_vs_wide", "dphubert", "wang2023"])
+def test_the_precision_has_to_suit_the_teacher_too(
+    method: str, compressed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its convolutions may be computed wrongly in bfloat16 where the student's, which are narrower, are not."""
+    tried: list[Any] = []
+
+    def choose(name: str, model: Any, frozen: Any) -> str:
+        tried.append([module.config.hidden_size for module in frozen])
+        return "float32"
+
+    monkeypatch.setattr(trainer, "choose_precision", choose)
+    gated = ["method.final_updates=4", "method.target=0.3"] if method in ("dphubert", "wang2023") else []
+    teacher, _, _ = compressed(method, *gated)
+    assert tried
+    assert all(widths == [teacher.config.hidden_size] for widths in tried)
 
 
 def test_parp_lets_weights_come_back_and_ends_on_a_prune(compressed: Callable[..., Any]) -> None:

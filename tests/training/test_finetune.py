@@ -480,6 +480,9 @@ def test_a_processor_that_computes_wrongly_in_bfloat16_trains_in_float32(
     monkeypatch.setattr(torch.nn.functional, "conv1d", wrongly)
     assert choose_precision("auto", model) == "float32"
     assert "this machine computes conv wrongly in bfloat16; training in float32" in caplog.text
+    teacher, student = model, torch.nn.Linear(64, 64)
+    assert choose_precision("auto", student) == "bfloat16"
+    assert choose_precision("auto", student, [teacher]) == "float32"
     assert choose_precision("float32", model) == "float32"
     with pytest.raises(UserError, match=r"wrongly in bfloat16; choose training\.precision=float32"):
         choose_precision("bfloat16", model)
