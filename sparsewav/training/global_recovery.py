@@ -144,6 +144,7 @@ def recover_model(
     with (
         _undone_unless_better(model) as tell,
         _frozen(dense),
+        in_evaluation_mode(model),
         _learning(model, front_end),
         masked_gradients(model, masks),
     ):
@@ -210,6 +211,8 @@ def recover(
         raise UserError("\n".join(faults))
     pruned: Any = getattr(model, "model", model)
     reference: Any = getattr(dense, "model", dense)
+    if reference is pruned:
+        raise UserError("model and dense are the same object; copy the dense model before you prune it (copy.deepcopy)")
     key = input_key(pruned)
     utterances = [
         row

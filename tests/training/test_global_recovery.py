@@ -293,6 +293,8 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
         with pytest.raises(UserError, match=message):
             sparsewav.recover(pruned, dense, *arguments)
         assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+    with pytest.raises(UserError, match="are the same object; copy the dense model before you prune it"):
+        sparsewav.recover(pruned, pruned, batches)
     with pytest.raises(UserError, match=r"call sparsewav\.recover\(model, dense, calibration_batches\)"):
         sparsewav.prune(dense, batches, 0.5, allocation="uniform", recovery="global")
 
