@@ -135,8 +135,8 @@ def make(item: Item, scale: Scale) -> Result:
         "One seed each; reached: the sparsity of the transformer's matrices, zeros and weights that were cut; updates: "
         "of the fine-tuning.",
         f"ms: milliseconds for a second of audio, in one forward pass of {first['audio_seconds']} s in float32 by "
-        f"PyTorch; threads: {first['threads']}, on {first['machine']}; models with zeros accelerated "
-        f"(sparsewav.accelerate); median of {first['rounds']}, in turns with the dense model. {INT8}: exported by "
+        f"PyTorch; threads: {first['threads']:.0f}, on {first['machine']}; models with zeros accelerated "
+        f"(sparsewav.accelerate); median of {first['rounds']:.0f}, in turns with the dense model. {INT8}: exported by "
         "sparsewav-export, calibrated on the calibration set and evaluated anew.",
         _beaten(points),
         "Models that were made smaller (cut, distilled) need no special product to be faster; small matrices gain "
@@ -190,7 +190,9 @@ def plot(path: Path, points: pandas.DataFrame) -> None:
             axes.plot(*place, marker, label=label, zorder=3, linestyle="none", **style)
             if kind in OWN_KINDS[1:] and row["bits"] == 32:
                 text = row["label"].removeprefix(f"{kind}, ")
-                axes.annotate(text, place, xytext=(6, 2), textcoords="offset points", fontsize=8)
+                # Those of the faster curve stand on its left, where the other's are not.
+                offset, side = ((-6, -10), "right") if kind == STRUCTURED_KIND else ((6, 2), "left")
+                axes.annotate(text, place, xytext=offset, textcoords="offset points", ha=side, fontsize=8)
         axes.set_xlabel("Milliseconds for a second of audio")
         axes.set_ylabel("WER (%)")
         axes.set_xlim(left=0, right=1.15 * points["milliseconds"].max())
