@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import safetensors.torch
 import torch
 from jaxtyping import Float
 from rich.console import Console
@@ -170,8 +171,8 @@ def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
 
     Returns:
         A row for every model and way of rounding, the dense one first, with the columns run; rounding: float32 (as it
-        is; the dense model alone), float16, int8; bytes of the weights file in bitmask format; bits of a weight of the
-        transformer's matrices; wer.
+        is; the dense model alone), float16, int8; bytes of the weights file in bitmask format, but of the dense model
+        in float32 those of a plain checkpoint; bits of a weight of the transformer's matrices; wer.
 
     Raises:
         UserError: A run has no model.
@@ -190,7 +191,9 @@ def measure_rounded(config: Config, runs: list[Path]) -> pandas.DataFrame:
                 speech.model = speech.model.float()
                 round_numbers(speech.model, quantization)
                 name = config.model.source if run is None else str(run)
-                row = {"run": name, "rounding": rounding, "bytes": file_bytes(speech.model.state_dict())}
+                state = speech.model.state_dict()
+                size = len(safetensors.torch.save(state)) if rounding == "float32" else file_bytes(state)
+                row = {"run": name, "rounding": rounding, "bytes": size}
                 rows.append(row | {"bits": bits, "wer": _wer(speech, utterances, config)})
             progress(done, len(runs))
     return pandas.DataFrame(rows)

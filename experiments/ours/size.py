@@ -168,7 +168,8 @@ def make(item: Item, scale: Scale) -> Result:
     plot(scale.folder / item.name, numbers)
     notes = [
         *describe(runs, scale),
-        "MB: 10^6 bytes of the whole weights file in bitmask format, all in it counted; mean over the seeds. WER: mean "
+        "MB: 10^6 bytes of the whole weights file in bitmask format (dense, float32: of the plain checkpoint), all in "
+        "it counted; mean over the seeds. WER: mean "
         "± standard deviation over the seeds.",
         "Front: no other model of the table has a lower WER in no more bytes.",
         f"{QUANTIZED.capitalize()}, {PRUNED} and {BOTH}: experiment=best_oneshot; the latter two have the lowest "

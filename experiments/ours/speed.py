@@ -48,6 +48,8 @@ KIND_COLORS = {
 }
 OWN_KINDS = ("dense", "SparseWAV", STRUCTURED_KIND)
 """Kinds whose points are joined by a line, or are one, and carry their labels in the figure."""
+LABELLED = {"SparseWAV": " (sparsity)", STRUCTURED_KIND: " (parameters left)"}
+"""What the labels of a kind's points say, for the legend."""
 
 
 def measure(item: Item, scale: Scale) -> None:
@@ -184,14 +186,14 @@ def plot(path: Path, points: pandas.DataFrame) -> None:
             kind = KINDS.get(row["method"], CUT)
             marker, label = ("o", kind) if kind in OWN_KINDS else (next(markers), row["label"])
             face = "white" if row["bits"] == 8 else None
-            label = f"{label}, {INT8}" if row["bits"] == 8 else label
+            label = f"{label}, {INT8}" if row["bits"] == 8 else f"{label}{LABELLED.get(label, '')}"
             place = (row["milliseconds"], 100 * row["wer"])
             style: dict[str, Any] = {"color": KIND_COLORS[kind], "markerfacecolor": face or KIND_COLORS[kind]}
             axes.plot(*place, marker, label=label, zorder=3, linestyle="none", **style)
             if kind in OWN_KINDS[1:] and row["bits"] == 32:
-                text = row["label"].removeprefix(f"{kind}, ")
+                text = row["label"].removeprefix(f"{kind}, ").removesuffix(" left")
                 # Those of the faster curve stand on its left, where the other's are not.
-                offset, side = ((-6, -10), "right") if kind == STRUCTURED_KIND else ((6, 2), "left")
+                offset, side = ((-7, -4), "right") if kind == STRUCTURED_KIND else ((6, 2), "left")
                 axes.annotate(text, place, xytext=offset, textcoords="offset points", ha=side, fontsize=8)
         axes.set_xlabel("Milliseconds for a second of audio")
         axes.set_ylabel("WER (%)")
