@@ -21,7 +21,6 @@ from sparsewav.models.fairseq import DICTIONARY
 from sparsewav.pipeline.naming import identifying_settings
 from sparsewav.pipeline.utterances import recovery_set
 from sparsewav.settings.data import Data, DemoData, HuggingFace, LibriSpeechHub
-from sparsewav.settings.pruning import Global
 from sparsewav.settings.run import Config, TrainConfig
 from sparsewav.training.recipes import present_folder
 
@@ -58,8 +57,8 @@ def of_run(config: Config, sets: Sets | None = None, revision: str | None = None
         "recovery": lambda: recovery_set(config, sets),
         "training": lambda: sets.training(config.training.seed),
     }
-    recovers = "calibration" in config.roles and isinstance(config.recovery, Global)
-    readers = {role: readers[role] for role in (*config.roles, *(["recovery"] if recovers else []))}
+    roles = [*config.roles, *(["recovery"] if config.recovers_globally else [])]
+    readers = {role: readers[role] for role in roles}
     settings = identifying_settings(OmegaConf.structured(config))
     model = config.model
     files = partial(_model_files, model.name_or_path, revision or model.revision, model.fairseq_checkpoint)

@@ -54,7 +54,7 @@ from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.macs import multiply_accumulates, silence
 from sparsewav.settings.baselines import OURS
-from sparsewav.settings.pruning import Global, Megabytes, Structured
+from sparsewav.settings.pruning import Megabytes, Structured
 from sparsewav.settings.run import Config
 from sparsewav.settings.sparsity import COUNTED
 from sparsewav.training.precision import choose_precision
@@ -63,6 +63,9 @@ from sparsewav.training.schedule import plan_stages, too_short
 from sparsewav.training.trainer import write_training_log
 
 OTHER_SETTINGS = "choose another folder, or force=true to replace this one"
+
+TRAINED = ("compress", "recover", "finetune")
+"""The steps that train the model."""
 
 USELESS = 0.8
 """Above this word error rate a dense model does not recognise the speech that it is given."""
@@ -176,16 +179,17 @@ def _run(
         latency=timed.table.record() if timed else {},
     )
     smaller = "prune" if ours else "compress"
-    recovers = ours and isinstance(config.recovery, Global)
     steps = [
         (kind, item)
         for item in stages
-        for kind, wanted in ((smaller, True), ("recover", recovers), ("finetune", item.updates > 0))
+        for kind, wanted in ((smaller, True), ("recover", config.recovers_globally), ("finetune", item.updates > 0))
         if wanted
     ]
     tunes = any(item.updates for item in stages)
     cuts = ours and isinstance(config.sparsity, Structured)
-    later = tunes or cuts or recovers  # weights are rounded in the shapes that they end with, once no more is learned
+    later = (
+        tunes or cuts or config.recovers_globally
+    )  # weights are rounded in the shapes that they end with, once no more is learned
     if later and config.quantization.name != "none":
         steps.append(("quantize", stages[-1]))
     done = None if config.force else newest_step(folder, state.identity)
@@ -226,11 +230,7 @@ def _run(
             tune_step(config, speech, training, item, checkpoints, state, folder, console)
         state.steps, state.hypotheses = number + 1, None
         write_step(step_folder, speech, state)
-        if kind in (
-            "compress",
-            "recover",
-            "finetune",
-        ):  # Accelerate's autocast stays around a trained model: go on with the saved
+        if kind in TRAINED:  # Accelerate's autocast stays around its model: go on with the saved one
             speech.model = load_speech_model(str(step_folder), device=device).model
         evaluate_step(config, speech, evaluation, how, kind, state, step_folder, console)
     speed = time_step(config, speech, timed, console) if timed else dict.fromkeys(run_folder.SPEED)

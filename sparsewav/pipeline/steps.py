@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 import pandas
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from sparsewav.data.batches import SpeechBatches
 from sparsewav.data.utterances import Utterance
@@ -55,9 +56,10 @@ from sparsewav.settings.pruning import (
 )
 from sparsewav.settings.quantization import Integers
 from sparsewav.settings.run import Config
+from sparsewav.settings.training import Training
 from sparsewav.training.global_recovery import recover_on_utterances, summary
 from sparsewav.training.masks import masked_matrices, masks_of
-from sparsewav.training.processes import train_masked_in_processes
+from sparsewav.training.processes import Learn, train_masked_in_processes
 from sparsewav.training.schedule import Stage
 from sparsewav.training.trainer import Log, train_ctc, write_training_log
 
@@ -311,16 +313,9 @@ def tune_step(
     tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
     with writing(checkpoints), tuning as progress:
         started = time.perf_counter()
-        arguments = (speech.processor, training, config.training, item.updates, checkpoints)
-        shown: Any = {
-            "progress": progress,
-            "write_log": partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity),
-        }
-        # Beside this process's group the Trainer would take the processes that wait in it for its own.
-        if config.training.processes == 1 and distributed.world() == 1:
-            log = train_ctc(speech.model, *arguments, masks=masks, **shown)
-        else:
-            speech.model, log = train_masked_in_processes(speech.model, *arguments, scope=config.scope, **shown)
+        write_log = partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity)
+        arguments = (training, config.training, item.updates, checkpoints)
+        log = _train(speech, train_ctc, *arguments, config.scope, masks=masks, progress=progress, write_log=write_log)
         state.seconds["finetune"] += time.perf_counter() - started
     for matrix in masked_matrices(speech.model, masks or {}):
         assert masks is not None
@@ -345,20 +340,13 @@ def recover_step(
     assert isinstance(settings, Global)
     assert speech.folder is not None
     learn = partial(recover_on_utterances, Path(speech.folder), config.reach == ENCODER, config.seed)
-    arguments = (speech.processor, utterances, settings, settings.updates, checkpoints)
+    masks = masks_of(speech.model, config.reach)
     recovering = stage(console, f"Recovering on {len(utterances)} utterances for {settings.updates:,} updates at most")
     with writing(checkpoints), recovering as progress:
         started = time.perf_counter()
-        shown: Any = {
-            "progress": progress,
-            "write_log": partial(_write_log, folder / run_folder.RECOVERY_LOG, state.recovery_log, item.sparsity),
-        }
-        if settings.processes == 1 and distributed.world() == 1:
-            log = learn(speech.model, *arguments, masks=masks_of(speech.model, config.reach), **shown)
-        else:
-            speech.model, log = train_masked_in_processes(
-                speech.model, *arguments, scope=config.reach, learn=learn, **shown
-            )
+        write_log = partial(_write_log, folder / run_folder.RECOVERY_LOG, state.recovery_log, item.sparsity)
+        arguments = (utterances, settings, settings.updates, checkpoints)
+        log = _train(speech, learn, *arguments, config.reach, masks=masks, progress=progress, write_log=write_log)
         state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
     found = summary(log)
     for warning in found.warnings:
@@ -366,6 +354,27 @@ def recover_step(
     state.warnings += found.warnings
     state.stages[-1]["recovery"] = asdict(found)
     state.recovery_log += [{"stage": item.sparsity, **entry} for entry in log]
+
+
+def _train(
+    speech: SpeechModel,
+    learn: Learn,
+    utterances: list[Utterance],
+    settings: Training | Global,
+    updates: int,
+    checkpoints: Path,
+    scope: str,
+    *,
+    masks: Mapping[str, Tensor] | None,
+    **shown: Any,
+) -> Log:
+    """Train the model here, or in new processes where several are asked for; ``shown`` is what tells of it."""
+    arguments = (speech.processor, utterances, settings, updates, checkpoints)
+    # Beside this process's group the Trainer would take the processes that wait in it for its own.
+    if settings.processes == 1 and distributed.world() == 1:
+        return learn(speech.model, *arguments, masks=masks, **shown)
+    speech.model, log = train_masked_in_processes(speech.model, *arguments, scope=scope, learn=learn, **shown)
+    return log
 
 
 def _write_log(path: Path, before: Log, sparsity: float | None, log: Log) -> None:

@@ -11,7 +11,6 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import Processor
-from sparsewav.settings.baselines import OURS
 from sparsewav.settings.pruning import Global, Traced
 from sparsewav.settings.run import Config
 
@@ -81,8 +80,9 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
 
 def recovery_set(config: Config, sets: Sets) -> list[Utterance]:
     """Give what ``recovery=global`` learns from, out of the calibration subset; nothing where it is not chosen."""
-    if config.method.name != OURS or not isinstance(config.recovery, Global):
+    if not config.recovers_globally:
         return []
+    assert isinstance(config.recovery, Global)
     return sets.calibration(config.recovery.utterances, config.seed, fewer=True)
 
 

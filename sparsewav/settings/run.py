@@ -123,6 +123,11 @@ class Config(Pruning):
         return [*(stage for stage in early if target is not None and stage < target), target]
 
     @property
+    def recovers_globally(self) -> bool:
+        """Whether the whole pruned model learns the dense model's outputs; a baseline has no recovery."""
+        return self.method.name == OURS and isinstance(self.recovery, Global)
+
+    @property
     def weights_format(self) -> str:
         """In which format the weights are written beside ``model/``; a budget in bytes is that of a bitmask file."""
         return "bitmask" if isinstance(self.sparsity, Megabytes) else self.export.format

@@ -38,13 +38,39 @@ from sparsewav.pruning.encoder import (
 from sparsewav.pruning.families import family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.prune import HasModel
-from sparsewav.pruning.recovery import ModelRecovery
 from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Global
 from sparsewav.training.masks import HoldMasks, masked_gradients, masks_of
 from sparsewav.training.trainer import Log, train
 
 Outputs = tuple[Tensor | None, Float[Tensor, "frames width"]]
 """Log posteriors (frames, characters) of a model with a head, and the last hidden states, of all frames with audio."""
+
+
+@dataclass(frozen=True)
+class ModelRecovery:
+    """What the recovery of the whole model achieved.
+
+    Attributes:
+        loss_before: The loss on the utterances that were held back, before it.
+        loss: The same of the model that was kept; where no moment was better, that of the model as it was pruned.
+        updates: The updates that were made, of which those behind the best moment are lost.
+        best_update: The update behind which the loss was least; 0 where none was better.
+    """
+
+    loss_before: float
+    loss: float
+    updates: int
+    best_update: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where nothing was gained."""
+        if self.best_update:
+            return []
+        return [
+            "recovery=global found no model with a smaller loss on the utterances that it held back, and the model "
+            "stays as it was pruned; lower recovery.learning_rate, or give more utterances"
+        ]
 
 
 class OutputLoss(nn.Module):
@@ -141,30 +167,30 @@ def recover_model(
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(settings.held_back * len(inputs))), len(inputs) - 1)
     held_back, learned = [inputs[index] for index in order[:count]], [inputs[index] for index in sorted(order[count:])]
-    with (
-        _undone_unless_better(model) as tell,
-        _frozen(dense),
-        in_evaluation_mode(model),
-        _learning(model, front_end),
-        masked_gradients(model, masks),
-    ):
-        log = train(
-            OutputLoss(model, dense, settings.hidden_states),
-            read,
-            learned,
-            settings,
-            updates,
-            folder,
-            seed=seed,
-            frozen=[dense],
-            seconds=seconds,
-            held_back=held_back,
-            patience=settings.patience,
-            callbacks=[HoldMasks(model, masks)],
-            progress=progress,
-            write_log=write_log,
-        )
-        tell(summary(log).best_update > 0)
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    better = False
+    try:
+        with _learning(model, dense, front_end=front_end), masked_gradients(model, masks):
+            log = train(
+                OutputLoss(model, dense, settings.hidden_states),
+                read,
+                learned,
+                settings,
+                updates,
+                folder,
+                seed=seed,
+                frozen=[dense],
+                seconds=seconds,
+                held_back=held_back,
+                patience=settings.patience,
+                callbacks=[HoldMasks(model, masks)],
+                progress=progress,
+                write_log=write_log,
+            )
+        better = summary(log).best_update > 0
+    finally:
+        if not better:
+            model.load_state_dict(before)
     return log
 
 
@@ -285,45 +311,20 @@ def _padded(key: str, rows: Sequence[_Row]) -> Batch:
 
 
 @contextmanager
-def _undone_unless_better(model: PreTrainedModel) -> Iterator[Callable[[bool], None]]:
-    """Give the model its numbers back behind the block, unless the function that it gives was told of a better one."""
-    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    better = False
+def _learning(model: PreTrainedModel, dense: PreTrainedModel, *, front_end: bool) -> Iterator[None]:
+    """Within the block both models are in evaluation mode, and every parameter of the first takes a gradient.
 
-    def tell(found: bool) -> None:
-        nonlocal better
-        better = found
-
-    try:
-        yield tell
-    finally:
-        if not better:
-            model.load_state_dict(before)
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, a model is in evaluation mode; no part of it takes a gradient."""
-    before = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with in_evaluation_mode(model):
-            yield
-    finally:
-        for parameter, wanted in zip(model.parameters(), before, strict=True):
-            parameter.requires_grad_(wanted)
-
-
-@contextmanager
-def _learning(model: PreTrainedModel, front_end: bool) -> Iterator[None]:
-    """Within the block, every parameter takes a gradient, those in front of the layers only with ``front_end``."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    Those in front of its layers do so with ``front_end`` alone.
+    """
+    before = [(parameter, parameter.requires_grad) for item in (model, dense) for parameter in item.parameters()]
+    dense.requires_grad_(False)
     model.requires_grad_(True)
     if not front_end:
         base_of(model).get_submodule(family_of(model).front).requires_grad_(False)
     try:
-        yield
+        with in_evaluation_mode(model), in_evaluation_mode(dense):
+            yield
     finally:
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
-            parameter.grad = None
+        model.zero_grad()

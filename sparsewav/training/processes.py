@@ -16,6 +16,8 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
+from sparsewav.settings.pruning import Global
+from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import Log, train_ctc
 
@@ -27,7 +29,7 @@ def train_masked_in_processes(
     model: PreTrainedModel,
     processor: Processor,
     training_set: Sequence[Utterance],
-    settings: Any,
+    settings: Training | Global,
     updates: int,
     folder: Path,
     *,
@@ -78,7 +80,7 @@ def train_masked_in_processes(
 def _train(
     rank: int,
     training_set: list[Utterance],
-    settings: Any,
+    settings: Training | Global,
     updates: int,
     folder: Path,
     scope: str,
