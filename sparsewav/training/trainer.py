@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import datasets
 import numpy as np
 import pandas
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -33,15 +31,15 @@ from sparsewav.data.batches import Batch, collate
 from sparsewav.data.text import Normalization
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
-from sparsewav.files import CHECKSUMS, checksums, damage, write_file
+from sparsewav.files import CHECKSUMS, checksums, write_file
 from sparsewav.inference.wer import error_rates, transcribe
-from sparsewav.models.checkpoint import WEIGHTS, first_line, not_finite
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.processor import Processor
-from sparsewav.progress import print_warning
 from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.pruning import Global
 from sparsewav.settings.training import Optimization, Training
+from sparsewav.training.checkpoints import last_checkpoint
 from sparsewav.training.masks import HoldMasks, masked_gradients
 from sparsewav.training.precision import choose_precision
 
@@ -268,7 +266,7 @@ def train(
     precision = choose_precision(settings.precision, model, frozen)
     plan = plan_updates(training_set, settings.batch_size, updates, seed, seconds)
     known = [*plan, *held_back]
-    checkpoint = _last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=updates,
@@ -484,38 +482,3 @@ def write_training_log(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
     columns = [column for column in ("stage", *LOG_COLUMNS) if column in table or column in LOG_COLUMNS]
     with write_file(path) as temporary:
         table.reindex(columns=columns).to_csv(temporary, index=False)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Give the newest checkpoint that is whole, and delete those that are not."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while checkpoints:
-        newest = checkpoints.pop()
-        if not (newest / "trainer_state.json").is_file():  # the Trainer writes it last: it was killed before
-            shutil.rmtree(newest, ignore_errors=True)
-            continue
-        fault = _fault_of(newest)
-        if fault is None:
-            return str(newest)
-        print_warning(f"{newest} {fault}; the training goes on from the one before, or starts anew")
-        shutil.rmtree(newest, ignore_errors=True)
-    return None
-
-
-def _fault_of(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint: a file is not as it was written, or has numbers that are not finite."""
-    # It may have been killed between the Trainer's last file and the checksums.
-    if (checkpoint / CHECKSUMS).is_file() and (damaged := damage(checkpoint)):
-        return f"is damaged in {damaged}"
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        moments = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
-        tensors = load_file(checkpoint / WEIGHTS) | {
-            f"optimizer {index} {name}": torch.as_tensor(value)
-            for index, state in moments.items()
-            for name, value in state.items()
-        }
-    except Exception as error:  # damaged files raise almost any error
-        return f"is damaged ({first_line(error)})"
-    broken = not_finite(tensors)
-    return f"has numbers in {broken} that are not finite" if broken else None
