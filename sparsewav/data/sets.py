@@ -149,7 +149,8 @@ class Sets:
         return [utterance for utterance in utterances if utterance in drawn]
 
     def _reads_text(self, name: str) -> bool:
-        return self.needs_text and name not in self.unlabelled
+        # All of LibriSpeech on the hub has transcripts; read always, so that what is kept serves every run.
+        return isinstance(self.data, LibriSpeechHub) or (self.needs_text and name not in self.unlabelled)
 
     def _filtered(self, listing: Listing, given: str, name: str) -> Subset:
         subset = Subset(broken=listing.broken, recognised=listing.recognised, unused=listing.unused)
@@ -215,14 +216,7 @@ class Sets:
         # What never changes on the hub, and what no filter chooses from, is kept.
         if not isinstance(self.data, LibriSpeechHub) or any(getattr(self.data, item) is not None for item in FILTERS):
             return self._draw_from_stream(data, split, key, name, count, seed, fewer=fewer)
-        identity = {
-            "data": data.path,
-            "name": data.name,
-            "split": split,
-            "count": count,
-            "seed": seed,
-            "text": self._reads_text(name),
-        }
+        identity = {"data": data.path, "name": data.name, "split": split, "count": count, "seed": seed}
 
         def stream() -> Listing:
             drawn = self._draw_from_stream(data, split, key, name, count, seed, fewer=fewer)
@@ -336,12 +330,12 @@ def _list(data: Data, key: str, name: str, *, needs_text: bool) -> Listing:
         return read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
 
     def stream() -> Listing:
-        listing = read_dataset(source, split, f"{key}={name}", needs_text=needs_text)
+        listing = read_dataset(source, split, f"{key}={name}")
         if listing.broken:
             _refuse(listing.broken)
         return listing
 
-    return fetched_once({"data": source.path, "name": source.name, "split": split, "text": needs_text}, stream)
+    return fetched_once({"data": source.path, "name": source.name, "split": split}, stream)
 
 
 def _is_streamed(data: Data) -> bool:

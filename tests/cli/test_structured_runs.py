@@ -229,8 +229,8 @@ def test_stages_share_the_latencies_of_the_dense_model(
     result = run_sparsewav(*wide, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     assert seen == [begun["latency"]]
-    first, second = json.loads((run_folder_in(tmp_path) / "metrics.json").read_text())["stages"]
-    assert second["share_left"] <= first["share_left"] <= 0.95
+    stages = json.loads((run_folder_in(tmp_path) / "metrics.json").read_text())["stages"]
+    assert [stage["speedup_when_chosen"] > 0 for stage in stages] == [True, True]  # by the real clock
 
 
 @pytest.mark.usefixtures("briefly")
