@@ -2,9 +2,10 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.coding import AGAIN, BITS, DTYPES, Coding, alphabet_of, check_file, digits_of
+
+CHUNK = 1 << 16
+"""About so many weights are decoded at a time, which fit the processor's cache in float32."""
 
 
 def decode_tensors(
@@ -53,20 +57,19 @@ def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
     check_file(is_row, f"{name} is not a row of {sum(coding.bytes)} bytes, as its header says")
     content, ends = stored.numpy(), np.cumsum([0, *coding.bytes])
     streams = [content[start:end] for start, end in pairwise(ends)]
-    size = math.prod(coding.shape)
-    kept = None
+    size, mask = math.prod(coding.shape), None
     if len(streams[0]):
-        kept = _positions(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
+        mask = _mask_of(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
     dtype = DTYPES[coding.dtype or "float32"]
     if coding.values is None:
-        return _decode_grid(streams[1:], kept, coding, name).view(coding.shape).to(dtype)
+        return _decode_grid(streams[1:], mask, coding, name).view(coding.shape).to(dtype)
     stored_dtype = DTYPES[coding.values]
     whole = coding.bytes[1] % stored_dtype.itemsize == 0
     check_file(whole, f"the values of {name} are not a whole number of {coding.values}")
     # A copy, because the bytes of a file lie anywhere; torch cannot view a row of no bytes as wider numbers.
     values = torch.empty(coding.bytes[1] // stored_dtype.itemsize, dtype=stored_dtype)
     values.view(torch.uint8).numpy()[:] = streams[1]
-    return _scatter(values, kept, size, name).view(coding.shape).to(dtype)
+    return _scatter(values, mask, size, name).view(coding.shape).to(dtype)
 
 
 def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -80,11 +83,11 @@ def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name:
     check_file(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
     is_row = values.dtype in BITS and values.dim() == 1
     check_file(is_row, f"the values of {name} are not one row of floating-point numbers")
-    return _scatter(values, _positions(bitmask.numpy(), size, name), size, name).view(shape)
+    return _scatter(values, _mask_of(bitmask.numpy(), size, name), size, name).view(shape)
 
 
-def _positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.intp]:
-    """Give the places of the weights that are kept, of bits from the lowest of every byte.
+def _mask_of(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
+    """Give a bit for every weight, from the lowest of every byte, as it is.
 
     Raises:
         UserError: There are bits behind the last weight.
@@ -92,72 +95,108 @@ def _positions(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.i
     check_file(
         not size % 8 or not bitmask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight"
     )
-    return np.flatnonzero(np.unpackbits(bitmask, count=size, bitorder="little").view(bool))
+    return bitmask
 
 
-def _scatter(values: Tensor, kept: NDArray[np.intp] | None, size: int, name: str) -> Tensor:
-    """Put values at their places in a row of ``size`` numbers, of which the others are zero; None: all of them.
+def _count(mask: NDArray[np.uint8] | None, size: int) -> int:
+    """Give the number of weights that a mask keeps; None: all of them."""
+    return size if mask is None else int(np.bitwise_count(mask).sum(dtype=np.int64))
+
+
+def _fill(
+    whole: NDArray[Any], values: NDArray[Any], mask: NDArray[np.uint8] | None, chunk: int
+) -> Iterator[NDArray[Any]]:
+    """Put values at the places of the weights that are kept, a chunk at a time, and give every chunk once it is full.
+
+    Chunks are as small as the processor's cache: what is made on the way to one is never written to memory.
+
+    Args:
+        whole: As many zeros as there are weights.
+        values: As many numbers as the mask keeps.
+        mask: A bit for every weight; None: all are kept.
+        chunk: Weights in a chunk, a multiple of 8.
+    """
+    start = 0
+    for first in range(0, len(whole), chunk):
+        part = whole[first : first + chunk]
+        if mask is None:
+            part[:] = values[first : first + chunk]
+        else:
+            bits = np.unpackbits(mask[first // 8 : (first + chunk) // 8], count=len(part), bitorder="little")
+            kept = np.flatnonzero(bits.view(bool))  # three times as fast as indexing by a mask
+            part[kept] = values[start : start + len(kept)].astype(whole.dtype, copy=False)
+            start += len(kept)
+        yield part
+
+
+def _scatter(values: Tensor, mask: NDArray[np.uint8] | None, size: int, name: str) -> Tensor:
+    """Put values at their places in a row of ``size`` numbers, of which the others are zero.
 
     Raises:
         UserError: There are more or fewer values than places.
     """
-    count = size if kept is None else len(kept)
+    count = _count(mask, size)
     check_file(
         count == len(values), f"the bitmask of {name} counts {count} kept weights and the file has {len(values)}"
     )
-    if kept is None:
+    if mask is None:
         return values
-    integers = values.view(BITS[values.dtype])  # NumPy knows no bfloat16
-    flat = torch.zeros(size, dtype=integers.dtype)
-    flat.numpy()[kept] = integers.numpy()  # three times as fast as indexing by a mask
-    return flat.view(values.dtype)
+    integers = values.view(BITS[values.dtype]).numpy()  # NumPy knows no bfloat16
+    flat = np.zeros(size, integers.dtype)  # of NumPy's memory, whose large pages cost less than PyTorch's
+    for _ in _fill(flat, integers, mask, CHUNK):
+        pass
+    return torch.from_numpy(flat).view(values.dtype)
 
 
 def _decode_grid(
-    streams: list[NDArray[np.uint8]], kept: NDArray[np.intp] | None, coding: Coding, name: str
+    streams: list[NDArray[np.uint8]], mask: NDArray[np.uint8] | None, coding: Coding, name: str
 ) -> Float[Tensor, "rows cols"]:
     assert coding.codes
     assert coding.group
     assert coding.shift is not None
     rows, cols = coding.shape[0], math.prod(coding.shape[1:])
-    size = rows * cols
-    alphabet = alphabet_of(*coding.codes, with_zero=kept is None)
-    codes = _decode_codes(streams[0], size if kept is None else len(kept), alphabet, name)
-    weight = _scatter(torch.from_numpy(codes), kept, size, name).view(rows, cols)
+    alphabet = alphabet_of(*coding.codes, with_zero=mask is None)
+    codes = _decode_codes(streams[0], _count(mask, rows * cols), alphabet, name)
     count = rows * -(-cols // coding.group)
     planes = [_inflate(stream, count, f"the scales of {name}") for stream in streams[1:]]
     half = np.stack(planes[::-1], axis=1).view(np.float16).reshape(rows, -1)
-    scales = torch.ldexp(torch.from_numpy(half).double(), torch.tensor(coding.shift)).float()
-    fine = bool(((scales > 0) & scales.isfinite()).all())
-    check_file(fine, f"the scales of {name} are not all positive and finite")
-    whole = cols - cols % coding.group
-    if whole:
-        weight[:, :whole].unflatten(1, (-1, coding.group)).mul_(scales[:, : whole // coding.group, None])
-    if whole < cols:
-        weight[:, whole:].mul_(scales[:, -1:])
-    return weight
+    scales = torch.ldexp(torch.from_numpy(half).double(), torch.tensor(coding.shift)).float().numpy()
+    check_file(
+        bool(((scales > 0) & np.isfinite(scales)).all()), f"the scales of {name} are not all positive and finite"
+    )
+    weight = np.zeros(rows * cols, np.float32)
+    height = 8 * max(1, CHUNK // (8 * cols))  # rows in a chunk
+    for index, part in enumerate(_fill(weight, codes, mask, height * cols)):
+        own = scales[index * height : (index + 1) * height]
+        if cols % coding.group:
+            grouped, own = part.reshape(-1, cols), np.repeat(own, coding.group, axis=1)[:, :cols]
+        else:
+            grouped, own = part.reshape(-1, coding.group), own.reshape(-1, 1)
+        np.multiply(grouped, own, out=grouped)
+    return torch.from_numpy(weight).view(rows, cols)
 
 
-def _decode_codes(stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str) -> NDArray[np.float32]:
-    """Give the whole numbers, as float32."""
+def _decode_codes(stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str) -> NDArray[np.int16]:
+    """Give the whole numbers."""
     values, digits = len(alphabet), digits_of(len(alphabet))
     check_file(bool(values) or not count, f"{name} has weights, and its header knows no value of them")
     if values < 2:
         check_file(not len(stream), f"the codes of {name} are not 0 bytes")
-        return np.full(count, alphabet[0] if values else 0, np.float32)
+        return np.full(count, alphabet[0] if values else 0, np.int16)
     wrong = f"the codes of {name} are not all codes of {values} values"
     if values > 256:
-        planes = _inflate(stream, 2 * count, f"the codes of {name}").astype(np.int64)
-        symbols = planes[:count] + 256 * planes[count:]
+        planes = _inflate(stream, 2 * count, f"the codes of {name}")
+        symbols = planes[:count] + (planes[count:].astype(np.uint16) << 8)
         check_file(not count or int(symbols.max()) < values, wrong)
-        return alphabet.astype(np.float32)[symbols]
+        return alphabet.astype(np.int16)[symbols]
     packed = _inflate(stream, -(-count // digits), f"the codes of {name}")
     bound = values**digits
     check_file(bound == 256 or not count or int(packed.max()) < bound, wrong)
     check_file(not count % digits or int(packed[-1]) < values ** (count % digits), wrong)
     # What every byte stands for: its digits to the base of the number of values, the lowest first.
-    table = alphabet.astype(np.float32)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
-    return table[packed].reshape(-1)[:count]
+    table = alphabet.astype(np.int16)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
+    together = table.view(np.dtype((np.void, table.itemsize * digits))).reshape(-1)
+    return together.take(packed).view(np.int16)[:count]
 
 
 def _inflate(stream: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:

@@ -56,7 +56,10 @@ MISTAKES = [
     ),
     (["solver=null"], "solver=null does not exist; choose one of alps, obs, obs_refit"),
     (["saliency={}"], "saliency={} does not exist; choose one of magnitude, obs, obs_first_order, wanda"),
-    (["recovery={steps:3}"], "recovery={'steps': 3} does not exist; choose one of affine, global, none, reconstruction"),
+    (
+        ["recovery={steps:3}"],
+        "recovery={'steps': 3} does not exist; choose one of affine, global, none, reconstruction",
+    ),
     (["saliency=[obs]"], "saliency=['obs'] does not exist (did you mean obs?); choose one of"),
     (["experiment=null"], "experiment=null does not exist; .*, or leave it out"),
     (
