@@ -182,7 +182,7 @@ def recover_model(
                 frozen=[dense],
                 seconds=seconds,
                 held_back=held_back,
-                patience=settings.patience,
+                patience=settings.patience / 10,
                 callbacks=[HoldMasks(model, masks)],
                 progress=progress,
                 write_log=write_log,

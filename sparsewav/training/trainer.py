@@ -221,7 +221,7 @@ def train(
     frozen: Sequence[nn.Module] = (),
     seconds: Callable[[Any], float] = audio_seconds,
     held_back: Sequence[Any] = (),
-    patience: int = CHECKPOINTS,
+    patience: float = 1.0,
     callbacks: Sequence[TrainerCallback] = (),
     after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
@@ -247,7 +247,7 @@ def train(
         seconds: Gives the length of an utterance, by which utterances are sorted into batches.
         held_back: Utterances that are not learned from. The log has the loss on them before the first update and at
             every checkpoint, and the model ends as it was at the checkpoint with the least.
-        patience: The training stops after so many checkpoints in a row without a lower one.
+        patience: The training stops after this share of the updates without a lower one.
         callbacks: Further callbacks of the Trainer.
         after_update: Called with the state of the Trainer after every update.
         parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
@@ -267,6 +267,7 @@ def train(
     plan = plan_updates(training_set, settings.batch_size, updates, seed, seconds)
     known = [*plan, *held_back]
     checkpoint = last_checkpoint(folder)
+    every = settings.checkpoint_updates or min(CHECKPOINT_UPDATES, math.ceil(updates / CHECKPOINTS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=updates,
@@ -285,9 +286,9 @@ def train(
         use_cpu=device.type == "cpu",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_steps=settings.checkpoint_updates or min(CHECKPOINT_UPDATES, math.ceil(updates / CHECKPOINTS)),
+        save_steps=every,
         save_total_limit=1,  # besides the best one
-        **(_keeping_the_best(starts=checkpoint is None) if held_back else {}),
+        **(_keeping_the_best(every, starts=checkpoint is None) if held_back else {}),
         logging_steps=min(50, max(1, updates // 10)),
         logging_nan_inf_filter=False,  # it would hide what stops the training
         report_to="none",
@@ -321,7 +322,7 @@ def train(
         train_dataset=datasets.Dataset.from_dict({"index": range(len(plan))}),
         eval_dataset=datasets.Dataset.from_dict({"index": range(len(plan), len(known))}) if held_back else None,
         data_collator=lambda batch: read([known[row["index"]] for row in batch]),
-        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if held_back else [])],
+        callbacks=[*callbacks, *([EarlyStoppingCallback(math.ceil(patience * updates / every))] if held_back else [])],
         optimizers=(_optimizer(model, settings, parameter_groups), None) if parameter_groups else (None, None),
     )
 
@@ -451,10 +452,11 @@ def train_ctc(
         )
 
 
-def _keeping_the_best(*, starts: bool) -> dict[str, Any]:
+def _keeping_the_best(every: int, *, starts: bool) -> dict[str, Any]:
     """Give the Trainer's arguments with which it ends with the checkpoint that has the least loss on other speech."""
     return {
-        "eval_strategy": "steps",  # at every checkpoint
+        "eval_strategy": "steps",
+        "eval_steps": every,  # a moment that no checkpoint has could not be kept
         "eval_on_start": starts,
         "restore_callback_states_from_checkpoint": True,  # how long ago it was better
         "load_best_model_at_end": True,

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas
@@ -20,7 +21,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
 from sparsewav.settings import Global
-from sparsewav.training.global_recovery import OutputLoss, recover_on_utterances, summary
+from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from tests.conftest import CONFIGS
@@ -134,6 +135,32 @@ def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
     assert found.updates < settings.updates, "it stopped early"
     assert ["stays as it was pruned" in warning for warning in found.warnings] == [True]
     assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+def test_the_model_that_is_kept_has_the_loss_that_is_told(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    """Losses are measured where there are checkpoints, wherever the log has entries."""
+    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    inputs = [noise_batch([800], seed=seed)["input_values"][0] for seed in range(8)]
+    rising = {"learning_rate": 1.0, "scheduler": "constant_with_warmup", "warmup_steps": 20}  # too high in the end
+    settings = Global(**QUICK | rising | {"checkpoint_updates": 3, "patience": 4})
+
+    def read(rows: Any) -> Batch:
+        return {"input_values": torch.stack(list(rows))}
+
+    with TemporaryDirectory() as folder:
+        log = recover_model(
+            *(pruned, dense, inputs, read, len, settings, settings.updates, Path(folder)),
+            masks={},
+            front_end=False,
+            seed=0,
+        )
+    measured = [entry["update"] for entry in log if "eval_loss" in entry]
+    assert measured == list(range(0, measured[-1] + 1, 3))
+    found = summary(log)
+    assert 0 < found.best_update < found.updates == found.best_update + 9, "three checkpoints: 8 updates and more"
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    loss = OutputLoss(pruned, dense, settings.hidden_states)(**read([inputs[index] for index in order[:2]]))["loss"]
+    assert float(loss.detach()) == pytest.approx(found.loss, rel=1e-5)
 
 
 def test_a_recovery_killed_halfway_ends_with_the_same_model_and_log(
