@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from sparsewav.data.given import calibration_batches  # noqa: F401
     from sparsewav.data.utterances import Utterance  # noqa: F401
     from sparsewav.inference import AccelerationReport, accelerate  # noqa: F401
-    from sparsewav.inference.latency import prune  # noqa: F401
     from sparsewav.inference.transcription import Transcript, transcribe  # noqa: F401
     from sparsewav.inference.wer import ErrorRates, evaluate  # noqa: F401
     from sparsewav.models.cut import cut  # noqa: F401
     from sparsewav.models.load import SpeechModel, load  # noqa: F401
+    from sparsewav.pipeline.prune import prune  # noqa: F401
     from sparsewav.pipeline.prune_folder import prune_folder  # noqa: F401
     from sparsewav.pipeline.run_folder import save  # noqa: F401
     from sparsewav.pruning import MatrixReport, PruneReport, prune_matrix  # noqa: F401
@@ -52,7 +52,7 @@ _LATER = {
     "evaluate": "sparsewav.inference.wer",
     "load": "sparsewav.models.load",  # which registers the package's own classes, too
     "load_model": "sparsewav.training.recipes",
-    "prune": "sparsewav.inference.latency",  # which measures what the engine's wants for a speed-up
+    "prune": "sparsewav.pipeline.prune",
     "prune_folder": "sparsewav.pipeline.prune_folder",
     "prune_matrix": "sparsewav.pruning",
     "recover": "sparsewav.training.global_recovery",

@@ -13,21 +13,19 @@ by another, from the last two. The table is then exact for the whole models, and
 choice is timed (:mod:`~sparsewav.pruning.allocation.latency`).
 """
 
-import inspect
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, wraps
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
 from transformers import PreTrainedModel
 
 from sparsewav.cache import cached_folder
@@ -41,16 +39,13 @@ from sparsewav.inference.speedup import (
     audio_of_length,
     check_runtime,
     prepared,
-    shape_timer,
 )
 from sparsewav.inference.timing import check_seconds, rounds_in_turns, rounds_within
 from sparsewav.progress import print_warning
-from sparsewav.pruning import prune as engine
 from sparsewav.pruning.allocation.latency import LatencyTable
 from sparsewav.pruning.encoder import has_head, whatever_modes
 from sparsewav.pruning.families import Kind
 from sparsewav.pruning.hessian import Progress
-from sparsewav.pruning.prune import options_of, prune_with
 from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
 from sparsewav.settings.sparsity import Structured
 
@@ -337,31 +332,3 @@ def read_measurement(path: Path, lengths: int, expected: Mapping[Kind, Sequence[
     # a file that is nested a thousand times exceeds the recursion limit
     except (OSError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _with_latencies(engine: Callable[P, T]) -> Callable[P, T]:
-    """Give ``prune`` of the engine with the latencies that a speed-up takes, measured when all options are checked."""
-
-    @wraps(engine)
-    def prune(*arguments: P.args, **options: P.kwargs) -> T:
-        given = inspect.signature(engine).bind(*arguments, **options)
-        asked, model = given.arguments.get("sparsity"), given.arguments["model"]
-        dense = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-        if not (isinstance(asked, Structured) and isinstance(dense, PreTrainedModel)) or asked.speedup is None:
-            return engine(*arguments, **options)
-        given.apply_defaults()
-        rest = dict(given.arguments)
-        batches, masks, progress = (rest.pop(key) for key in ("calibration_batches", "masks", "progress"))
-        settings = options_of(rest.pop("sparsity"), rest.pop("preset"), rest)
-        table, _ = latency_table(dense, asked)
-        shape = Shape.of(dense)
-        with shape_timer(shape, shape, asked) as time_shape:
-            report: Any = prune_with(
-                model, batches, settings, masks=masks, progress=progress, latency=table, time_shape=time_shape
-            )
-        return cast(T, report)
-
-    return prune
-
-
-prune = _with_latencies(engine)

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,14 @@ from sparsewav.progress import print_warning, stage
 from sparsewav.pruning import PruneReport, distributed, prune_model
 from sparsewav.pruning.allocation.latency import TOLERANCE, TimeShape
 from sparsewav.pruning.layerwise import StageProgress
+from sparsewav.pruning.prune import round_pruned
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
     ENCODER,
-    OBS,
     Global,
-    Magnitude,
-    NoRecovery,
     Pruning,
     Sparsity,
     Structured,
-    Symmetric,
-    Uniform,
-    Unstructured,
 )
 from sparsewav.settings.quantization import Integers
 from sparsewav.settings.run import Config
@@ -252,29 +247,16 @@ def quantize_step(
             round_rest(speech.model, config.quantization, config.scope)
             state.seconds["quantize"] = time.perf_counter() - started
             return
-        rows = pandas.read_csv(folder / run_folder.LAYERS).set_index("name")
-        masks = masks_of(speech.model, config.scope)
-        cut = isinstance(config.sparsity, Structured)  # then all matrices have the same bits, and layers.csv has none
-        bits = dict.fromkeys(masks, config.quantization.widths[0]) if cut else rows.bits
-        levels = {name: (float((~mask).sum()) / mask.numel(), float(bits[name])) for name, mask in masks.items()}
-        # Everything that may be removed is removed already, and nothing but the rounding changes the others.
-        settings = replace(
-            config.pruning(config.sparsity.fraction),
-            sparsity=Unstructured(0.0) if cut else config.sparsity,  # the levels say it
-            saliency=Magnitude(),
-            solver=OBS(damping=config.solver.damping),
-            objective=Symmetric(),
-            recovery=NoRecovery(),
-            allocation=Uniform(),
-        )
+        # Where parts were cut, all matrices have the same bits, and layers.csv has none.
+        cut = isinstance(config.sparsity, Structured)
+        bits = {} if cut else pandas.read_csv(folder / run_folder.LAYERS).set_index("name")["bits"].to_dict()
 
         def advance(_: str, done: int, total: int) -> None:
             progress(done, total)
 
         batches = calibration_batches(config, speech, utterances)
-        report = in_all_processes(
-            prune_model, speech.model, batches, settings=settings, masks=masks, levels=levels, progress=advance
-        )
+        settings = config.pruning(config.sparsity.fraction)
+        report = in_all_processes(round_pruned, speech.model, batches, settings=settings, bits=bits, progress=advance)
     state.stages[-1]["bits"] = report.bits
     _add_seconds(state, report, "calibrate", "solve", "quantize")
 

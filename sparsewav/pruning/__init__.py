@@ -10,7 +10,7 @@ from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniform
 from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, collect_hessians
-from sparsewav.pruning.prune import prune, prune_model
+from sparsewav.pruning.prune import prune_model
 from sparsewav.pruning.report import MatrixReport, PruneReport
 from sparsewav.pruning.solvers.solve import PrunedMatrix, prune_matrices, prune_matrix
 
@@ -26,7 +26,6 @@ __all__ = [
     "collect_hessians",
     "estimate_traces",
     "prunable_matrices",
-    "prune",
     "prune_matrices",
     "prune_matrix",
     "prune_model",

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
@@ -57,22 +57,21 @@ from sparsewav.pruning.structured import removed_weights
 from sparsewav.settings.presets import read_preset
 from sparsewav.settings.pruning import (
     HAWQ,
+    OBS,
     TRANSFORMER,
-    Allocation,
     Calibration,
     ErrorCurves,
-    Global,
     Hutchinson,
+    Magnitude,
     Megabytes,
-    Objective,
+    NoRecovery,
     Pruning,
-    Recovery,
-    Saliency,
-    Solver,
     Sparsity,
     Structured,
+    Symmetric,
     Traced,
     Uniform,
+    Unstructured,
     resolve,
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
@@ -87,91 +86,8 @@ class HasModel(Protocol):
     model: PreTrainedModel
 
 
-def prune(
-    model: PreTrainedModel | HasModel,
-    calibration_batches: Iterable[Mapping[str, Tensor]],
-    sparsity: float | Sparsity = 0.75,
-    *,
-    preset: str = "paper",
-    saliency: str | Saliency | None = None,
-    solver: str | Solver | None = None,
-    objective: str | Objective | None = None,
-    recovery: str | Recovery | None = None,
-    quantization: str | Quantization | None = None,
-    allocation: str | Allocation | None = None,
-    calibration: Calibration | None = None,
-    scope: str | None = None,
-    seed: int = 0,
-    masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
-    progress: StageProgress | None = None,
-) -> PruneReport:
-    """Prune a CTC model, or an encoder without a head, in place and in one shot.
-
-    >>> speech = sparsewav.load_model("demo")  # doctest: +SKIP
-    >>> batches = sparsewav.calibration_batches("demo", speech, utterances=128)  # doctest: +SKIP
-    >>> report = sparsewav.prune(speech, batches, 0.8, preset="best_oneshot")  # doctest: +SKIP
-
-    Every option is an object of :mod:`sparsewav.settings`, or its name for the defaults; None is what the preset says.
-    In a process group (:mod:`torch.distributed`) all processes call it with the same arguments, share the work, and end
-    with the same model.
-
-    Args:
-        model: A CTC model of transformers, or an encoder (``AutoModel``), which takes the allocations that need no
-            labels; or what has one as ``model``, such as :func:`sparsewav.load_model` gives. Its prunable matrices are
-            those of :mod:`~sparsewav.pruning.families`.
-        calibration_batches: Dictionaries with ``input_values`` (batch, samples) or ``input_features`` (batch, feature
-            frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
-            ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
-            not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
-        sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
-            of the weights file allows, or ``Structured(parameters=0.5)``: whole heads and units, whose columns in the
-            matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model, and channels of
-            the convolutions where its ``parts`` name them, which are cut out of the model at once; with
-            ``Structured(speedup=2)`` as many go as make it twice as fast on this machine's CPU, which is measured.
-            For the last two ``allocation`` is ``error_curves`` unless one is given.
-        preset: Where the options come from that are not given: ``paper``, ``best_oneshot`` (recommended), ``best``, or
-            ``smallest`` for ``Megabytes``; the same as ``experiment=`` of the command.
-        saliency: Which weights are removed first: ``obs_first_order`` (the paper's), ``obs``, ``wanda``, ``magnitude``.
-        solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
-        objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
-        recovery: What is left learns from the dense model afterwards: ``none`` (the paper's), ``reconstruction`` or
-            ``affine``, layer by layer; :func:`sparsewav.recover` does it with the whole model.
-        quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
-            ``int4``, ``int3``, ``int2``, or ``mixed`` for ``Megabytes``; all but ``float16`` take a model in float32.
-        allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
-            ``error_curves``, ``search``.
-        calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
-            all utterances of the batches are taken.
-        scope: What is pruned: ``transformer`` (the paper's), the matrices of the layers, or ``encoder``, the
-            convolutions and the projection in front of them, too. The sparsity is over what is pruned.
-        seed: The seed of the Hutchinson probes, the sample of frames, the search and the recovery's order of batches.
-        masks: Masks already in force, by matrix name: what they removed stays removed and counts.
-        progress: Called as the stages advance.
-
-    Raises:
-        UserError: An option, the model or the calibration data is wrong. After this and any other error the model is
-            as it was, for which a copy of it is kept in the meantime.
-    """
-    settings = options_of(
-        sparsity,
-        preset,
-        {
-            "saliency": saliency,
-            "solver": solver,
-            "objective": objective,
-            "recovery": recovery,
-            "quantization": quantization,
-            "allocation": allocation,
-            "calibration": calibration,
-            "scope": scope,
-            "seed": seed,
-        },
-    )
-    return prune_with(model, calibration_batches, settings, masks=masks, progress=progress)
-
-
 def options_of(sparsity: float | Sparsity, preset: str, given: Mapping[str, Any]) -> Pruning:
-    """Give the settings that the options of :func:`prune` stand for; ``given`` has the others by their names.
+    """Give the settings that the options of :func:`sparsewav.prune` stand for; ``given`` has the others by their names.
 
     Raises:
         UserError: One of them is wrong.
@@ -193,32 +109,23 @@ def options_of(sparsity: float | Sparsity, preset: str, given: Mapping[str, Any]
     return settings
 
 
-def prune_with(
-    model: Any,
-    calibration_batches: Any,
-    settings: Pruning,
-    *,
-    masks: Mapping[str, Bool[Tensor, "_rows _cols"]] | None = None,
-    progress: StageProgress | None = None,
-    **timing: Any,
-) -> PruneReport:
-    """Prune as :func:`prune` does, by settings; ``timing`` is ``latency`` and ``time_shape`` of :func:`prune_model`."""
-    pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    check_model(pruned, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
-    check_allocation(pruned, settings.allocation)
-    check_quantization(pruned, settings.quantization)
-    if isinstance(settings.recovery, Global):
-        raise UserError(
-            "recovery=global trains the whole model after the pruning; keep a copy of the dense one, prune without it, "
-            "and call sparsewav.recover(model, dense, calibration_batches)"
-        )
+@contextmanager
+def checked(model: Any, settings: Pruning) -> Iterator[None]:
+    """Check a model against the settings, and give it back as it was if the block ends with an error.
+
+    Raises:
+        UserError: They do not fit, or it is no model.
+    """
+    check_model(model, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
+    check_allocation(model, settings.allocation)
+    check_quantization(model, settings.quantization)
     if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
         raise UserError(
             f"quantization={settings.quantization.name} rounds the model that is cut; prune without it, cut the model, "
             f"and prune that to 0 with quantization={settings.quantization.name} and allocation=uniform"
         )
-    with _undone_by_errors(pruned, channels=settings.reach != settings.scope), whatever_modes(pruned.device):
-        return prune_model(pruned, calibration_batches, settings, masks=masks, progress=progress, **timing)
+    with _undone_by_errors(model, channels=settings.reach != settings.scope), whatever_modes(model.device):
+        yield
 
 
 def prune_model(
@@ -238,13 +145,13 @@ def prune_model(
     time_shape: TimeShape | None = None,
     progress: StageProgress | None = None,
 ) -> PruneReport:
-    """Prune a CTC model in place, as :func:`prune` does, with statistics that may have been computed earlier.
+    """Prune a CTC model in place, as :func:`sparsewav.prune` does, with statistics that may have been computed earlier.
 
     Args:
-        model: As in :func:`prune`; an error that occurs while its layers are pruned leaves them as they are then.
-        calibration_batches: As in :func:`prune`.
+        model: As there; an error that occurs while its layers are pruned leaves them as they are then.
+        calibration_batches: As there.
         settings: All options.
-        masks: As in :func:`prune`.
+        masks: As there.
         hessians: Hessians of the dense model, for propagation ``parallel`` and for allocations by levels.
         traces: Hessian traces of the dense model, for the allocations that use them.
         levels: Sparsity and bits of every matrix, where they are decided already; None for the allocation to decide.
@@ -256,7 +163,7 @@ def prune_model(
             those of the dense one.
         time_shape: Times a model with so many heads and units, for the same; called in the first process alone. Without
             it what is chosen by ``latency`` is not checked.
-        progress: As in :func:`prune`.
+        progress: As there.
     """
     settings.check()
     check_quantization(model, settings.quantization)
@@ -379,6 +286,38 @@ def prune_model(
         share=share,
         speedup=speedup,
     )
+
+
+def round_pruned(
+    model: PreTrainedModel,
+    calibration_batches: Any,
+    settings: Pruning,
+    bits: Mapping[str, float],
+    progress: StageProgress | None = None,
+) -> PruneReport:
+    """Round the weights of a pruned model in place, whose zeros stay zero, as the others stay.
+
+    Args:
+        model: The model.
+        calibration_batches: As in :func:`sparsewav.prune`.
+        settings: The quantization, to whole numbers, the damping, the calibration and the scope.
+        bits: Bits of every matrix by name; empty where the quantization has one width for all.
+        progress: As in :func:`sparsewav.prune`.
+    """
+    masks = {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model, settings.scope)}
+    width = settings.quantization.widths[0]
+    levels = {name: (float((~mask).sum()) / mask.numel(), bits.get(name, width)) for name, mask in masks.items()}
+    # Everything that may be removed is removed already, and nothing but the rounding changes the others.
+    plain = replace(
+        settings,
+        sparsity=Unstructured(0.0),  # the levels say it
+        saliency=Magnitude(),
+        solver=OBS(damping=settings.solver.damping),
+        objective=Symmetric(),
+        recovery=NoRecovery(),
+        allocation=Uniform(),
+    )
+    return prune_model(model, calibration_batches, plain, masks=masks, levels=levels, progress=progress)
 
 
 TRIES = 5

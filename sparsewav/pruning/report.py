@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparsewav.pruning.allocation.search import LevelAllocation
-from sparsewav.pruning.recovery import LayerRecovery
+from sparsewav.pruning.recovery import LayerRecovery, ModelRecovery
 from sparsewav.pruning.structured import StructureReport
 from sparsewav.settings.pruning import (
     TRANSFORMER,
@@ -48,7 +48,7 @@ class MatrixReport:
 
 @dataclass(repr=False)
 class PruneReport:
-    """The result of :func:`prune`; :meth:`to_frame` makes a table of it.
+    """The result of :func:`sparsewav.prune`; :meth:`to_frame` makes a table of it.
 
     Attributes:
         matrices: A report for every matrix, in the model's order; empty where parts were removed whole.
@@ -60,6 +60,7 @@ class PruneReport:
             recovery and of ``quantize`` where weights are rounded; a stage whose result was passed in takes none.
         warnings: Sentences that the user should read.
         recoveries: What the recovery of every transformer layer achieved, where there is one.
+        recovery: What the recovery of the whole model achieved, where there is one.
         allocated: What the allocation over levels found; None for the other allocations.
         bytes: The size of the weights file in bitmask format, where one was asked for.
         scope: What was prunable: ``transformer`` or ``encoder``.
@@ -79,6 +80,7 @@ class PruneReport:
     seconds: dict[str, float]
     warnings: list[str] = field(default_factory=list)
     recoveries: list[LayerRecovery] = field(default_factory=list)
+    recovery: ModelRecovery | None = None
     allocated: LevelAllocation | None = None
     bytes: int | None = None
     scope: str = TRANSFORMER

@@ -38,39 +38,13 @@ from sparsewav.pruning.encoder import (
 from sparsewav.pruning.families import family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.prune import HasModel
+from sparsewav.pruning.recovery import ModelRecovery
 from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Global
 from sparsewav.training.masks import HoldMasks, masked_gradients, masks_of
 from sparsewav.training.trainer import Log, train
 
 Outputs = tuple[Tensor | None, Float[Tensor, "frames width"]]
 """Log posteriors (frames, characters) of a model with a head, and the last hidden states, of all frames with audio."""
-
-
-@dataclass(frozen=True)
-class ModelRecovery:
-    """What the recovery of the whole model achieved.
-
-    Attributes:
-        loss_before: The loss on the utterances that were held back, before it.
-        loss: The same of the model that was kept; where no moment was better, that of the model as it was pruned.
-        updates: The updates that were made, of which those behind the best moment are lost.
-        best_update: The update behind which the loss was least; 0 where none was better.
-    """
-
-    loss_before: float
-    loss: float
-    updates: int
-    best_update: int
-
-    @property
-    def warnings(self) -> list[str]:
-        """A sentence where nothing was gained."""
-        if self.best_update:
-            return []
-        return [
-            "recovery=global found no model with a smaller loss on the utterances that it held back, and the model "
-            "stays as it was pruned; lower recovery.learning_rate, or give more utterances"
-        ]
 
 
 class OutputLoss(nn.Module):

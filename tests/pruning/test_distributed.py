@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, multiprocessing
 from transformers import PreTrainedModel
 
+from sparsewav import prune
 from sparsewav.errors import UserError
-from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces, prune
+from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces
 from sparsewav.pruning.allocation.sensitivity import LEAST_BATCHES
 from sparsewav.settings import Calibration, Hutchinson, Int3, OBSRefit, Structured
 

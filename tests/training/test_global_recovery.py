@@ -20,7 +20,7 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
-from sparsewav.settings import Global
+from sparsewav.settings import Global, Int4
 from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -121,6 +121,26 @@ def test_recovery_brings_the_outputs_nearer_and_keeps_every_zero(
         wanted, *states = (base_of(item)(new).last_hidden_state for item in (dense, plain, model))
     before, after = (float((item - wanted).square().sum()) for item in states)
     assert after < before
+
+
+@pytest.mark.parametrize("quantization", ["none", "float16", "int4"])
+def test_pruning_recovers_and_then_rounds(quantization: str, tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    """In one call as in three."""
+    model = tiny_model("wav2vec2")
+    dense, steps = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(4)]
+    rounding: Any = {"allocation": "uniform", "quantization": quantization}
+    if quantization == "int4":
+        rounding["quantization"] = Int4(group_size=8)
+    report = sparsewav.prune(model, batches, 0.6, recovery=Global(**QUICK), **rounding)
+    sparsewav.prune(steps, batches, 0.6, allocation="uniform")
+    found = sparsewav.recover(steps, dense, batches, Global(**QUICK))
+    if quantization != "none":
+        sparsewav.prune(steps, batches, 0.0, **rounding)
+    assert all(torch.equal(tensor, steps.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert report.recovery == found
+    assert report.bits == (4 if quantization == "int4" else None)
+    assert ("quantize" in report.seconds) == (quantization != "none")
 
 
 def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
@@ -322,8 +342,11 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
         assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
     with pytest.raises(UserError, match="are the same object; copy the dense model before you prune it"):
         sparsewav.recover(pruned, pruned, batches)
-    with pytest.raises(UserError, match=r"call sparsewav\.recover\(model, dense, calibration_batches\)"):
-        sparsewav.prune(dense, batches, 0.5, allocation="uniform", recovery="global")
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    settings = Global(**QUICK | {"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(UserError, match=r"lower recovery\.learning_rate"):
+        sparsewav.prune(dense, batches, 0.5, allocation="uniform", recovery=settings)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
 def test_audio_that_breaks_the_loss_is_named(model_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from torch import Tensor
 
 import sparsewav
-from sparsewav import ALPS, Calibration, ErrorCurves, Megabytes, Search
-from sparsewav.pruning import prunable_matrices, prune
+from sparsewav import ALPS, Calibration, ErrorCurves, Megabytes, Search, prune
+from sparsewav.pruning import prunable_matrices
 from sparsewav.pruning.allocation import budget
 from sparsewav.pruning.allocation.budget import Fit, UniformFit, bytes_of_rest, undominated
 from sparsewav.pruning.allocation.levels import Level, choose_within
