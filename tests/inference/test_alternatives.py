@@ -104,8 +104,9 @@ def test_a_copy_shares_the_weights_and_nothing_else(tiny_model: Any) -> None:
     assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
 
 
-def test_the_report_says_which_alternative_is_faster(tiny_model: Any) -> None:
+def test_the_report_says_which_alternative_is_faster(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside times of the dense model; those that are faster at any number of frames come first, fastest first."""
+    monkeypatch.setattr(alternatives, "HOPELESS", 1e9)  # the machine may be busy
     found = Comparison(
         (250, 1000),
         (1.0, 4.0),
