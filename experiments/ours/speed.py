@@ -28,12 +28,12 @@ WITH_TABLE2 = (*OURS, *(sweep for sweep in baselines.SWEEPS if sweep.role == "ba
 SWEEPS = (*WITH_TABLE2, *STRUCTURED)
 """All runs start from one dense model."""
 
-METHOD_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+METHOD_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "d")
 """Markers of the other methods, whose points lie too close for names beside them."""
 INT8 = "OpenVINO int8"
 CUT = "cut or distilled"
 STRUCTURED_KIND = "SparseWAV, structured"
-KINDS = dict.fromkeys(("magnitude", "parp", "parp_p"), "other unstructured") | {
+KINDS = dict.fromkeys(("magnitude", "parp", "parp_p", "self_pinching"), "other unstructured") | {
     "dense": "dense",
     "sparsewav": "SparseWAV",
     baselines.STRUCTURED: STRUCTURED_KIND,

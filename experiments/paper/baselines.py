@@ -11,7 +11,7 @@ from sparsewav.baselines import METHODS
 DEMO = ("training.epochs=0.08",)
 """Half of the demo's fine-tuning, for every method and for ours."""
 
-SHORT = ("l0_finetune", "parp", "parp_p")
+SHORT = ("l0_finetune", "parp", "parp_p", "self_pinching")
 """Methods of which a run takes minutes at demo scale. They have three seeds there, as ours has. One-shot magnitude
 pruning is deterministic and needs one."""
 
@@ -49,6 +49,12 @@ ROWS = {
     "Magnitude, one shot": Row("magnitude", "base", "starts from a recogniser"),
     "PARP": Row("parp", "base", "starts from a recogniser; masked tuning follows it"),
     "PARP-P": Row("parp_p", "base", "starts from a recogniser; masked tuning follows it"),
+    "Self-pinching gates": Row(
+        "self_pinching",
+        "base",
+        "starts from a recogniser; masked tuning follows it; what the paper's abstract and reviews do not say of loss "
+        "and schedule is ours",
+    ),
 }
 """By the name of the paper's Table 2, or our own where the paper has no such row."""
 

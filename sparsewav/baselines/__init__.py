@@ -4,7 +4,7 @@ A method is a function with the signature of :class:`Method`, a dataclass in :mo
 in ``conf/method``, and a line in :data:`METHODS`.
 """
 
-from sparsewav.baselines import deep_vs_wide, distilhubert, fithubert, l0, magnitude, parp
+from sparsewav.baselines import deep_vs_wide, distilhubert, fithubert, l0, magnitude, parp, self_pinching
 from sparsewav.baselines.distillation import distilling
 from sparsewav.baselines.method import CompressionReport, Method
 
@@ -21,5 +21,6 @@ METHODS: dict[str, Method] = {
     "magnitude": magnitude.compress,
     "parp": parp.compress,
     "parp_p": parp.compress,
+    "self_pinching": self_pinching.compress,
 }
 """The methods by the value of ``method.name``."""

@@ -15,6 +15,9 @@ from sparsewav.data.batches import Batch
 Objective = Callable[[PreTrainedModel, Batch], Tensor]
 """Gives the loss of a student on a batch, a scalar."""
 
+MISSED = 0.02
+"""A warning is given where the sparsity that gates have learned misses the target by more than this."""
+
 
 class Lagrangian(nn.Module):
     """λ1 (s − t) + λ2 (s − t)² for the expected sparsity s and the target t.
@@ -34,30 +37,41 @@ class Lagrangian(nn.Module):
         return self.linear * gap + self.quadratic * gap.square()
 
 
-class GatedStudent(nn.Module):
-    """A model with gates, its objective, and the penalty for missing the target sparsity.
+class SparseStudent(nn.Module):
+    """A model whose gates are asked for a sparsity that rises linearly over the first ``ramp_updates``.
 
     Attributes:
-        update: Number of updates done. The target rises linearly over the first ``ramp_updates``.
+        update: Number of updates done.
     """
 
-    def __init__(
-        self, student: PreTrainedModel, gates: Gates, objective: Objective, target: float, ramp_updates: int
-    ) -> None:
+    def __init__(self, student: PreTrainedModel, target: float, ramp_updates: int) -> None:
         super().__init__()
-        self.student, self.gates, self.objective = student, gates, objective
-        self.lagrangian = Lagrangian()
-        self.target, self.ramp_updates = target, ramp_updates
-        self.dense_parameters = encoder_parameters(student)
+        self.student, self.target, self.ramp_updates = student, target, ramp_updates
         self.update = 0
 
     def expected_sparsity(self) -> Tensor:
-        """Give the share of the encoder's parameters that the gates are expected to remove, a scalar."""
-        return 1 - expected_parameters(self.student, self.gates) / self.dense_parameters
+        """Give the sparsity that the gates have now, or are expected to have, a scalar."""
+        raise NotImplementedError
 
     def current_target(self) -> float:
         """Give the sparsity that the penalty asks for at the current update."""
         return self.target * min(1.0, self.update / max(1, self.ramp_updates))
+
+
+class GatedStudent(SparseStudent):
+    """A model with gates, its objective, and the penalty for missing the target sparsity."""
+
+    def __init__(
+        self, student: PreTrainedModel, gates: Gates, objective: Objective, target: float, ramp_updates: int
+    ) -> None:
+        super().__init__(student, target, ramp_updates)
+        self.gates, self.objective = gates, objective
+        self.lagrangian = Lagrangian()
+        self.dense_parameters = encoder_parameters(student)
+
+    def expected_sparsity(self) -> Tensor:
+        """Give the share of the encoder's parameters that the gates are expected to remove, a scalar."""
+        return 1 - expected_parameters(self.student, self.gates) / self.dense_parameters
 
     def forward(self, **batch: Tensor) -> ModelOutput:
         """Give the loss of a batch."""
@@ -68,7 +82,7 @@ class GatedStudent(nn.Module):
 class FollowTarget(TrainerCallback):
     """Tells a gated student the number of the update, and logs its expected sparsity."""
 
-    def __init__(self, student: GatedStudent) -> None:
+    def __init__(self, student: SparseStudent) -> None:
         self.student = student
 
     def on_step_begin(

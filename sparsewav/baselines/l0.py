@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, set_seed
 from sparsewav.baselines.cut import cut
 from sparsewav.baselines.distillation import no_masking
 from sparsewav.baselines.gated import (
+    MISSED,
     Distillation,
     DistilledStudent,
     FollowTarget,
@@ -42,9 +43,6 @@ from sparsewav.progress import print_warning
 from sparsewav.pruning.hessian import Progress
 from sparsewav.settings.baselines import Gated
 from sparsewav.training.trainer import Log, ParameterGroup, train
-
-MISSED = 0.02
-"""A warning is given where the expected sparsity misses the target by more than this."""
 
 
 def compress(

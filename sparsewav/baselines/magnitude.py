@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.baselines.method import CompressionReport
 from sparsewav.data.utterances import Utterance
 from sparsewav.models.processor import Processor
-from sparsewav.pruning.encoder import prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.solvers.selection import lowest
 from sparsewav.settings.baselines import MagnitudePruning
@@ -22,10 +24,22 @@ def prune_by_magnitude(model: PreTrainedModel, sparsity: float) -> None:
     The share of zeros among the prunable weights then is the sparsity, to one weight. Ties are broken by position.
     """
     matrices = prunable_matrices(model)
-    magnitudes = torch.cat([matrix.weight.abs().flatten().float() for matrix in matrices])
-    removed = lowest(magnitudes, round(sparsity * len(magnitudes)))
+    prune_lowest(matrices, [matrix.weight.abs().float() for matrix in matrices], sparsity)
+
+
+@torch.no_grad()
+def prune_lowest(
+    matrices: Sequence[PrunableMatrix], scores: Sequence[Float[Tensor, "*shape"]], sparsity: float
+) -> float:
+    """Set the weights with the lowest scores of all matrices together to zero, and give the highest score of these.
+
+    Where nothing is removed that is 0.
+    """
+    together = torch.cat([score.flatten() for score in scores])
+    removed = lowest(together, round(sparsity * len(together)))
     for matrix, mask in zip(matrices, removed.split([matrix.size for matrix in matrices]), strict=True):
         matrix.weight.masked_fill_(mask.view_as(matrix.weight), 0.0)
+    return float(together[removed].max()) if removed.any() else 0.0
 
 
 def compress(

@@ -207,4 +207,36 @@ class Gated(TrainedMethod):
                 yield f"{key}={getattr(self, key):g} is not between 0 and 1"
 
 
-METHODS = (Method, DistilHuBERT, FitHuBERT, DeepVersusWide, Gated, MagnitudePruning, PARP)
+THRESHOLD_PATH = 16.0
+"""Least product of updates and learning rate of thresholds, as :data:`GATE_PATH` is that of other gates: to remove 85 %
+of a matrix of normally distributed weights a threshold has to climb from about 0 to 1.4."""
+
+
+@dataclass(kw_only=True)
+class SelfPinching(TrainedMethod):
+    """Self-pinching gates (Xu et al. 2025): every matrix learns the threshold below which its weights are zero."""
+
+    name: str = field(default="self_pinching", init=False)
+    updates: int = option(80_000)
+    learning_rate: float = option(3e-5)
+    betas: list[float] = option([0.9, 0.98])
+    max_grad_norm: float = option(0.0)
+    sparsity: float = option(0.75, "share of the transformer's weights to remove", least=0, most=1)
+    ramp_updates: int = option(40_000, "updates over which the target rises to that", least=0)
+    sparsity_weight: float = option(100.0, "ω of the squared gap between the gates' sparsity and the target", above=0)
+    first_threshold: float = option(0.1, "thresholds at the start, in root mean squares of their matrix", above=0)
+    temperature: float = option(0.3, "τ of the soft masks, in mean squares of the matrix", above=0)
+    gate_learning_rate: float = option(
+        0.001, "learning rate of the thresholds; higher when there are few updates", above=0
+    )
+
+    def scaled(self, update_divisor: float, lr_multiplier: float) -> Self:
+        """Give the same method with fewer updates and higher learning rates of the weights, as :class:`Gated` does."""
+        item = super().scaled(update_divisor, lr_multiplier)
+        return item.changed(
+            ramp_updates=divided(self.ramp_updates, update_divisor) if self.ramp_updates else 0,
+            gate_learning_rate=max(self.gate_learning_rate, THRESHOLD_PATH / item.updates),
+        )
+
+
+METHODS = (Method, DistilHuBERT, FitHuBERT, DeepVersusWide, Gated, MagnitudePruning, PARP, SelfPinching)

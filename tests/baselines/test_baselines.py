@@ -50,7 +50,10 @@ def millions(model: PreTrainedModel) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "published"),
-    [("distilhubert", 23.49), ("fithubert", 22.49), ("deep_vs_wide", 26.87), ("parp", None), ("parp_p", None)],
+    [
+        *(("distilhubert", 23.49), ("fithubert", 22.49), ("deep_vs_wide", 26.87)),
+        *(("parp", None), ("parp_p", None), ("self_pinching", None)),
+    ],
 )
 def test_full_size_takes_two_updates_and_has_the_published_size(
     method: str, published: float | None, corpus: Path, model_folder: Path, tmp_path: Path
@@ -58,7 +61,7 @@ def test_full_size_takes_two_updates_and_has_the_published_size(
     """HuBERT base with random weights, the published settings cut to two updates of one utterance each."""
     teacher = base_model()
     settings = replace(settings_of(method), updates=2, batch_size=1)
-    if published is None:
+    if method in ("parp", "parp_p"):
         settings = replace(settings, reprunes=1)
     processor = load_speech_model(str(model_folder)).processor
     utterances = read_librispeech_folder(corpus, "train")[:2]
@@ -254,7 +257,7 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["dphubert", "parp"])
+@pytest.mark.parametrize("method", ["dphubert", "parp", "self_pinching"])
 def test_a_stopped_method_goes_on_to_the_same_model(
     method: str, corpus: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +300,7 @@ def test_a_stopped_method_goes_on_to_the_same_model(
         ("dphubert", "sparsewav.baselines.gated.l1_and_cosine", "for each of them alone"),
         ("l0_finetune", "sparsewav.baselines.gated.Lagrangian.forward", "for each of them alone"),
         ("distilhubert", "sparsewav.baselines.distilhubert.l1_and_log_cosine", "for each of them alone"),
+        ("self_pinching", "sparsewav.baselines.self_pinching.PinchedStudent.sparsity_of", "for each of them alone"),
         ("parp", "sparsewav.baselines.parp.collate", r"the loss is nan for utterance \S+ \(\S+\.flac\)"),
     ],
 )

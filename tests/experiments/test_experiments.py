@@ -403,7 +403,7 @@ def test_speed_is_measured_once_on_the_models_of_the_runs(
             model = sparsewav.load(model_folder)
             if "parameters" in job.config.sparsity:
                 model = random_cut(model, 0.5)
-            elif job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p"):
+            elif job.config.method.name in ("sparsewav", "magnitude", "parp", "parp_p", "self_pinching"):
                 for matrix in prunable_matrices(model):
                     remove_at_random(matrix.weight, job.config.sparsity.target)
             model.save_pretrained(job.folder / "model")
