@@ -157,6 +157,11 @@ def prune_checkpoint(
         )
     if settings.calibration.propagation != "sequential":
         raise UserError("a checkpoint is pruned layer by layer; choose calibration.propagation=sequential")
+    if settings.solver.weights_outputs:
+        raise UserError(
+            "solver.output_weighting=fisher takes gradients of the whole model, which is not in memory here; choose "
+            "solver.output_weighting=equal, or load the model and call sparsewav.prune"
+        )
     if settings.scope != TRANSFORMER:
         raise UserError(f"a checkpoint on disk is pruned in its layers alone; choose scope={TRANSFORMER}")
     if not isinstance(settings.allocation, Uniform) and traces is None:

@@ -20,6 +20,7 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.parts import parts_kept
 from sparsewav.pruning.channels import remove_channels
 from sparsewav.pruning.encoder import FRONT, PrunableMatrix, encoder_layers, projections_as_modules, prunable_matrices
+from sparsewav.pruning.gradient_covariance import layer_name
 from sparsewav.pruning.hessian import Hessians, InputObserver, Progress, collect_hessian_in_front
 from sparsewav.pruning.hidden_states import (
     LayerInputs,
@@ -128,15 +129,20 @@ def prune_layer_by_layer(
                 for item in inputs if settings.two_models else []:
                     item.save("dense_states", run(item, dense_layer, "dense_states"))
                 if how:
+                    covariance = plan.covariances.get(layer_name(model, index))
                     with outcome.timing("recover"):
                         shown = _of_layer(progress, index, len(layers))
-                        recovery = recover(layer, own, run, inputs, how, settings.seed, shown)
+                        recovery = recover(layer, own, run, inputs, how, settings.seed, shown, covariance=covariance)
                     if plan.bits and plan.rounds:
                         grids: dict[str, QuantizedMatrix] = {}
                         for group, hessians in solved:
                             grids |= quantize(group, hessians, plan, outcome)
                         with outcome.timing("recover"):
-                            again = recover(layer, own, run, inputs, how, settings.seed, shown, grids=grids)
+                            again = recover(
+                                *(layer, own, run, inputs, how, settings.seed, shown),
+                                grids=grids,
+                                covariance=covariance,
+                            )
                         recovery = replace(again, diverged=again.diverged or recovery.diverged)
                     outcome.recoveries.append(recovery)
                     with outcome.timing("recover"):

@@ -38,6 +38,8 @@ class Plan:
         front: The front end, if it loses channels; its sparsity is under its own name.
         traces: The Hessian traces that the allocation used.
         masks: The masks already in force, by name.
+        covariances: The covariance of the gradients at the output of every matrix and layer, by name, where the solver
+            or the recovery weights the errors of the outputs by it.
         bits: The bits of every matrix, by name; empty where the weights are not rounded to whole numbers.
         rounds: Whether the matrices are to be rounded now; otherwise their bits are only reported.
         keep_masks: Whether the outcome is to hold the masks, a byte for every weight.
@@ -54,6 +56,7 @@ class Plan:
     batched_devices: tuple[str, ...] = BATCHED_DEVICES
     structures: Mapping[str, Structure] | None = None
     front: FrontEnd | None = None
+    covariances: Mapping[str, Float[Tensor, "_rows _rows"]] = field(default_factory=dict)
 
     def pruned(self, matrices: list[PrunableMatrix]) -> list[PrunableMatrix]:
         """Give those of some prunable matrices that the solver changes."""
@@ -86,6 +89,9 @@ class Plan:
             keeps=[self.masks.get(matrix.name) for matrix in matrices],
             drift=objective.strength * drift if isinstance(objective, Asymmetric) and drift is not None else None,
             names=[matrix.name for matrix in matrices],
+            covariances=[self.covariances[matrix.name] for matrix in matrices]
+            if self.settings.solver.weights_outputs
+            else None,
         )
 
     def quantize(

@@ -41,6 +41,7 @@ from sparsewav.pruning.encoder import (
 )
 from sparsewav.pruning.encoding import file_bytes
 from sparsewav.pruning.families import untried
+from sparsewav.pruning.gradient_covariance import collect_gradient_covariances
 from sparsewav.pruning.hessian import Hessians, Progress, collect_hessians
 from sparsewav.pruning.layerwise import (
     LoadLayer,
@@ -206,6 +207,17 @@ def prune_model(
         plan = Plan(settings, targets, traces, dict(masks or {}), bits, rounds, keep_masks, batched_devices)
         if parts is not None:
             plan.structures, plan.front = parts.in_layers, parts.front
+        if settings.solver.weights_outputs or settings.weights_layers:
+            with _timed(seconds, "calibrate"):
+                plan.covariances = collect_gradient_covariances(
+                    model,
+                    batches,
+                    scope=settings.scope,
+                    of_matrices=settings.solver.weights_outputs,
+                    of_layers=settings.weights_layers,
+                    seed=settings.seed,
+                    progress=stage_progress(progress, "calibrate"),
+                )
         observed = parts.readers if parts else list(sizes)
         hessians = hessians.restricted(observed) if hessians else None
         if hessians is None and (parallel or by_levels):

@@ -5,6 +5,10 @@ its inputs are the hidden states of the model as pruned so far. Either the kept 
 layer are trained (``reconstruction``), or its last bias or layer norm is solved for (``affine``); pruned weights stay
 zero.
 
+The errors of a layer's outputs can be weighted by the covariance G of the gradients there
+(:mod:`~sparsewav.pruning.gradient_covariance`): the loss is dGdᵀ for the error d of a frame then, half of which is what
+it does to the model's posteriors, to second order. With LLᵀ = G it is the squared error of the outputs times L.
+
 After the weights were rounded the layer can be recovered once more on the grid: biases and norms learn as before, and a
 weight moves by whole multiples of its scale, by straight-through gradients (Bengio et al. 2013): Adam moves a copy that
 is not rounded, and the gradient is taken at what that copy is rounded to.
@@ -25,6 +29,7 @@ from sparsewav.pruning import distributed
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
+from sparsewav.pruning.solvers.factorization import damp_covariance
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix
 from sparsewav.settings.pruning import Affine, Reconstruction
 
@@ -37,7 +42,8 @@ class LayerRecovery:
     """What the recovery of one layer achieved.
 
     Attributes:
-        error_before: ||Y − Ŷ||² / ||Y||² over the calibration set, where Y are the dense model's outputs of the layer.
+        error_before: ||Y − Ŷ||² / ||Y||² over the calibration set, where Y are the dense model's outputs of the layer,
+            both times L where the outputs are weighted.
         error: The same after the recovery.
         diverged: The recovery came to numbers that are not finite, and the layer stayed as it was.
     """
@@ -84,6 +90,7 @@ def recover(
     progress: Progress | None = None,
     *,
     grids: Mapping[str, QuantizedMatrix] | None = None,
+    covariance: Float[Tensor, "width width"] | None = None,
 ) -> LayerRecovery:
     """Fit a pruned layer's output to the dense model's, in place; a weight that is zero stays zero.
 
@@ -96,12 +103,16 @@ def recover(
         seed: The seed of the order of the batches.
         progress: Called after every step.
         grids: How the matrices were rounded, by name: their scales stay, and every weight on its grid.
+        covariance: That of the gradients at the layer's output, for ``Reconstruction(output_weighting="fisher")``.
 
     Raises:
         UserError: The outputs of the dense or of the pruned layer are not finite, as where they overflow float16.
     """
     if isinstance(settings, Reconstruction):
-        steps, learning_rate = settings.steps, settings.learning_rate
+        steps, learning_rate, weighting = settings.steps, settings.learning_rate, None
+        if settings.weights_outputs:
+            assert covariance is not None
+            weighting = torch.linalg.cholesky(damp_covariance(covariance, settings.output_damping))
         return reconstruct_layer(
             layer,
             matrices,
@@ -112,6 +123,7 @@ def recover(
             seed=seed,
             progress=progress,
             grids=grids,
+            weighting=weighting,
         )
     return correct_layer(layer, matrices, run, inputs)
 
@@ -128,18 +140,19 @@ def reconstruct_layer(
     seed: int,
     progress: Progress | None = None,
     grids: Mapping[str, QuantizedMatrix] | None = None,
+    weighting: Float[Tensor, "width width"] | None = None,
 ) -> LayerRecovery:
     """Train a pruned layer on the dense model's outputs, with Adam and a learning rate that falls linearly to zero.
 
     A step takes one calibration batch, in a process group one in every process. The layer is restored if its error has
-    not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``.
+    not fallen in the end. The arguments are those of :func:`recover` and ``Reconstruction``; ``weighting`` is L.
     """
     device = next(layer.parameters()).device
     grid_of = {matrix.parameter: grids[matrix.name] for matrix in matrices} if grids else {}
     learning = list(_learning(layer, matrices))
     masks = [parameter == 0 if parameter.dim() > 1 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
-    error_before = _finite_error(run, inputs, device)
+    error_before = _finite_error(run, inputs, device, weighting)
     # Of a rounded weight Adam has a copy that moves freely, of any other parameter the parameter itself.
     moved = [parameter.detach().clone() if parameter in grid_of else parameter for parameter in learning]
     optimizer = torch.optim.Adam(moved, lr=learning_rate)
@@ -147,7 +160,7 @@ def reconstruct_layer(
     batches = _in_random_order(inputs, seed)
     for step in range(steps):
         with distributed.together(), torch.enable_grad(), _requiring_gradients(learning):
-            gradients, frames = _gradients(run, next(batches, None), learning, device)
+            gradients, frames = _gradients(run, next(batches, None), learning, device, weighting)
         distributed.add_up(frames)
         for free, gradient, removed in zip(moved, gradients, masks, strict=True):
             distributed.add_up(gradient)
@@ -162,7 +175,7 @@ def reconstruct_layer(
             progress(step + 1, steps)
     for parameter in learning:
         parameter.grad = None
-    return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device)), learning, before)
+    return _keep_if_better(LayerRecovery(error_before, _error(run, inputs, device, weighting)), learning, before)
 
 
 @torch.no_grad()
@@ -263,30 +276,42 @@ def _in_random_order(inputs: list[LayerInputs], seed: int) -> Iterator[LayerInpu
 
 
 def _gradients(
-    run: RunLayer, item: LayerInputs | None, learning: list[nn.Parameter], device: torch.device
+    run: RunLayer,
+    item: LayerInputs | None,
+    learning: list[nn.Parameter],
+    device: torch.device,
+    weighting: Float[Tensor, "width width"] | None,
 ) -> tuple[list[Tensor], Float[Tensor, ""]]:
     """Give the gradients of the squared error summed over a batch, and the number of elements summed over."""
     if item is None:  # a process without any batch
         return [torch.zeros_like(parameter) for parameter in learning], torch.zeros((), device=device)
-    difference, target = _difference(run, item, device)
+    difference, target = _difference(run, item, device, weighting)
     # The norm before an attention of which nothing is left has no part in the output.
     gradients = torch.autograd.grad(difference.square().sum(), learning, allow_unused=True, materialize_grads=True)
     return [gradient.contiguous() for gradient in gradients], torch.tensor(float(target.numel()), device=device)
 
 
 def _difference(
-    run: RunLayer, item: LayerInputs, device: torch.device
+    run: RunLayer, item: LayerInputs, device: torch.device, weighting: Float[Tensor, "width width"] | None = None
 ) -> tuple[Float[Tensor, "frames width"], Float[Tensor, "frames width"]]:
-    """Give the output minus the target, and the target, of a batch's frames."""
+    """Give the output minus the target, and the target, of a batch's frames, both times L if there is one."""
     _, frame_mask = item.load("others", device)
     target = item.load("dense_states", device)
     frame_mask = valid_rows(frame_mask, target.shape[1])
     target = target[frame_mask]
-    return run(item)[frame_mask] - target, target
+    difference = run(item)[frame_mask] - target
+    if weighting is None:
+        return difference, target
+    return difference @ weighting.to(target.dtype), target @ weighting.to(target.dtype)
 
 
-def _finite_error(run: RunLayer, inputs: list[LayerInputs], device: torch.device) -> float:
-    error = _error(run, inputs, device)
+def _finite_error(
+    run: RunLayer,
+    inputs: list[LayerInputs],
+    device: torch.device,
+    weighting: Float[Tensor, "width width"] | None = None,
+) -> float:
+    error = _error(run, inputs, device, weighting)
     if not math.isfinite(error):
         raise UserError(
             "the outputs of the dense or of the pruned layer are not finite on the calibration set; load the model in "
@@ -296,11 +321,16 @@ def _finite_error(run: RunLayer, inputs: list[LayerInputs], device: torch.device
 
 
 @torch.no_grad()
-def _error(run: RunLayer, inputs: list[LayerInputs], device: torch.device) -> float:
+def _error(
+    run: RunLayer,
+    inputs: list[LayerInputs],
+    device: torch.device,
+    weighting: Float[Tensor, "width width"] | None = None,
+) -> float:
     sums = torch.zeros(2, dtype=torch.float64)
     with distributed.together():
         for item in inputs:
-            parts = _difference(run, item, device)
+            parts = _difference(run, item, device, weighting)
             sums += torch.stack([part.square().sum(dtype=torch.float64).cpu() for part in parts])
     found = distributed.gather(sums.tolist())
     return sum(error for error, _ in found) / max(sum(energy for _, energy in found), 1e-30)

@@ -66,6 +66,26 @@ class FirstOrder(Saliency):
 
 
 @dataclass(kw_only=True)
+class OutputWeighting:
+    """How much the errors of the outputs of a matrix, or of a layer, count."""
+
+    output_weighting: str = option(
+        "equal",
+        "errors of the outputs count alike (equal), or as the model's output depends on them (fisher: with the "
+        "covariance of its gradients, from one backward pass without labels; K-FAC, Martens and Grosse 2015)",
+        choices=("equal", "fisher"),
+    )
+    output_damping: float = option(
+        0.25, "share of its mean diagonal that is added to that covariance; the larger, the nearer to equal", above=0
+    )
+
+    @property
+    def weights_outputs(self) -> bool:
+        """Whether the covariance of the gradients at the outputs is needed."""
+        return self.output_weighting == "fisher"
+
+
+@dataclass(kw_only=True)
 class Solver(Option):
     """How the mask and the kept weights of a matrix are found, given its Hessian.
 
@@ -75,6 +95,11 @@ class Solver(Option):
 
     uses_saliency: ClassVar[bool] = True
     damping: float = option(0.01, "λ as a share of the Hessian's mean diagonal", least=0)
+
+    @property
+    def weights_outputs(self) -> bool:
+        """Whether the covariance of the gradients at every matrix's output is needed."""
+        return False
 
 
 @dataclass(kw_only=True)
@@ -100,7 +125,7 @@ class OBSRefit(OBS):
 
 
 @dataclass(kw_only=True)
-class ALPS(Solver):
+class ALPS(OutputWeighting, Solver):
     """Mask and weights together by ADMM, then the exact least squares (Meng et al. 2024); uses no saliency."""
 
     name: str = field(default="alps", init=False)
@@ -157,7 +182,7 @@ class Affine(Recovery):
 
 
 @dataclass(kw_only=True)
-class Reconstruction(Recovery):
+class Reconstruction(OutputWeighting, Recovery):
     """Kept weights, biases and layer norms of every pruned layer learn the dense model's output of the layer."""
 
     name: str = field(default="reconstruction", init=False)
@@ -177,7 +202,10 @@ class Global(Recovery, Optimization):
     name: str = field(default="global", init=False)
     group: ClassVar[str] = "recovery"
     steps: int = option(
-        0, "steps of recovery=reconstruction in every layer before, at its learning rate; 0: none", least=0
+        0,
+        "steps of recovery=reconstruction in every layer before, at its learning rate, with outputs weighted as those "
+        "of solver=alps; 0: none",
+        least=0,
     )
     updates: int = option(300, "updates of the whole model at most", least=1)
     utterances: int = option(
@@ -368,9 +396,17 @@ class Pruning:
     def layer_recovery(self) -> Reconstruction | Affine | None:
         """What every pruned layer learns by itself."""
         if isinstance(self.recovery, Global):
-            steps = self.recovery.steps
-            return Reconstruction(steps=steps) if steps else None
+            layers = Reconstruction(steps=max(self.recovery.steps, 1))
+            if isinstance(self.solver, ALPS):
+                layers.output_weighting = self.solver.output_weighting
+                layers.output_damping = self.solver.output_damping
+            return layers if self.recovery.steps else None
         return self.recovery if isinstance(self.recovery, Reconstruction | Affine) else None
+
+    @property
+    def weights_layers(self) -> bool:
+        """Whether the covariance of the gradients at every layer's output is needed."""
+        return isinstance(self.layer_recovery, Reconstruction) and self.layer_recovery.weights_outputs
 
     @property
     def two_models(self) -> bool:

@@ -183,6 +183,11 @@ class Config(Pruning):
                 "model.offload=true goes from layer to layer and never has the whole model's gradients; choose "
                 "calibration.propagation=sequential and allocation=uniform with it"
             )
+        if self.solver.weights_outputs:  # a recovery is refused anyway
+            yield (
+                "model.offload=true has one layer in memory, and solver.output_weighting=fisher takes gradients of the "
+                "whole model; choose solver.output_weighting=equal with it"
+            )
         if isinstance(self.recovery, Global):
             yield "model.offload=true cannot recover the whole model, which takes all of it; choose another recovery"
         if self.finetune_strategy.name != "none":

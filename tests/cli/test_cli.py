@@ -155,6 +155,13 @@ def test_what_the_cache_gave_is_told_from_what_was_measured_now(
             ["model.offload=true", "calibration.propagation=sequential"],
             r"choose calibration\.propagation=sequential and allocation=uniform with it",
         ),
+        (
+            [
+                *("solver=alps", "solver.output_weighting=fisher", "model.offload=true", "allocation=uniform"),
+                "calibration.propagation=sequential",
+            ],
+            "takes gradients of the whole model; choose solver.output_weighting=equal with it",
+        ),
         (["sparsity=n_m"], "choose allocation=uniform"),
         (["objective=asymmetric"], r"choose calibration\.propagation=true_sequential \(or sequential\) with it"),
         (["solver=alps", "saliency=wanda"], r"solver=alps updates the kept weights, and saliency=wanda does not"),

@@ -203,6 +203,9 @@ def test_traces_found_before_allocate(source: Path, batches: list[Batch], tmp_pa
     assert report.matrices == expected.matrices
     with pytest.raises(UserError, match=r"gradients of the whole model.*uniform.*traces"):
         sparsewav.prune_folder(source, tmp_path / "other", batches, 0.6, allocation="hutchinson")
+    weighted = sparsewav.ALPS(output_weighting="fisher")
+    with pytest.raises(UserError, match=r"output_weighting=fisher takes gradients of the whole model"):
+        sparsewav.prune_folder(source, tmp_path / "other", batches, 0.6, allocation="uniform", solver=weighted)
 
 
 def _truncate(folder: Path) -> None:

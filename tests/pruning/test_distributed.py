@@ -15,7 +15,7 @@ from sparsewav import prune
 from sparsewav.errors import UserError
 from sparsewav.pruning import Hessians, PruneReport, Trace, collect_hessians, distributed, estimate_traces
 from sparsewav.pruning.allocation.sensitivity import LEAST_BATCHES
-from sparsewav.settings import Calibration, Hutchinson, Int3, OBSRefit, Structured
+from sparsewav.settings import ALPS, Calibration, Hutchinson, Int3, OBSRefit, Structured
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., Any]
@@ -68,7 +68,7 @@ def pruned(models: list[PreTrainedModel], batches: list[Batch], options: list[di
 def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batch: MakeBatch, tmp_path: Path) -> None:
     """Hessians up to rounding, masks to the weight; three processes have two batches, and one of them none."""
     batches = [noise_batch([400, 304]), noise_batch([352], seed=1)]
-    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2", "wav2vec2", "hubert")
+    families = ("wav2vec2", "wavlm", "hubert", "wav2vec2", "wav2vec2", "hubert", "wav2vec2")
     options: list[dict[str, Any]] = [
         {"allocation": Hutchinson(rank_tolerance=0.0), "calibration": Calibration(frames_per_column=None)},
         {"allocation": "uniform", "calibration": Calibration(propagation="sequential", frames_per_column=2.0)},
@@ -88,6 +88,11 @@ def test_processes_prune_as_one_does(count: int, tiny_model: Factory, noise_batc
             "sparsity": Structured(parameters=0.9, parts=["channels", "units"]),
             "allocation": "uniform",
             "calibration": Calibration(propagation="sequential", frames_per_column=None),
+        },
+        {
+            "allocation": "uniform",
+            "calibration": Calibration(frames_per_column=None),
+            "solver": ALPS(output_weighting="fisher", damping=0.1, tolerance=1e-6),
         },
     ]
     models = [tiny_model(family) for family in families]

@@ -89,7 +89,7 @@ def test_presets_are_what_the_command_reads_from_the_same_files() -> None:
     ("function", "own", "other_defaults"),
     [
         (sparsewav.prune_folder, {"source", "destination", "traces", "device"}, {"allocation"}),
-        (sparsewav.prune_matrix, {"weight", "hessian", "keep", "drift", "name"}, {"sparsity"}),
+        (sparsewav.prune_matrix, {"weight", "hessian", "keep", "drift", "covariance", "name"}, {"sparsity"}),
     ],
     ids=["prune_folder", "prune_matrix"],
 )

@@ -6,8 +6,9 @@ same in all evaluations is computed once: the features of the front end, unless 
 layers from a certain one on are changed, the outputs of all that is before it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from sparsewav.pruning.encoder import (
     projections_as_modules,
 )
 from sparsewav.pruning.families import family_of
-from sparsewav.pruning.hidden_states import layer_masks, valid_rows_of
+from sparsewav.pruning.hidden_states import layer_masks, valid_rows, valid_rows_of
 
 
 class OutputDivergence:
@@ -90,9 +91,7 @@ class OutputDivergence:
         """Give the log posteriors of the characters, or the last hidden states of an encoder."""
         known = index < len(self._features)
         with _returning(self._front, self._features[index]) if known else nullcontext():
-            output = self.model(**self._parts[index])
-        values = output.logits.float().log_softmax(-1) if self._has_head else output.last_hidden_state.float()
-        return values[self._output_masks[index]]
+            return model_output(self.model, self._parts[index], self._output_masks[index])
 
     def _run(self, modules: Sequence[nn.Module]) -> tuple[list[Tensor], list[list[Any]]]:
         """Give the output for every part, and what some modules put out on the way."""
@@ -149,36 +148,98 @@ class OutputDivergence:
         error causes, to second order and if the errors of different rows are independent.
         """
         matrices = self._matrices
-        device = self.model.device
         sums = {matrix.name: torch.zeros(matrix.weight.shape[0], dtype=torch.float64) for matrix in matrices}
         generator = torch.Generator().manual_seed(seed)
 
-        def watch(matrix: PrunableMatrix, masks: dict[int, Tensor]) -> RemovableHandle:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                output.register_hook(add)
-
-            def add(gradient: Float[Tensor, "batch _ _"]) -> None:
-                rows = output_rows(matrix.module, gradient)
-                valid = valid_rows_of(matrix, masks, rows.shape[1])
-                if len(rows) < len(valid):  # position embeddings, one for all utterances of the batch
-                    valid = valid.any(0, keepdim=True)
-                sums[matrix.name] += rows[valid].square().sum(0, dtype=torch.float64).cpu()
-
-            return matrix.module.register_forward_hook(hook)
+        def add(name: str, gradients: Float[Tensor, "rows features"]) -> None:
+            sums[name] += gradients.square().sum(0, dtype=torch.float64).cpu()
 
         with only_matrices_trainable(self.model, matrices), projections_as_modules(self.model), torch.enable_grad():
             for index, masks in enumerate(self._masks):
-                hooks = [watch(matrix, masks) for matrix in matrices]
-                try:
-                    now = self._output(index)
-                    drawn = torch.multinomial(now.detach().exp().cpu(), 1, generator=generator).to(device)
-                    now.gather(1, drawn).sum().backward()
-                finally:
-                    for hook in hooks:
-                        hook.remove()
-                for matrix in matrices:
-                    matrix.parameter.grad = None
+                backpropagate_samples(partial(self._output, index), matrices, masks, generator, add)
         return {name: total / self.frames for name, total in sums.items()}
+
+
+def backpropagate_samples(
+    output: Callable[[], Float[Tensor, "frames outputs"]],
+    matrices: Sequence[PrunableMatrix],
+    masks: Mapping[int, Bool[Tensor, "_batch _length"]],
+    generator: torch.Generator,
+    add: Callable[[str, Float[Tensor, "_rows _features"]], None],
+    *,
+    of_posteriors: bool = True,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Draw what the model predicts for every frame of a batch, and give its gradients at outputs within the model.
+
+    They are the gradients of the log-likelihood of the draw, summed over the frames, so that their second moments are
+    the Fisher information of the model's output. A label is drawn from the posteriors of a frame, and for hidden states
+    their difference to a draw from the normal distribution of variance one around them.
+
+    Args:
+        output: Runs the model on the batch with gradients; gives the log posteriors of the characters, or the last
+            hidden states, of the frames of utterances.
+        matrices: The matrices at whose outputs, and whose parameters require gradients.
+        masks: Where the batch has frames (:func:`~sparsewav.pruning.hidden_states.layer_masks`).
+        generator: Draws, on the CPU.
+        add: Called with the name of a matrix or layer and the gradients at the rows of its output that belong to an
+            utterance; several times where its module is called several times.
+        of_posteriors: Whether the output is log posteriors.
+        layers: The layers of the encoder, in their order, where their outputs are to be watched, too.
+
+    Raises:
+        UserError: The output is not finite.
+    """
+
+    def watch(matrix: PrunableMatrix) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(take)
+
+        def take(gradient: Float[Tensor, "batch _ _"]) -> None:
+            rows = output_rows(matrix.module, gradient)
+            valid = valid_rows_of(matrix, masks, rows.shape[1])
+            if len(rows) < len(valid):  # position embeddings, one for all utterances of the batch
+                valid = valid.any(0, keepdim=True)
+            add(matrix.name, rows[valid])
+
+        return matrix.module.register_forward_hook(hook)
+
+    def watch_layer(index: int, name: str, layer: nn.Module) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:  # not where nothing prunable is left in it and before it
+                states.register_hook(lambda gradient: add(name, gradient[valid_rows(masks[index], gradient.shape[1])]))
+
+        return layer.register_forward_hook(hook)
+
+    hooks = [watch(matrix) for matrix in matrices]
+    hooks += [watch_layer(index, name, layer) for index, (name, layer) in enumerate((layers or {}).items())]
+    try:
+        now = output()
+        if not now.isfinite().all():
+            raise UserError(
+                "the model's outputs on the calibration set are NaN or infinite; check the model's weights, or load it "
+                "in float32"
+            )
+        if of_posteriors:
+            drawn = torch.multinomial(now.detach().exp().cpu(), 1, generator=generator).to(now.device)
+            now.gather(1, drawn).sum().backward()
+        else:
+            (now * torch.randn(now.shape, generator=generator).to(now.device)).sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for matrix in matrices:
+        matrix.parameter.grad = None
+
+
+def model_output(
+    model: PreTrainedModel, part: dict[str, Tensor], mask: Bool[Tensor, "batch frames"]
+) -> Float[Tensor, "_ outputs"]:
+    """Give the log posteriors of the characters, or the last hidden states of an encoder, of some frames of a batch."""
+    output = model(**part)
+    values = output.logits.float().log_softmax(-1) if has_head(model) else output.last_hidden_state.float()
+    return values[mask]
 
 
 def output_mask(model: PreTrainedModel, part: dict[str, Tensor]) -> Bool[Tensor, "batch frames"]:

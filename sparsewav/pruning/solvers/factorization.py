@@ -73,6 +73,17 @@ def damp(
     return hessian
 
 
+def damp_covariance(covariance: Float[Tensor, "rows rows"], share: float) -> Float[Tensor, "rows rows"]:
+    """Give the covariance of the gradients at some outputs, divided by its mean diagonal, plus a share of identity.
+
+    Outputs that the model's output does not depend on have no gradients and count alike: of a covariance that is zero
+    the identity is given.
+    """
+    mean = float(covariance.diagonal().mean())
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return covariance / mean + share * identity if mean > 0 else identity
+
+
 def invert_upper(factor: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
     """Invert an upper triangular matrix; what lies below its diagonal is not read."""
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

@@ -42,6 +42,8 @@ class Problem:
         untouched: Whether no mask in force has removed anything.
         rows: Where each matrix lies.
         sparsities: The sparsity of each matrix.
+        covariances: The damped G of each matrix, by which the errors of its outputs are weighted; None where they all
+            count alike.
     """
 
     target: Float[Tensor, "cols rows"]
@@ -54,6 +56,7 @@ class Problem:
     untouched: bool
     rows: list[slice]
     sparsities: Sequence[float]
+    covariances: Sequence[Float[Tensor, "_rows _rows"]] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,17 @@ inputs X̂ than the dense one, they minimise ||WX − ŴX̂||² + λ||W − Ŵ||
 the inputs and T = W + WD(H + λI)⁻¹; then this is ||(T − Ŵ)X̂||² + λ||T − Ŵ||² plus a constant, the same problem with T
 in place of W. Only the damping draws the weights to their dense values.
 
+ALPS can weight the errors of the outputs by a matrix G: tr(G(T − Ŵ)(H + λI)(T − Ŵ)ᵀ), of which the above is the case
+G = I. T stays what it is, because without any sparsity the error is zero for every row and so for every G. With G the
+covariance of the gradients at the outputs (:mod:`~sparsewav.pruning.gradient_covariance`) half of it is the divergence
+of the model's output to second order.
+
 The solvers work on transposed matrices, shape (cols, rows).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -21,9 +27,9 @@ from torch import Tensor
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.solvers import alps
-from sparsewav.pruning.solvers.factorization import damp, factorize
+from sparsewav.pruning.solvers.factorization import damp, damp_covariance, factorize
 from sparsewav.pruning.solvers.obs import Problem, sweep
-from sparsewav.pruning.solvers.refit import solve_on_support
+from sparsewav.pruning.solvers.refit import solve_on_support, solve_weighted_on_support
 from sparsewav.pruning.solvers.saliency import SCORES, Block
 from sparsewav.pruning.solvers.selection import block_quotas, group_quotas, lowest_of_rows, mark_lowest, n_of_m
 from sparsewav.pruning.solvers.workspace import workspace
@@ -57,6 +63,7 @@ def prune_matrix(
     solver: Solver | str = "obs",
     keep: Bool[Tensor, "_rows _cols"] | None = None,
     drift: Float[Tensor, "_cols _cols"] | None = None,
+    covariance: Float[Tensor, "_rows _rows"] | None = None,
     name: str = "the matrix",
 ) -> PrunedMatrix:
     """Prune one weight matrix; the arguments are not changed.
@@ -74,13 +81,22 @@ def prune_matrix(
         keep: A mask already in force: what it removed stays removed.
         drift: (X − X̂)X̂ᵀ of the dense model's inputs X and the inputs X̂ that ``hessian`` was computed on; None where
             they are the same.
+        covariance: The covariance of the gradients at the matrix's output, for ``ALPS(output_weighting="fisher")``.
         name: The matrix's name, for messages.
 
     Raises:
         UserError: A shape or a setting is wrong, or the Hessian is not positive definite even after λ was raised.
     """
     return prune_matrices(
-        [weight], hessian, [sparsity], saliency=saliency, solver=solver, keeps=[keep], drift=drift, names=[name]
+        [weight],
+        hessian,
+        [sparsity],
+        saliency=saliency,
+        solver=solver,
+        keeps=[keep],
+        drift=drift,
+        covariances=None if covariance is None else [covariance],
+        names=[name],
     )[0]
 
 
@@ -94,6 +110,7 @@ class MatrixGroup:
     keeps: Sequence[Bool[Tensor, "_rows _cols"] | None]
     drift: Float[Tensor, "_cols _cols"] | None
     names: Sequence[str]
+    covariances: Sequence[Float[Tensor, "_rows _rows"]] | None = None
 
 
 def prune_matrices(
@@ -105,6 +122,7 @@ def prune_matrices(
     solver: Solver | str = "obs",
     keeps: Sequence[Bool[Tensor, "_rows _cols"] | None] | None = None,
     drift: Float[Tensor, "_cols _cols"] | None = None,
+    covariances: Sequence[Float[Tensor, "_rows _rows"]] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[PrunedMatrix]:
     """Prune matrices that read the same input, with one factorisation and one sweep, but a quota for each.
@@ -123,7 +141,7 @@ def prune_matrices(
         allocation=Uniform(),
     )
     settings.check()
-    group = MatrixGroup(weights, hessian, shares, keeps or [None] * len(weights), drift, names)
+    group = MatrixGroup(weights, hessian, shares, keeps or [None] * len(weights), drift, names, covariances)
     return prune_groups([group], settings)[0]
 
 
@@ -136,6 +154,7 @@ def prune_groups(groups: Sequence[MatrixGroup], settings: Pruning) -> list[list[
     solver, pattern = settings.solver, settings.sparsity.pattern
     for group in groups:
         _check(group, pattern)
+        _check_covariances(group, solver)
         if group.drift is not None and not settings.saliency.updates:
             raise UserError(
                 f"saliency={settings.saliency.name} updates no weights, and a drift of the inputs asks for it; choose "
@@ -143,7 +162,7 @@ def prune_groups(groups: Sequence[MatrixGroup], settings: Pruning) -> list[list[
             )
     if not settings.saliency.updates:
         return [_mask_only(group, settings.saliency.name, pattern) for group in groups]
-    problems = [_lay_out(group, number, solver.damping) for number, group in enumerate(groups)]
+    problems = [_lay_out(group, number, solver) for number, group in enumerate(groups)]
     found: list[tuple[Tensor, Tensor, Tensor | None]] = []  # weights and removals (cols, rows), increments (rows,)
     if isinstance(solver, ALPS):
         found = [(*_admm(problem, solver, pattern), None) for problem in problems]
@@ -198,6 +217,27 @@ def _check(group: MatrixGroup, pattern: tuple[int, int] | None) -> None:
             )
 
 
+def _check_covariances(group: MatrixGroup, solver: Solver) -> None:
+    """Refuse to weight the outputs by what is not there, or is no such matrix."""
+    if solver.weights_outputs == (group.covariances is None):
+        raise UserError(
+            "the covariance of the gradients at a matrix's output goes with solver=alps and "
+            "solver.output_weighting=fisher, which needs it; give both, or none of them"
+        )
+    if group.covariances is None:
+        return
+    for weight, covariance, name in zip(group.weights, group.covariances, group.names, strict=True):
+        if covariance.shape != (len(weight), len(weight)):
+            raise UserError(
+                f"the covariance of the gradients of {name} has shape {tuple(covariance.shape)}; its weight "
+                f"{tuple(weight.shape)} needs ({len(weight)}, {len(weight)})"
+            )
+        if not is_finite(covariance):
+            raise UserError(
+                f"the covariance of the gradients of {name} has NaN or infinite values; load the model in float32"
+            )
+
+
 def check_finite(weight: Float[Tensor, "rows cols"], name: str) -> None:
     """Refuse the pruned weight of a matrix that is beyond the range of its type.
 
@@ -213,16 +253,20 @@ def is_finite(matrix: Float[Tensor, "rows cols"]) -> bool:
     return bool(matrix.sum(dtype=torch.promote_types(matrix.dtype, torch.float32)).isfinite())
 
 
-def _lay_out(group: MatrixGroup, number: int, damping_share: float) -> Problem:
+def _lay_out(group: MatrixGroup, number: int, solver: Solver) -> Problem:
     """Lay the matrices of a group side by side and factor their Hessian; ``number`` identifies their workspaces."""
     stacked, removed, rows = _stack(group, number)
     hessian = group.hessian.to(stacked.dtype)
     live = hessian.diagonal() > 0
-    factor, damping = factorize(hessian, live, damping_share, ", ".join(group.names), number)
+    factor, damping = factorize(hessian, live, solver.damping, ", ".join(group.names), number)
     shift = None if group.drift is None else _shift_of_target(stacked, factor, group.drift.to(stacked.dtype))
     target = stacked if shift is None else stacked.add_(shift)
     if not live.all():
         target[~live], removed[~live] = 0, True
+    covariances = None
+    if isinstance(solver, ALPS) and solver.weights_outputs:
+        assert group.covariances is not None
+        covariances = [damp_covariance(item.to(stacked), solver.output_damping) for item in group.covariances]
     return Problem(
         target=target,
         hessian=hessian,
@@ -234,6 +278,7 @@ def _lay_out(group: MatrixGroup, number: int, damping_share: float) -> Problem:
         untouched=all(keep is None for keep in group.keeps),
         rows=rows,
         sparsities=group.sparsities,
+        covariances=covariances,
     )
 
 
@@ -329,16 +374,29 @@ def _admm(
         for rows, sparsity in zip(problem.rows, problem.sparsities, strict=True)
     ]
 
-    def project(scores: Float[Tensor, "cols rows"]) -> Bool[Tensor, "cols rows"]:
+    def project_one(number: int, scores: Float[Tensor, "cols _"]) -> Bool[Tensor, "cols _"]:
+        already = in_force[:, problem.rows[number]]
         if pattern:
-            return ~n_of_m(scores.T, ~in_force.T, *pattern).T
-        removed = in_force.clone()
-        for rows, quota in zip(problem.rows, quotas, strict=True):
-            mark_lowest(removed[:, rows], scores[:, rows], live, quota)
+            return ~n_of_m(scores.T, ~already.T, *pattern).T
+        removed = already.clone()
+        mark_lowest(removed, scores, live, quotas[number])
         return removed
 
+    def project(scores: Float[Tensor, "cols rows"]) -> Bool[Tensor, "cols rows"]:
+        return torch.cat([project_one(number, scores[:, rows]) for number, rows in enumerate(problem.rows)], 1)
+
     damped = damp(problem.hessian.clone(), live, problem.damping)
-    removed, start = alps.find_mask(problem.target, damped, project, solver.max_steps)
-    if not removed.any():
-        return problem.target, removed
-    return solve_on_support(problem.target, damped, ~removed, start, solver.tolerance), removed
+    if problem.covariances is None:  # the rows are independent, and those of all matrices are solved together
+        removed, start = alps.find_mask(problem.target, damped, project, solver.max_steps)
+        if not removed.any():
+            return problem.target, removed
+        return solve_on_support(problem.target, damped, ~removed, start, solver.tolerance), removed
+    weights, masks = [], []
+    for number, (rows, covariance) in enumerate(zip(problem.rows, problem.covariances, strict=True)):
+        target = problem.target[:, rows]
+        removed, weight = alps.find_mask(target, damped, partial(project_one, number), solver.max_steps, covariance)
+        if removed.any():
+            weight = solve_weighted_on_support(target, damped, covariance, ~removed, weight, solver.tolerance)
+        weights.append(weight if removed.any() else target)
+        masks.append(removed)
+    return torch.cat(weights, 1), torch.cat(masks, 1)
