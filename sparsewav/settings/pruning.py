@@ -1,7 +1,7 @@
 """The options of pruning: one dataclass for every choice in a group, and :class:`Pruning`, which holds one of each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -191,7 +191,7 @@ class Reconstruction(OutputWeighting, Recovery):
 
 
 @dataclass(kw_only=True)
-class Global(Recovery, Optimization):
+class Global(OutputWeighting, Recovery, Optimization):
     """What is left of the whole model learns the dense model's posteriors and last hidden states, after the pruning.
 
     The loss is the divergence KL(dense || pruned) of the characters of a frame in nats, and the squared error of the
@@ -203,8 +203,8 @@ class Global(Recovery, Optimization):
     group: ClassVar[str] = "recovery"
     steps: int = option(
         0,
-        "steps of recovery=reconstruction in every layer before, at its learning rate, with outputs weighted as those "
-        "of solver=alps; 0: none",
+        "steps of recovery=reconstruction in every layer before, at its learning rate and with outputs weighted so; 0: "
+        "none",
         least=0,
     )
     updates: int = option(300, "updates of the whole model at most", least=1)
@@ -396,11 +396,8 @@ class Pruning:
     def layer_recovery(self) -> Reconstruction | Affine | None:
         """What every pruned layer learns by itself."""
         if isinstance(self.recovery, Global):
-            layers = Reconstruction(steps=max(self.recovery.steps, 1))
-            if isinstance(self.solver, ALPS):
-                layers.output_weighting = self.solver.output_weighting
-                layers.output_damping = self.solver.output_damping
-            return layers if self.recovery.steps else None
+            shared = {item.name: getattr(self.recovery, item.name) for item in fields(OutputWeighting)}
+            return Reconstruction(steps=self.recovery.steps, **shared) if self.recovery.steps else None
         return self.recovery if isinstance(self.recovery, Reconstruction | Affine) else None
 
     @property

@@ -427,12 +427,11 @@ def test_masks_of_an_earlier_stage_hold(tiny_model: Factory, noise_batch: MakeBa
     assert second.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
-def test_layer_steps_of_the_global_recovery_follow_the_solver() -> None:
-    weighted = ALPS(output_weighting="fisher", output_damping=0.5)
-    found = Pruning(solver=weighted, recovery=Global(steps=7)).layer_recovery
-    assert found == Reconstruction(steps=7, output_weighting="fisher", output_damping=0.5)
-    assert Pruning(solver=ALPS(), recovery=Global(steps=7)).layer_recovery == Reconstruction(steps=7)
-    assert Pruning(solver=weighted, recovery=Global()).layer_recovery is None
+def test_layer_steps_of_the_global_recovery_are_weighted_as_it_says() -> None:
+    weighted: dict[str, Any] = {"output_weighting": "fisher", "output_damping": 0.5}
+    found = Pruning(recovery=Global(steps=7, **weighted)).layer_recovery
+    assert found == Reconstruction(steps=7, **weighted)
+    assert Pruning(recovery=Global(**weighted)).layer_recovery is None
 
 
 def test_weighted_recovery_of_what_loses_whole_parts(tiny_model: Factory, noise_batch: MakeBatch) -> None:
