@@ -48,7 +48,8 @@ def calibration_batches(
     >>> batches = sparsewav.calibration_batches(["one.wav", "two.flac"], speech)  # doctest: +SKIP
     >>> batches = sparsewav.calibration_batches(load_dataset(...), speech, utterances=128)  # doctest: +SKIP
 
-    Without transcripts the batches have no labels, and the allocations ``hutchinson`` and ``hawq`` refuse them.
+    Without transcripts the batches have no labels, and the allocations ``hutchinson`` and ``hawq`` refuse them unless
+    their ``trace`` is ``fisher``.
 
     Args:
         data: An audio file; a folder of them, in LibriSpeech's layout or without transcripts; a manifest (CSV, TSV,

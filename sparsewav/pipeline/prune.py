@@ -69,8 +69,8 @@ def prune(
             those of :mod:`~sparsewav.pruning.families`.
         calibration_batches: Dictionaries with ``input_values`` (batch, samples) or ``input_features`` (batch, feature
             frames, bins), whichever the model takes, ``attention_mask`` over their second axis and, for the allocations
-            ``hutchinson`` and ``hawq``, ``labels`` (batch, characters; −100 where there is none); their other keys are
-            not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
+            ``hutchinson`` and ``hawq`` by traces of the Hessian, ``labels`` (batch, characters; −100 where there is
+            none); their other keys are not read. What is no sequence, as a ``DataLoader``, is read once, into a list.
         sparsity: The share of the prunable weights to remove, or ``NM(n, m)``, or ``Megabytes(20)``: as few as the size
             of the weights file allows, or ``Structured(parameters=0.5)``: whole heads and units, whose columns in the
             matrices that read them become zero, until :func:`sparsewav.cut` makes the smaller model, and channels of
@@ -87,12 +87,12 @@ def prune(
         quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
             ``int4``, ``int3``, ``int2``, or ``mixed`` for ``Megabytes``; all but ``float16`` take a model in float32.
         allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
-            ``error_curves``, ``search``.
+            ``error_curves``, ``search``; ``Hutchinson(trace="fisher")`` needs no labels.
         calibration: Which activations the Hessians are summed over, e.g. ``Calibration(propagation="sequential")``;
             all utterances of the batches are taken.
         scope: What is pruned: ``transformer`` (the paper's), the matrices of the layers, or ``encoder``, the
             convolutions and the projection in front of them, too. The sparsity is over what is pruned.
-        seed: The seed of the Hutchinson probes, the sample of frames, the search and the recovery's order of batches.
+        seed: The seed of the probes of traces, the sample of frames, the search and the recovery's order of batches.
         masks: Masks already in force, by matrix name: what they removed stays removed and counts.
         progress: Called as the stages advance.
 

@@ -163,7 +163,7 @@ def gather_traces(
     identity: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Trace] | None, float, bool]:
-    """Give Hessian traces, if the allocation asks for them; seconds and cached as in :func:`gather_hessians`."""
+    """Give traces, if the allocation asks for them; seconds and cached as in :func:`gather_hessians`."""
     allocation = config.allocation
     if not isinstance(allocation, Traced):
         return None, 0.0, False
@@ -175,7 +175,7 @@ def gather_traces(
             batches = calibration_batches(config, speech, utterances)
             settings = config.pruning(config.sparsity.fraction)
             traces = in_all_processes(traces_of, speech.model, batches, settings=settings, progress=progress)
-        cache.check_finite({name: trace.value for name, trace in traces.items()}, "the Hessian's trace")
+        cache.check_finite({name: trace.value for name, trace in traces.items()}, "the trace")
         return traces, time.perf_counter() - started
 
     def make(folder: Path) -> None:
@@ -194,7 +194,7 @@ def gather_traces(
     folder, cached = cache.cached_folder("traces", identity, make, enabled=config.cache)
     record = json.loads((folder / "traces.json").read_text())
     traces = {name: Trace(**trace) for name, trace in record["traces"].items()}
-    cache.check_finite({name: trace.value for name, trace in traces.items()}, f"the Hessian's trace in {folder}")
+    cache.check_finite({name: trace.value for name, trace in traces.items()}, f"the trace in {folder}")
     return traces, record["seconds"], cached
 
 

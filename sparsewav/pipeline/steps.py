@@ -145,12 +145,12 @@ def prune_step(
         if not first:
             achieved = 1 - (1 - achieved) * (1 - state.stages[-1]["achieved_sparsity"])
             share_left *= state.stages[-1]["share_left"] if timed is None else 1.0
-    probes = next(iter(traces.values())).samples if traces else 0
     state.stages.append(
         {
             "sparsity": sparsity,
             "achieved_sparsity": achieved,
-            "sensitivity_gradients": 2 * probes,  # forward and backward passes over a batch
+            # backward passes: over a batch, or over an utterance for allocation.trace=fisher
+            "sensitivity_gradients": next(iter(traces.values())).gradients if traces else 0,
             "updates": 0,
         }
         | ({} if report.bits is None else {"bits": report.bits})

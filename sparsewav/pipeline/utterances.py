@@ -73,7 +73,8 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
         calibration, recovery = ([replace(item, text="") for item in drawn] for drawn in (calibration, recovery))
     for utterances in (*evaluation.values(), calibration, training, recovery):
         check_lengths(utterances, speech.model, speech.processor, labels=utterances is training)
-    with_loss = config.allocation.utterances if isinstance(config.allocation, Traced) else 0
+    allocation = config.allocation
+    with_loss = allocation.utterances if isinstance(allocation, Traced) and allocation.reads_transcripts else 0
     check_lengths(calibration[:with_loss], speech.model, speech.processor, labels=True)
     return Chosen(evaluation, calibration, training, recovery, how, overlap, notes, assumed)
 
@@ -88,7 +89,7 @@ def recovery_set(config: Config, sets: Sets) -> list[Utterance]:
 
 def leave_unlabelled(config: Config, sets: Sets) -> None:
     """Let the calibration set have no transcripts where a run reads none of them."""
-    if not isinstance(config.allocation, Traced):
+    if not config.allocation.reads_transcripts:
         sets.leave_calibration_unlabelled(role for role in config.roles if role != "calibration")
 
 

@@ -425,9 +425,15 @@ def model_batches(model: PreTrainedModel, batch: Any, number: int) -> Iterator[d
     if takes_padding(model) or bool(mask.all()):
         yield {key: values, "attention_mask": mask, **labels}
         return
-    for index, length in enumerate(mask.sum(-1).tolist()):
-        row = {key: values[index : index + 1, :length], "attention_mask": mask[index : index + 1, :length]}
-        yield row | {name: value[index : index + 1] for name, value in labels.items()}
+    yield from single_utterances(model, {key: values, "attention_mask": mask, **labels})
+
+
+def single_utterances(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Take a batch of :func:`model_batches` apart: every utterance alone and without padding."""
+    key = input_key(model)
+    for index, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
+        row = {name: value[index : index + 1] for name, value in batch.items()}
+        yield row | {name: row[name][:, :length] for name in (key, "attention_mask")}
 
 
 def as_sequence(batches: Any) -> Sequence[Any]:

@@ -22,13 +22,14 @@ from sparsewav.pruning.allocation.allocate import (
     allocate_levels,
     check_allocation,
     choose_evenly,
+    doubtful_traces,
     traces_of,
 )
 from sparsewav.pruning.allocation.budget import MARGIN, byte_budget
 from sparsewav.pruning.allocation.latency import LatencyTable, TimeShape
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.allocation.search import LevelAllocation
-from sparsewav.pruning.allocation.sensitivity import Trace, unseparated_neighbors
+from sparsewav.pruning.allocation.sensitivity import Trace
 from sparsewav.pruning.channels import front_tensors, put_front
 from sparsewav.pruning.encoder import (
     FRONT,
@@ -154,7 +155,7 @@ def prune_model(
         settings: All options.
         masks: As there.
         hessians: Hessians of the dense model, for propagation ``parallel`` and for allocations by levels.
-        traces: Hessian traces of the dense model, for the allocations that use them.
+        traces: Traces of the dense model, for the allocations that use them.
         levels: Sparsity and bits of every matrix, where they are decided already; None for the allocation to decide.
         rounds: Whether to round now; otherwise the report has the bits, and another call rounds.
         load_layer: As in :func:`~sparsewav.pruning.layerwise.prune_layer_by_layer`.
@@ -459,20 +460,11 @@ def _warnings(
         for index, recovery in enumerate(outcome.recoveries)
         if recovery.diverged
     ]
-    traces = plan.traces if isinstance(plan.settings.allocation, Hutchinson) else None
     emptied = [name for name, target in plan.targets.items() if target >= 1 - 1e-9]
-    if emptied and traces is not None:
+    if emptied and isinstance(plan.settings.allocation, Hutchinson):
         warnings.append(f"sparsity + alpha is 1: {', '.join(emptied)} lost all of its weights")
-    if traces is not None:
-        unseparated = unseparated_neighbors(dict(traces))
-        if unseparated:
-            warnings.append(
-                f"{unseparated} of {len(traces) - 1} neighbours in the sensitivity ranking differ by less than their "
-                "standard error; raise allocation.probes or the calibration set to separate them"
-            )
-        negative = sum(trace.value < 0 for trace in traces.values())
-        if negative:
-            warnings.append(f"{negative} sensitivities are negative (the CTC loss is not convex); ranked by value")
+    doubt = doubtful_traces(plan.settings.allocation, plan.traces)
+    warnings += [doubt] if doubt else []
     if distributed.rank() == 0:  # once is enough
         for warning in warnings:
             logger.warning(warning)

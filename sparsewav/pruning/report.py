@@ -23,7 +23,8 @@ class MatrixReport:
         name: The name of its module.
         rows: Output features.
         cols: Input features.
-        sensitivity: The mean Hessian trace (eq. 5); None for an allocation that does not use it.
+        sensitivity: The mean trace (eq. 5), of the Hessian or of the Fisher information; None for an allocation that
+            uses neither.
         sensitivity_error: The standard error of the sensitivity.
         rank: The rank by sensitivity, 0 for the highest.
         target_sparsity: The allocated sparsity.

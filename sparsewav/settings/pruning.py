@@ -226,6 +226,11 @@ class Global(OutputWeighting, Recovery, Optimization):
 class Allocation(Option):
     """How the sparsity is shared among the matrices."""
 
+    @property
+    def reads_transcripts(self) -> bool:
+        """Whether the calibration utterances need transcripts."""
+        return False
+
 
 @dataclass(kw_only=True)
 class Uniform(Allocation):
@@ -236,12 +241,23 @@ class Uniform(Allocation):
 
 @dataclass(kw_only=True)
 class Traced(Allocation):
-    """An allocation by Hessian traces of the CTC loss (eq. 4 and 5 of the paper)."""
+    """An allocation by traces of the CTC loss's Hessian (eq. 4 and 5 of the paper) or of its Fisher information."""
 
-    probes: int = option(1, "random vectors for every calibration batch; each costs two gradients", least=1)
+    trace: str = option(
+        "hutchinson",
+        "of the Hessian for the transcripts (hutchinson, the paper's), or of the Fisher information of the model's own "
+        "transcripts (fisher: never negative, needs no labels)",
+        choices=("hutchinson", "fisher"),
+    )
+    probes: int = option(
+        1,
+        "random vectors for every calibration batch, each of which costs two gradients; with trace=fisher drawn "
+        "transcripts for every utterance, one gradient each",
+        least=1,
+    )
     distribution: str = option(
         "gaussian",
-        "of the random vectors: gaussian (the paper's), rademacher (less variance)",
+        "of the random vectors of trace=hutchinson: gaussian (the paper's), rademacher (less variance)",
         choices=("gaussian", "rademacher"),
     )
     utterances: int = option(128, "calibration utterances at most that the traces are estimated on", least=1)
@@ -250,6 +266,18 @@ class Traced(Allocation):
         "stop once a matrix is expected to be out of place by no more than this share of all ranks; 0: never",
         least=0,
     )
+
+    @property
+    def reads_transcripts(self) -> bool:
+        return self.trace == "hutchinson"
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.trace == "fisher" and self.distribution != "gaussian":
+            yield (
+                f"distribution={self.distribution} is that of the random vectors of trace=hutchinson, and trace=fisher "
+                "has none; leave it out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -380,7 +408,7 @@ class Pruning:
     )
     seed: int = option(
         0,
-        "of pruning: calibration sample, frames, Hutchinson probes and search; of a baseline's new weights and order; "
+        "of pruning: calibration sample, frames, probes of traces and search; of a baseline's new weights and order; "
         "data.seed and training.seed do not follow it",
         least=0,
         below=2**32,

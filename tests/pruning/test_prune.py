@@ -314,7 +314,9 @@ def test_hutchinson_spares_the_sensitive(tiny_model: Factory, batches: list[Batc
     sensitivities = [row.sensitivity for row in rows]
     assert sensitivities == sorted(sensitivities, reverse=True)  # type: ignore[type-var]
     assert [row.target_sparsity for row in rows] == pytest.approx([0.55 + 0.3 * rank / 11 for rank in range(12)])
-    assert any("standard error" in warning for warning in report.warnings)
+    (warning,) = report.warnings
+    assert "standard error" in warning
+    assert "choose allocation.trace=fisher" in warning
 
 
 def test_a_model_that_is_sparser_already_is_warned_about(tiny_model: Factory, batches: list[Batch]) -> None:
@@ -492,7 +494,7 @@ untyped_prune: Callable[..., Any] = inspect.unwrap(sparsewav.prune)
         (lambda batch: batch | {"attention_mask": batch["attention_mask"].flip(1)}, "0 for the padding after it"),
         (lambda batch: batch | {"labels": batch["labels"][:1]}, r"labels .* \(1, 4\); .* each of its 2 utterances"),
         (lambda batch: batch | {"labels": batch["labels"].float()}, "labels .*float32.* give whole numbers"),
-        (lambda batch: batch | {"labels": None}, "labels, or allocation=uniform"),
+        (lambda batch: batch | {"labels": None}, "labels, or choose allocation.trace=fisher or allocation=uniform"),
     ],
 )
 def test_batches_of_another_form_are_refused(

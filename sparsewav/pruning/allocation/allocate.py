@@ -14,7 +14,12 @@ from sparsewav.pruning.allocation.latency import TimeShape
 from sparsewav.pruning.allocation.parts import PartBudget
 from sparsewav.pruning.allocation.rank import allocate_by_rank, allocate_uniformly
 from sparsewav.pruning.allocation.search import LevelAllocation, allocate_by_levels
-from sparsewav.pruning.allocation.sensitivity import Trace, estimate_traces
+from sparsewav.pruning.allocation.sensitivity import (
+    Trace,
+    estimate_traces,
+    rank_displacement,
+    unseparated_neighbors,
+)
 from sparsewav.pruning.channels import front_levels
 from sparsewav.pruning.encoder import (
     first_utterances,
@@ -38,13 +43,14 @@ from sparsewav.settings.pruning import (
 def traces_of(
     model: PreTrainedModel, batches: Any, settings: Pruning, progress: Progress | None = None
 ) -> dict[str, Trace]:
-    """Estimate the Hessian traces for an allocation, on the part of the calibration set that it asks for (eq. 4, 5)."""
+    """Estimate the traces for an allocation, on the part of the calibration set that it asks for (eq. 4, 5)."""
     allocation = settings.allocation
     assert isinstance(allocation, Traced)
     return estimate_traces(
         model,
         first_utterances(batches, allocation.utterances),
         scope=settings.scope,
+        trace=allocation.trace,
         probes=allocation.probes,
         distribution=allocation.distribution,
         rank_tolerance=allocation.rank_tolerance,
@@ -86,6 +92,33 @@ def allocate(sizes: Mapping[str, int], settings: Pruning, traces: Mapping[str, T
             raise UserError(f"the sensitivity of {name} is {traces[name].value}; check the model's weights")
     sensitivities = {name: traces[name].sensitivity for name in sizes}
     return allocate_by_rank(sizes, sensitivities, target, allocation.alpha, exact_budget=allocation.exact_budget)
+
+
+def doubtful_traces(allocation: Allocation, traces: Mapping[str, Trace] | None) -> str | None:
+    """Give a sentence on traces that do not settle what the allocation reads of them, and what to do; None if they do.
+
+    ``Hutchinson`` reads the ranks, and ``HAWQ`` the values, of which it takes a negative one as 0.
+    """
+    if traces is None or not isinstance(allocation, Traced):
+        return None
+    found = []
+    if isinstance(allocation, Hutchinson) and not rank_displacement(dict(traces)) <= allocation.rank_tolerance:
+        close = unseparated_neighbors(dict(traces))
+        if close:
+            found.append(
+                f"{close} of {len(traces) - 1} neighbours in the sensitivity ranking differ by less than their "
+                "standard error"
+            )
+    negative = sum(trace.value < 0 for trace in traces.values())
+    if negative:
+        found.append(f"{negative} of {len(traces)} sensitivities are below 0, because the CTC loss is not convex")
+    if not found:
+        return None
+    fisher = "choose allocation.trace=fisher, " if allocation.trace == "hutchinson" else ""
+    return (
+        f"{' and '.join(found)}; {fisher}raise allocation.probes, or choose allocation=error_curves, which reads no "
+        "traces"
+    )
 
 
 def choose_evenly(parts: PartBudget, time_shape: TimeShape | None) -> PartBudget:

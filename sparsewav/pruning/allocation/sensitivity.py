@@ -1,9 +1,16 @@
 """Sensitivity: the mean Hessian trace of the CTC loss for every matrix (eq. 4 and 5 of the paper).
 
-PyTorch's CTC loss has no second derivative, so the Hessian-vector product is a central difference of gradients,
-Hz ≈ (∇L(w + εz) − ∇L(w − εz)) / 2ε. One z over all matrices gives the traces of all of them, because the products
-between different matrices have expectation zero. Only the ranking of the matrices is used, so that the estimation may
-stop as soon as more batches would hardly change it.
+- ``hutchinson``, the paper's: the trace of the Hessian for the transcripts. PyTorch's CTC loss has no second
+  derivative, so the Hessian-vector product is a central difference of gradients,
+  Hz ≈ (∇L(w + εz) − ∇L(w − εz)) / 2ε. One z over all matrices gives the traces of all of them, because the products
+  between different matrices have expectation zero. The loss is not convex: a trace may be negative.
+- ``fisher``: the trace of the Fisher information E ∇log p(y) ∇log p(y)ᵀ, the mean of ‖∇log p(y)‖² over transcripts y
+  that the model itself gives with the probability p(y), which is the Hessian's mean over them. A path of frames drawn
+  from the posteriors and collapsed is such a transcript, so that none has to be known, and no trace is negative. The
+  square is that of a single utterance's gradient: every utterance takes a backward pass of its own.
+
+Only the ranking of the matrices is used, so that the estimation may stop as soon as more batches would hardly change
+it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +20,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
@@ -24,7 +32,9 @@ from sparsewav.pruning.encoder import (
     as_sequence,
     in_evaluation_mode,
     model_batches,
+    output_counts,
     prunable_matrices,
+    single_utterances,
     whatever_modes,
 )
 from sparsewav.pruning.hessian import Progress
@@ -33,22 +43,27 @@ from sparsewav.settings.pruning import TRANSFORMER
 LEAST_BATCHES = 8
 """Batches before the estimation may stop; standard errors from fewer are unreliable."""
 
+Sample = tuple[int, list[float]]
+"""A number of utterances, and an estimate of the trace of every matrix for their mean loss."""
+
 
 @dataclass(frozen=True)
 class Trace:
-    """Hutchinson's estimate of the trace of one matrix's diagonal block of the Hessian.
+    """The estimate of the trace of one matrix's diagonal block of the Hessian, or of the Fisher information.
 
     Attributes:
         value: The trace, for the mean loss per utterance.
-        standard_error: The standard error of the value over probes and batches; NaN from a single sample.
+        standard_error: The standard error of the value over the samples; NaN from a single one.
         size: The number of diagonal elements.
-        samples: The number of pairs of a probe and a batch in the estimate; each took two gradients.
+        samples: The number of samples in the estimate: pairs of a probe and a batch, or utterances for ``fisher``.
+        gradients: The number of gradients that they took: two of a batch for every pair, or ``probes`` of an utterance.
     """
 
     value: float
     standard_error: float
     size: int
     samples: int = 1
+    gradients: int = 2
 
     @property
     def sensitivity(self) -> float:
@@ -61,6 +76,7 @@ def estimate_traces(
     batches: Iterable[dict[str, Tensor]],
     *,
     scope: str = TRANSFORMER,
+    trace: str = "hutchinson",
     probes: int = 1,
     distribution: str = "gaussian",
     epsilon: float = 1e-3,
@@ -68,29 +84,33 @@ def estimate_traces(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Trace]:
-    """Estimate the Hessian trace of every prunable matrix.
+    """Estimate the trace of the Hessian, or of the Fisher information, for every prunable matrix.
 
-    Every pair of a probe and a batch has its own z, so that more batches also mean more probes. The batches are taken
-    in random order. In a process group each process takes its share of them, and all get the same traces.
+    Every pair of a probe and a batch has its own z, and every utterance its own transcripts, so that more batches also
+    mean more probes. The batches are taken in random order. In a process group each process takes its share of them,
+    and all get the same traces.
 
     Args:
         model: A CTC model, float32 or float64; its weights are bit for bit the same afterwards.
-        batches: Calibration batches with ``labels``.
+        batches: Calibration batches, with ``labels`` for ``hutchinson``; ``fisher`` does not read them.
         scope: Of which matrices, as in :func:`~sparsewav.pruning.encoder.prunable_matrices`.
-        probes: The number of vectors z for each batch.
+        trace: Of what: ``hutchinson``, the Hessian for the transcripts (the paper's), or ``fisher``, the Fisher
+            information of the model's own transcripts, which is never negative.
+        probes: The number of vectors z for each batch, or of transcripts drawn for each utterance.
         distribution: The distribution of z's elements: ``gaussian`` (the paper's) or ``rademacher``, which has less
             variance.
         epsilon: The norm of the step εz relative to that of the weights.
         rank_tolerance: Stop once the expected displacement of a rank (:func:`rank_displacement`) is not above this; 0
             takes all batches.
-        seed: The seed of z and of the batches' order.
+        seed: The seed of z, of the transcripts drawn, and of the batches' order.
         progress: Called after every batch.
 
     Returns:
         The traces, by matrix name.
 
     Raises:
-        UserError: There is no batch, a batch has no labels, a loss is not finite, or the model is in half precision.
+        UserError: There is no batch, a batch has no labels that are needed, a loss or a posterior is not finite, or the
+            model is in half precision.
     """
     if model.dtype not in (torch.float32, torch.float64):
         raise UserError(
@@ -98,10 +118,12 @@ def estimate_traces(
         )
     if probes < 1 or distribution not in ("gaussian", "rademacher"):
         raise UserError(f"probes={probes}, distribution={distribution}: give 1 or more, and gaussian or rademacher")
+    if trace not in ("hutchinson", "fisher"):
+        raise UserError(f"trace={trace} does not exist; choose one of hutchinson, fisher")
     matrices = prunable_matrices(model, scope)
     sized = as_sequence(batches)
     order = torch.randperm(len(sized), generator=torch.Generator().manual_seed(_seed_of(seed))).tolist()
-    products: list[Tensor] = []  # zᵢᵀ(Hz)ᵢ per utterance, shape (matrices,), for every probe and batch
+    products: list[Tensor] = []  # of every sample, shape (matrices,)
     weights: list[int] = []
     traces: dict[str, Trace] = {}
     done, settled = 0, False
@@ -112,37 +134,35 @@ def estimate_traces(
         _summed_loss(model),
         torch.enable_grad(),
     ):
-        step_size = epsilon * _norm([matrix.weight for matrix in matrices])
+        step = epsilon * _norm([matrix.weight for matrix in matrices])
 
-        def sample(index: int) -> tuple[int, list[list[float]]]:
+        def samples(index: int) -> list[Sample]:
             parts = list(model_batches(model, sized[index], index))
-            utterances = sum(len(part["attention_mask"]) for part in parts)
-            found = []
-            for probe in range(probes):
-                generator = torch.Generator().manual_seed(_seed_of(seed, index, probe))
-                z = [_draw(matrix, distribution, generator) for matrix in matrices]
-                forms = _quadratic_forms(model, matrices, parts, z, step_size / _norm(z))
-                if not forms.isfinite().all():
-                    name = matrices[int(forms.isfinite().logical_not().nonzero()[0])].name
+            if trace == "fisher":
+                found = _squared_gradients(model, matrices, parts, probes, (seed, index))
+            else:
+                found = _hessian_forms(model, matrices, parts, probes, distribution, step, (seed, index))
+            for _, values in found:
+                if not np.isfinite(values).all():
+                    name = matrices[int(np.isfinite(values).argmin())].name
                     raise UserError(
                         f"the gradient of the CTC loss for {name} is NaN or infinite on calibration batch {index}; "
                         "check the model's weights"
                     )
-                found.append((forms / utterances).tolist())
-            return utterances, found
+            return found
 
         for start in range(0, len(order), distributed.world()):  # a batch for each process
             place = start + distributed.rank()
             with distributed.together():
-                own = sample(order[place]) if place < len(order) else None
-            for result in distributed.gather(own):
-                if result is None or settled:  # a single process would have stopped before this batch
+                own = samples(order[place]) if place < len(order) else None
+            for found in distributed.gather(own):
+                if found is None or settled:  # a single process would have stopped before this batch
                     continue
-                utterances, found = result
-                products += torch.tensor(found, dtype=torch.float64).unbind()
-                weights += [utterances] * len(found)
+                for utterances, values in found:
+                    products.append(torch.tensor(values, dtype=torch.float64))
+                    weights.append(utterances)
                 done += 1
-                traces = _traces(matrices, products, weights)
+                traces = _traces(matrices, products, weights, probes if trace == "fisher" else 2)
                 settled = done >= LEAST_BATCHES and rank_displacement(traces) <= rank_tolerance
             if progress:
                 progress(len(order) if settled else done, len(order))
@@ -153,10 +173,12 @@ def estimate_traces(
     return traces
 
 
-def _traces(matrices: list[PrunableMatrix], products: list[Tensor], weights: list[int]) -> dict[str, Trace]:
+def _traces(
+    matrices: list[PrunableMatrix], products: list[Tensor], weights: list[int], gradients: int
+) -> dict[str, Trace]:
     values, errors = _weighted_mean(torch.stack(products), torch.tensor(weights, dtype=torch.float64))
     return {
-        matrix.name: Trace(value, error, matrix.size, len(products))
+        matrix.name: Trace(value, error, matrix.size, len(products), gradients * len(products))
         for matrix, value, error in zip(matrices, values.tolist(), errors.tolist(), strict=True)
     }
 
@@ -202,6 +224,26 @@ def _norm(tensors: Sequence[Tensor]) -> float:
     return float(sum(tensor.detach().double().square().sum() for tensor in tensors) ** 0.5)
 
 
+def _hessian_forms(
+    model: PreTrainedModel,
+    matrices: list[PrunableMatrix],
+    batches: list[dict[str, Tensor]],
+    probes: int,
+    distribution: str,
+    step: float,
+    entropy: tuple[int, int],
+) -> list[Sample]:
+    """Give zᵢᵀ(Hz)ᵢ of every matrix for some random z, each at a distance of ``step`` from the weights."""
+    utterances = sum(len(batch["attention_mask"]) for batch in batches)
+    found = []
+    for probe in range(probes):
+        generator = torch.Generator().manual_seed(_seed_of(*entropy, probe))
+        z = [_draw(matrix, distribution, generator) for matrix in matrices]
+        forms = _quadratic_forms(model, matrices, batches, z, step / _norm(z))
+        found.append((utterances, (forms / utterances).tolist()))
+    return found
+
+
 def _quadratic_forms(
     model: PreTrainedModel,
     matrices: list[PrunableMatrix],
@@ -229,25 +271,17 @@ def _products_with_gradients(
     batches: list[dict[str, Tensor]],
     z: list[Float[Tensor, "_rows _cols"]],
 ) -> Float[Tensor, " matrices"]:
-    """Give zᵢᵀ∇ᵢL of every matrix in float64; every gradient is freed as soon as it is multiplied."""
-    products = torch.zeros(len(matrices), dtype=torch.float64)
+    """Give zᵢᵀ∇ᵢL of every matrix in float64."""
 
-    def multiply(index: int) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            assert weight.grad is not None
-            products[index] += (z[index].double() * weight.grad.reshape(z[index].shape).double()).sum().cpu()
-            weight.grad = None
+    def product(index: int, gradient: Tensor) -> Tensor:
+        return (z[index].double() * gradient.reshape(z[index].shape).double()).sum()
 
-        return hook
-
-    hooks = [
-        matrix.parameter.register_post_accumulate_grad_hook(multiply(index)) for index, matrix in enumerate(matrices)
-    ]
-    try:
+    with _reduced_gradients(matrices, product) as products:
         for batch in batches:
             if "labels" not in batch:
                 raise UserError(
-                    "sensitivities need transcripts: give the calibration batches labels, or allocation=uniform"
+                    "sensitivities need transcripts: give the calibration batches labels, or choose "
+                    "allocation.trace=fisher or allocation=uniform"
                 )
             loss = model(**batch).loss
             if not loss.isfinite():
@@ -256,10 +290,81 @@ def _products_with_gradients(
                     "frames, or the model's weights are broken; remove that utterance"
                 )
             loss.backward()
+    return products
+
+
+def _squared_gradients(
+    model: PreTrainedModel,
+    matrices: list[PrunableMatrix],
+    batches: list[dict[str, Tensor]],
+    draws: int,
+    entropy: tuple[int, int],
+) -> list[Sample]:
+    """Give ‖∇ᵢ log p(y)‖² of every matrix for every utterance, the mean over transcripts y drawn from the model."""
+    blank = model.config.pad_token_id
+    utterances = [utterance for batch in batches for utterance in single_utterances(model, batch)]
+    found = []
+    for number, utterance in enumerate(utterances):
+        inputs = {name: value for name, value in utterance.items() if name != "labels"}
+        frames = int(output_counts(model, inputs["attention_mask"].sum(-1)))
+        log_posteriors = model(**inputs).logits[0, :frames].log_softmax(-1)
+        if not log_posteriors.isfinite().all():
+            raise UserError(
+                f"the model's posteriors are NaN or infinite on calibration batch {entropy[1]}; check its weights"
+            )
+        generator = torch.Generator().manual_seed(_seed_of(*entropy, number))
+        with _reduced_gradients(matrices, lambda _, gradient: gradient.double().square().sum()) as squares:
+            for draw, labels in enumerate(draw_transcripts(log_posteriors.detach(), blank, draws, generator)):
+                loss = functional.ctc_loss(
+                    log_posteriors[:, None],
+                    labels[None].to(log_posteriors.device),
+                    torch.tensor([frames]),
+                    torch.tensor([len(labels)]),
+                    blank,
+                    reduction="sum",
+                )
+                loss.backward(retain_graph=draw < draws - 1)
+        found.append((1, (squares / draws).tolist()))
+    return found
+
+
+def draw_transcripts(
+    log_posteriors: Float[Tensor, "frames characters"], blank: int, count: int, generator: torch.Generator
+) -> list[Int[Tensor, " _labels"]]:
+    """Draw transcripts y with their probability p(y) under CTC, from which the blank is missing.
+
+    A path has the product of its characters' posteriors as its probability, and p(y) is the sum over the paths that
+    collapse to y (Graves et al. 2006, eq. 2 and 3): to draw every frame by itself and to collapse is to draw from p.
+    """
+    paths = torch.multinomial(log_posteriors.double().exp().cpu(), count, replacement=True, generator=generator)
+    collapsed = (torch.unique_consecutive(path) for path in paths.T)
+    return [characters[characters != blank] for characters in collapsed]
+
+
+@contextmanager
+def _reduced_gradients(
+    matrices: list[PrunableMatrix], reduce: Callable[[int, Tensor], Tensor]
+) -> Iterator[Float[Tensor, " matrices"]]:
+    """Within the block, backward passes add a number of every matrix's gradient to what is given, in float64.
+
+    Every gradient is freed as soon as it was reduced, so that no two are held.
+    """
+    sums = torch.zeros(len(matrices), dtype=torch.float64)
+
+    def add(index: int) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            sums[index] += reduce(index, weight.grad).cpu()
+            weight.grad = None
+
+        return hook
+
+    hooks = [matrix.parameter.register_post_accumulate_grad_hook(add(index)) for index, matrix in enumerate(matrices)]
+    try:
+        yield sums
     finally:
         for hook in hooks:
             hook.remove()
-    return products
 
 
 def _weighted_mean(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsewav import HAWQ, Hutchinson, Uniform
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation import sensitivity
+from sparsewav.pruning.allocation.allocate import doubtful_traces
 from sparsewav.pruning.allocation.sensitivity import (
     LEAST_BATCHES,
     Trace,
@@ -226,6 +228,27 @@ def test_rank_displacement_by_hand() -> None:
     assert rank_displacement(traces | {"c": Trace(1e6, 1.0, 1)}) == pytest.approx(2 * 0.158655 / 3 / 2, rel=1e-5)
     assert rank_displacement({"a": Trace(1.0, 0.0, 1), "b": Trace(2.0, 0.0, 1)}) == 0
     assert math.isnan(rank_displacement({"a": Trace(1.0, math.nan, 1), "b": Trace(2.0, math.nan, 1)}))
+
+
+def test_doubtful_traces_are_told_in_one_sentence() -> None:
+    """Ranks within standard errors and negative traces together, with what to do; nothing where all is settled."""
+    more = "raise allocation.probes, or choose allocation=error_curves, which reads no traces"
+    remedy = f"; choose allocation.trace=fisher, {more}"
+    close = "1 of 2 neighbours in the sensitivity ranking differ by less than their standard error"
+    negative = "1 of 3 sensitivities are below 0, because the CTC loss is not convex"
+    traces = {"a": Trace(-1.0, 3.0, 1), "b": Trace(1.0, 4.0, 1), "c": Trace(90.0, 4.0, 1)}
+    assert doubtful_traces(Hutchinson(), traces) == f"{close} and {negative}{remedy}"
+    assert doubtful_traces(HAWQ(), traces) == f"{negative}{remedy}", "it reads no ranks"
+    assert doubtful_traces(Hutchinson(rank_tolerance=0.4), traces) == f"{negative}{remedy}"
+    positive = traces | {"a": Trace(0.5, 3.0, 1)}
+    assert doubtful_traces(Hutchinson(), positive) == f"{close}{remedy}"
+    assert doubtful_traces(Hutchinson(trace="fisher"), positive) == f"{close}; {more}"
+    assert doubtful_traces(HAWQ(trace="fisher"), positive) is None
+    settled = {"a": Trace(1.0, 0.1, 1), "b": Trace(2.0, 0.1, 1)}
+    assert doubtful_traces(Hutchinson(), settled) is None
+    assert doubtful_traces(Uniform(), None) is None
+    single = {name: Trace(trace.value, math.nan, 1) for name, trace in settled.items()}
+    assert doubtful_traces(Hutchinson(), single) == f"1 of 1 {close[7:]}{remedy}"
 
 
 def test_probing_stops_when_the_ranks_are_settled(tiny_model: Factory, noise_batch: Callable[..., Batch]) -> None:
