@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Bool
@@ -22,6 +23,7 @@ from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
     Allocation,
     Calibration,
+    Elsa,
     Global,
     Objective,
     Pruning,
@@ -33,6 +35,7 @@ from sparsewav.settings.pruning import (
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
 from sparsewav.training.global_recovery import recover
+from sparsewav.training.masks import masks_of
 
 
 def prune(
@@ -83,7 +86,7 @@ def prune(
         solver: How mask and kept weights are found: ``obs`` (the paper's), ``obs_refit``, ``alps``.
         objective: Which error is minimised: ``symmetric`` (the paper's), ``asymmetric``.
         recovery: What is left learns from the dense model afterwards: ``none`` (the paper's), ``reconstruction`` or
-            ``affine``, layer by layer, or ``global``, as a whole, which :func:`sparsewav.recover` does, too.
+            ``affine``, layer by layer; ``global`` or ``elsa``, as a whole, which :func:`sparsewav.recover` does, too.
         quantization: To how few values the kept weights are rounded: ``none`` (the paper's), ``float16``, ``int8``,
             ``int4``, ``int3``, ``int2``, or ``mixed`` for ``Megabytes``; all but ``float16`` take a model in float32.
         allocation: How the sparsity is shared among the matrices: ``hutchinson`` (the paper's), ``uniform``, ``hawq``,
@@ -119,8 +122,8 @@ def prune(
     recovers = isinstance(settings.recovery, Global)
     if recovers and distributed.world() > 1:
         raise UserError(
-            "recovery=global is not shared by the processes of a group; prune in one process, or run the command "
-            "sparsewav with recovery.processes"
+            f"recovery={settings.recovery.name} is not shared by the processes of a group; prune in one process, or "
+            "run the command sparsewav with recovery.processes"
         )
     with checked(pruned, settings):
         batches: Any = as_sequence(calibration_batches)
@@ -164,6 +167,13 @@ def _recover(
         progress=stage_progress(progress, "recover"),
     )
     report.recovery = found
+    if isinstance(settings.recovery, Elsa):  # the mask has moved, and with it the sparsities of the matrices
+        now = masks_of(model, settings.scope)
+        report.masks = {name: now[name] for name in report.masks}
+        report.matrices = [
+            replace(matrix, sparsity=float((~now[matrix.name]).sum()) / now[matrix.name].numel())
+            for matrix in report.matrices
+        ]
     report.warnings += found.warnings
     report.seconds["recover"] = report.seconds.get("recover", 0.0) + time.perf_counter() - started
     if isinstance(settings.quantization, NoQuantization):

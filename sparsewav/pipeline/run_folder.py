@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
@@ -97,6 +98,19 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 def write_layers(path: Path, reports: Sequence[MatrixReport] | Sequence[StructureReport]) -> None:
     """Write a row for every matrix, or for every attention and feed-forward network."""
     write_table(path, [asdict(report) for report in reports])
+
+
+def rewrite_sparsities(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """Write the sparsities that matrices have now into a table of :func:`write_layers`; the rest of it stays.
+
+    Args:
+        path: The table.
+        masks: Boolean masks (rows, cols) of its matrices by name, True where a weight is kept.
+    """
+    rows = pandas.read_csv(path, float_precision="round_trip")
+    rows["sparsity"] = [float((~masks[name]).sum()) / masks[name].numel() for name in rows["name"]]
+    with write_file(path) as temporary:
+        rows.to_csv(temporary, index=False)
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -44,6 +44,7 @@ from sparsewav.pruning.prune import round_pruned
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
     ENCODER,
+    Elsa,
     Global,
     Pruning,
     Sparsity,
@@ -317,7 +318,11 @@ def recover_step(
     folder: Path,
     console: Console,
 ) -> None:
-    """Let the pruned model learn the dense model's outputs, in place, and note what was gained; masks are held."""
+    """Let the pruned model learn the dense model's outputs, in place, and note what was gained.
+
+    Masks are held; where they move, as many weights stay removed, and ``layers.csv`` gets the sparsities that they end
+    with.
+    """
     settings = config.recovery
     assert isinstance(settings, Global)
     assert speech.folder is not None
@@ -330,6 +335,12 @@ def recover_step(
         arguments = (utterances, settings, settings.updates, checkpoints)
         log = _train(speech, learn, *arguments, config.reach, masks=masks, progress=progress, write_log=write_log)
         state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
+    after = masks_of(speech.model, config.reach)
+    if isinstance(settings, Elsa):
+        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, after)
+    removed = [sum(int((~mask).sum()) for mask in items.values()) for items in (masks, after)]
+    if removed[1] < removed[0]:
+        raise AssertionError(f"{removed[0] - removed[1]} removed weights came back in the recovery")
     found = summary(log)
     for warning in found.warnings:
         print_warning(warning)

@@ -75,8 +75,8 @@ class ModelRecovery:
         if self.best_update:
             return []
         return [
-            "recovery=global found no model with a smaller loss on the utterances that it held back, and the model "
-            "stays as it was pruned; lower recovery.learning_rate, or give more utterances"
+            "the recovery of the whole model found none with a smaller loss on the utterances that it held back, and "
+            "the model stays as it was pruned; lower recovery.learning_rate, or give more utterances"
         ]
 
 

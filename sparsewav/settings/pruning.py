@@ -223,6 +223,27 @@ class Global(OutputWeighting, Recovery, Optimization):
 
 
 @dataclass(kw_only=True)
+class Elsa(Global):
+    """``global``, and in its first updates the mask moves: ADMM on the same loss (ELSA, Lee et al. 2026).
+
+    As many weights are kept as the pruning has left, to one weight, but of all matrices together, so that their
+    sparsities change. All weights learn while the mask moves, and a penalty draws them to those of which the others are
+    zero. Only models with the last mask are kept, or the one that was pruned.
+    """
+
+    name: str = field(default="elsa", init=False)
+    penalty: float = option(0.03, "λ of the augmented Lagrangian, which rises to it while the mask moves", above=0)
+    interval: int = option(10, "updates from one projection, which moves the mask, to the next", least=1)
+    moving: float = option(
+        0.3, "share of the updates in which the mask moves; in the others it is held", above=0, below=1
+    )
+
+    def moving_updates(self, updates: int) -> int:
+        """Give the number of updates in which the mask moves, at least one."""
+        return max(1, round(self.moving * updates))
+
+
+@dataclass(kw_only=True)
 class Allocation(Option):
     """How the sparsity is shared among the matrices."""
 
@@ -361,7 +382,7 @@ OPTIONS: dict[str, tuple[type[Option], ...]] = {
     "saliency": (FirstOrder, SecondOrder, Wanda, Magnitude),
     "solver": (OBS, OBSRefit, ALPS),
     "objective": (Symmetric, Asymmetric),
-    "recovery": (NoRecovery, Reconstruction, Affine, Global),
+    "recovery": (NoRecovery, Reconstruction, Affine, Global, Elsa),
     "quantization": (NoQuantization, Float16, Int8, Int4, Int3, Int2, Mixed),
     "allocation": (Hutchinson, Uniform, HAWQ, ErrorCurves, Search),
 }
@@ -501,8 +522,13 @@ class Pruning:
                 )
         if isinstance(self.recovery, Global) and isinstance(sparsity, Megabytes):
             yield (
-                "recovery=global changes the weights whose bytes sparsity=megabytes has counted; choose "
+                f"recovery={self.recovery.name} changes the weights whose bytes sparsity=megabytes has counted; choose "
                 "recovery=reconstruction, or sparsity=unstructured"
+            )
+        if isinstance(self.recovery, Elsa) and (sparsity.pattern or isinstance(sparsity, Structured)):
+            yield (
+                f"recovery=elsa moves single weights from one matrix to another, and sparsity={sparsity.name} removes "
+                "them in fixed numbers together; choose recovery=global with it"
             )
 
     def _structured_faults(self, sparsity: Structured) -> Iterator[str]:

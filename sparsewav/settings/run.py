@@ -21,6 +21,7 @@ from sparsewav.settings.pruning import (
     OPTIONS,
     TRANSFORMER,
     Calibration,
+    Elsa,
     Global,
     Hutchinson,
     Megabytes,
@@ -220,6 +221,11 @@ class Config(Pruning):
             yield f"finetune_strategy={strategy.name} wants a share of weights; choose sparsity=unstructured with it"
         elif strategy.more_when_sparser and self.sparsity.fraction == 1:
             yield "sparsity.target=1 leaves nothing to tune; choose finetune_strategy=none"
+        if isinstance(strategy, Progressive) and isinstance(self.recovery, Elsa):
+            yield (
+                "recovery=elsa brings weights back that an earlier stage of finetune_strategy=progressive has removed; "
+                "choose recovery=global, or finetune_strategy=one_pass"
+            )
         if isinstance(strategy, Progressive) and isinstance(self.allocation, Hutchinson):
             for stage in filter(None, self.stages[:-1]):
                 for fault in alpha_faults(self.allocation.alpha, stage):

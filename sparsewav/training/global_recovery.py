@@ -3,6 +3,7 @@
 The loss is KL(dense || pruned) of the characters' posteriors, averaged over the frames, plus the squared error of the
 last hidden states over their squares (knowledge distillation, Hinton et al. 2015). It is trained by Hugging Face's
 Trainer as the fine-tuning is. Some utterances are held back: of all moments that with the least loss on them is kept.
+With :class:`~sparsewav.settings.Elsa` the mask moves first, as :mod:`sparsewav.training.elsa` describes.
 """
 
 import tempfile
@@ -39,8 +40,9 @@ from sparsewav.pruning.families import family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.prune import HasModel
 from sparsewav.pruning.recovery import ModelRecovery
-from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Global
-from sparsewav.training.masks import HoldMasks, masked_gradients, masks_of
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Elsa, Global
+from sparsewav.training.elsa import MoveMasks, SplitWeights
+from sparsewav.training.masks import HoldMasks, masked_gradients, masked_matrices, masks_of
 from sparsewav.training.trainer import Log, train
 
 Outputs = tuple[Tensor | None, Float[Tensor, "frames width"]]
@@ -56,11 +58,18 @@ class OutputLoss(nn.Module):
         pruned: The model that learns.
         dense: The model that it was; it takes no gradient and is in no checkpoint.
         hidden_states: The weight of the last hidden states.
+        split: What a checkpoint has to hold besides, where the mask moves.
     """
 
-    def __init__(self, pruned: PreTrainedModel, dense: PreTrainedModel, hidden_states: float) -> None:
+    def __init__(
+        self,
+        pruned: PreTrainedModel,
+        dense: PreTrainedModel,
+        hidden_states: float,
+        split: SplitWeights | None = None,
+    ) -> None:
         super().__init__()
-        self.pruned, self.hidden_states = pruned, hidden_states
+        self.pruned, self.hidden_states, self.split = pruned, hidden_states, split
         self.reference = torch.no_grad()(partial(outputs_of, dense))
         self.eval()
 
@@ -124,7 +133,8 @@ def recover_model(
         settings: Loss and schedule.
         updates: Updates at most.
         folder: Where checkpoints are written; the newest whole one in it is resumed.
-        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero.
+        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero, or, where
+            the mask moves, as many.
         front_end: Whether what is in front of the layers learns, too, as where it was pruned.
         seed: Draws what is held back, and the order of the others.
         progress: Called with (updates done, updates) after every update.
@@ -134,19 +144,25 @@ def recover_model(
         The log; :func:`summary` reads it.
 
     Raises:
-        UserError: There are fewer than two utterances, or :func:`~sparsewav.training.trainer.train` refuses.
+        UserError: There are fewer than two utterances, or updates where the mask moves, or
+            :func:`~sparsewav.training.trainer.train` refuses.
     """
     if len(inputs) < 2:
-        raise UserError(f"recovery=global has {len(inputs)} utterances, of which one is held back; give two or more")
+        raise UserError(
+            f"recovery={settings.name} has {len(inputs)} utterances, of which one is held back; give two or more"
+        )
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(settings.held_back * len(inputs))), len(inputs) - 1)
     held_back, learned = [inputs[index] for index in order[:count]], [inputs[index] for index in sorted(order[count:])]
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     better = False
+    matrices = masked_matrices(model, masks)
+    split = SplitWeights(matrices, masks, settings, updates) if isinstance(settings, Elsa) else None
+    moves = None if split is None else MoveMasks(split)
     try:
-        with _learning(model, dense, front_end=front_end), masked_gradients(model, masks):
+        with _learning(model, dense, front_end=front_end), moves or masked_gradients(model, masks):
             log = train(
-                OutputLoss(model, dense, settings.hidden_states),
+                OutputLoss(model, dense, settings.hidden_states, split),
                 read,
                 learned,
                 settings,
@@ -157,7 +173,8 @@ def recover_model(
                 seconds=seconds,
                 held_back=held_back,
                 patience=settings.patience / 10,
-                callbacks=[HoldMasks(model, masks)],
+                compare_from=0 if split is None else split.moving,
+                callbacks=[moves or HoldMasks(model, masks)],
                 progress=progress,
                 write_log=write_log,
             )

@@ -222,6 +222,7 @@ def train(
     seconds: Callable[[Any], float] = audio_seconds,
     held_back: Sequence[Any] = (),
     patience: float = 1.0,
+    compare_from: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     after_update: Callable[[TrainerState], None] | None = None,
     parameter_groups: Sequence[ParameterGroup] = (),
@@ -248,6 +249,7 @@ def train(
         held_back: Utterances that are not learned from. The log has the loss on them before the first update and at
             every checkpoint, and the model ends as it was at the checkpoint with the least.
         patience: The training stops after this share of the updates without a lower one.
+        compare_from: Between the first update and this one the loss on them is not measured, and no checkpoint counts.
         callbacks: Further callbacks of the Trainer.
         after_update: Called with the state of the Trainer after every update.
         parameter_groups: Parameters with their own learning rates and without weight decay. All other parameters that
@@ -288,7 +290,7 @@ def train(
         remove_unused_columns=False,
         save_steps=every,
         save_total_limit=1,  # besides the best one
-        **(_keeping_the_best(every, starts=checkpoint is None) if held_back else {}),
+        **(_keeping_the_best(every, starts=checkpoint is None, compare_from=compare_from) if held_back else {}),
         logging_steps=min(50, max(1, updates // 10)),
         logging_nan_inf_filter=False,  # it would hide what stops the training
         report_to="none",
@@ -452,12 +454,13 @@ def train_ctc(
         )
 
 
-def _keeping_the_best(every: int, *, starts: bool) -> dict[str, Any]:
+def _keeping_the_best(every: int, *, starts: bool, compare_from: int) -> dict[str, Any]:
     """Give the Trainer's arguments with which it ends with the checkpoint that has the least loss on other speech."""
     return {
         "eval_strategy": "steps",
         "eval_steps": every,  # a moment that no checkpoint has could not be kept
         "eval_on_start": starts,
+        "eval_delay": compare_from,
         "restore_callback_states_from_checkpoint": True,  # how long ago it was better
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",

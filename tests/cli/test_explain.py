@@ -58,7 +58,7 @@ MISTAKES = [
     (["saliency={}"], "saliency={} does not exist; choose one of magnitude, obs, obs_first_order, wanda"),
     (
         ["recovery={steps:3}"],
-        "recovery={'steps': 3} does not exist; choose one of affine, global, none, reconstruction",
+        "recovery={'steps': 3} does not exist; choose one of affine, elsa, global, none, reconstruction",
     ),
     (["saliency=[obs]"], "saliency=['obs'] does not exist (did you mean obs?); choose one of"),
     (["experiment=null"], "experiment=null does not exist; .*, or leave it out"),

@@ -20,7 +20,7 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
-from sparsewav.settings import Global, Int4
+from sparsewav.settings import Elsa, Global, Int4
 from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -141,6 +141,22 @@ def test_pruning_recovers_and_then_rounds(quantization: str, tiny_model: Factory
     assert report.recovery == found
     assert report.bits == (4 if quantization == "int4" else None)
     assert ("quantize" in report.seconds) == (quantization != "none")
+
+
+def test_pruning_tells_of_the_mask_that_has_moved(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    model = tiny_model("wav2vec2")
+    pruned = copy.deepcopy(model)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(4)]
+    before = sparsewav.prune(pruned, batches, 0.6, allocation="uniform")
+    report = sparsewav.prune(model, batches, 0.6, allocation="uniform", recovery=Elsa(**QUICK, interval=1))
+    assert report.recovery
+    assert report.recovery.best_update > 0
+    assert report.sparsity == before.sparsity
+    matrices = {matrix.name: matrix.weight != 0 for matrix in prunable_matrices(model)}
+    assert any(not torch.equal(mask, before.masks[name]) for name, mask in report.masks.items()), "it has moved"
+    for matrix in report.matrices:
+        assert torch.equal(report.masks[matrix.name], matrices[matrix.name])
+        assert matrix.sparsity == pytest.approx(float((~matrices[matrix.name]).float().mean()))
 
 
 def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
