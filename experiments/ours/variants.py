@@ -72,13 +72,19 @@ VARIANTS = (
         "+ alps, true_sequential, affine", (*ALPS, TRUE_SEQUENTIAL, "recovery=affine"), ablation=True, seconds=35.0
     ),
     Variant("alps, uniform", ("solver=alps", "allocation=uniform"), ablation=True, seconds=20.0),
+    Variant(
+        "alps, uniform, weighted outputs",
+        ("solver=alps", "allocation=uniform", "solver.output_weighting=fisher"),
+        ablation=True,
+        seconds=25.0,
+    ),
     Variant("alps, hawq", ("solver=alps", "allocation=hawq"), ablation=True, seconds=60.0),
     Variant("alps, error curves", ("solver=alps", "allocation=error_curves"), ablation=True, seconds=110.0),
     Variant(
         "alps, search", ("solver=alps", "allocation=search", "allocation.evaluations=150"), ablation=True, seconds=140.0
     ),
-    Variant("best_oneshot", preset=True, curve="best_oneshot", seconds=50.0),
-    Variant("best", preset=True, curve="best", seconds=230.0),
+    Variant("best_oneshot", preset=True, curve="best_oneshot", seconds=60.0),
+    Variant("best", preset=True, curve="best", seconds=500.0),
 )
 """All are compared with the first one; those whose name begins with a + add to it."""
 
