@@ -23,17 +23,15 @@ from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
     Allocation,
     Calibration,
-    Elsa,
-    Global,
     Objective,
     Pruning,
-    Recovery,
     Saliency,
     Solver,
     Sparsity,
     Structured,
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
+from sparsewav.settings.recovery import Elsa, Global, Recovery
 from sparsewav.training.global_recovery import recover
 from sparsewav.training.masks import masks_of
 

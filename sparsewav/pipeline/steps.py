@@ -42,15 +42,9 @@ from sparsewav.pruning.allocation.latency import TOLERANCE, TimeShape
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.prune import round_pruned
 from sparsewav.pruning.rest import round_rest
-from sparsewav.settings.pruning import (
-    ENCODER,
-    Elsa,
-    Global,
-    Pruning,
-    Sparsity,
-    Structured,
-)
+from sparsewav.settings.pruning import ENCODER, Pruning, Sparsity, Structured
 from sparsewav.settings.quantization import Integers
+from sparsewav.settings.recovery import Elsa, Global
 from sparsewav.settings.run import Config
 from sparsewav.settings.training import Training
 from sparsewav.training.global_recovery import recover_on_utterances, summary

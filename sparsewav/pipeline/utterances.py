@@ -11,7 +11,8 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.errors import UserError
 from sparsewav.models.load import SpeechModel
 from sparsewav.models.processor import Processor
-from sparsewav.settings.pruning import Global, Traced
+from sparsewav.settings.pruning import Traced
+from sparsewav.settings.recovery import Global
 from sparsewav.settings.run import Config
 
 

@@ -66,7 +66,6 @@ from sparsewav.settings.pruning import (
     Hutchinson,
     Magnitude,
     Megabytes,
-    NoRecovery,
     Pruning,
     Sparsity,
     Structured,
@@ -77,6 +76,7 @@ from sparsewav.settings.pruning import (
     resolve,
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
+from sparsewav.settings.recovery import NoRecovery
 
 logger = logging.getLogger(__name__)
 

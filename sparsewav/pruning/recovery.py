@@ -31,7 +31,7 @@ from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import LayerInputs, valid_rows
 from sparsewav.pruning.solvers.factorization import damp_covariance
 from sparsewav.pruning.solvers.quantize import QuantizedMatrix
-from sparsewav.settings.pruning import Affine, Reconstruction
+from sparsewav.settings.recovery import Affine, Reconstruction
 
 RunLayer = Callable[[LayerInputs], Float[Tensor, "batch frames width"]]
 """Gives a layer's output for a batch."""

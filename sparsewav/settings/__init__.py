@@ -6,20 +6,15 @@ from sparsewav.settings.pruning import (
     HAWQ,
     NM,
     OBS,
-    Affine,
     Asymmetric,
     Calibration,
-    Elsa,
     ErrorCurves,
     FirstOrder,
-    Global,
     Hutchinson,
     Magnitude,
     Megabytes,
-    NoRecovery,
     OBSRefit,
     Pruning,
-    Reconstruction,
     Search,
     SecondOrder,
     Structured,
@@ -29,6 +24,7 @@ from sparsewav.settings.pruning import (
     Wanda,
 )
 from sparsewav.settings.quantization import Float16, Int2, Int3, Int4, Int8, Mixed, NoQuantization
+from sparsewav.settings.recovery import Affine, Elsa, Global, NoRecovery, Reconstruction
 
 __all__ = [
     "ALPS",

@@ -21,8 +21,6 @@ from sparsewav.settings.pruning import (
     OPTIONS,
     TRANSFORMER,
     Calibration,
-    Elsa,
-    Global,
     Hutchinson,
     Megabytes,
     Pruning,
@@ -32,6 +30,7 @@ from sparsewav.settings.pruning import (
     alpha_faults,
 )
 from sparsewav.settings.quantization import Integers
+from sparsewav.settings.recovery import Elsa, Global
 from sparsewav.settings.training import STRATEGIES, FinetuneStrategy, NoFinetuning, OnePass, Progressive, Training
 
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.pruning.solvers.selection import lowest
-from sparsewav.settings.pruning import Elsa
+from sparsewav.settings.recovery import Elsa
 
 
 def project(

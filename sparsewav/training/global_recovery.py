@@ -40,7 +40,8 @@ from sparsewav.pruning.families import family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.prune import HasModel
 from sparsewav.pruning.recovery import ModelRecovery
-from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Elsa, Global
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER
+from sparsewav.settings.recovery import Elsa, Global
 from sparsewav.training.elsa import MoveMasks, SplitWeights
 from sparsewav.training.masks import HoldMasks, masked_gradients, masked_matrices, masks_of
 from sparsewav.training.trainer import Log, train

@@ -16,7 +16,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.pruning import Global
+from sparsewav.settings.recovery import Global
 from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
 from sparsewav.training.trainer import Log, train_ctc

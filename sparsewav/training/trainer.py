@@ -37,7 +37,7 @@ from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import freeze_front_end
 from sparsewav.pruning.hessian import Progress
-from sparsewav.settings.pruning import Global
+from sparsewav.settings.recovery import Global
 from sparsewav.settings.training import Optimization, Training
 from sparsewav.training.checkpoints import last_checkpoint
 from sparsewav.training.masks import HoldMasks, masked_gradients

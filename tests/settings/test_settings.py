@@ -30,13 +30,13 @@ from sparsewav.settings.pruning import (
     Megabytes,
     OBSRefit,
     Pruning,
-    Reconstruction,
     Search,
     Uniform,
     Unstructured,
     Wanda,
     resolve,
 )
+from sparsewav.settings.recovery import Reconstruction
 from sparsewav.settings.run import SCHEMAS, Config, Export, Model, TrainConfig
 from sparsewav.settings.training import SCHEDULERS, Progressive, Training
 
