@@ -29,7 +29,7 @@ COMMON = {
 METHODS = {
     "paper": {"solver": "obs", "allocation": "hutchinson", "recovery": "none"},
     "best-oneshot": {"solver": "alps", "allocation": "uniform", "recovery": "reconstruction"},
-    "best": {"solver": "alps", "allocation": "error_curves", "recovery": "reconstruction"},
+    "best": {"solver": "alps", "allocation": "error_curves", "recovery": "global"},
 }
 WORTH = {"paper": 0.7, "best-oneshot": 0.4, "best": 0.3}
 TARGETS = (0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
