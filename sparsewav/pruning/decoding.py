@@ -5,7 +5,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +58,8 @@ def decode_tensor(stored: Tensor, coding: Coding, name: str) -> Tensor:
     streams = [content[start:end] for start, end in pairwise(ends)]
     size, mask = math.prod(coding.shape), None
     if len(streams[0]):
-        mask = _mask_of(_inflate(streams[0], -(-size // 8), f"the mask of {name}"), size, name)
+        mask = _inflate(streams[0], -(-size // 8), f"the mask of {name}")
+        _check_end(mask, size, name)
     dtype = DTYPES[coding.dtype or "float32"]
     if coding.values is None:
         return _decode_grid(streams[1:], mask, coding, name).view(coding.shape).to(dtype)
@@ -83,19 +83,17 @@ def decode_masked(bitmask: Tensor, values: Tensor, shape: tuple[int, ...], name:
     check_file(is_bytes, f"the bitmask of {name} is not {-(-size // 8)} bytes, one bit a weight")
     is_row = values.dtype in BITS and values.dim() == 1
     check_file(is_row, f"the values of {name} are not one row of floating-point numbers")
-    return _scatter(values, _mask_of(bitmask.numpy(), size, name), size, name).view(shape)
+    _check_end(bitmask.numpy(), size, name)
+    return _scatter(values, bitmask.numpy(), size, name).view(shape)
 
 
-def _mask_of(bitmask: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
-    """Give a bit for every weight, from the lowest of every byte, as it is.
+def _check_end(mask: NDArray[np.uint8], size: int, name: str) -> None:
+    """Check a bit for every weight, from the lowest of every byte.
 
     Raises:
         UserError: There are bits behind the last weight.
     """
-    check_file(
-        not size % 8 or not bitmask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight"
-    )
-    return bitmask
+    check_file(not size % 8 or not mask[-1] >> (size % 8), f"the bitmask of {name} has bits set behind its last weight")
 
 
 def _count(mask: NDArray[np.uint8] | None, size: int) -> int:
@@ -103,30 +101,29 @@ def _count(mask: NDArray[np.uint8] | None, size: int) -> int:
     return size if mask is None else int(np.bitwise_count(mask).sum(dtype=np.int64))
 
 
-def _fill(
-    whole: NDArray[Any], values: NDArray[Any], mask: NDArray[np.uint8] | None, chunk: int
-) -> Iterator[NDArray[Any]]:
-    """Put values at the places of the weights that are kept, a chunk at a time, and give every chunk once it is full.
-
-    Chunks are as small as the processor's cache: what is made on the way to one is never written to memory.
+def _chunks(
+    mask: NDArray[np.uint8] | None, size: int, chunk: int
+) -> Iterator[tuple[slice, slice | NDArray[np.intp], slice]]:
+    """Go through the weights a chunk at a time, which the processor's cache holds with all that is made for it.
 
     Args:
-        whole: As many zeros as there are weights.
-        values: As many numbers as the mask keeps.
         mask: A bit for every weight; None: all are kept.
+        size: Number of weights.
         chunk: Weights in a chunk, a multiple of 8.
+
+    Returns:
+        The places of a chunk, those of the kept weights within it, and those of their values.
     """
     start = 0
-    for first in range(0, len(whole), chunk):
-        part = whole[first : first + chunk]
+    for first in range(0, size, chunk):
+        place = slice(first, min(first + chunk, size))
         if mask is None:
-            part[:] = values[first : first + chunk]
-        else:
-            bits = np.unpackbits(mask[first // 8 : (first + chunk) // 8], count=len(part), bitorder="little")
-            kept = np.flatnonzero(bits.view(bool))  # three times as fast as indexing by a mask
-            part[kept] = values[start : start + len(kept)].astype(whole.dtype, copy=False)
-            start += len(kept)
-        yield part
+            yield place, slice(None), place
+            continue
+        bits = np.unpackbits(mask[first // 8 : (first + chunk) // 8], count=place.stop - first, bitorder="little")
+        kept = np.flatnonzero(bits.view(bool))  # three times as fast as indexing by a mask
+        yield place, kept, slice(start, start + len(kept))
+        start += len(kept)
 
 
 def _scatter(values: Tensor, mask: NDArray[np.uint8] | None, size: int, name: str) -> Tensor:
@@ -143,8 +140,8 @@ def _scatter(values: Tensor, mask: NDArray[np.uint8] | None, size: int, name: st
         return values
     integers = values.view(BITS[values.dtype]).numpy()  # NumPy knows no bfloat16
     flat = np.zeros(size, integers.dtype)  # of NumPy's memory, whose large pages cost less than PyTorch's
-    for _ in _fill(flat, integers, mask, CHUNK):
-        pass
+    for place, kept, own in _chunks(mask, size, CHUNK):
+        flat[place][kept] = integers[own]
     return torch.from_numpy(flat).view(values.dtype)
 
 
@@ -166,13 +163,14 @@ def _decode_grid(
     )
     weight = np.zeros(rows * cols, np.float32)
     height = 8 * max(1, CHUNK // (8 * cols))  # rows in a chunk
-    for index, part in enumerate(_fill(weight, codes, mask, height * cols)):
-        own = scales[index * height : (index + 1) * height]
+    for place, kept, own in _chunks(mask, rows * cols, height * cols):
+        part, scale = weight[place], scales[place.start // cols : place.stop // cols]
+        part[kept] = codes[own].astype(np.float32)
         if cols % coding.group:
-            grouped, own = part.reshape(-1, cols), np.repeat(own, coding.group, axis=1)[:, :cols]
+            grouped, scale = part.reshape(-1, cols), np.repeat(scale, coding.group, axis=1)[:, :cols]
         else:
-            grouped, own = part.reshape(-1, coding.group), own.reshape(-1, 1)
-        np.multiply(grouped, own, out=grouped)
+            grouped, scale = part.reshape(-1, coding.group), scale.reshape(-1, 1)
+        np.multiply(grouped, scale, out=grouped)
     return torch.from_numpy(weight).view(rows, cols)
 
 
