@@ -13,7 +13,7 @@ from sparsewav.data.utterances import Utterance
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
 from sparsewav.pruning.hessian import Progress
-from sparsewav.pruning.solvers.selection import lowest
+from sparsewav.pruning.solvers.selection import lowest_together
 from sparsewav.settings.baselines import MagnitudePruning
 
 
@@ -35,11 +35,10 @@ def prune_lowest(
 
     Where nothing is removed that is 0.
     """
-    together = torch.cat([score.flatten() for score in scores])
-    removed = lowest(together, round(sparsity * len(together)))
-    for matrix, mask in zip(matrices, removed.split([matrix.size for matrix in matrices]), strict=True):
+    masks = lowest_together(scores, round(sparsity * sum(map(torch.numel, scores))))
+    for matrix, mask in zip(matrices, masks, strict=True):
         matrix.weight.masked_fill_(mask.view_as(matrix.weight), 0.0)
-    return float(together[removed].max()) if removed.any() else 0.0
+    return max((float(score[mask].max()) for score, mask in zip(scores, masks, strict=True) if mask.any()), default=0.0)
 
 
 def compress(

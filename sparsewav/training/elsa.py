@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsewav.pruning.encoder import PrunableMatrix
-from sparsewav.pruning.solvers.selection import lowest
+from sparsewav.pruning.solvers.selection import lowest_together
 from sparsewav.settings.recovery import Elsa
 
 
@@ -42,10 +42,8 @@ def project(
         A boolean mask for every matrix, True where a weight is kept.
     """
     # The root has the same order, and does not underflow.
-    scores = torch.cat([(cost.sqrt() * weight.abs()).flatten() for weight, cost in zip(weights, fisher, strict=True)])
-    masks = ~lowest(scores, len(scores) - kept)
-    parts = masks.split([weight.numel() for weight in weights])
-    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+    scores = [cost.sqrt() * weight.abs() for weight, cost in zip(weights, fisher, strict=True)]
+    return [~removed for removed in lowest_together(scores, sum(map(torch.numel, scores)) - kept)]
 
 
 class SplitWeights(nn.Module):

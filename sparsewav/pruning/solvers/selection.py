@@ -3,6 +3,8 @@
 Counts are exact: ties are broken by position, and weights that an earlier mask removed count.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +75,13 @@ def lowest(scores: Float[Tensor, "*shape"], count: int) -> Bool[Tensor, "*shape"
         ties = (flat == threshold).nonzero().flatten()
         marked[ties[len(ties) - surplus :]] = False
     return marked.reshape(scores.shape)
+
+
+def lowest_together(scores: Sequence[Float[Tensor, "..."]], count: int) -> list[Bool[Tensor, "..."]]:
+    """Mark the ``count`` lowest scores of several tensors together, in each of them; where they tie, the first ones."""
+    marked = lowest(torch.cat([part.flatten() for part in scores]), count)
+    parts = marked.split([part.numel() for part in scores])
+    return [part.view_as(own) for part, own in zip(parts, scores, strict=True)]
 
 
 def lowest_of_rows(
