@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +48,6 @@ from sparsewav.pruning.families import Kind
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.structure import FrontEnd, Structure, front_end, structures
 from sparsewav.settings.sparsity import Structured
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 VERSION = 1
 """Of the measurement; another one makes what was measured before another's."""

@@ -33,7 +33,7 @@ from sparsewav.settings.pruning import (
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
 from sparsewav.settings.recovery import Elsa, Global, Recovery
 from sparsewav.training.global_recovery import recover
-from sparsewav.training.masks import masks_of
+from sparsewav.training.masks import masks_of, sparsities_of
 
 
 def prune(
@@ -168,10 +168,8 @@ def _recover(
     if isinstance(settings.recovery, Elsa):  # the mask has moved, and with it the sparsities of the matrices
         now = masks_of(model, settings.scope)
         report.masks = {name: now[name] for name in report.masks}
-        report.matrices = [
-            replace(matrix, sparsity=float((~now[matrix.name]).sum()) / now[matrix.name].numel())
-            for matrix in report.matrices
-        ]
+        sparsities = sparsities_of(now)
+        report.matrices = [replace(matrix, sparsity=sparsities[matrix.name]) for matrix in report.matrices]
     report.warnings += found.warnings
     report.seconds["recover"] = report.seconds.get("recover", 0.0) + time.perf_counter() - started
     if isinstance(settings.quantization, NoQuantization):
@@ -179,7 +177,7 @@ def _recover(
     started = time.perf_counter()
     if isinstance(settings.quantization, Integers):
         bits = {matrix.name: matrix.bits for matrix in report.matrices if matrix.bits is not None}
-        round_pruned(model, batches, settings, bits, progress)
+        round_pruned(model, batches, settings, masks_of(model, settings.scope), bits, progress)
     else:
         round_rest(model, settings.quantization, settings.scope)
     report.seconds["quantize"] = time.perf_counter() - started

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.data.utterances import Utterance
@@ -100,15 +99,15 @@ def write_layers(path: Path, reports: Sequence[MatrixReport] | Sequence[Structur
     write_table(path, [asdict(report) for report in reports])
 
 
-def rewrite_sparsities(path: Path, masks: Mapping[str, Tensor]) -> None:
+def rewrite_sparsities(path: Path, sparsities: Mapping[str, float]) -> None:
     """Write the sparsities that matrices have now into a table of :func:`write_layers`; the rest of it stays.
 
     Args:
         path: The table.
-        masks: Boolean masks (rows, cols) of its matrices by name, True where a weight is kept.
+        sparsities: Those of its matrices by name.
     """
     rows = pandas.read_csv(path, float_precision="round_trip")
-    rows["sparsity"] = [float((~masks[name]).sum()) / masks[name].numel() for name in rows["name"]]
+    rows["sparsity"] = [sparsities[name] for name in rows["name"]]
     with write_file(path) as temporary:
         rows.to_csv(temporary, index=False)
 

@@ -48,7 +48,7 @@ from sparsewav.settings.recovery import Elsa, Global
 from sparsewav.settings.run import Config
 from sparsewav.settings.training import Training
 from sparsewav.training.global_recovery import recover_on_utterances, summary
-from sparsewav.training.masks import masked_matrices, masks_of
+from sparsewav.training.masks import masked_matrices, masks_of, sparsities_of
 from sparsewav.training.processes import Learn, train_masked_in_processes
 from sparsewav.training.schedule import Stage
 from sparsewav.training.trainer import Log, train_ctc, write_training_log
@@ -250,8 +250,10 @@ def quantize_step(
             progress(done, total)
 
         batches = calibration_batches(config, speech, utterances)
-        settings = config.pruning(config.sparsity.fraction)
-        report = in_all_processes(round_pruned, speech.model, batches, settings=settings, bits=bits, progress=advance)
+        settings, masks = config.pruning(config.sparsity.fraction), masks_of(speech.model, config.scope)
+        report = in_all_processes(
+            round_pruned, speech.model, batches, settings=settings, masks=masks, bits=bits, progress=advance
+        )
     state.stages[-1]["bits"] = report.bits
     _add_seconds(state, report, "calibrate", "solve", "quantize")
 
@@ -331,7 +333,7 @@ def recover_step(
         state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
     after = masks_of(speech.model, config.reach)
     if isinstance(settings, Elsa):
-        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, after)
+        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, sparsities_of(after))
     removed = [sum(int((~mask).sum()) for mask in items.values()) for items in (masks, after)]
     if removed[1] < removed[0]:
         raise AssertionError(f"{removed[0] - removed[1]} removed weights came back in the recovery")

@@ -305,6 +305,7 @@ def round_pruned(
     model: PreTrainedModel,
     calibration_batches: Any,
     settings: Pruning,
+    masks: Mapping[str, Bool[Tensor, "_rows _cols"]],
     bits: Mapping[str, float],
     progress: StageProgress | None = None,
 ) -> PruneReport:
@@ -314,10 +315,10 @@ def round_pruned(
         model: The model.
         calibration_batches: As in :func:`sparsewav.prune`.
         settings: The quantization, to whole numbers, the damping, the calibration and the scope.
+        masks: The masks of all matrices of the scope, by name, True where a weight is kept.
         bits: Bits of every matrix by name; empty where the quantization has one width for all.
         progress: As in :func:`sparsewav.prune`.
     """
-    masks = {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model, settings.scope)}
     width = settings.quantization.widths[0]
     levels = {name: (float((~mask).sum()) / mask.numel(), bits.get(name, width)) for name, mask in masks.items()}
     # Everything that may be removed is removed already, and nothing but the rounding changes the others.

@@ -17,6 +17,11 @@ def masks_of(model: PreTrainedModel, scope: str = TRANSFORMER) -> dict[str, Tens
     return {matrix.name: matrix.weight.detach() != 0 for matrix in prunable_matrices(model, scope)}
 
 
+def sparsities_of(masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """Give for every mask the share of the weights that it removes."""
+    return {name: float((~mask).sum()) / mask.numel() for name, mask in masks.items()}
+
+
 def masked_matrices(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> list[PrunableMatrix]:
     """Give the matrices that have a mask, of whatever scope the masks are."""
     return [matrix for matrix in prunable_matrices(model, ENCODER) if matrix.name in masks]
