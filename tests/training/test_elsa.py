@@ -18,41 +18,22 @@ from transformers import PreTrainedModel
 import sparsewav
 from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.models.load import load_speech_model
-from sparsewav.pruning.encoder import PrunableMatrix, prunable_matrices
+from sparsewav.pruning.encoder import PrunableMatrix
 from sparsewav.settings import Elsa
 from sparsewav.training.elsa import SplitWeights, project
 from sparsewav.training.global_recovery import recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from tests.terminal import Run, assert_one_sentence, run_folder_in
+from tests.training.recoveries import QUICK as SHARED
+from tests.training.recoveries import assert_a_killed_one_ends_the_same, half_pruned
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., PreTrainedModel]
 MakeBatch = Callable[..., Batch]
 
-QUICK: dict[str, Any] = {
-    "updates": 20,
-    "batch_size": 4,
-    "held_back": 0.25,
-    "learning_rate": 3e-3,
-    "precision": "float32",
-    "interval": 3,
-    "moving": 0.5,
-}
+QUICK: dict[str, Any] = SHARED | {"interval": 3, "moving": 0.5}
 RUN = ["allocation=uniform", "recovery=elsa", *(f"recovery.{key}={value}" for key, value in QUICK.items())]
-
-
-class _Killed(BaseException):
-    pass
-
-
-def _pruned(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(5)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for matrix in prunable_matrices(other):
-            matrix.weight[torch.rand(matrix.weight.shape, generator=generator) < 0.5] = 0
-    return other
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])
@@ -169,7 +150,7 @@ def test_the_mask_moves_and_as_many_weights_are_kept(tiny_model: Factory, noise_
 def test_where_no_projection_is_better_the_model_stays_as_it_was_pruned(
     tiny_model: Factory, noise_batch: MakeBatch
 ) -> None:
-    dense, pruned = tiny_model("wav2vec2"), _pruned(tiny_model("wav2vec2"))
+    dense, pruned = tiny_model("wav2vec2"), half_pruned(tiny_model("wav2vec2"))
     batches = [noise_batch([800] * 4, seed=seed) for seed in range(2)]
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     found = sparsewav.recover(pruned, dense, batches, Elsa(**QUICK | {"learning_rate": 20.0}))
@@ -181,36 +162,10 @@ def test_where_no_projection_is_better_the_model_stays_as_it_was_pruned(
 def test_a_recovery_killed_halfway_ends_with_the_same_bytes(
     stop_after: int, model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    utterances = read_librispeech_folder(corpus, "train")
-    settings = Elsa(**QUICK)
-
-    def recover(name: str, stop_after: int | None = None) -> tuple[dict[str, Tensor], Any]:
-        def count(done: int, _: int) -> None:
-            if done == stop_after:
-                raise _Killed
-
-        speech = load_speech_model(str(model_folder))
-        pruned = _pruned(speech.model)
-        log = recover_on_utterances(
-            *(copy.deepcopy(speech.model), False, 0, pruned, speech.processor, utterances, settings),
-            *(settings.updates, tmp_path / name),
-            masks=masks_of(pruned),
-            progress=count,
-        )
-        return pruned.state_dict(), log
-
-    whole, log = recover("whole")
+    log = assert_a_killed_one_ends_the_same(Elsa(**QUICK), stop_after, model_folder, corpus, tmp_path)
     measured = [entry["update"] for entry in log if "eval_loss" in entry]
     assert measured == [0, 10, 12, 14, 16, 18, 20]  # what is not projected counts for nothing
     assert summary(log).best_update
-    with pytest.raises(_Killed):
-        recover("killed", stop_after)
-    resumed, again = recover("killed")
-    keep = ("update", "loss", "eval_loss")
-    assert [{key: entry.get(key) for key in keep} for entry in again] == [
-        {key: entry.get(key) for key in keep} for entry in log
-    ]
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -245,7 +200,7 @@ def test_a_run_keeps_its_sparsity_and_says_what_every_matrix_has(
 @pytest.mark.slow
 def test_two_processes_keep_as_many_weights(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     speech = load_speech_model(str(model_folder))
-    pruned = _pruned(speech.model)
+    pruned = half_pruned(speech.model)
     model, log = train_masked_in_processes(
         copy.deepcopy(pruned),
         speech.processor,

@@ -26,32 +26,13 @@ from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
 from tests.conftest import CONFIGS
 from tests.terminal import Run, assert_one_sentence, run_folder_in
+from tests.training.recoveries import QUICK, assert_a_killed_one_ends_the_same, half_pruned
 
 Batch = dict[str, Tensor]
 Factory = Callable[..., PreTrainedModel]
 MakeBatch = Callable[..., Batch]
 
-QUICK: dict[str, Any] = {
-    "updates": 20,
-    "batch_size": 4,
-    "held_back": 0.25,
-    "learning_rate": 3e-3,
-    "precision": "float32",
-}
 RUN = ["allocation=uniform", "recovery=global", *(f"recovery.{key}={value}" for key, value in QUICK.items())]
-
-
-class _Killed(BaseException):
-    pass
-
-
-def _changed(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(5)
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for matrix in prunable_matrices(other):
-            matrix.weight[torch.rand(matrix.weight.shape, generator=generator) < 0.5] = 0
-    return other
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -66,7 +47,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_utterances(
 ) -> None:
     """KL and squared errors of every utterance alone, summed by plain loops over frames."""
     dense = tiny_model(family, norm)
-    pruned = _changed(dense)
+    pruned = half_pruned(dense)
     batch = noise_batch([1024, 768, 640])
     loss = float(OutputLoss(pruned, dense, 0.7)(**model_input(dense, batch))["loss"].detach())
     divergences, errors, squares = [], 0.0, 0.0
@@ -162,7 +143,7 @@ def test_pruning_tells_of_the_mask_that_has_moved(tiny_model: Factory, noise_bat
 def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
     tiny_model: Factory, noise_batch: MakeBatch
 ) -> None:
-    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    dense, pruned = tiny_model("wav2vec2"), half_pruned(tiny_model("wav2vec2"))
     batches = [noise_batch([800] * 4, seed=seed) for seed in range(2)]
     settings = Global(**QUICK | {"learning_rate": 20.0, "patience": 2})
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
@@ -175,7 +156,7 @@ def test_where_no_moment_is_better_the_model_stays_as_it_was_pruned(
 
 def test_the_model_that_is_kept_has_the_loss_that_is_told(tiny_model: Factory, noise_batch: MakeBatch) -> None:
     """Losses are measured where there are checkpoints, wherever the log has entries."""
-    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    dense, pruned = tiny_model("wav2vec2"), half_pruned(tiny_model("wav2vec2"))
     inputs = [noise_batch([800], seed=seed)["input_values"][0] for seed in range(8)]
     rising = {"learning_rate": 1.0, "scheduler": "constant_with_warmup", "warmup_steps": 20}  # too high in the end
     settings = Global(**QUICK | rising | {"checkpoint_updates": 3, "patience": 4})
@@ -203,35 +184,10 @@ def test_a_recovery_killed_halfway_ends_with_the_same_model_and_log(
     model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """So does the best moment, which lies before the kill."""
-    utterances = read_librispeech_folder(corpus, "train")
     rising = {"learning_rate": 1.0, "scheduler": "constant_with_warmup", "warmup_steps": 20}  # too high in the end
     settings = Global(**QUICK | rising | {"patience": 4})
-
-    def recover(name: str, stop_after: int | None = None) -> tuple[dict[str, Tensor], Any]:
-        def count(done: int, _: int) -> None:
-            if done == stop_after:
-                raise _Killed
-
-        speech = load_speech_model(str(model_folder))
-        dense = copy.deepcopy(speech.model)
-        pruned = _changed(speech.model)
-        log = recover_on_utterances(
-            *(dense, False, 0, pruned, speech.processor, utterances, settings, settings.updates, tmp_path / name),
-            masks=masks_of(pruned),
-            progress=count,
-        )
-        return pruned.state_dict(), log
-
-    whole, log = recover("whole")
+    log = assert_a_killed_one_ends_the_same(settings, 9, model_folder, corpus, tmp_path)
     assert (summary(log).best_update, summary(log).updates) == (4, 12)
-    with pytest.raises(_Killed):
-        recover("killed", stop_after=9)
-    resumed, again = recover("killed")
-    keep = ("update", "loss", "eval_loss")
-    assert [{key: entry.get(key) for key in keep} for entry in again] == [
-        {key: entry.get(key) for key in keep} for entry in log
-    ]
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_a_run_recovers_on_audio_without_transcripts_then_rounds_and_says_so(
@@ -306,7 +262,7 @@ def test_a_stopped_run_goes_on_behind_its_recovery(
 def test_two_processes_share_every_update(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     utterances = read_librispeech_folder(corpus, "train")
     speech = load_speech_model(str(model_folder))
-    pruned = _changed(speech.model)
+    pruned = half_pruned(speech.model)
     found = []
     for processes in (1, 2):
         settings = Global(**QUICK | {"processes": processes})
@@ -344,7 +300,7 @@ def test_what_does_not_go_with_it(options: list[str], message: str, run_sparsewa
 
 
 def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noise_batch: MakeBatch) -> None:
-    dense, pruned = tiny_model("wav2vec2"), _changed(tiny_model("wav2vec2"))
+    dense, pruned = tiny_model("wav2vec2"), half_pruned(tiny_model("wav2vec2"))
     batches = [noise_batch([800] * 4), noise_batch([800] * 4, seed=1)]
     broken = [batches[0], noise_batch([800] * 4) | {"input_values": torch.full((4, 800), torch.nan)}]
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
@@ -368,7 +324,7 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
 def test_audio_that_breaks_the_loss_is_named(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     utterances = read_librispeech_folder(corpus, "train")
     speech = load_speech_model(str(model_folder))
-    pruned = _changed(speech.model)
+    pruned = half_pruned(speech.model)
     with torch.no_grad():
         speech.model.get_parameter("lm_head.bias")[1] = torch.inf
     with pytest.raises(UserError, match=r"^the training stopped at update 1 of 20: the loss is nan"):
