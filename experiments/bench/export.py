@@ -2,14 +2,17 @@
 
 The model is full-size wav2vec2-base with random weights, of which the smallest in the transformer are zero: in float32,
 in float16, and rounded to the nearest in 8 and 4 bits, the rest in 8 bits. The size of the dense file after general
-compressors is measured, too.
+compressors is measured, too. Every load is that of a new process.
 """
 
 import argparse
 import copy
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -21,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from experiments.bench.engine import OURS, alternate, random_base, summary
+from experiments.bench.engine import OURS, random_base, summary
 from experiments.plots import save
 from sparsewav.cli.plots import COLORS, MARKERS, STYLE
 from sparsewav.files import write_file
@@ -72,7 +75,7 @@ def main() -> int:
 def measure(
     sparsity: float, numbers: Sequence[str], folder: Path, rounds: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write a model in every format and load it in turns.
+    """Write a model in every format, and load it in turns.
 
     Args:
         sparsity: Share of every matrix that is zero.
@@ -99,8 +102,11 @@ def measure(
                 found[compressor] = _compressed(command, dense / WEIGHTS)
         sizes += [{"sparsity": sparsity, "numbers": name, "form": form, "bytes": size} for form, size in found.items()]
         if name != "float16":
-            forms = {OURS: _touching(bitmask), "dense": _touching(dense)}
-            seconds += alternate(rounds, f"load {name} at {sparsity:g}", forms)
+            forms = {OURS: bitmask, "dense": dense}
+            for number in range(1, rounds + 1):
+                for form, path in forms.items():
+                    subject = {"subject": f"load {name} at {sparsity:g}", "contestant": form, "round": number}
+                    seconds.append(subject | {"seconds": _in_own_process(path)})
         shutil.rmtree(dense)
     return sizes, seconds
 
@@ -117,20 +123,27 @@ def _rounded(model: PreTrainedModel, name: str) -> PreTrainedModel:
             if weight.dim() > 1 and len(weight) > 1:
                 bits, group = (ROUNDED[name], GROUP) if parameter in prunable else (8, weight[0].numel())
                 groups = weight.view(-1, group)
-                scales = round_scales(groups.abs().amax(1, keepdim=True).clamp(min=1e-6) / (2 ** (bits - 1) - 1))
-                weight.copy_(((groups / scales).round() * scales + 0.0).view_as(weight))  # no −0
+                largest = 2 ** (bits - 1) - 1
+                scales = round_scales(groups.abs().amax(1, keepdim=True).clamp(min=1e-6) / largest)
+                codes = (groups / scales).round().clamp(-largest, largest)
+                weight.copy_((codes * scales + 0.0).view_as(weight))  # no −0
             else:
                 weight.copy_(weight.half())
     return model
 
 
-def _touching(folder: Path) -> Any:
-    def load_and_touch() -> None:
-        # Mapped weights are read from the file when they are first used; the time includes that.
-        for parameter in load(folder).parameters():
-            parameter.sum()
+def _in_own_process(folder: Path) -> float:
+    """Give the seconds of a load by a process that has loaded nothing yet, and whose memory is new."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_load_and_touch, folder).result()
 
-    return load_and_touch
+
+def _load_and_touch(folder: Path) -> float:
+    started = time.perf_counter()
+    # Mapped weights are read from the file when they are first used; the time includes that.
+    for parameter in load(folder).parameters():
+        parameter.sum()
+    return time.perf_counter() - started
 
 
 def _size(path: Path) -> int:

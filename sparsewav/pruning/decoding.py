@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsewav.errors import UserError
 from sparsewav.pruning.coding import AGAIN, BITS, DTYPES, Coding, alphabet_of, check_file, digits_of
 
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """About so many weights are decoded at a time, which fit the processor's cache in float32."""
 
 
@@ -139,10 +139,13 @@ def _scatter(values: Tensor, mask: NDArray[np.uint8] | None, size: int, name: st
     if mask is None:
         return values
     integers = values.view(BITS[values.dtype]).numpy()  # NumPy knows no bfloat16
-    flat = np.zeros(size, integers.dtype)  # of NumPy's memory, whose large pages cost less than PyTorch's
+    flat = torch.empty(size, dtype=values.dtype)
+    weight = flat.view(BITS[values.dtype]).numpy()
     for place, kept, own in _chunks(mask, size, CHUNK):
-        flat[place][kept] = integers[own]
-    return torch.from_numpy(flat).view(values.dtype)
+        part = weight[place]
+        part.fill(0)  # here, where it is in the cache
+        part[kept] = integers[own]
+    return flat
 
 
 def _decode_grid(
@@ -153,7 +156,7 @@ def _decode_grid(
     assert coding.shift is not None
     rows, cols = coding.shape[0], math.prod(coding.shape[1:])
     alphabet = alphabet_of(*coding.codes, with_zero=mask is None)
-    codes = _decode_codes(streams[0], _count(mask, rows * cols), alphabet, name)
+    packed, table = _decode_codes(streams[0], _count(mask, rows * cols), alphabet, name)
     count = rows * -(-cols // coding.group)
     planes = [_inflate(stream, count, f"the scales of {name}") for stream in streams[1:]]
     half = np.stack(planes[::-1], axis=1).view(np.float16).reshape(rows, -1)
@@ -161,40 +164,57 @@ def _decode_grid(
     check_file(
         bool(((scales > 0) & np.isfinite(scales)).all()), f"the scales of {name} are not all positive and finite"
     )
-    weight = np.zeros(rows * cols, np.float32)
+    # Not of NumPy's memory, whose large pages may cost more time than all the rest.
+    flat = torch.empty(rows * cols)
+    weight = flat.numpy()
     height = 8 * max(1, CHUNK // (8 * cols))  # rows in a chunk
     for place, kept, own in _chunks(mask, rows * cols, height * cols):
         part, scale = weight[place], scales[place.start // cols : place.stop // cols]
-        part[kept] = codes[own].astype(np.float32)
+        if mask is not None:
+            part.fill(0)
+        part[kept] = _codes_at(own, packed, table)
         if cols % coding.group:
             grouped, scale = part.reshape(-1, cols), np.repeat(scale, coding.group, axis=1)[:, :cols]
         else:
             grouped, scale = part.reshape(-1, coding.group), scale.reshape(-1, 1)
         np.multiply(grouped, scale, out=grouped)
-    return torch.from_numpy(weight).view(rows, cols)
+    return flat.view(rows, cols)
 
 
-def _decode_codes(stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str) -> NDArray[np.int16]:
-    """Give the whole numbers."""
+def _decode_codes(
+    stream: NDArray[np.uint8], count: int, alphabet: NDArray[np.int64], name: str
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float32]]:
+    """Give whole numbers as they are packed, and the table of what every packed number stands for: one code or more.
+
+    Raises:
+        UserError: The stream is not that of so many codes.
+    """
     values, digits = len(alphabet), digits_of(len(alphabet))
     check_file(bool(values) or not count, f"{name} has weights, and its header knows no value of them")
     if values < 2:
         check_file(not len(stream), f"the codes of {name} are not 0 bytes")
-        return np.full(count, alphabet[0] if values else 0, np.int16)
+        return np.zeros(count, np.uint8), alphabet.astype(np.float32)[:, None]
     wrong = f"the codes of {name} are not all codes of {values} values"
     if values > 256:
         planes = _inflate(stream, 2 * count, f"the codes of {name}")
         symbols = planes[:count] + (planes[count:].astype(np.uint16) << 8)
         check_file(not count or int(symbols.max()) < values, wrong)
-        return alphabet.astype(np.int16)[symbols]
+        return symbols, alphabet.astype(np.float32)[:, None]
     packed = _inflate(stream, -(-count // digits), f"the codes of {name}")
     bound = values**digits
     check_file(bound == 256 or not count or int(packed.max()) < bound, wrong)
     check_file(not count % digits or int(packed[-1]) < values ** (count % digits), wrong)
     # What every byte stands for: its digits to the base of the number of values, the lowest first.
-    table = alphabet.astype(np.int16)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
+    return packed, alphabet.astype(np.float32)[np.arange(bound)[:, None] // values ** np.arange(digits) % values]
+
+
+def _codes_at(place: slice, packed: NDArray[np.unsignedinteger], table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Give some of the codes that :func:`_decode_codes` gave."""
+    digits = table.shape[1]
+    first = place.start // digits
     together = table.view(np.dtype((np.void, table.itemsize * digits))).reshape(-1)
-    return together.take(packed).view(np.int16)[:count]
+    codes = together.take(packed[first : -(-place.stop // digits)]).view(np.float32)
+    return codes[place.start - first * digits : place.stop - first * digits]
 
 
 def _inflate(stream: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
