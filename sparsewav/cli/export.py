@@ -124,7 +124,7 @@ def _exchange(arguments: argparse.Namespace) -> None:
         except UserError as error:
             without = "" if calibrated else ", or leave the file unscored: --no-score"
             raise UserError(f"{error}{without}") from error
-    speech = load_or_train(Model(arguments.source))
+    speech = load_or_train(Model(arguments.source), key="")
     for warning in speech.warnings:
         print_warning(warning)
     if not speech.writes:

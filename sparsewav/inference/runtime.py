@@ -173,7 +173,7 @@ def load_runnable(settings: Model, device: str = "auto") -> SpeechModel:
         UserError: There is no such model, it is broken, or it does not run on the device.
     """
     if exported_file(settings.name_or_path) is None:
-        return load_or_train(settings, choose_device(device))
+        return load_or_train(settings, choose_device(device), key="")
     if device not in ("auto", "cpu"):
         raise UserError(
             f"{settings.name_or_path} is an exported model, which runs on the CPU; leave out device={device}"

@@ -153,19 +153,20 @@ def load_speech_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    key: str = "model.name_or_path",
 ) -> SpeechModel:
     """Load a CTC model, or an encoder without a head, and its processor.
 
-    :func:`find_model` says what it may be named.
+    :func:`find_model` says what it may be named, and what the key is.
 
     Raises:
         UserError: There is no such model, its family is unknown, or a file is missing.
     """
-    folder = find_model(name_or_path, revision=revision)
+    folder = find_model(name_or_path, key, revision)
     source = str(folder)
-    called = f"model.name_or_path={name_or_path}"
+    called = named(key, name_or_path)
     warnings: list[str] = []
-    model = load_pretrained(source, dtype, "model.name_or_path", name_or_path, notes=warnings)
+    model = load_pretrained(source, dtype, key, name_or_path, notes=warnings)
     processor = load_processor(source, has_head=has_head(model))
     if processor.tokenizer is not None:
         warnings += agree_on_tokens(model, processor, called)

@@ -54,14 +54,19 @@ def load_model(name_or_path: str | Path, *, revision: str | None = None, device:
         settings.revision = revision
     for fault in (*settings.faults(), *device_faults(device)):
         raise UserError(fault)
-    speech = load_or_train(settings, choose_device(device))
+    speech = load_or_train(settings, choose_device(device), key="")
     for warning in speech.warnings:
         print_warning(warning, log=False)
     return speech
 
 
-def load_or_train(settings: Model, device: torch.device | str = "cpu") -> SpeechModel:
+def load_or_train(settings: Model, device: torch.device | str = "cpu", key: str = "model.name_or_path") -> SpeechModel:
     """Load the model that the settings name; the model of a recipe is trained first if it is not in the cache.
+
+    Args:
+        settings: The model.
+        device: Where it is put.
+        key: As in :func:`~sparsewav.models.load.locate_model`.
 
     Raises:
         UserError: There is no such model, it is broken, or its training failed.
@@ -69,7 +74,7 @@ def load_or_train(settings: Model, device: torch.device | str = "cpu") -> Speech
     if settings.fairseq_checkpoint:
         return load_fairseq_model(settings.fairseq_checkpoint, device=device)
     source = train_if_recipe(settings.name_or_path)
-    speech = load_speech_model(source, device=device, revision=settings.revision)
+    speech = load_speech_model(source, device=device, revision=settings.revision, key=key)
     speech.name = Path(settings.name_or_path).name
     return speech
 

@@ -310,4 +310,4 @@ def test_command(run_sparsewav: Callable[..., Any], talk: Path, tmp_path: Path) 
     assert "--output FOLDER" in several.stderr
     missing = run_sparsewav(str(talk), "--model", "./nowhere", command="sparsewav-transcribe")
     assert missing.returncode == 1
-    assert "./nowhere is not a folder" in missing.stderr
+    assert "error: ./nowhere is not a folder" in missing.stderr  # and no setting, which the command does not have

@@ -71,7 +71,7 @@ def test_python_names_models_as_the_command_does(
     class Enough(Exception):
         pass
 
-    def load(settings: Model, device: object) -> None:
+    def load(settings: Model, device: object, key: str) -> None:
         found.append(settings)
         raise Enough
 
