@@ -105,8 +105,8 @@ def measure(
             forms = {OURS: bitmask, "dense": dense}
             for number in range(1, rounds + 1):
                 for form, path in forms.items():
-                    subject = {"subject": f"load {name} at {sparsity:g}", "contestant": form, "round": number}
-                    seconds.append(subject | {"seconds": _in_own_process(path)})
+                    row = {"subject": f"load {name} at {sparsity:g}", "contestant": form, "round": number}
+                    seconds.append(row | {"seconds": _in_own_process(path)})
         shutil.rmtree(dense)
     return sizes, seconds
 
