@@ -58,7 +58,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None 
     Raises:
         UserError: The folder holds no such model, or a broken one.
     """
-    skeleton, tensors = _read(folder)
+    skeleton, tensors, finite = _read(folder)
     kinds = {
         tensor.dtype
         for name, tensor in tensors.items()
@@ -71,6 +71,7 @@ def read_model(folder: Path, dtype: torch.dtype | None, notes: list[str] | None 
         None,
         str(folder),
         notes=notes,
+        finite=[tensors[name] for name in finite],
         config=skeleton.config,
         state_dict=tensors,
         dtype=dtype or kinds.pop(),
@@ -119,7 +120,7 @@ def export(source: str | Path, destination: str | Path, format: str = "bitmask",
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     check_export(destination, format, dtype)
-    tensors = _read(source)[1]
+    _, tensors, _ = _read(source)
     if dtype == "float16":
         halves = {name: _to_float16(tensor, name) for name, tensor in tensors.items()}
         if format == "bitmask":
@@ -207,8 +208,8 @@ def _write_bitmask(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(stored, path, {FORMAT: header_text(header)})
 
 
-def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Give the model that a folder in either format describes, without weights, and its tensors.
+def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor], list[str]]:
+    """Give the model that a folder describes, without weights, its tensors, and which of them cannot but be finite.
 
     Raises:
         UserError: The files are broken, or the tensors are not those of the model by name, shape and type.
@@ -219,15 +220,15 @@ def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         checkpoint = Checkpoint(folder)
         skeleton = make_skeleton(config, checkpoint.headers, str(folder))
         check_tensors(skeleton, checkpoint.headers, str(folder))
-        return skeleton, checkpoint.read(checkpoint.files)
+        return skeleton, checkpoint.read(checkpoint.files), []
     skeleton = make_skeleton(config, read_headers(folder / BITMASK_WEIGHTS), str(folder))
-    tensors = _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
+    tensors, finite = _read_bitmask(folder / BITMASK_WEIGHTS, skeleton)
     check_tensors(skeleton, tensors, str(folder))
-    return skeleton, tensors
+    return skeleton, tensors, finite
 
 
-def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
-    """Give all tensors by their names in a dense checkpoint.
+def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> tuple[dict[str, Tensor], list[str]]:
+    """Give all tensors by their names in a dense checkpoint, and the names of those that cannot but be finite.
 
     Raises:
         UserError: The file violates ``BITMASK_FORMAT.md``, or belongs to another model.
@@ -240,13 +241,13 @@ def _read_bitmask(path: Path, skeleton: PreTrainedModel) -> dict[str, Tensor]:
         with ThreadPoolExecutor(1) as thread:
             if header["version"] == VERSION:
                 found = thread.submit(checksum, stored, header_text(header))
-                tensors = _decode(path, header, stored, skeleton)
+                tensors, finite = _decode(path, header, stored, skeleton)
             else:
                 found = thread.submit(checksum, stored, json.dumps(header.get("shapes"), sort_keys=True))
-                tensors = _decode_older(path, header.get("shapes"), stored, skeleton)
+                tensors, finite = _decode_older(path, header.get("shapes"), stored, skeleton), []
         sealed = header["version"] == 1 or found.result() == claimed
         check_file(sealed, f"{path} does not have the checksum that its header says")
-        return tensors
+        return tensors, finite
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _decode(
     path: Path, header: dict[str, Any], stored: dict[str, Tensor], skeleton: PreTrainedModel
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     entries, float16 = header.get("coded", {}), header.get("float16", "")
     readable = isinstance(entries, dict) and float16 in ("float16", "float32")
     check_file(readable, f"{path} has no readable header of the format {FORMAT}, version {VERSION}")
@@ -280,7 +281,8 @@ def _decode(
     _check_shapes(path, {name: coding.shape for name, coding in codings.items()}, skeleton)
     for name in codings:
         check_file(name in stored, f"{path} lacks {name}")
-    return decode_tensors(stored, codings, float16, str(path))
+    rounded = [name for name, coding in codings.items() if coding.values is None]
+    return decode_tensors(stored, codings, float16, str(path)), rounded
 
 
 def _decode_older(path: Path, shapes: Any, stored: dict[str, Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:

@@ -247,7 +247,13 @@ def refuse_differences(
 
 
 def load_whole(
-    load: Callable[..., Any], source: str | None, where: str, *, notes: list[str] | None = None, **options: Any
+    load: Callable[..., Any],
+    source: str | None,
+    where: str,
+    *,
+    notes: list[str] | None = None,
+    finite: Iterable[Tensor] = (),
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a model with ``from_pretrained``, and refuse it if any of its tensors did not come from the checkpoint.
 
@@ -258,6 +264,7 @@ def load_whole(
         source: Its first argument.
         where: The folder or file, for messages.
         notes: Gets a sentence about what was left out, because only the pretraining needs it.
+        finite: Tensors without NaN or infinite numbers. What lies in the same memory is not read again for that.
         options: Further arguments of ``from_pretrained``.
 
     Raises:
@@ -273,7 +280,12 @@ def load_whole(
     for name in missing:
         if name.endswith(OPTIONAL):
             state[name].zero_()
-    refuse_infinite(state, where)
+    known = {_memory_of(tensor) for tensor in finite}
+    refuse_infinite({name: tensor for name, tensor in state.items() if _memory_of(tensor) not in known}, where)
     if unexpected and notes is not None:
         notes.append(f"{where} has {some(sorted(unexpected))}, which the pretraining alone needs; left out")
     return model
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

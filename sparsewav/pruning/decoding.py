@@ -30,6 +30,9 @@ def decode_tensors(
         float16: Type in memory of the others that are stored as float16.
         where: The file, for messages.
 
+    Returns:
+        The tensors by name. Those that are whole numbers on a grid are finite.
+
     Raises:
         UserError: The bytes are not what the header says.
     """
@@ -164,6 +167,10 @@ def _decode_grid(
     check_file(
         bool(((scales > 0) & np.isfinite(scales)).all()), f"the scales of {name} are not all positive and finite"
     )
+    # Rounding keeps the order, so that no weight is larger than this one is.
+    largest = torch.tensor(float(scales.max(initial=0)) * max(map(abs, coding.codes)), dtype=torch.float32)
+    fits = bool(largest.to(DTYPES[coding.dtype or "float32"]).isfinite())
+    check_file(fits, f"the scales of {name} are too large for its type")
     # Not of NumPy's memory, whose large pages may cost more time than all the rest.
     flat = torch.empty(rows * cols)
     weight = flat.numpy()

@@ -235,8 +235,8 @@ TAMPERED: dict[str, tuple[Callable[[Tensors, Header], object], str]] = {
 }
 
 
-def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, sealed: bool) -> str:
-    """Change a file, with the checksum that fits or with the one it had; give the message with which it is refused."""
+def _change(folder: Path, tamper: Callable[[Tensors, Header], object], *, sealed: bool) -> None:
+    """Change a file, with the checksum that fits or with the one it had."""
     path = folder / BITMASK_WEIGHTS
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     with safe_open(path, framework="pt") as file:
@@ -246,6 +246,11 @@ def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, seal
         header.pop("checksum")
         header["checksum"] = checksum(tensors, json.dumps(header, sort_keys=True, separators=(",", ":")))
     save_file(tensors, path, {"sparsewav-bitmask": json.dumps(header)})
+
+
+def _tampered(folder: Path, tamper: Callable[[Tensors, Header], object], *, sealed: bool) -> str:
+    """Change a file so, and give the message with which it is refused."""
+    _change(folder, tamper, sealed=sealed)
     with pytest.raises(sparsewav.UserError) as refused:
         sparsewav.load(folder)
     assert str(folder) in str(refused.value)
@@ -259,6 +264,30 @@ def test_a_tampered_file_is_refused_by_name(kind: str, dense_folder: Path, tmp_p
     export(dense_folder, tmp_path / "small")
     tamper, message = TAMPERED[kind]
     assert re.search(message, _tampered(tmp_path / "small", tamper, sealed=True))
+
+
+def test_scales_that_make_infinite_weights_are_refused(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Scales may be finite where their products with whole numbers are not; in half precision fewer products are."""
+    _round(tiny_model("wav2vec2")).save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "small")
+    path = tmp_path / "small" / BITMASK_WEIGHTS
+    written = path.read_bytes()
+    largest = load_file(tmp_path / "dense/model.safetensors")[Q_PROJ].abs().max().log2().floor().int()
+
+    def grow(exponent: int) -> Callable[[Tensors, Header], object]:
+        """Give the largest weight this power of two, rounded down."""
+        return lambda tensors, header: header["coded"][Q_PROJ].update(
+            shift=header["coded"][Q_PROJ]["shift"] + exponent - int(largest)
+        )
+
+    _change(tmp_path / "small", grow(127), sealed=True)
+    assert sparsewav.load(tmp_path / "small").state_dict()[Q_PROJ].abs().max() >= 2.0**127
+    with pytest.raises(sparsewav.UserError, match=f"{Q_PROJ} that are NaN or infinite"):
+        sparsewav.load(tmp_path / "small", torch.float16)
+    path.write_bytes(written)
+    assert f"the scales of {Q_PROJ}" in _tampered(tmp_path / "small", grow(128), sealed=True)
 
 
 def _move_a_bit(tensors: Tensors, header: Header) -> None:
