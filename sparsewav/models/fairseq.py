@@ -36,9 +36,10 @@ from transformers import (
 from sparsewav import cache
 from sparsewav.errors import UserError
 from sparsewav.files import content_hash
-from sparsewav.models.checkpoint import check_archive, first_line, refuse_infinite, some
+from sparsewav.models.checkpoint import check_archive, first_line, named, refuse_infinite, some
 
 KEY = "model.fairseq_checkpoint"
+"""The setting that names a file."""
 
 DICTIONARY = "dict.ltr.txt"
 """Name of the file with fairseq's vocabulary, which lies beside a checkpoint."""
@@ -125,7 +126,7 @@ class StandIn:
         self.state = state
 
 
-def converted_folder(path_or_name: str) -> Path:
+def converted_folder(path_or_name: str, key: str = KEY) -> Path:
     """Convert a file of fairseq to a checkpoint of transformers in the cache, on first use, and give its folder.
 
     The vocabulary is that of ``dict.ltr.txt`` beside the file, or else the one inside the file, or else, for 32 tokens,
@@ -134,6 +135,7 @@ def converted_folder(path_or_name: str) -> Path:
     Args:
         path_or_name: File of a wav2vec 2.0 or HuBERT, fine-tuned with a CTC head, e.g. ``wav2vec_small_100h.pt``, or
             pretrained only, e.g. ``hubert_base_ls960.pt``, which gives an encoder.
+        key: The setting that names the file, for messages; empty for an argument that has no name.
 
     Returns:
         A folder with ``config.json``, ``model.safetensors`` (float32), ``preprocessor_config.json`` and, of a CTC
@@ -143,7 +145,7 @@ def converted_folder(path_or_name: str) -> Path:
         UserError: The file does not exist, is broken, holds more than tensors and plain data, is another kind of model,
             or does not fit its own configuration by name and shape.
     """
-    called = f"{KEY}={path_or_name}"
+    called = named(key, path_or_name)
     path = Path(path_or_name).expanduser()
     if not path.is_file():
         raise UserError(f"{called} is not a file; check the path")

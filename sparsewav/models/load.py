@@ -15,7 +15,7 @@ from sparsewav.errors import UserError
 from sparsewav.models import hub
 from sparsewav.models.bitmask import BITMASK_WEIGHTS, read_model
 from sparsewav.models.checkpoint import INDEX, WEIGHTS, first_line, named, read_pickled_headers, refuse_exported
-from sparsewav.models.fairseq import converted_folder
+from sparsewav.models.fairseq import KEY, converted_folder
 from sparsewav.models.processor import Processor, agree_on_audio, agree_on_tokens, load_processor
 from sparsewav.models.skeleton import MASK_EMBEDDING, check_tensors, is_encoder, load_whole, make_skeleton, read_config
 from sparsewav.pruning.encoder import base_of, has_head
@@ -181,14 +181,14 @@ def load_speech_model(
 
 
 def load_fairseq_model(
-    checkpoint: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    checkpoint: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", key: str = KEY
 ) -> SpeechModel:
     """Load a CTC model from a file of fairseq; its name is that of the file without the suffix.
 
     Raises:
         UserError: The file does not exist, or :func:`~sparsewav.models.fairseq.converted_folder` refuses it.
     """
-    speech = load_speech_model(str(converted_folder(checkpoint)), dtype, device)
+    speech = load_speech_model(str(converted_folder(checkpoint, key)), dtype, device)
     speech.name = Path(checkpoint).stem
     return speech
 

@@ -14,6 +14,7 @@ import yaml
 from sparsewav.errors import UserError
 from sparsewav.files import CHECKSUMS, cache_folder, conf_folder, damage, locked, write_checksums
 from sparsewav.models import hub
+from sparsewav.models.fairseq import KEY
 from sparsewav.models.load import SpeechModel, choose_device, load_fairseq_model, load_speech_model, locate_model
 from sparsewav.progress import print_warning
 from sparsewav.settings.run import Model, device_faults
@@ -66,13 +67,13 @@ def load_or_train(settings: Model, device: torch.device | str = "cpu", key: str 
     Args:
         settings: The model.
         device: Where it is put.
-        key: As in :func:`~sparsewav.models.load.locate_model`.
+        key: As in :func:`~sparsewav.models.load.locate_model`; a file of fairseq has its own key, or none.
 
     Raises:
         UserError: There is no such model, it is broken, or its training failed.
     """
     if settings.fairseq_checkpoint:
-        return load_fairseq_model(settings.fairseq_checkpoint, device=device)
+        return load_fairseq_model(settings.fairseq_checkpoint, device=device, key=key and KEY)
     source = train_if_recipe(settings.name_or_path)
     speech = load_speech_model(source, device=device, revision=settings.revision, key=key)
     speech.name = Path(settings.name_or_path).name

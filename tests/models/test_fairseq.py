@@ -25,7 +25,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.fairseq import converted_folder
 from sparsewav.models.load import load_fairseq_model
 from sparsewav.settings.run import Model
-from sparsewav.training.recipes import load_or_train
+from sparsewav.training.recipes import load_model, load_or_train
 
 Make = Callable[..., PreTrainedModel]
 
@@ -445,8 +445,10 @@ def test_a_file_that_is_no_checkpoint(small: Make, tmp_path: Path) -> None:
     whole, broken = path.read_bytes(), "is broken, or no checkpoint of PyTorch; fetch it again"
     for contents in (whole[: len(whole) // 2], old.read_bytes()[:5000], old.read_bytes()[:-100], b"", b"<html>\n"):
         path.write_bytes(contents)
-        with pytest.raises(UserError, match=broken):
+        with pytest.raises(UserError, match=f"^model.fairseq_checkpoint={path} {broken}"):
             load_fairseq_model(str(path))
+        with pytest.raises(UserError, match=f"^{path} {broken}"):  # an argument is not called a setting
+            load_model(path)
     with pytest.raises(UserError, match="no checkpoint of fairseq: it has no 'model'"):
         load_fairseq_model(_save(_tensors(small()), path))
     with pytest.raises(UserError, match="is not a file; check the path"):
