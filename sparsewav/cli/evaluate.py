@@ -100,7 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import pandas
 
     from sparsewav.inference.runtime import load_runnable
-    from sparsewav.models.load import choose_device
+    from sparsewav.models.load import choose_device, locate_model
 
     console = Console()
     if arguments.output and arguments.output.suffix not in (".csv", ".json"):
@@ -111,7 +111,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seconds {arguments.seconds:g} must be above 0")
     if repeated := {name for name in arguments.models if arguments.models.count(name) > 1}:
         raise UserError(f"{', '.join(sorted(repeated))} is named twice; name every model once")
-    choose_device(arguments.device)  # before anything is read
+    choose_device(arguments.device)  # this and the next before anything is read or spoken
+    for name in arguments.models:
+        if not Path(name).is_file():
+            locate_model(name, key="")
     data, _, evaluation = read_speech(arguments.data, arguments.models[0])
     found: list[Errors] = []
     for name in arguments.models:
