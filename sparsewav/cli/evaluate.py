@@ -99,7 +99,7 @@ class Errors:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import pandas
 
-    from sparsewav.inference.runtime import load_runnable
+    from sparsewav.inference.runtime import exported_file, load_runnable
     from sparsewav.models.load import choose_device, locate_model
 
     console = Console()
@@ -113,7 +113,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(sorted(repeated))} is named twice; name every model once")
     choose_device(arguments.device)  # this and the next before anything is read or spoken
     for name in arguments.models:
-        if not Path(name).is_file():
+        if exported_file(name) is None:
             locate_model(name, key="")
     data, _, evaluation = read_speech(arguments.data, arguments.models[0])
     found: list[Errors] = []

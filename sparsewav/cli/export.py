@@ -106,6 +106,7 @@ def _exchange(arguments: argparse.Namespace) -> None:
     from sparsewav.inference.agreement import agreement
     from sparsewav.inference.exchange import check_libraries, write_exchange, write_record
     from sparsewav.inference.runtime import load_exported
+    from sparsewav.models.load import locate_model
     from sparsewav.training.recipes import load_or_train
 
     console, destination = Console(), arguments.destination.expanduser()
@@ -117,6 +118,7 @@ def _exchange(arguments: argparse.Namespace) -> None:
     if arguments.data and not (scored or calibrated):
         raise UserError("with --no-score no speech is read; leave out --data")
     check_libraries(arguments.format, int8=arguments.int8)
+    locate_model(arguments.source, key="")  # before any speech is read or spoken
     run = _run_of(arguments.source)
     if scored or calibrated:
         try:

@@ -193,6 +193,12 @@ def test_what_cannot_be_asked_for(arguments: list[str], message: str, run_sparse
     assert result.stderr.count("\n") == 1
 
 
+def test_a_missing_model_is_found_before_any_speech_is_looked_for(run_sparsewav: Run) -> None:
+    result = run_sparsewav("./nowhere", "out", "--format", "onnx", command="sparsewav-export")
+    assert result.returncode == 1
+    assert result.stdout + result.stderr == "error: ./nowhere is not a folder; check the path\n"
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
