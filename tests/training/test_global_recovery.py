@@ -20,6 +20,7 @@ from sparsewav.data.librispeech import read_librispeech_folder
 from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
+from sparsewav.pruning.families import family_of
 from sparsewav.settings import Elsa, Global, Int4
 from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
@@ -35,21 +36,38 @@ MakeBatch = Callable[..., Batch]
 RUN = ["allocation=uniform", "recovery=global", *(f"recovery.{key}={value}" for key, value in QUICK.items())]
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("norm", ["layer", "group"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_loss_of_a_padded_batch_is_that_of_its_utterances(
     family: str,
     norm: str,
+    frozen: bool,
     tiny_model: Factory,
     noise_batch: MakeBatch,
     model_input: Callable[[PreTrainedModel, Batch], Batch],
     utterances: Callable[[list[Batch]], list[Batch]],
 ) -> None:
-    """KL and squared errors of every utterance alone, summed by plain loops over frames."""
+    """KL and squared errors of every utterance alone, summed by plain loops over frames.
+
+    A front end that is frozen is computed once for both models; one that learns may have changed.
+    """
     dense = tiny_model(family, norm)
     pruned = half_pruned(dense)
     batch = noise_batch([1024, 768, 640])
-    loss = float(OutputLoss(pruned, dense, 0.7)(**model_input(dense, batch))["loss"].detach())
+    fronts = [base_of(model).get_submodule(family_of(model).front) for model in (dense, pruned)]
+    fronts[1].requires_grad_(not frozen)
+    learned = OutputLoss(pruned, dense, 0.7)
+    if not frozen:
+        with torch.no_grad():
+            for parameter in fronts[1].parameters():
+                parameter.mul_(1.1)
+    made: list[Any] = []
+    for front in fronts:
+        front.register_forward_hook(lambda module, arguments, output: made.append(output))
+    loss = float(learned(**model_input(dense, batch))["loss"].detach())
+    own, other = made[0::2], made[1::2]
+    assert all((first is second) == frozen for first, second in zip(own, other, strict=True))
     divergences, errors, squares = [], 0.0, 0.0
     for item in utterances([batch]):
         own = {key: value for key, value in model_input(dense, item).items() if key != "labels"}
