@@ -100,7 +100,7 @@ def _are_alike(dense: nn.Module, pruned: nn.Module) -> bool:
     if repr(dense) != repr(pruned) or any(parameter.requires_grad for parameter in pruned.parameters()):
         return False  # strides and activations are in the text
     pairs = zip(dense.state_dict().values(), pruned.state_dict().values(), strict=True)
-    return all(torch.equal(first, second) for first, second in pairs)
+    return all(first.dtype == second.dtype and torch.equal(first, second) for first, second in pairs)
 
 
 @contextmanager
