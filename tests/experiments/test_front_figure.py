@@ -40,7 +40,7 @@ def test_it_draws_means_over_seeds_at_the_sparsity_reached(tmp_path: Path) -> No
     assert row["achieved_sparsity"] == pytest.approx(0.89), "made-up runs reach 1 point less"
     assert row["wer_mean"] == pytest.approx(0.0576 + 0.7 * (0.9**6 + 0.01), rel=1e-5)
     assert row["seeds"] == 3
-    assert len(row["runs"].split("; ")) == 3
+    assert not table.map(lambda cell: str(tmp_path) in str(cell)).any().any(), "it is committed"
     assert set(table["wer_dense"]) == {0.0576}
     picture = (tmp_path / "figures" / "wer_over_sparsity.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
