@@ -110,13 +110,16 @@ def _computed_once(dense: nn.Module, pruned: nn.Module) -> Iterator[None]:
     Convolutions take up to half of the forward pass, and nobody learns them.
     """
     made: list[Any] = []
+    own = vars(pruned).get("forward")  # where another library has put one in place of the class's
     hook = dense.register_forward_hook(lambda module, arguments, output: made.append(output))
     pruned.forward = lambda *arguments, **keywords: made.pop()
     try:
         yield
     finally:
         hook.remove()
-        del pruned.forward  # the class's own is behind it
+        del pruned.forward
+        if own is not None:
+            pruned.forward = own
 
 
 def outputs_of(model: PreTrainedModel, batch: Batch) -> Outputs:

@@ -66,6 +66,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_utterances(
     for front in fronts:
         front.register_forward_hook(lambda module, arguments, output: made.append(output))
     loss = float(learned(**model_input(dense, batch))["loss"].detach())
+    assert made
     own, other = made[0::2], made[1::2]
     assert all((first is second) == frozen for first, second in zip(own, other, strict=True))
     divergences, errors, squares = [], 0.0, 0.0
