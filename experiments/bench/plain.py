@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from sparsewav.pruning import estimate_traces, prunable_matrices
 from sparsewav.pruning.allocation.rank import allocate_by_rank
-from sparsewav.pruning.encoder import base_of, model_batches, projections_as_modules
+from sparsewav.pruning.batches import model_batches
+from sparsewav.pruning.encoder import base_of, projections_as_modules
 
 Batch = dict[str, Tensor]
 

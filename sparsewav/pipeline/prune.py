@@ -16,7 +16,7 @@ from sparsewav.inference.latency import latency_table
 from sparsewav.inference.shapes import Shape
 from sparsewav.inference.speedup import shape_timer
 from sparsewav.pruning import PruneReport, distributed, prune_model
-from sparsewav.pruning.encoder import as_sequence
+from sparsewav.pruning.batches import as_sequence
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.prune import HasModel, checked, options_of, round_pruned, stage_progress
 from sparsewav.pruning.rest import round_rest

@@ -39,7 +39,8 @@ from sparsewav.models.checkpoint import (
 from sparsewav.models.load import choose_device, locate_model
 from sparsewav.models.skeleton import check_tensors, is_encoder, load_whole, make_skeleton, read_config
 from sparsewav.pruning import MatrixReport, PruneReport, Trace, prunable_matrices, prune_model
-from sparsewav.pruning.encoder import as_sequence, encoder_layers, layers_name, whatever_modes
+from sparsewav.pruning.batches import as_sequence
+from sparsewav.pruning.encoder import encoder_layers, layers_name, whatever_modes
 from sparsewav.pruning.families import encoder_config, family_of
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.plan import Outcome

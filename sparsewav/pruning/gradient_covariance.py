@@ -24,8 +24,8 @@ from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.divergence import backpropagate_samples, model_output, output_mask
 from sparsewav.pruning.allocation.sensitivity import only_matrices_trainable
+from sparsewav.pruning.batches import as_sequence
 from sparsewav.pruning.encoder import (
-    as_sequence,
     encoder_layers,
     has_head,
     in_evaluation_mode,
@@ -56,7 +56,7 @@ def collect_gradient_covariances(
 
     Args:
         model: A CTC model, or an encoder without a head; its parameters, and their gradients, stay as they are.
-        batches: Calibration batches, as :func:`~sparsewav.pruning.encoder.pieces_of` reads them; labels are not read.
+        batches: Calibration batches, as :func:`~sparsewav.pruning.batches.pieces_of` reads them; labels are not read.
         scope: Of which matrices, as in :func:`~sparsewav.pruning.encoder.prunable_matrices`.
         of_matrices: Whether to give those at the outputs of the matrices.
         of_layers: Whether to give those at the outputs of the layers, by the names of :func:`layer_name`.

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
+from sparsewav.pruning.batches import as_sequence
 from sparsewav.pruning.encoder import (
     FRONT,
     PrunableMatrix,
-    as_sequence,
     input_length,
     input_rows,
     projections_as_modules,
@@ -327,7 +327,7 @@ def collect_hessians(
 
     Args:
         model: A CTC model in evaluation mode.
-        batches: Calibration batches, as :func:`~sparsewav.pruning.encoder.pieces_of` reads them.
+        batches: Calibration batches, as :func:`~sparsewav.pruning.batches.pieces_of` reads them.
         scope: Of which matrices, as in :func:`~sparsewav.pruning.encoder.prunable_matrices`.
         frames_per_column: Each Hessian is estimated from a random sample of so many frames for each of its columns, to
             which every batch contributes equally. None takes all frames.

@@ -18,16 +18,8 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
-from sparsewav.pruning.encoder import (
-    FRONT,
-    PrunableMatrix,
-    as_sequence,
-    base_of,
-    encoder_layers,
-    frame_counts,
-    model_batches,
-    run_base,
-)
+from sparsewav.pruning.batches import as_sequence, model_batches
+from sparsewav.pruning.encoder import FRONT, PrunableMatrix, base_of, encoder_layers, frame_counts, run_base
 from sparsewav.pruning.families import encoder_config, family_of
 
 try:
@@ -127,7 +119,7 @@ def valid_rows_of(
 def calibration_parts(
     model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor], float]]:
-    """Give this process's batches in the form that the model takes (:func:`~sparsewav.pruning.encoder.model_batches`).
+    """Give this process's batches in the form that the model takes (:func:`~sparsewav.pruning.batches.model_batches`).
 
     Yields:
         A number that identifies the part of a batch, the part, and its share in a sample of the frames of the whole

@@ -30,11 +30,11 @@ from sparsewav.pruning.allocation.latency import LatencyTable, TimeShape
 from sparsewav.pruning.allocation.parts import part_budget
 from sparsewav.pruning.allocation.search import LevelAllocation
 from sparsewav.pruning.allocation.sensitivity import Trace
+from sparsewav.pruning.batches import as_sequence
 from sparsewav.pruning.channels import front_tensors, put_front
 from sparsewav.pruning.encoder import (
     FRONT,
     PrunableMatrix,
-    as_sequence,
     check_model,
     in_evaluation_mode,
     prunable_matrices,

@@ -26,16 +26,8 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.allocation.divergence import output_mask
-from sparsewav.pruning.encoder import (
-    as_sequence,
-    base_of,
-    has_head,
-    in_evaluation_mode,
-    input_key,
-    model_batches,
-    pieces_of,
-    whatever_modes,
-)
+from sparsewav.pruning.batches import as_sequence, model_batches, pieces_of
+from sparsewav.pruning.encoder import base_of, has_head, in_evaluation_mode, input_key, whatever_modes
 from sparsewav.pruning.families import family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.prune import HasModel
@@ -123,7 +115,7 @@ def _computed_once(dense: nn.Module, pruned: nn.Module) -> Iterator[None]:
 
 
 def outputs_of(model: PreTrainedModel, batch: Batch) -> Outputs:
-    """Give what a model makes of a batch that :func:`~sparsewav.pruning.encoder.model_batches` has prepared."""
+    """Give what a model makes of a batch that :func:`~sparsewav.pruning.batches.model_batches` has prepared."""
     caught: list[Tensor] = []
     hook = base_of(model).register_forward_hook(
         lambda module, arguments, output: caught.append(output.last_hidden_state)

@@ -20,12 +20,9 @@ from sparsewav.pruning.allocation.sensitivity import (
     rank_displacement,
     unseparated_neighbors,
 )
+from sparsewav.pruning.batches import first_utterances
 from sparsewav.pruning.channels import front_levels
-from sparsewav.pruning.encoder import (
-    first_utterances,
-    has_head,
-    prunable_matrices,
-)
+from sparsewav.pruning.encoder import has_head, prunable_matrices
 from sparsewav.pruning.hessian import Hessians, Progress
 from sparsewav.pruning.plan import Plan
 from sparsewav.settings.pruning import (

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning.allocation.sensitivity import only_matrices_trainable
+from sparsewav.pruning.batches import model_batches
 from sparsewav.pruning.channels import FrontLevels
 from sparsewav.pruning.encoder import (
     FRONT,
@@ -26,7 +27,6 @@ from sparsewav.pruning.encoder import (
     base_of,
     encoder_layers,
     has_head,
-    model_batches,
     output_counts,
     output_rows,
     projections_as_modules,

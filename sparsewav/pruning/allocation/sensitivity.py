@@ -27,14 +27,12 @@ from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.pruning import distributed
+from sparsewav.pruning.batches import as_sequence, model_batches, single_utterances
 from sparsewav.pruning.encoder import (
     PrunableMatrix,
-    as_sequence,
     in_evaluation_mode,
-    model_batches,
     output_counts,
     prunable_matrices,
-    single_utterances,
     whatever_modes,
 )
 from sparsewav.pruning.hessian import Progress
