@@ -77,11 +77,13 @@ def explain(error: Exception, config_name: str) -> str:
             return f"{match[1]} has no meaning; give a value{_default(key, config_name)}"
         if match[1].endswith("="):
             return f"{match[1]} is empty; give a value{_default(key, config_name)}"
-        if "is not a subclass of" in reason:
-            own = [other for other in _all_keys(config_name) if other.startswith(f"{key}.")]
+        own = [other for other in _all_keys(config_name) if other.startswith(f"{key}.")]
+        if own and "is not a subclass of" in reason:
             return f"{match[1]} gives one value to a group of keys; give it to one of them: {', '.join(own)}"
         reason = f"has the wrong type: {reason[:1].lower()}{reason[1:].rstrip('.')}" if reason else "is not valid"
         return f"{match[1]} {reason}; give another value{_default(key, config_name)}"
+    if match := re.search(r"In 'experiment/([\w/]+)': .*Key '(\w+)' not in '\w+'\s+full_key: (\w+)\.", text, re.DOTALL):
+        return _without_its_group(match[1], match[3], match[2])
     return " ".join(str(error).split())
 
 
@@ -171,6 +173,23 @@ def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") 
             raise UserError(_no_such_key(f"{prefix}{key}", config_name))
         if not OmegaConf.is_missing(settings, key) and isinstance(settings[key], DictConfig):
             refuse_added_keys(settings[key], config_name, f"{prefix}{key}.")
+
+
+def _without_its_group(experiment: str, group: str, key: str) -> str:
+    """Explain an experiment whose key another option of the group does not have: the rest of it can be written out."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_folder(), "experiment", f"{experiment}.yaml")))
+    choices = [entry for entry in settings.pop("defaults", []) if not isinstance(entry, str)]
+    words = [f"{name.rpartition('/')[2]}={option}" for entry in choices for name, option in entry.items()]
+    settings.pop("hydra", None)
+    for name, value in settings.items():
+        words += (
+            [f"{name}.{key}={item}" for key, item in value.items()] if isinstance(value, dict) else [f"{name}={value}"]
+        )
+    others = [word for word in words if not re.match(rf"{group}[.=]", word)]
+    return (
+        f"experiment={experiment} sets {group}.{key}, which the {group} that is chosen besides does not have; leave "
+        f"experiment={experiment} out, and write what is wanted of it: {' '.join(others)}"
+    )
 
 
 def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from sparsewav.inference.latency import latency_table
 from sparsewav.inference.shapes import Shape
 from sparsewav.inference.speedup import shape_timer
 from sparsewav.pruning import PruneReport, distributed, prune_model
-from sparsewav.pruning.batches import as_sequence
+from sparsewav.pruning.batches import as_sequence, count_utterances, first_utterances
 from sparsewav.pruning.layerwise import StageProgress
 from sparsewav.pruning.prune import HasModel, checked, options_of, round_pruned, stage_progress
 from sparsewav.pruning.rest import round_rest
@@ -32,7 +32,7 @@ from sparsewav.settings.pruning import (
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
 from sparsewav.settings.recovery import Elsa, Global, Recovery
-from sparsewav.training.global_recovery import recover
+from sparsewav.training.global_recovery import check_learnable, recover
 from sparsewav.training.masks import masks_of, sparsities_of
 
 
@@ -123,8 +123,12 @@ def prune(
             f"recovery={settings.recovery.name} is not shared by the processes of a group; prune in one process, or "
             "run the command sparsewav with recovery.processes"
         )
+    if masks and isinstance(settings.recovery, Elsa):
+        raise UserError("recovery=elsa lets removed weights return, and masks hold them; choose recovery=global")
     with checked(pruned, settings):
         batches: Any = as_sequence(calibration_batches)
+        if isinstance(settings.recovery, Global):
+            check_learnable(pruned, settings.recovery, count_utterances(first_utterances(batches, 2)))
         dense = copy.deepcopy(pruned) if recovers else None
         with _latencies(pruned, settings.sparsity) as timing:
             report = prune_model(

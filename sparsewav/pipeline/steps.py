@@ -288,13 +288,14 @@ def tune_step(
     console: Console,
 ) -> None:
     """Tune the model in place, and note what was done; masks are held, unless a baseline has none."""
-    masks = masks_of(speech.model, config.scope) if state.compression.get("masked", True) else None
+    # What an earlier run pruned in front of the layers stays so, too.
+    masks = masks_of(speech.model, ENCODER) if state.compression.get("masked", True) else None
     tuning = stage(console, f"Tuning at {item.sparsity:g} for {item.updates:,} updates")
     with writing(checkpoints), tuning as progress:
         started = time.perf_counter()
         write_log = partial(_write_log, folder / run_folder.TRAINING_LOG, state.log, item.sparsity)
         arguments = (training, config.training, item.updates, checkpoints)
-        log = _train(speech, train_ctc, *arguments, config.scope, masks=masks, progress=progress, write_log=write_log)
+        log = _train(speech, train_ctc, *arguments, masks=masks, progress=progress, write_log=write_log)
         state.seconds["finetune"] += time.perf_counter() - started
     for matrix in masked_matrices(speech.model, masks or {}):
         assert masks is not None
@@ -323,17 +324,17 @@ def recover_step(
     assert isinstance(settings, Global)
     assert speech.folder is not None
     learn = partial(recover_on_utterances, Path(speech.folder), config.reach == ENCODER, config.seed)
-    masks = masks_of(speech.model, config.reach)
+    masks = masks_of(speech.model, ENCODER)
     recovering = stage(console, f"Recovering on {len(utterances)} utterances for {settings.updates:,} updates at most")
     with writing(checkpoints), recovering as progress:
         started = time.perf_counter()
         write_log = partial(_write_log, folder / run_folder.RECOVERY_LOG, state.recovery_log, item.sparsity)
         arguments = (utterances, settings, settings.updates, checkpoints)
-        log = _train(speech, learn, *arguments, config.reach, masks=masks, progress=progress, write_log=write_log)
+        log = _train(speech, learn, *arguments, masks=masks, progress=progress, write_log=write_log)
         state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
-    after = masks_of(speech.model, config.reach)
+    after = masks_of(speech.model, ENCODER)
     if isinstance(settings, Elsa):
-        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, sparsities_of(after))
+        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, sparsities_of(masks_of(speech.model, config.reach)))
     removed = [sum(int((~mask).sum()) for mask in items.values()) for items in (masks, after)]
     if removed[1] < removed[0]:
         raise AssertionError(f"{removed[0] - removed[1]} removed weights came back in the recovery")
@@ -352,7 +353,6 @@ def _train(
     settings: Training | Global,
     updates: int,
     checkpoints: Path,
-    scope: str,
     *,
     masks: Mapping[str, Tensor] | None,
     **shown: Any,
@@ -362,7 +362,7 @@ def _train(
     # Beside this process's group the Trainer would take the processes that wait in it for its own.
     if settings.processes == 1 and distributed.world() == 1:
         return learn(speech.model, *arguments, masks=masks, **shown)
-    speech.model, log = train_masked_in_processes(speech.model, *arguments, scope=scope, learn=learn, **shown)
+    speech.model, log = train_masked_in_processes(speech.model, *arguments, learn=learn, **shown)
     return log
 
 

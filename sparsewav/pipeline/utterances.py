@@ -14,6 +14,7 @@ from sparsewav.models.processor import Processor
 from sparsewav.settings.pruning import Traced
 from sparsewav.settings.recovery import Global
 from sparsewav.settings.run import Config
+from sparsewav.training.global_recovery import check_learnable
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
     calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
     training = sets.training(config.training.seed) if "training" in roles else []
     recovery = recovery_set(config, sets)
+    if isinstance(config.recovery, Global) and config.recovers_globally:
+        check_learnable(speech.model, config.recovery, len(recovery))
     everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training, *recovery]
     refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances
     notes, overlap = sets.left_out(), {}

@@ -123,6 +123,11 @@ def single_utterances(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> It
         yield row | {name: row[name][:, :length] for name in (key, "attention_mask")}
 
 
+def count_utterances(batches: Sequence[Any]) -> int:
+    """Count the utterances of batches."""
+    return sum(len(next(iter(pieces_of(batch).values()))) for batch in batches)
+
+
 def as_sequence(batches: Any) -> Sequence[Any]:
     """Give batches that are the same every time they are read: a sequence itself, or a list of an iterable's items.
 

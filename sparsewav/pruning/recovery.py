@@ -72,7 +72,7 @@ class ModelRecovery:
     @property
     def warnings(self) -> list[str]:
         """A sentence where nothing was gained."""
-        if self.best_update:
+        if self.best_update or not self.loss_before:  # without a loss there is nothing to learn
             return []
         return [
             "the recovery of the whole model found none with a smaller loss on the utterances that it held back, and "

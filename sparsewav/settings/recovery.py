@@ -64,7 +64,8 @@ class Global(OutputWeighting, Recovery, Optimization):
     """What is left of the whole model learns the dense model's posteriors and last hidden states, after the pruning.
 
     The loss is the divergence KL(dense || pruned) of the characters of a frame in nats, and the squared error of the
-    last hidden states as a share of their squares; an encoder without a head has the second alone. Transcripts are not
+    last hidden states as a share of their squares; an encoder without a head has the second alone. It is averaged over
+    the frames of a forward pass; the passes of an update count alike, however many frames each has. Transcripts are not
     read. The model of the moment with the least loss on the utterances that are held back is kept.
     """
 
@@ -86,6 +87,12 @@ class Global(OutputWeighting, Recovery, Optimization):
     patience: int = option(3, "stop after so many tenths of the updates without a lower loss on these", least=1)
     hidden_states: float = option(1.0, "weight of the last hidden states in the loss", least=0)
     processes: int = option(1, "processes on this machine, one for each GPU, that share every update", least=1)
+    checkpoint_updates: int | None = option(
+        None,
+        "updates between two checkpoints, where the loss on what is held back is measured, too; null: a tenth of all, "
+        "and 500 at most",
+        least=1,
+    )
     batch_size: int = option(8)
     learning_rate: float = option(5e-4)
     scheduler: str = option("cosine")

@@ -1,7 +1,8 @@
 """The options of training: how fast and how long, and the strategies of fine-tuning (section 2.4 of the paper)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
 from sparsewav.settings.options import Option, Settings, option
@@ -11,6 +12,9 @@ SCHEDULERS = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 """The schedules of transformers that need no further settings."""
+
+POLYNOMIAL_END = 1e-7
+"""The learning rate at which transformers lets ``polynomial`` end."""
 
 
 @dataclass
@@ -41,9 +45,19 @@ class Optimization(Settings):
     )
 
     def faults(self) -> Iterator[str]:
-        yield from super().faults()
-        if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
+        found = list(super().faults())
+        yield from found
+        betas = list(self.betas) if isinstance(self.betas, Sequence) else []
+        wrong = len(betas) != 2 or any(not isinstance(beta, Real) or not 0 <= beta < 1 for beta in betas)
+        if wrong and self.betas is not None:
             yield f"betas={self.betas} must be two numbers from 0 to below 1, e.g. [0.9, 0.999]"
+        if found:
+            return  # what follows compares the values
+        if self.scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            yield (
+                f"learning_rate={self.learning_rate:g} must be above {POLYNOMIAL_END:g}, at which scheduler=polynomial "
+                "ends"
+            )
         parts = max(self.gradient_accumulation_steps * getattr(self, "processes", 1), 1)
         if self.batch_size % parts:
             yield f"batch_size={self.batch_size} cannot be split into {parts} equal parts"

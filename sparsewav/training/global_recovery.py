@@ -6,7 +6,7 @@ Trainer as the fine-tuning is. Some utterances are held back: of all moments tha
 With :class:`~sparsewav.settings.Elsa` the mask moves first, as :mod:`sparsewav.training.elsa` describes.
 """
 
-import tempfile
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,16 +24,26 @@ from transformers import PreTrainedModel
 from sparsewav.data.batches import Batch, collate
 from sparsewav.data.utterances import Utterance, audio_seconds
 from sparsewav.errors import UserError
+from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.allocation.divergence import output_mask
 from sparsewav.pruning.batches import as_sequence, model_batches, pieces_of
-from sparsewav.pruning.encoder import base_of, has_head, in_evaluation_mode, input_key, whatever_modes
-from sparsewav.pruning.families import family_of
+from sparsewav.pruning.encoder import (
+    base_of,
+    check_model,
+    has_head,
+    in_evaluation_mode,
+    input_key,
+    prunable_matrices,
+    whatever_modes,
+)
+from sparsewav.pruning.families import encoder_config, family_of
 from sparsewav.pruning.hessian import Progress
+from sparsewav.pruning.hidden_states import scratch_folder
 from sparsewav.pruning.prune import HasModel
 from sparsewav.pruning.recovery import ModelRecovery
-from sparsewav.settings.pruning import ENCODER, TRANSFORMER
+from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Pruning, Uniform, resolve
 from sparsewav.settings.recovery import Elsa, Global
 from sparsewav.training.elsa import MoveMasks, SplitWeights
 from sparsewav.training.masks import HoldMasks, masked_gradients, masked_matrices, masks_of
@@ -170,20 +181,23 @@ def recover_model(
         UserError: There are fewer than two utterances, or updates where the mask moves, or
             :func:`~sparsewav.training.trainer.train` refuses.
     """
-    if len(inputs) < 2:
-        raise UserError(
-            f"recovery={settings.name} has {len(inputs)} utterances, of which one is held back; give two or more"
-        )
+    check_learnable(model, settings, len(inputs))
+    if broken := not_finite(dense.state_dict()):
+        raise UserError(f"{broken} of the dense model has numbers that are not finite; load another one")
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(settings.held_back * len(inputs))), len(inputs) - 1)
     held_back, learned = [inputs[index] for index in order[:count]], [inputs[index] for index in sorted(order[count:])]
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     better = False
-    matrices = masked_matrices(model, masks)
-    split = SplitWeights(matrices, masks, settings, updates) if isinstance(settings, Elsa) else None
+    split, held = None, masks
+    if isinstance(settings, Elsa):  # weights change places among the matrices that were pruned now, and no others
+        own = {matrix.name for matrix in prunable_matrices(model, ENCODER if front_end else TRANSFORMER)}
+        moving = {name: mask for name, mask in masks.items() if name in own}
+        held = {name: mask for name, mask in masks.items() if name not in own}
+        split = SplitWeights(masked_matrices(model, moving), moving, settings, updates)
     moves = None if split is None else MoveMasks(split)
     try:
-        with _learning(model, dense, front_end=front_end), moves or masked_gradients(model, masks):
+        with _learning(model, dense, front_end=front_end), masked_gradients(model, held), moves or nullcontext():
             log = train(
                 OutputLoss(model, dense, settings.hidden_states, split),
                 read,
@@ -197,7 +211,7 @@ def recover_model(
                 held_back=held_back,
                 patience=settings.patience / 10,
                 compare_from=0 if split is None else split.moving,
-                callbacks=[moves or HoldMasks(model, masks)],
+                callbacks=[HoldMasks(model, held), *([moves] if moves else [])],
                 progress=progress,
                 write_log=write_log,
             )
@@ -206,6 +220,23 @@ def recover_model(
         if not better:
             model.load_state_dict(before)
     return log
+
+
+def check_learnable(model: PreTrainedModel, settings: Global, utterances: int) -> None:
+    """Refuse a recovery that has nothing to learn from, before anything is computed.
+
+    Raises:
+        UserError: There are fewer than two utterances, or the model has no head and hidden states do not count.
+    """
+    if utterances < 2:
+        raise UserError(
+            f"recovery={settings.name} has {utterances} utterances, of which one is held back; give two or more"
+        )
+    if not has_head(model) and not settings.hidden_states:
+        raise UserError(
+            f"{type(model).__name__} has no head, whose posteriors alone count with recovery.hidden_states=0; give "
+            "recovery.hidden_states=1"
+        )
 
 
 def summary(log: Log) -> ModelRecovery:
@@ -219,26 +250,29 @@ def recover(
     model: PreTrainedModel | HasModel,
     dense: PreTrainedModel | HasModel,
     calibration_batches: Any,
-    recovery: Global | None = None,
+    recovery: str | Global = "global",
     *,
     scope: str = TRANSFORMER,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ModelRecovery:
-    """Let a pruned model learn the dense model's outputs, in place and without labels; its zeros stay zero.
+    """Let a pruned model learn the dense model's outputs, in place and without labels; pruned weights stay zero.
 
     >>> dense = copy.deepcopy(speech.model)  # doctest: +SKIP
     >>> sparsewav.prune(speech, batches, 0.8, preset="best_oneshot")  # doctest: +SKIP
     >>> sparsewav.recover(speech, dense, batches)  # doctest: +SKIP
 
-    Rounded weights leave their grid: recover first, and round afterwards, with ``prune`` at a sparsity of 0.
+    Rounded weights leave their grid: recover first, and round afterwards, with ``prune`` at a sparsity of 0. A model in
+    half precision learns in float32, and is rounded to its precision in the end.
 
     Args:
         model: A model that :func:`sparsewav.prune` or :func:`sparsewav.cut` left, or what has one as ``model``.
         dense: The model that it was, on the same device.
         calibration_batches: As ``prune`` takes them; labels are not read.
-        recovery: The loss, the schedule and the number of updates; None for the defaults.
-        scope: What was pruned; with ``encoder`` what is in front of the layers learns, too.
+        recovery: The loss, the schedule and the number of updates, ``Global(updates=1000)`` or ``Elsa()``, or the
+            name of one for its defaults.
+        scope: What was pruned; with ``encoder`` what is in front of the layers learns, too. Weights in front of the
+            layers that are zero stay zero either way.
         seed: Draws the utterances that are held back, and the order of the others.
         progress: Called with (updates done, updates) after every update.
 
@@ -246,29 +280,96 @@ def recover(
         UserError: An option, a batch or the number of utterances is wrong, or the loss is not finite. After this and
             any other error the model is as it was.
     """
-    settings = recovery or Global()
-    if faults := [f"recovery.{fault}" for fault in settings.faults()]:
-        raise UserError("\n".join(faults))
-    pruned: Any = getattr(model, "model", model)
-    reference: Any = getattr(dense, "model", dense)
+    settings = resolve("recovery", recovery)
+    if not isinstance(settings, Global):
+        raise UserError(f"recovery={settings.name} goes with prune alone; choose recovery=global or elsa")
+    if settings.processes > 1:
+        raise UserError(
+            f"recovery.processes={settings.processes} is of the command sparsewav; from Python one process learns"
+        )
+    pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+    reference: Any = dense if isinstance(dense, nn.Module) else getattr(dense, "model", dense)
     if reference is pruned:
         raise UserError("model and dense are the same object; copy the dense model before you prune it (copy.deepcopy)")
+    Pruning(recovery=settings, allocation=Uniform(), scope=scope, seed=seed).check()
+    _check_pair(pruned, reference, scope)
     key = input_key(pruned)
-    utterances = [
-        row
-        for number, batch in enumerate(as_sequence(calibration_batches))
-        for row in _utterances_of(pieces_of(batch), key, number)
-    ]
-    with tempfile.TemporaryDirectory() as folder, whatever_modes(pruned.device):
-        log = recover_model(
-            *(pruned, reference, utterances[: settings.utterances], partial(_padded, key), _length),
-            *(settings, settings.updates, Path(folder)),
-            masks=masks_of(pruned, scope),
-            front_end=scope == ENCODER,
-            seed=seed,
-            progress=progress,
-        )
+    utterances: list[_Row] = []
+    with whatever_modes(pruned.device):
+        for number, batch in enumerate(as_sequence(calibration_batches)):
+            for _ in model_batches(pruned, batch, number):  # refuses what cannot be learned from, by its place
+                pass
+            utterances += _utterances_of(pieces_of(batch), key, number)
+        with scratch_folder() as folder, _in_single_precision(pruned, reference), _random_state_kept(pruned.device):
+            log = recover_model(
+                *(pruned, reference, utterances[: settings.utterances], partial(_padded, key), _length),
+                *(settings, settings.updates, folder),
+                masks=masks_of(pruned, ENCODER),
+                front_end=scope == ENCODER,
+                seed=seed,
+                progress=progress,
+            )
     return summary(log)
+
+
+def _check_pair(model: Any, dense: Any, scope: str) -> None:
+    """Refuse two models of which one cannot have been the other, before it was pruned."""
+    for called, item in (("model", model), ("dense", dense)):
+        try:
+            check_model(item, by_output=False, scope=scope)
+        except UserError as error:
+            raise UserError(f"{called}: {error}") from None
+    given = (model, dense)
+    widths = [encoder_config(item.config).hidden_size for item in given]
+    heads = [item.config.vocab_size if has_head(item) else 0 for item in given]
+    for what, pair in {
+        "device": [str(item.device) for item in given],
+        "precision": [str(item.dtype) for item in given],
+        "width of the hidden states": widths,
+        "number of characters, 0 without a head": heads,
+    }.items():
+        if pair[0] != pair[1]:
+            raise UserError(
+                f"model and dense differ in the {what} ({pair[0]} and {pair[1]}); give the dense model that was pruned"
+            )
+    if family_of(model) is not family_of(dense):
+        raise UserError(
+            f"model is a {type(model).__name__} and dense a {type(dense).__name__}; give the dense model that was "
+            "pruned"
+        )
+
+
+@contextmanager
+def _in_single_precision(*models: nn.Module) -> Iterator[None]:
+    """Within the block the parameters of models in half precision are in float32: there the steps of Adam are lost.
+
+    Afterwards they have their precision again, and what has not changed its numbers.
+    """
+    halves = [
+        (tensor, tensor.dtype)
+        for model in models
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+    ]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, precision in halves:
+            tensor.data = tensor.data.to(precision)
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Behind the block the caller's random numbers go on as if the Trainer had seeded none."""
+    plain, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numbers)
 
 
 def recover_on_utterances(

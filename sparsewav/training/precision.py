@@ -16,16 +16,19 @@ UNLIKE = 0.05
 bfloat16 is some thousandths."""
 
 
-def choose_precision(name: str, model: nn.Module, frozen: Sequence[nn.Module] = (), *, quietly: bool = False) -> str:
+def choose_precision(
+    name: str, model: nn.Module, frozen: Sequence[nn.Module] = (), *, group: str = "training", quietly: bool = False
+) -> str:
     """Turn ``auto`` into bfloat16 where the device has instructions for it that are right, and else into float32.
 
     A processor without such instructions emulates them, ten to twenty times slower than float32. Some compute a
     convolution of few channels wrongly (:func:`wrong_in_bfloat16`), without an error; of that a warning tells.
 
     Args:
-        name: The option ``training.precision``.
+        name: The option ``precision`` of a group.
         model: What is trained, on its device.
         frozen: What the loss is computed with besides, such as a teacher.
+        group: The group, for messages.
         quietly: Leave out the warning.
 
     Raises:
@@ -33,7 +36,7 @@ def choose_precision(name: str, model: nn.Module, frozen: Sequence[nn.Module] = 
     """
     device = next(model.parameters()).device
     if name == "float16" and device.type == "cpu":
-        raise UserError("training.precision=float16 wants a GPU; choose training.precision=auto")
+        raise UserError(f"{group}.precision=float16 wants a GPU; choose {group}.precision=auto")
     if name in ("float32", "float16"):
         return name
     if name == "auto" and not _has_bfloat16(device):
@@ -43,7 +46,7 @@ def choose_precision(name: str, model: nn.Module, frozen: Sequence[nn.Module] = 
         return "bfloat16"
     fault = f"this machine computes {wrong} wrongly in bfloat16"
     if name == "bfloat16":
-        raise UserError(f"{fault}; choose training.precision=float32")
+        raise UserError(f"{fault}; choose {group}.precision=float32")
     if not quietly:
         print_warning(f"{fault}; training in float32")
     return "float32"

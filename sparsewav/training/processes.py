@@ -16,6 +16,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
 from sparsewav.pruning.hessian import Progress
+from sparsewav.settings.pruning import ENCODER
 from sparsewav.settings.recovery import Global
 from sparsewav.settings.training import Training
 from sparsewav.training.masks import masks_of
@@ -33,17 +34,15 @@ def train_masked_in_processes(
     updates: int,
     folder: Path,
     *,
-    scope: str,
     learn: Learn = train_ctc,
     progress: Progress | None = None,
     write_log: Callable[[Log], None] | None = None,
 ) -> tuple[PreTrainedModel, Log]:
     """Train a pruned model in ``settings.processes`` processes that share every batch, while its zeros are kept.
 
-    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`, and the scope whose matrices' zeros are
-    kept; ``learn`` is called in their place in every process, and ``write_log`` in the first of them, and both must be
-    functions that pickle finds by their names. ``settings`` has the number of processes.
-    For a model on a GPU, the processes take the first so many GPUs.
+    The arguments are those of :func:`~sparsewav.training.trainer.train_ctc`; ``learn`` is called in their place in
+    every process, and ``write_log`` in the first of them, and both must be functions that pickle finds by their names.
+    ``settings`` has the number of processes. For a model on a GPU, the processes take the first so many GPUs.
 
     Returns:
         The trained model, on the CPU, and the log.
@@ -61,7 +60,7 @@ def train_masked_in_processes(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = multiprocessing.get_context("spawn").Value("q", 0)
-    arguments = (list(training_set), settings, updates, folder, scope, learn, on_gpu, port, done, write_log)
+    arguments = (list(training_set), settings, updates, folder, learn, on_gpu, port, done, write_log)
     try:
         processes = multiprocessing.spawn(_train, arguments, nprocs=settings.processes, join=False)
         while not processes.join(timeout=1):
@@ -83,7 +82,6 @@ def _train(
     settings: Training | Global,
     updates: int,
     folder: Path,
-    scope: str,
     learn: Learn,
     on_gpu: bool,
     port: int,
@@ -112,7 +110,7 @@ def _train(
         settings,
         updates,
         folder,
-        masks=masks_of(model, scope),
+        masks=masks_of(model, ENCODER),
         progress=count if rank == 0 else None,
         write_log=write_log,
     )

@@ -150,6 +150,32 @@ class _FiniteTrainer(Trainer):
             loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach().mean(), None, None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a tensor that several modules share once: safetensors refuses to write it again."""
+        if state_dict is None and not isinstance(self.model, PreTrainedModel):  # which leaves them out itself
+            assert self.model is not None
+            first: dict[int, str] = {}
+            state_dict = {
+                name: tensor
+                for name, tensor in self.model.state_dict().items()
+                if not tensor.numel() or first.setdefault(tensor.data_ptr(), name) == name
+            }
+        super()._save(output_dir, state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights; of those that are one tensor it has one."""
+        assert self.model is not None
+        named = self.model.state_dict()
+        there = {tensor.data_ptr() for name, tensor in named.items() if name not in load_result.missing_keys}
+        lacking = [
+            name for name in load_result.missing_keys if named[name].numel() and named[name].data_ptr() not in there
+        ]
+        if lacking or load_result.unexpected_keys:
+            what = (
+                f"lacks {lacking[0]}" if lacking else f"has {load_result.unexpected_keys[0]}, which the model has not"
+            )
+            raise UserError(f"the checkpoint {what}; delete {self.args.output_dir}, and launch the run again")
+
     def mean_unlogged(self) -> float:
         """Give ``unlogged``, averaged over the processes."""
         own = torch.as_tensor(self.unlogged, dtype=torch.float32, device=self.args.device)
@@ -265,7 +291,7 @@ def train(
             gradient or a weight is not finite; the last checkpoint before that stays.
     """
     device = next(model.parameters()).device
-    precision = choose_precision(settings.precision, model, frozen)
+    precision = choose_precision(settings.precision, model, frozen, group=settings.group)
     plan = plan_updates(training_set, settings.batch_size, updates, seed, seconds)
     known = [*plan, *held_back]
     checkpoint = last_checkpoint(folder)

@@ -102,6 +102,14 @@ MISTAKES = [
     (["sparsity.target"], "sparsity.target has no value; write it as sparsity.target=..."),
     (["-m", "sparsity.target=0.5,", "0.8"], "sparsity.target=0.5, ends with a comma; write several values without"),
     (["preset=best"], "there is no key preset (did you mean experiment?)"),
+    (
+        ["experiment=best", "recovery=none"],
+        "experiment=best sets recovery.steps, which the recovery that is chosen besides does not have; leave "
+        "experiment=best out, and write what is wanted of it: solver=alps allocation=error_curves "
+        "calibration.propagation=sequential solver.output_weighting=fisher$",
+    ),
+    (["experiment=best_oneshot", "solver=obs"], "out, and write what is wanted of it: allocation=uniform recovery=rec"),
+    (["recovery=global", "recovery.betas=[null,0.9]"], "recovery.betas=[null,0.9] has the wrong type"),
     (["sparsity.target=[0.5"], "sparsity.target=[0.5 cannot be read"),
     (
         ["finetune_strategy=progressive", "finetune_strategy.stages=0.5"],

@@ -12,14 +12,13 @@ from sparsewav.pruning import prunable_matrices
 from sparsewav.pruning.encoder import FRONT
 from tests.conftest import Run
 
-PROGRESSIVE = [
-    "finetune_strategy=progressive",
-    "finetune_strategy.stages=[0.25]",
+TUNED = [
     "data.training_subset=train",
     "training.epochs=2",
     "training.batch_size=4",
     "training.freeze_feature_encoder=false",
 ]
+PROGRESSIVE = ["finetune_strategy=progressive", "finetune_strategy.stages=[0.25]", *TUNED]
 
 
 @pytest.mark.parametrize("more", [PROGRESSIVE, ["quantization=int4", "export.format=bitmask"]])
@@ -56,6 +55,14 @@ def test_a_run_prunes_the_front_end_and_says_so(
         dense, tuned = sparsewav.load(small[0].partition("=")[2]), sparsewav.load(folder / "model")
         front = "wav2vec2.feature_extractor.conv_layers.0.conv.weight"
         assert not torch.equal(dense.get_parameter(front), tuned.get_parameter(front))  # it was really trained
+        # A later run that prunes the layers alone, and tunes everything, brings no weight in front back.
+        again = [f"model.name_or_path={folder / 'model'}", "allocation=uniform", "sparsity.target=0.6", *TUNED]
+        assert run_sparsewav(*small, *again, "finetune_strategy=one_pass", "output_root=again").returncode == 0
+        (later,) = (path.parent for path in tmp_path.glob("again/*/metrics.json"))
+        last = sparsewav.load(later / "model")
+        for before, now in zip(prunable_matrices(tuned, "encoder"), prunable_matrices(last, "encoder"), strict=True):
+            assert not now.parameter[before.parameter == 0].any()
+            assert not torch.equal(before.parameter, now.parameter)
 
 
 @pytest.mark.parametrize(

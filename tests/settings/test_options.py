@@ -144,6 +144,8 @@ def _another(value: Any) -> Any:
     [
         (["allocation=search"], ["training", "update_divisor", "lr_multiplier"], {"allocation.level_cache_gib"}),
         (["finetune_strategy=progressive"], ["update_divisor", "lr_multiplier"], {"training.checkpoint_updates"}),
+        # The moment that is kept is one of those at which there is a checkpoint.
+        (["recovery=global"], ["training", "update_divisor", "lr_multiplier"], set()),
         (
             ["solver=alps", "allocation=uniform"],
             ["saliency", "training", "update_divisor", "lr_multiplier"],
@@ -155,7 +157,7 @@ def _another(value: Any) -> Any:
             {"training.checkpoint_updates", "method.checkpoint_updates"},
         ),
     ],
-    ids=["one-shot", "tuned", "alps", "baseline"],
+    ids=["one-shot", "tuned", "recovered", "alps", "baseline"],
 )
 def test_the_name_of_a_runs_folder_tells_apart_what_changes_its_results(
     overrides: list[str], unused: list[str], within: set[str]

@@ -36,7 +36,7 @@ from sparsewav.settings.pruning import (
     Wanda,
     resolve,
 )
-from sparsewav.settings.recovery import Reconstruction
+from sparsewav.settings.recovery import Global, Reconstruction
 from sparsewav.settings.run import SCHEMAS, Config, Export, Model, TrainConfig
 from sparsewav.settings.training import SCHEDULERS, Progressive, Training
 
@@ -260,12 +260,16 @@ def test_schedulers_are_those_of_transformers() -> None:
         (OBS(block_size=1.5), "block_size=1.5 is not a whole number"),
         (NM(2.5, 4), "n=2.5 is not a whole number"),
         (OBS().changed(name="alps"), "name=alps cannot be set"),
+        (Global(betas=None), "betas=null has no meaning"),
+        (Global(batch_size="x"), "batch_size=x is not a whole number"),
+        (Global(processes=None), "processes=null has no meaning"),
+        (Global(scheduler="polynomial", learning_rate=1e-8), "learning_rate=1e-08 must be above 1e-07, at which"),
     ],
 )
 def test_values_of_a_wrong_type_are_refused(option: Any, fault: str) -> None:
     (found,) = option.faults()
     assert found.startswith(fault)
     settings = Pruning(allocation=Uniform())
-    setattr(settings, "sparsity" if isinstance(option, NM) else "solver", option)
+    setattr(settings, {NM: "sparsity", Global: "recovery"}.get(type(option), "solver"), option)
     with pytest.raises(UserError, match=fault):
         settings.check()

@@ -218,7 +218,6 @@ def test_two_processes_keep_as_many_weights(model_folder: Path, corpus: Path, tm
         (settings := Elsa(**QUICK | {"processes": 2})),
         settings.updates,
         tmp_path,
-        scope="transformer",
         learn=partial(recover_on_utterances, model_folder, False, 0),
     )
     found = summary(log)

@@ -429,7 +429,6 @@ def test_masks_hold_in_two_processes(model_folder: Path, corpus: Path, tmp_path:
         _settings(processes=2),
         3,
         tmp_path,
-        scope="transformer",
         write_log=partial(write_training_log, tmp_path / "log.csv"),
     )
     after = tuned.state_dict()
@@ -445,9 +444,7 @@ def test_two_processes_stop_with_the_same_sentence_as_one(model_folder: Path, co
     speech = _half_pruned(model_folder)
     message = r"^the training stopped at update \d of 3: the loss is inf for utterance " + short.id
     with pytest.raises(UserError, match=message):
-        train_masked_in_processes(
-            speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path / "run", scope="transformer"
-        )
+        train_masked_in_processes(speech.model, speech.processor, training, _settings(processes=2), 3, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])

@@ -21,7 +21,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
 from sparsewav.pruning.families import family_of
-from sparsewav.settings import Elsa, Global, Int4
+from sparsewav.settings import Elsa, Global, Int4, Reconstruction
 from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -234,6 +234,10 @@ def test_a_run_recovers_on_audio_without_transcripts_then_rounds_and_says_so(
     tensors = load_file(folder / "model" / "model.safetensors")
     layers = pandas.read_csv(folder / "layers.csv").set_index("name")
     assert all(len(tensors[f"{name}.weight"][0].unique()) <= 16 for name in layers.index)
+    (tmp_path / "one.csv").write_text("".join((tmp_path / "unlabelled.csv").read_text().splitlines(keepends=True)[:2]))
+    alone = run_sparsewav(*model, *data, *RUN, "data.calibration=one.csv", "calibration.utterances=1")
+    assert_one_sentence(alone, "recovery=global has 1 utterances, of which one is held back; give two or more")
+    assert "Evaluating" not in alone.stdout  # nothing was computed in vain
     with_labels = run_sparsewav(*model, *data, "allocation=hutchinson", "allocation.alpha=0.05")
     assert_one_sentence(with_labels, "unlabelled.csv")
     # Nor are transcripts read that the model could not write.
@@ -292,7 +296,6 @@ def test_two_processes_share_every_update(model_folder: Path, corpus: Path, tmp_
             settings,
             settings.updates,
             tmp_path / str(processes),
-            scope="transformer",
             learn=partial(recover_on_utterances, model_folder, False, 0),
         )
         for matrix, own in zip(prunable_matrices(pruned), prunable_matrices(model), strict=True):
@@ -323,16 +326,39 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
     batches = [noise_batch([800] * 4), noise_batch([800] * 4, seed=1)]
     broken = [batches[0], noise_batch([800] * 4) | {"input_values": torch.full((4, 800), torch.nan)}]
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    short = [batches[0], noise_batch([800, 2, 800])]
+    quick = Global(**QUICK)
     for arguments, message in [
-        (([noise_batch([800])], Global(**QUICK)), "has 1 utterances, of which one is held back; give two or more"),
-        ((broken, Global(**QUICK)), "holds samples that are NaN or infinite"),
+        (([noise_batch([800])], quick), "has 1 utterances, of which one is held back; give two or more"),
+        ((broken, quick), "^row 0 of calibration batch 1 holds samples that are NaN or infinite"),
+        ((short, quick), "^row 1 of calibration batch 1 is too short"),
+        (([{"input_features": torch.zeros(2, 9, 4)}], quick), "has input_features, and a Wav2Vec2ForCTC takes"),
         ((batches, Global(held_back=2.0)), r"^recovery\.held_back=2 must be below 1$"),
+        ((batches, Global(betas=None)), r"^recovery\.betas=null has no meaning"),  # type: ignore[arg-type]
+        ((batches, Global(**QUICK | {"processes": 2})), r"^recovery\.processes=2 is of the command sparsewav"),
+        ((batches, "gradual"), "^recovery=gradual does not exist; choose one of"),
+        ((batches, Reconstruction()), "^recovery=reconstruction goes with prune alone; choose recovery=global"),
+        ((batches, Global), r"^recovery=Global is the class; give an object of it"),
     ]:
         with pytest.raises(UserError, match=message):
             sparsewav.recover(pruned, dense, *arguments)
         assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
-    with pytest.raises(UserError, match="are the same object; copy the dense model before you prune it"):
-        sparsewav.recover(pruned, pruned, batches)
+    for other, message in [
+        (pruned, "are the same object; copy the dense model before you prune it"),
+        ("demo", "^dense: the model is a str; give a CTC model of transformers"),
+        (torch.nn.DataParallel(dense), r"^dense: the model is wrapped in DataParallel"),
+        (copy.deepcopy(dense).to("meta"), "^dense: parameters of the model are on the meta device"),
+        (copy.deepcopy(dense).half(), "differ in the precision .torch.float32 and torch.float16."),
+        (tiny_model("wavlm"), "^model is a Wav2Vec2ForCTC and dense a WavLMForCTC; give the dense model"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sparsewav.recover(pruned, other, batches, quick)
+    for wrong in ({"seed": -1}, {"scope": "front"}):
+        with pytest.raises(UserError, match=f"^{next(iter(wrong))}="):
+            sparsewav.recover(pruned, dense, batches, quick, **wrong)  # type: ignore[arg-type]
+    encoder = AutoModel.from_config(dense.config)
+    with pytest.raises(UserError, match=r"has no head, whose posteriors alone count with recovery\.hidden_states=0"):
+        sparsewav.prune(encoder, batches, 0.5, preset="best", recovery=Global(**QUICK, hidden_states=0.0))
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     settings = Global(**QUICK | {"learning_rate": 1e30, "warmup_steps": 0})
     with pytest.raises(UserError, match=r"lower recovery\.learning_rate"):
@@ -340,14 +366,92 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
+@pytest.mark.parametrize("recovery", [Global(**QUICK), Elsa(**QUICK, interval=2)], ids=["global", "elsa"])
+def test_what_was_pruned_in_front_stays_pruned_whatever_learns(
+    recovery: Global, tiny_model: Factory, noise_batch: MakeBatch
+) -> None:
+    """The projection in front of the layers learns with every scope."""
+    dense = tiny_model("data2vec-audio")
+    model = copy.deepcopy(dense)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(3)]
+    sparsewav.prune(model, batches, 0.6, allocation="uniform", scope="encoder")
+    before = masks_of(model, "encoder")
+    projection = model.get_parameter("data2vec_audio.feature_projection.projection.weight").detach().clone()
+    sparsewav.recover(model, dense, batches, recovery)
+    after = masks_of(model, "encoder")
+    assert not torch.equal(model.get_parameter("data2vec_audio.feature_projection.projection.weight"), projection)
+    front = before.keys() - masks_of(model).keys()
+    assert front
+    for name in front if isinstance(recovery, Elsa) else before:
+        assert torch.equal(before[name], after[name])
+    assert sum(int(mask.sum()) for mask in before.values()) == sum(int(mask.sum()) for mask in after.values())
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recovery", [Global(**QUICK), Elsa(**QUICK, interval=2)], ids=["global", "elsa"])
+def test_a_model_in_half_precision_learns_as_one_in_single(
+    recovery: Global, precision: torch.dtype, tiny_model: Factory, noise_batch: MakeBatch
+) -> None:
+    """Its small steps are not lost, and both models are in the same precision as before; nobody else's dice move."""
+    half = tiny_model("wav2vec2").to(precision)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(3)]
+    found = []
+    for dense in (half, copy.deepcopy(half).float()):
+        model = half_pruned(dense)
+        torch.manual_seed(3)
+        wanted = torch.rand(2)
+        torch.manual_seed(3)
+        learned = sparsewav.recover(model, dense, batches, recovery)
+        assert torch.equal(torch.rand(2), wanted)
+        found.append((learned, model.to(precision).state_dict()))
+    assert half.dtype == precision
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+def test_a_tensor_that_two_modules_share_is_kept_once(
+    tiny_model: Factory, noise_batch: MakeBatch, model_input: Any
+) -> None:
+    """Granite's head is its output layer as well."""
+    dense = tiny_model("granite_speech5_ctc")
+    model = half_pruned(dense)
+    batches = [model_input(dense, noise_batch([1600, 1200] * 3, seed=seed)) for seed in range(3)]
+    found = sparsewav.recover(model, dense, batches, Global(**QUICK))
+    assert found.best_update > 0
+    assert model.get_parameter("ctc_head.weight") is model.get_parameter("encoder.out.weight")
+    with torch.no_grad():
+        losses = [float(OutputLoss(item, dense, 1.0)(**batches[0])["loss"]) for item in (half_pruned(dense), model)]
+    assert losses[1] < losses[0]
+
+
+def test_masks_that_are_given_hold_no_mask_that_moves(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    model = tiny_model("wav2vec2")
+    with pytest.raises(UserError, match="lets removed weights return, and masks hold them; choose recovery=global"):
+        sparsewav.prune(model, [noise_batch([800] * 4)], 0.5, recovery="elsa", preset="best", masks=masks_of(model))
+
+
+def test_where_nothing_was_lost_no_learning_rate_is_to_blame(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    dense = tiny_model("wav2vec2")
+    found = sparsewav.recover(copy.deepcopy(dense), dense, [noise_batch([800] * 4)], Global(**QUICK))
+    assert (found.loss_before, found.warnings) == (0.0, [])
+
+
 def test_audio_that_breaks_the_loss_is_named(model_folder: Path, corpus: Path, tmp_path: Path) -> None:
     utterances = read_librispeech_folder(corpus, "train")
     speech = load_speech_model(str(model_folder))
     pruned = half_pruned(speech.model)
     with torch.no_grad():
-        speech.model.get_parameter("lm_head.bias")[1] = torch.inf
-    with pytest.raises(UserError, match=r"^the training stopped at update 1 of 20: the loss is nan"):
+        speech.model.get_parameter("wav2vec2.encoder.layer_norm.weight")[1] = 1e30  # its square is infinite
+
+    def recover() -> None:
         recover_on_utterances(
             *(speech.model, False, 0, pruned, speech.processor, utterances, Global(**QUICK), 20, tmp_path),
             masks=masks_of(pruned),
         )
+
+    with pytest.raises(UserError, match=r"^the training stopped at update 1 of 20: the loss is nan"):
+        recover()
+    with torch.no_grad():
+        speech.model.get_parameter("lm_head.bias")[1] = torch.inf
+    with pytest.raises(UserError, match=r"^lm_head\.bias of the dense model has numbers that are not finite"):
+        recover()

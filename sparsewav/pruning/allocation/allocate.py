@@ -57,12 +57,17 @@ def traces_of(
 
 
 def check_allocation(model: PreTrainedModel, allocation: Allocation) -> None:
-    """Refuse an allocation that takes transcripts or the posteriors of characters for an encoder without a head.
+    """Refuse an allocation that takes transcripts or the posteriors of characters from a model that has none such.
 
     Raises:
-        UserError: It names the allocations that an encoder can have.
+        UserError: The model is an encoder without a head, or its configuration does not name the blank of CTC.
     """
     if has_head(model):
+        if isinstance(allocation, Traced) and model.config.pad_token_id is None:
+            raise UserError(
+                f"allocation={allocation.name} takes the CTC loss, and the model's config has no pad_token_id, which "
+                "is the blank of CTC; set it (model.config.pad_token_id = 0), or choose allocation=uniform"
+            )
         return
     kind = type(model).__name__
     if isinstance(allocation, Traced):
