@@ -88,9 +88,9 @@ def test_the_notebook_runs_and_prints_what_the_page_says(
     printed = re.sub(r"✓ Speaking .*\n", "", printed)  # where no test before this one has spoken the demo's sets
     number = r"\d+\.\d+"
     assert re.sub(number, "0", printed).split() == re.sub(number, "0", said).split()
-    # Rounding of another processor may move a decision of the solver.
+    # Rounding of another processor may move a decision of the solver, and the WER of 100 utterances by 2.7 points.
     expected = [float(value) for value in re.findall(number, said)]
-    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.15)
+    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.15, abs=0.04)
 
 
 def _command_lines(text: str) -> Iterator[list[str]]:
