@@ -32,7 +32,7 @@ from sparsewav.settings.pruning import (
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
 from sparsewav.settings.recovery import Elsa, Global, Recovery
-from sparsewav.training.global_recovery import check_learnable, recover
+from sparsewav.training.global_recovery import check_learnable, check_one_process, recover
 from sparsewav.training.masks import masks_of, sparsities_of
 
 
@@ -123,6 +123,8 @@ def prune(
             f"recovery={settings.recovery.name} is not shared by the processes of a group; prune in one process, or "
             "run the command sparsewav with recovery.processes"
         )
+    if isinstance(settings.recovery, Global):
+        check_one_process(settings.recovery)
     if masks and isinstance(settings.recovery, Elsa):
         raise UserError("recovery=elsa lets removed weights return, and masks hold them; choose recovery=global")
     with checked(pruned, settings):

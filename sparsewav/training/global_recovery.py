@@ -239,6 +239,14 @@ def check_learnable(model: PreTrainedModel, settings: Global, utterances: int) -
         )
 
 
+def check_one_process(settings: Global) -> None:
+    """Refuse several processes where nobody starts them: in Python."""
+    if settings.processes > 1:
+        raise UserError(
+            f"recovery.processes={settings.processes} is of the command sparsewav; from Python one process learns"
+        )
+
+
 def summary(log: Log) -> ModelRecovery:
     """Give what a recovery's log says of it."""
     measured = [(entry["update"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
@@ -270,7 +278,7 @@ def recover(
         dense: The model that it was, on the same device.
         calibration_batches: As ``prune`` takes them; labels are not read.
         recovery: The loss, the schedule and the number of updates, ``Global(updates=1000)`` or ``Elsa()``, or the
-            name of one for its defaults.
+            name of one for its defaults. Its ``steps`` are those of ``prune``, which came before.
         scope: What was pruned; with ``encoder`` what is in front of the layers learns, too. Weights in front of the
             layers that are zero stay zero either way.
         seed: Draws the utterances that are held back, and the order of the others.
@@ -283,15 +291,12 @@ def recover(
     settings = resolve("recovery", recovery)
     if not isinstance(settings, Global):
         raise UserError(f"recovery={settings.name} goes with prune alone; choose recovery=global or elsa")
-    if settings.processes > 1:
-        raise UserError(
-            f"recovery.processes={settings.processes} is of the command sparsewav; from Python one process learns"
-        )
+    check_one_process(settings)
     pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     reference: Any = dense if isinstance(dense, nn.Module) else getattr(dense, "model", dense)
     if reference is pruned:
         raise UserError("model and dense are the same object; copy the dense model before you prune it (copy.deepcopy)")
-    Pruning(recovery=settings, allocation=Uniform(), scope=scope, seed=seed).check()
+    Pruning(recovery=settings.changed(steps=0), allocation=Uniform(), scope=scope, seed=seed).check()
     _check_pair(pruned, reference, scope)
     key = input_key(pruned)
     utterances: list[_Row] = []

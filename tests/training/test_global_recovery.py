@@ -424,6 +424,23 @@ def test_a_tensor_that_two_modules_share_is_kept_once(
     assert losses[1] < losses[0]
 
 
+def test_the_layers_of_a_preset_learn_before_the_whole_model(tiny_model: Factory, noise_batch: MakeBatch) -> None:
+    dense = tiny_model("wav2vec2")
+    model, layers_alone = copy.deepcopy(dense), copy.deepcopy(dense)
+    batches = [noise_batch([1600] * 6, seed=seed) for seed in range(3)]
+    settings = Global(**QUICK, steps=3, output_weighting="fisher")
+    report = sparsewav.prune(model, batches, 0.6, preset="best", recovery=settings)
+    assert report.recovery is not None
+    assert report.recovery.best_update > 0
+    assert report.recoveries  # of the layers
+    weighted = Reconstruction(steps=3, output_weighting="fisher")
+    sparsewav.prune(layers_alone, batches, 0.6, preset="best", recovery=weighted)
+    assert report.recovery == sparsewav.recover(layers_alone, dense, batches, settings)
+    assert all(torch.equal(tensor, layers_alone.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match=r"^recovery\.processes=2 is of the command sparsewav"):
+        sparsewav.prune(dense, batches, 0.6, preset="best", recovery=settings.changed(processes=2))
+
+
 def test_masks_that_are_given_hold_no_mask_that_moves(tiny_model: Factory, noise_batch: MakeBatch) -> None:
     model = tiny_model("wav2vec2")
     with pytest.raises(UserError, match="lets removed weights return, and masks hold them; choose recovery=global"):
