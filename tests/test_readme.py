@@ -89,8 +89,12 @@ def test_the_notebook_runs_and_prints_what_the_page_says(
     number = r"\d+\.\d+"
     assert re.sub(number, "0", printed).split() == re.sub(number, "0", said).split()
     # Rounding of another processor may move a decision of the solver, and the WER of 100 utterances by 2.7 points.
-    expected = [float(value) for value in re.findall(number, said)]
-    assert [float(value) for value in re.findall(number, printed)] == pytest.approx(expected, rel=0.15, abs=0.04)
+    before, after = ([float(value) for value in re.findall(number, text)] for text in said.rsplit("ErrorRates", 1))
+    found = [float(value) for value in re.findall(number, printed)]
+    assert found[: len(before)] == pytest.approx(before, rel=0.15)
+    assert found[len(before) :] == [
+        pytest.approx(value, rel=0.15, abs=0.04 if place < 2 else 0.0) for place, value in enumerate(after)
+    ]
 
 
 def _command_lines(text: str) -> Iterator[list[str]]:

@@ -1,7 +1,9 @@
 """Errors of Hydra and OmegaConf in one sentence that names the key and what to do."""
 
 import difflib
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
@@ -177,19 +179,22 @@ def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") 
 
 def _without_its_group(experiment: str, group: str, key: str) -> str:
     """Explain an experiment whose key another option of the group does not have: the rest of it can be written out."""
-    settings: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_folder(), "experiment", f"{experiment}.yaml")))
+    owners = _keys_of(group).get(key) or [group]
+    said = (
+        f"experiment={experiment} sets {group}.{key}, which {group}={' or '.join(owners)} alone has; choose that, or "
+        f"leave experiment={experiment} out"
+    )
+    file = Path(conf_folder(), "experiment", f"{experiment}.yaml")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {"hydra": {}}
+    if "hydra" in settings:  # a sweep, or the user's own
+        return said
     choices = [entry for entry in settings.pop("defaults", []) if not isinstance(entry, str)]
     words = [f"{name.rpartition('/')[2]}={option}" for entry in choices for name, option in entry.items()]
-    settings.pop("hydra", None)
     for name, value in settings.items():
-        words += (
-            [f"{name}.{key}={item}" for key, item in value.items()] if isinstance(value, dict) else [f"{name}={value}"]
-        )
-    others = [word for word in words if not re.match(rf"{group}[.=]", word)]
-    return (
-        f"experiment={experiment} sets {group}.{key}, which the {group} that is chosen besides does not have; leave "
-        f"experiment={experiment} out, and write what is wanted of it: {' '.join(others)}"
-    )
+        inner = {f"{name}.{own}": item for own, item in value.items()} if isinstance(value, dict) else {name: value}
+        words += [f"{own}={json.dumps(item, separators=(',', ':'))}".replace('"', "") for own, item in inner.items()]
+    others = [shlex.quote(word) for word in words if not re.match(rf"{group}[.=]", word)]
+    return f"{said}, and write what is wanted of it: {' '.join(others)}"
 
 
 def _no_such_option(group: str, option: str, options: Sequence[str]) -> str:

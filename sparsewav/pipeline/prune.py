@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
 from sparsewav.inference.latency import latency_table
 from sparsewav.inference.shapes import Shape
 from sparsewav.inference.speedup import shape_timer
-from sparsewav.pruning import PruneReport, distributed, prune_model
+from sparsewav.pruning import PruneReport, prune_model
 from sparsewav.pruning.batches import as_sequence, count_utterances, first_utterances
 from sparsewav.pruning.layerwise import StageProgress
-from sparsewav.pruning.prune import HasModel, checked, options_of, round_pruned, stage_progress
+from sparsewav.pruning.prune import HasModel, checked, model_within, options_of, round_pruned, stage_progress
 from sparsewav.pruning.rest import round_rest
 from sparsewav.settings.pruning import (
     Allocation,
@@ -116,21 +116,17 @@ def prune(
             "seed": seed,
         },
     )
-    pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    recovers = isinstance(settings.recovery, Global)
-    if recovers and distributed.world() > 1:
-        raise UserError(
-            f"recovery={settings.recovery.name} is not shared by the processes of a group; prune in one process, or "
-            "run the command sparsewav with recovery.processes"
-        )
-    if isinstance(settings.recovery, Global):
-        check_one_process(settings.recovery)
-    if masks and isinstance(settings.recovery, Elsa):
+    pruned = model_within(model)
+    recovery = settings.recovery
+    recovers = isinstance(recovery, Global)
+    if isinstance(recovery, Global):
+        check_one_process(recovery)
+    if masks and isinstance(recovery, Elsa):
         raise UserError("recovery=elsa lets removed weights return, and masks hold them; choose recovery=global")
     with checked(pruned, settings):
         batches: Any = as_sequence(calibration_batches)
-        if isinstance(settings.recovery, Global):
-            check_learnable(pruned, settings.recovery, count_utterances(first_utterances(batches, 2)))
+        if isinstance(recovery, Global):
+            check_learnable(pruned, recovery, count_utterances(first_utterances(batches, 2)))
         dense = copy.deepcopy(pruned) if recovers else None
         with _latencies(pruned, settings.sparsity) as timing:
             report = prune_model(

@@ -334,7 +334,7 @@ def recover_step(
         state.seconds["recover"] = state.seconds.get("recover", 0.0) + time.perf_counter() - started
     after = masks_of(speech.model, ENCODER)
     if isinstance(settings, Elsa):
-        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, sparsities_of(masks_of(speech.model, config.reach)))
+        run_folder.rewrite_sparsities(folder / run_folder.LAYERS, sparsities_of(after))
     removed = [sum(int((~mask).sum()) for mask in items.values()) for items in (masks, after)]
     if removed[1] < removed[0]:
         raise AssertionError(f"{removed[0] - removed[1]} removed weights came back in the recovery")

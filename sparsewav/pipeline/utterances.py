@@ -53,7 +53,8 @@ def choose_utterances(config: Config, sets: Sets, speech: SpeechModel) -> Chosen
     calibration = sets.calibration(config.calibration.utterances, config.seed) if "calibration" in roles else []
     training = sets.training(config.training.seed) if "training" in roles else []
     recovery = recovery_set(config, sets)
-    if isinstance(config.recovery, Global) and config.recovers_globally:
+    if config.recovers_globally:
+        assert isinstance(config.recovery, Global)
         check_learnable(speech.model, config.recovery, len(recovery))
     everyone = [*chain.from_iterable(evaluation.values()), *calibration, *training, *recovery]
     refuse_unreadable(dict.fromkeys(everyone))  # sets may share utterances

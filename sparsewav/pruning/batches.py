@@ -157,8 +157,9 @@ def first_utterances(batches: Sequence[Any], count: int) -> Sequence[Any]:
         return batches.first(count)
     taken: list[dict[str, Tensor]] = []
     for batch in batches:
-        if count > 0:
-            pieces = pieces_of(batch)
-            taken.append({name: value[:count] for name, value in pieces.items()})
-            count -= len(next(iter(pieces.values())))
+        pieces = pieces_of(batch)
+        taken.append({name: value[:count] for name, value in pieces.items()})
+        count -= len(next(iter(pieces.values())))
+        if count <= 0:
+            break
     return taken

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsewav.errors import UserError
@@ -76,7 +76,7 @@ from sparsewav.settings.pruning import (
     resolve,
 )
 from sparsewav.settings.quantization import Integers, NoQuantization, Quantization
-from sparsewav.settings.recovery import NoRecovery
+from sparsewav.settings.recovery import Global, NoRecovery, Reconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,11 @@ class HasModel(Protocol):
     """What keeps a model together with its processor, such as :class:`~sparsewav.models.load.SpeechModel`."""
 
     model: PreTrainedModel
+
+
+def model_within(given: Any) -> Any:
+    """Give the model that a caller means: what was given itself, or, as :class:`HasModel` does, what it holds."""
+    return given if isinstance(given, nn.Module) else getattr(given, "model", given)
 
 
 def options_of(sparsity: float | Sparsity, preset: str, given: Mapping[str, Any]) -> Pruning:
@@ -118,7 +123,8 @@ def checked(model: Any, settings: Pruning) -> Iterator[None]:
     Raises:
         UserError: They do not fit, or it is no model.
     """
-    check_model(model, by_output=not isinstance(settings.allocation, Uniform), scope=settings.reach)
+    by_output = isinstance(settings.recovery, Global) or not isinstance(settings.allocation, Uniform)
+    check_model(model, by_output=by_output, scope=settings.reach)
     check_allocation(model, settings.allocation)
     check_quantization(model, settings.quantization)
     if isinstance(settings.sparsity, Structured) and settings.quantization.name != "none":
@@ -275,7 +281,7 @@ def prune_model(
     share = speedup = None
     if parts is not None:
         left = sum(matrix.size for matrix in prunable_matrices(model, settings.reach))  # without the channels
-        removed, zeros = prunable - left + removed_weights(model, outcome.structures), 0
+        removed = prunable - left + removed_weights(model, outcome.structures)
         kept = {name: outcome.structures[name].kept for name in parts.in_layers}
         kept |= {plan.front.name: plan.channels_kept} if plan.front else {}
         share = parts.share(kept)
@@ -289,7 +295,7 @@ def prune_model(
         sparsity=removed / prunable,
         target_sparsity=None if parts else settings.sparsity.fraction,
         seconds=seconds | {stage: outcome.seconds[stage] for stage, happens in stages.items() if happens},
-        warnings=_warnings(model, plan, outcome, (zeros - removed) / prunable, allocated),
+        warnings=_warnings(model, plan, outcome, zeros / prunable, removed / prunable, allocated),
         recoveries=outcome.recoveries,
         allocated=allocated,
         bytes=file_bytes(model.state_dict()) if isinstance(settings.sparsity, Megabytes) else None,
@@ -447,17 +453,32 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _warnings(
-    model: PreTrainedModel, plan: Plan, outcome: Outcome, unasked: float, allocated: LevelAllocation | None
+    model: PreTrainedModel,
+    plan: Plan,
+    outcome: Outcome,
+    zeros: float,
+    removed: float,
+    allocated: LevelAllocation | None,
 ) -> list[str]:
+    """Give sentences on what is untried or went wrong; of the prunable weights ``zeros`` were so before, as shares."""
     warnings = [*untried(model), *([allocated.note] if allocated and allocated.note else [])]
-    if unasked > 0.001:
+    if plan.structures:
+        if zeros > 0.001:
+            warnings.append(
+                f"the model had {zeros:.2%} zeros among its prunable weights, because it was pruned before, and may "
+                "have fewer now: all weights that are left make up for the parts that went; start from the dense "
+                "model, and prune single weights afterwards"
+            )
+    elif zeros - removed > 0.001:
         warnings.append(
-            f"the model had {unasked:.2%} more zeros among its prunable weights than are removed now, because it was "
-            "pruned before; ask for a higher sparsity, or start from the dense model"
+            f"the model had {zeros - removed:.2%} more zeros among its prunable weights than are removed now, because "
+            "it was pruned before; ask for a higher sparsity, or start from the dense model"
         )
+    own_rate = isinstance(plan.settings.recovery, Reconstruction)  # that of recovery=global is of the whole model
+    remedy = "lower recovery.learning_rate" if own_rate else "load the model in float32, or leave its layers out"
     warnings += [
-        f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned (lower "
-        "recovery.learning_rate)"
+        f"the recovery of layer {index} came to numbers that are not finite; the layer stays as it was pruned "
+        f"({remedy})"
         for index, recovery in enumerate(outcome.recoveries)
         if recovery.diverged
     ]

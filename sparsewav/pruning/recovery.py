@@ -153,8 +153,13 @@ def reconstruct_layer(
     masks = [parameter == 0 if parameter.dim() > 1 else None for parameter in learning]
     before = [parameter.detach().clone() for parameter in learning]
     error_before = _finite_error(run, inputs, device, weighting)
-    # Of a rounded weight Adam has a copy that moves freely, of any other parameter the parameter itself.
-    moved = [parameter.detach().clone() if parameter in grid_of else parameter for parameter in learning]
+    # Of a rounded weight Adam has a copy that moves freely, of one in half precision a copy that does not lose its
+    # small steps, and of any other parameter the parameter itself.
+    copied = {item for item in learning if item in grid_of or item.dtype.itemsize < torch.float32.itemsize}
+    moved = [
+        item.detach().to(torch.promote_types(item.dtype, torch.float32), copy=True) if item in copied else item
+        for item in learning
+    ]
     optimizer = torch.optim.Adam(moved, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
     batches = _in_random_order(inputs, seed)
@@ -165,12 +170,14 @@ def reconstruct_layer(
         for free, gradient, removed in zip(moved, gradients, masks, strict=True):
             distributed.add_up(gradient)
             gradient /= frames
-            free.grad = gradient if removed is None else gradient.masked_fill_(removed, 0.0)
+            free.grad = (gradient if removed is None else gradient.masked_fill_(removed, 0.0)).to(free.dtype)
         optimizer.step()
         schedule.step()
         for parameter, free in zip(learning, moved, strict=True):
             if grid := grid_of.get(parameter):
                 parameter.copy_(grid.nearest(free.flatten(1)).view_as(parameter))
+            elif parameter in copied:
+                parameter.copy_(free)
         if progress:
             progress(step + 1, steps)
     for parameter in learning:

@@ -27,6 +27,7 @@ from sparsewav.errors import UserError
 from sparsewav.models.checkpoint import not_finite
 from sparsewav.models.load import load_speech_model
 from sparsewav.models.processor import Processor
+from sparsewav.pruning import distributed
 from sparsewav.pruning.allocation.divergence import output_mask
 from sparsewav.pruning.batches import as_sequence, model_batches, pieces_of
 from sparsewav.pruning.encoder import (
@@ -38,10 +39,10 @@ from sparsewav.pruning.encoder import (
     prunable_matrices,
     whatever_modes,
 )
-from sparsewav.pruning.families import encoder_config, family_of
+from sparsewav.pruning.families import OWN_PREFIX, encoder_config, family_of
 from sparsewav.pruning.hessian import Progress
 from sparsewav.pruning.hidden_states import scratch_folder
-from sparsewav.pruning.prune import HasModel
+from sparsewav.pruning.prune import HasModel, model_within
 from sparsewav.pruning.recovery import ModelRecovery
 from sparsewav.settings.pruning import ENCODER, TRANSFORMER, Pruning, Uniform, resolve
 from sparsewav.settings.recovery import Elsa, Global
@@ -167,9 +168,9 @@ def recover_model(
         settings: Loss and schedule.
         updates: Updates at most.
         folder: Where checkpoints are written; the newest whole one in it is resumed.
-        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero, or, where
-            the mask moves, as many.
-        front_end: Whether what is in front of the layers learns, too, as where it was pruned.
+        masks: Boolean masks (rows, cols) by pruned matrix, True where a weight is kept; the others stay zero, or, of
+            what is pruned now, as many where the mask moves.
+        front_end: Whether the convolutions in front of the layers learn, too, as where they were pruned now.
         seed: Draws what is held back, and the order of the others.
         progress: Called with (updates done, updates) after every update.
         write_log: Called with the log so far whenever it grows.
@@ -178,8 +179,8 @@ def recover_model(
         The log; :func:`summary` reads it.
 
     Raises:
-        UserError: There are fewer than two utterances, or updates where the mask moves, or
-            :func:`~sparsewav.training.trainer.train` refuses.
+        UserError: There are fewer than two utterances, or updates where the mask moves; nothing that could be learned;
+            the dense model is not finite; or :func:`~sparsewav.training.trainer.train` refuses.
     """
     check_learnable(model, settings, len(inputs))
     if broken := not_finite(dense.state_dict()):
@@ -240,10 +241,15 @@ def check_learnable(model: PreTrainedModel, settings: Global, utterances: int) -
 
 
 def check_one_process(settings: Global) -> None:
-    """Refuse several processes where nobody starts them: in Python."""
+    """Refuse several processes in Python, where nobody starts them, or where they are a group that prunes together."""
     if settings.processes > 1:
         raise UserError(
             f"recovery.processes={settings.processes} is of the command sparsewav; from Python one process learns"
+        )
+    if distributed.world() > 1:
+        raise UserError(
+            f"recovery={settings.name} is not shared by the processes of a group; prune in one process, or run the "
+            "command sparsewav with recovery.processes"
         )
 
 
@@ -279,8 +285,8 @@ def recover(
         calibration_batches: As ``prune`` takes them; labels are not read.
         recovery: The loss, the schedule and the number of updates, ``Global(updates=1000)`` or ``Elsa()``, or the
             name of one for its defaults. Its ``steps`` are those of ``prune``, which came before.
-        scope: What was pruned; with ``encoder`` what is in front of the layers learns, too. Weights in front of the
-            layers that are zero stay zero either way.
+        scope: What was pruned; with ``encoder`` the convolutions in front of the layers learn, too, and a mask moves
+            there as well. What is zero in front of the layers stays zero with ``transformer``.
         seed: Draws the utterances that are held back, and the order of the others.
         progress: Called with (updates done, updates) after every update.
 
@@ -291,20 +297,21 @@ def recover(
     settings = resolve("recovery", recovery)
     if not isinstance(settings, Global):
         raise UserError(f"recovery={settings.name} goes with prune alone; choose recovery=global or elsa")
-    check_one_process(settings)
-    pruned: Any = model if isinstance(model, nn.Module) else getattr(model, "model", model)
-    reference: Any = dense if isinstance(dense, nn.Module) else getattr(dense, "model", dense)
+    pruned, reference = model_within(model), model_within(dense)
     if reference is pruned:
         raise UserError("model and dense are the same object; copy the dense model before you prune it (copy.deepcopy)")
     Pruning(recovery=settings.changed(steps=0), allocation=Uniform(), scope=scope, seed=seed).check()
+    check_one_process(settings)
     _check_pair(pruned, reference, scope)
     key = input_key(pruned)
     utterances: list[_Row] = []
     with whatever_modes(pruned.device):
         for number, batch in enumerate(as_sequence(calibration_batches)):
-            for _ in model_batches(pruned, batch, number):  # refuses what cannot be learned from, by its place
+            pieces = pieces_of(batch)
+            pieces.pop("labels", None)
+            for _ in model_batches(pruned, pieces, number):  # refuses what cannot be learned from, by its place
                 pass
-            utterances += _utterances_of(pieces_of(batch), key, number)
+            utterances += _utterances_of(pieces, key, number)
         with scratch_folder() as folder, _in_single_precision(pruned, reference), _random_state_kept(pruned.device):
             log = recover_model(
                 *(pruned, reference, utterances[: settings.utterances], partial(_padded, key), _length),
@@ -321,7 +328,7 @@ def _check_pair(model: Any, dense: Any, scope: str) -> None:
     """Refuse two models of which one cannot have been the other, before it was pruned."""
     for called, item in (("model", model), ("dense", dense)):
         try:
-            check_model(item, by_output=False, scope=scope)
+            check_model(item, by_output=True, scope=scope)
         except UserError as error:
             raise UserError(f"{called}: {error}") from None
     given = (model, dense)
@@ -337,7 +344,8 @@ def _check_pair(model: Any, dense: Any, scope: str) -> None:
             raise UserError(
                 f"model and dense differ in the {what} ({pair[0]} and {pair[1]}); give the dense model that was pruned"
             )
-    if family_of(model) is not family_of(dense):
+    kinds = {item.config.model_type.removeprefix(OWN_PREFIX) for item in given}
+    if len(kinds) > 1:
         raise UserError(
             f"model is a {type(model).__name__} and dense a {type(dense).__name__}; give the dense model that was "
             "pruned"
@@ -434,7 +442,7 @@ def _padded(key: str, rows: Sequence[_Row]) -> Batch:
 def _learning(model: PreTrainedModel, dense: PreTrainedModel, *, front_end: bool) -> Iterator[None]:
     """Within the block both models are in evaluation mode, and every parameter of the first takes a gradient.
 
-    Those in front of its layers do so with ``front_end`` alone.
+    The convolutions in front of its layers do so with ``front_end`` alone.
     """
     before = [(parameter, parameter.requires_grad) for item in (model, dense) for parameter in item.parameters()]
     dense.requires_grad_(False)

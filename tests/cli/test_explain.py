@@ -104,11 +104,15 @@ MISTAKES = [
     (["preset=best"], "there is no key preset (did you mean experiment?)"),
     (
         ["experiment=best", "recovery=none"],
-        "experiment=best sets recovery.steps, which the recovery that is chosen besides does not have; leave "
-        "experiment=best out, and write what is wanted of it: solver=alps allocation=error_curves "
+        "experiment=best sets recovery.steps, which recovery=elsa or global or reconstruction alone has; choose that, "
+        "or leave experiment=best out, and write what is wanted of it: solver=alps allocation=error_curves "
         "calibration.propagation=sequential solver.output_weighting=fisher$",
     ),
     (["experiment=best_oneshot", "solver=obs"], "out, and write what is wanted of it: allocation=uniform recovery=rec"),
+    (
+        ["experiment=paper/structured", "sparsity=n_m"],
+        "sets sparsity.parameters, which sparsity=structured alone has; choose that, or leave experiment=.*out$",
+    ),
     (["recovery=global", "recovery.betas=[null,0.9]"], "recovery.betas=[null,0.9] has the wrong type"),
     (["sparsity.target=[0.5"], "sparsity.target=[0.5 cannot be read"),
     (
@@ -138,6 +142,17 @@ def test_riddles_have_an_answer(command: str, arguments: list[str], message: str
     assert "Traceback" not in said
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert re.search(re.escape(message).replace(r"\.\*", ".*").replace(r"\$", "$"), line), line
+
+
+def test_an_experiment_of_ones_own_is_explained_without_its_file(run_sparsewav: Run, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrecovery: {steps: 3}\n")
+    result = run_sparsewav("--config-dir", str(tmp_path), "experiment=mine")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines() == [
+        "error: experiment=mine sets recovery.steps, which recovery=elsa or global or reconstruction alone has; choose "
+        "that, or leave experiment=mine out"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_a_family_that_looks_like_a_known_one_is_tried_with_a_warning(
     model.load_state_dict(known.state_dict())
     for layer in model.wav2vec2.encoder.layers:
         layer.extra = nn.Linear(16, 16)
+    dense = copy.deepcopy(model)
     report = sparsewav.prune(model, batches, 0.5, allocation="uniform", calibration=every_frame(propagation))
     sparsewav.prune(known, batches, 0.5, allocation="uniform", calibration=every_frame(propagation))
     assert [m.name for m in prunable_matrices(model)] == [m.name for m in prunable_matrices(known)]
@@ -169,6 +170,8 @@ def test_a_family_that_looks_like_a_known_one_is_tried_with_a_warning(
     for part in ("'homemade' was never tried", "like those of wav2vec2", "attention.q_proj, ", "and extra of"):
         assert part in warning
     assert warning in caplog.messages
+    quick = sparsewav.Global(updates=2, batch_size=2, precision="float32")
+    assert sparsewav.recover(model, dense, batches, quick).updates == 2
 
 
 @pytest.mark.parametrize("saliency", ["magnitude", "wanda", "obs", "obs_first_order"])
@@ -325,6 +328,8 @@ def test_a_model_that_is_sparser_already_is_warned_about(tiny_model: Factory, ba
     (warning,) = sparsewav.prune(model, batches, 0.3, allocation="uniform").warnings
     assert re.match(r"the model had (20\.0|19\.9)\d% more zeros .* pruned before; ask for a higher sparsity", warning)
     assert not sparsewav.prune(model, batches, 0.6, allocation="uniform").warnings
+    (warning,) = sparsewav.prune(model, batches, sparsewav.Structured(parameters=0.8), allocation="uniform").warnings
+    assert re.match(r"the model had \d\d\.\d\d% zeros .* may have fewer now", warning)
 
 
 def test_emptied_matrix_is_warned_about(tiny_model: Factory, batches: list[Batch]) -> None:
@@ -616,6 +621,20 @@ def test_other_precisions_reach_the_same_error(
     ]
     errors = [sum(row.relative_error for row in report.matrices) for report in reports]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_learn_in_half_precision_as_in_single(
+    dtype: torch.dtype, tiny_model: Factory, batches: list[Batch]
+) -> None:
+    """The small steps of Adam are not lost, and its ε is not zero."""
+    single, half = (
+        sparsewav.prune(tiny_model("wav2vec2").to(kind), batches, 0.6, preset="best_oneshot").recoveries
+        for kind in (torch.float32, dtype)
+    )
+    for one, other in zip(single, half, strict=True):
+        assert one.error < 0.9 * one.error_before
+        assert other.error / other.error_before == pytest.approx(one.error / one.error_before, rel=0.1)
 
 
 class Stop(BaseException):

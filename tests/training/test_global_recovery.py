@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForAudioClassification, PreTrainedModel
 
 import sparsewav
 from sparsewav.data.librispeech import read_librispeech_folder
@@ -335,6 +335,7 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
         (([{"input_features": torch.zeros(2, 9, 4)}], quick), "has input_features, and a Wav2Vec2ForCTC takes"),
         ((batches, Global(held_back=2.0)), r"^recovery\.held_back=2 must be below 1$"),
         ((batches, Global(betas=None)), r"^recovery\.betas=null has no meaning"),  # type: ignore[arg-type]
+        ((batches, Global(processes=None)), r"^recovery\.processes=null has no meaning"),  # type: ignore[arg-type]
         ((batches, Global(**QUICK | {"processes": 2})), r"^recovery\.processes=2 is of the command sparsewav"),
         ((batches, "gradual"), "^recovery=gradual does not exist; choose one of"),
         ((batches, Reconstruction()), "^recovery=reconstruction goes with prune alone; choose recovery=global"),
@@ -350,6 +351,11 @@ def test_mistakes_from_python_leave_the_model_as_it_was(tiny_model: Factory, noi
         (copy.deepcopy(dense).to("meta"), "^dense: parameters of the model are on the meta device"),
         (copy.deepcopy(dense).half(), "differ in the precision .torch.float32 and torch.float16."),
         (tiny_model("wavlm"), "^model is a Wav2Vec2ForCTC and dense a WavLMForCTC; give the dense model"),
+        (tiny_model("hubert"), "^model is a Wav2Vec2ForCTC and dense a HubertForCTC; give the dense model"),
+        (
+            AutoModelForAudioClassification.from_config(dense.config),
+            "^dense: Wav2Vec2ForSequenceClassification has no CTC",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             sparsewav.recover(pruned, other, batches, quick)
@@ -403,6 +409,7 @@ def test_a_model_in_half_precision_learns_as_one_in_single(
         torch.manual_seed(3)
         learned = sparsewav.recover(model, dense, batches, recovery)
         assert torch.equal(torch.rand(2), wanted)
+        assert model.dtype == dense.dtype
         found.append((learned, model.to(precision).state_dict()))
     assert half.dtype == precision
     assert found[0][0] == found[1][0]
@@ -438,7 +445,14 @@ def test_the_layers_of_a_preset_learn_before_the_whole_model(tiny_model: Factory
     assert report.recovery == sparsewav.recover(layers_alone, dense, batches, settings)
     assert all(torch.equal(tensor, layers_alone.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(UserError, match=r"^recovery\.processes=2 is of the command sparsewav"):
-        sparsewav.prune(dense, batches, 0.6, preset="best", recovery=settings.changed(processes=2))
+        sparsewav.prune(
+            dense,
+            batches,
+            0.6,
+            preset="best",
+            recovery=settings.changed(processes=2),
+            progress=lambda *_: pytest.fail("too late"),
+        )
 
 
 def test_masks_that_are_given_hold_no_mask_that_moves(tiny_model: Factory, noise_batch: MakeBatch) -> None:
