@@ -113,7 +113,7 @@ def _cost(item: Item, scale: Scale) -> str:
 
 
 def _table(table: pandas.DataFrame) -> str:
-    columns = [escape(str(column)) for column in table.columns]
+    columns = [escape(str(column)).replace(" %", "&nbsp;%") for column in table.columns]
     rows = ""
     for row in table.astype(object).where(table.notna(), "–").itertuples(index=False):
         rows += "<tr>"

@@ -1,6 +1,6 @@
 """What a table or figure is, before and after it is drawn."""
 
-from collections import Counter
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,11 +185,17 @@ def describe(runs: pandas.DataFrame, scale: Scale) -> list[str]:
     seeds = ", ".join(str(seed) for seed in sorted(set(runs["seed"])))
     utterances = ", ".join(str(count) for count in sorted(set(runs["n_utterances"])))
     settings = f", {' '.join(scale.overrides)}" if scale.overrides else ""
-    warned = Counter(warning for run in runs["warnings"] for warning in run)
-    listed = "; ".join(f"{warning} ({count} of {len(runs)} runs)" for warning, count in warned.most_common(WARNINGS))
-    rest = f"; and {counted(len(warned) - WARNINGS, 'other')}" if len(warned) > WARNINGS else ""
+    alike: dict[str, list[str]] = {}  # those that differ in their numbers alone
+    for warning in (warning for run in runs["warnings"] for warning in run):
+        alike.setdefault(re.sub(r"\d+", "0", warning), []).append(warning)
+    kinds = sorted(alike.values(), key=len, reverse=True)
+    listed = "; ".join(
+        f"{kind[0]} ({len(kind)} of {len(runs)} runs{', with other numbers' if len(set(kind)) > 1 else ''})"
+        for kind in kinds[:WARNINGS]
+    )
+    rest = f"; and {counted(len(kinds) - WARNINGS, 'other')}" if len(kinds) > WARNINGS else ""
     return [
         f"Ours: {scale.name} scale{settings}, {models}, WER on {utterances} utterances, greedy CTC; "
         f"calibration seeds {seeds}; {devices}.",
-        *([f"Warnings of the runs: {listed}{rest}."] if warned else []),
+        *([f"Warnings of the runs: {listed}{rest}."] if kinds else []),
     ]

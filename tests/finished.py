@@ -54,7 +54,8 @@ def finish(
             metrics["seconds"] = {"compress": 60.0, "prune": 60.0, "finetune": 4.0}
         for key in {"megabytes", "parameters", "macs"} & config.sparsity.keys():
             metrics[f"target_{key}"] = config.sparsity[key]
-        metrics["stages"] = [{"sparsity": target}]
+        learned = {"recovery": {"updates": config.recovery.updates}} if metrics["recovery"] == "global" else {}
+        metrics["stages"] = [{"sparsity": target} | learned]
         write_details(job.folder, metrics["wer"])
         run_folder.write_json(job.folder / run_folder.METRICS, metrics | more)
 

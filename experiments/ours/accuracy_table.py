@@ -5,7 +5,7 @@ from typing import Any
 import pandas
 
 from experiments.differences import compare, describe_interval, read_edits
-from experiments.ours.variants import VARIANTS, layer_error
+from experiments.ours.variants import VARIANTS, layer_error, recovery_updates
 from experiments.results import EQUAL, Item, Result, describe, percent, seeds_of, signed, summarize
 from experiments.sweeps import DATA_KEYS, MODEL_KEYS, Scale, check_comparable, read
 from experiments.tables import mean_and_deviation, write_table
@@ -40,6 +40,7 @@ def make(item: Item, scale: Scale) -> Result:
                 continue
             value: dict[str, Any] = {"method": variant.name} | summarize(chosen, scale.folder)
             value["layer_error"] = layer_error(chosen)
+            value["recovery_updates"] = max(map(recovery_updates, chosen["stages"]))
             off.append(value["achieved_sparsity"] - value["target_sparsity"])
             cell = mean_and_deviation(100 * chosen["wer"])
             if variant is not VARIANTS[0] and target in first:
@@ -60,7 +61,8 @@ def make(item: Item, scale: Scale) -> Result:
         row[f"Layer error at {percent(ERRORS_AT)}"] = f"{errors[0]:.4f}" if errors else None
         row["Reached − asked"] = least if least == most else f"{least} to {most}"
         row["Seeds"] = seeds_of(own, ["target_sparsity"]).split(" seed")[0]
-        row["Updates"] = ", ".join(map(str, sorted(set(own["updates"]))))
+        tuned, recovered = ", ".join(map(str, sorted(set(own["updates"])))), max(map(recovery_updates, own["stages"]))
+        row["Updates"] = f"{tuned} + {recovered:,} without labels" if recovered else tuned
         row["Evaluations"] = max(stages[-1].get("divergence_evaluations", 0) for stages in own["stages"])
         row["Seconds to prune"] = f"{seconds.mean():.1f} ({seconds.mean() / first_seconds:.1f} x)"
         rows.append(row)
@@ -76,6 +78,7 @@ def make(item: Item, scale: Scale) -> Result:
         *_what_did_not_help(numbers[~unequal].dropna(subset=["high"])),
     ]
     beside = [
+        "Updates: of the fine-tuning, with labels; without labels the whole model learned the dense one's outputs.",
         "Layer error: mean over the matrices of ||WX − ŴX||² / ||WX||² on the calibration set.",
         "Evaluations: how often the allocation measured the output divergence of a pruned model.",
         "Seconds: calibration, allocation and solving, those of pieces out of the cache included.",

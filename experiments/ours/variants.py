@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -87,6 +88,11 @@ VARIANTS = (
     Variant("best", preset=True, curve="best", seconds=500.0),
 )
 """All are compared with the first one; those whose name begins with a + add to it."""
+
+
+def recovery_updates(stages: list[dict[str, Any]]) -> int:
+    """Updates in which the whole model learned the dense model's outputs, from the stages of a run's metrics."""
+    return (stages[-1].get("recovery") or {}).get("updates", 0)
 
 
 def layer_error(runs: pandas.DataFrame) -> float:

@@ -31,6 +31,7 @@ from experiments.ours.size_figure import BUDGET
 from experiments.ours.variants import VARIANTS
 from experiments.paper.baselines import ROWS
 from experiments.paper.table2 import OURS
+from experiments.results import describe
 from experiments.sweeps import MODELS, Scale, Sweep, jobs
 from experiments.tables import latex_table
 from sparsewav.baselines import METHODS
@@ -367,6 +368,9 @@ def test_figures_table2_and_table3_are_drawn_from_finished_runs(
     same = ours[ours["method"] != VARIANTS[0].name]
     assert not same[["difference", "low", "high"]].to_numpy().any(), "the same errors in every row"
     assert "Did not help" in (tmp_path / "accuracy_table.md").read_text()
+    assert "| 0 + 1,000 without labels |" in (tmp_path / "accuracy_table.md").read_text()
+    assert set(ours["recovery_updates"][ours["method"] == "best"]) == {1000}
+    assert not ours["recovery_updates"][ours["method"] != "best"].any()
     curves = pandas.read_csv(tmp_path / "accuracy_curves.csv")["curve"].unique().tolist()
     assert curves == [
         f"{method}, {kind}"
@@ -555,3 +559,14 @@ def test_reproduce_killed_in_a_fine_tuning_ends_with_the_same_table(
     metrics = json.loads(next((tmp_path / "whole").rglob("*progressive*/metrics.json")).read_text())
     assert [stage["sparsity"] for stage in metrics["stages"]] == [0.7, 0.75]
     assert OmegaConf.load(next((tmp_path / "whole").rglob("*progressive*/.hydra/config.yaml"))).save_model
+
+
+def test_warnings_that_differ_in_their_numbers_alone_are_told_once() -> None:
+    warned = [["3 of 35 traces are noise"], ["7 of 35 traces are noise", "layer 2 diverged"], []]
+    runs = pandas.DataFrame(
+        {"device": "cpu", "model": "demo", "seed": range(3), "n_utterances": 30, "warnings": pandas.Series(warned)}
+    )
+    assert describe(runs, Scale("demo", Path("outputs")))[1] == (
+        "Warnings of the runs: 3 of 35 traces are noise (2 of 3 runs, with other numbers); "
+        "layer 2 diverged (1 of 3 runs)."
+    )
