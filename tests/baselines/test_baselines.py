@@ -109,7 +109,7 @@ def test_the_precision_has_to_suit_the_teacher_too(
     """Its convolutions may be computed wrongly in bfloat16 where the student's, which are narrower, are not."""
     tried: list[Any] = []
 
-    def choose(name: str, model: Any, frozen: Any) -> str:
+    def choose(name: str, model: Any, frozen: Any, **_: object) -> str:
         tried.append([module.config.hidden_size for module in frozen])
         return "float32"
 
