@@ -85,7 +85,7 @@ def explain(error: Exception, config_name: str) -> str:
         reason = f"has the wrong type: {reason[:1].lower()}{reason[1:].rstrip('.')}" if reason else "is not valid"
         return f"{match[1]} {reason}; give another value{_default(key, config_name)}"
     if match := re.search(r"In 'experiment/([\w/]+)': .*Key '(\w+)' not in '\w+'\s+full_key: (\w+)\.", text, re.DOTALL):
-        return _without_its_group(match[1], match[3], match[2])
+        return _without_its_group(match[1], match[3], match[2], config_name)
     return " ".join(str(error).split())
 
 
@@ -177,9 +177,11 @@ def refuse_added_keys(settings: DictConfig, config_name: str, prefix: str = "") 
             refuse_added_keys(settings[key], config_name, f"{prefix}{key}.")
 
 
-def _without_its_group(experiment: str, group: str, key: str) -> str:
+def _without_its_group(experiment: str, group: str, key: str, config_name: str) -> str:
     """Explain an experiment whose key another option of the group does not have: the rest of it can be written out."""
-    owners = _keys_of(group).get(key) or [group]
+    owners = _keys_of(group).get(key)
+    if not owners:
+        return f"experiment={experiment}: {_no_such_key(f'{group}.{key}', config_name)}"
     said = (
         f"experiment={experiment} sets {group}.{key}, which {group}={' or '.join(owners)} alone has; choose that, or "
         f"leave experiment={experiment} out"
@@ -192,7 +194,7 @@ def _without_its_group(experiment: str, group: str, key: str) -> str:
     words = [f"{name.rpartition('/')[2]}={option}" for entry in choices for name, option in entry.items()]
     for name, value in settings.items():
         inner = {f"{name}.{own}": item for own, item in value.items()} if isinstance(value, dict) else {name: value}
-        words += [f"{own}={json.dumps(item, separators=(',', ':'))}".replace('"', "") for own, item in inner.items()]
+        words += [f"{own}={_written(item)}" for own, item in inner.items()]
     others = [shlex.quote(word) for word in words if not re.match(rf"{group}[.=]", word)]
     return f"{said}, and write what is wanted of it: {' '.join(others)}"
 
@@ -323,6 +325,10 @@ def _default(key: str, config_name: str) -> str:
         factory = item.default_factory
         default = item.default if factory is NO_DEFAULT or isinstance(factory, type) else factory()
         if default not in (NO_DEFAULT, MISSING, None):
-            shown = str(default).lower() if isinstance(default, bool) else str(default).replace(" ", "")
-            return f", e.g. {key}={shown}"
+            return f", e.g. {key}={_written(default)}"
     return ""
+
+
+def _written(value: Any) -> str:
+    """Give a value as it is written on a command line."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")

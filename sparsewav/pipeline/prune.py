@@ -117,21 +117,18 @@ def prune(
         },
     )
     pruned = model_within(model)
-    recovery = settings.recovery
-    recovers = isinstance(recovery, Global)
-    if isinstance(recovery, Global):
-        check_one_process(recovery)
-    if masks and isinstance(recovery, Elsa):
+    whole = settings.recovery if isinstance(settings.recovery, Global) else None
+    if whole:
+        check_one_process(whole)
+    if masks and isinstance(whole, Elsa):
         raise UserError("recovery=elsa lets removed weights return, and masks hold them; choose recovery=global")
     with checked(pruned, settings):
         batches: Any = as_sequence(calibration_batches)
-        if isinstance(recovery, Global):
-            check_learnable(pruned, recovery, count_utterances(first_utterances(batches, 2)))
-        dense = copy.deepcopy(pruned) if recovers else None
+        if whole:
+            check_learnable(pruned, whole, count_utterances(first_utterances(batches, 2)))
+        dense = copy.deepcopy(pruned) if whole else None
         with _latencies(pruned, settings.sparsity) as timing:
-            report = prune_model(
-                pruned, batches, settings, masks=masks, rounds=not recovers, progress=progress, **timing
-            )
+            report = prune_model(pruned, batches, settings, masks=masks, rounds=not whole, progress=progress, **timing)
         if dense is not None:
             _recover(pruned, dense, batches, settings, report, progress)
     return report

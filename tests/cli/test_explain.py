@@ -153,6 +153,11 @@ def test_an_experiment_of_ones_own_is_explained_without_its_file(run_sparsewav: 
         "error: experiment=mine sets recovery.steps, which recovery=elsa or global or reconstruction alone has; choose "
         "that, or leave experiment=mine out"
     ]
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nrecovery: {stepz: 3}\n")
+    wrong = run_sparsewav("--config-dir", str(tmp_path), "experiment=mine")
+    assert wrong.stderr.startswith(
+        "error: experiment=mine: there is no key recovery.stepz (did you mean recovery.steps"
+    )
 
 
 @pytest.mark.parametrize(
