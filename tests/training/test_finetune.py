@@ -31,14 +31,13 @@ from sparsewav.pruning.encoder import prunable_matrices
 from sparsewav.settings.run import Config
 from sparsewav.settings.training import Training
 from sparsewav.training import precision as precisions
+from sparsewav.training.finite_trainer import SKIPPED_IN_A_ROW, FiniteTrainer
 from sparsewav.training.masks import masked_gradients, masks_of
 from sparsewav.training.precision import choose_precision
 from sparsewav.training.processes import train_masked_in_processes
 from sparsewav.training.schedule import Stage, plan_stages, too_short
 from sparsewav.training.trainer import (
     CHECKPOINTS,
-    SKIPPED_IN_A_ROW,
-    _FiniteTrainer,
     plan_updates,
     train_ctc,
     write_training_log,
@@ -180,7 +179,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
 def test_float16_may_skip_updates_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradients overflow until the scaler has found its scale; a loss that is not finite stops it at once."""
     model = torch.nn.Linear(1, 1)
-    trainer: Any = object.__new__(_FiniteTrainer)
+    trainer: Any = object.__new__(FiniteTrainer)
     trainer.accelerator = SimpleNamespace(sync_gradients=True, scaler=object())
     stops: list[tuple[float, float]] = []
     trainer.stop = lambda *what: stops.append(what)

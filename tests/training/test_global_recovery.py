@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -22,6 +23,7 @@ from sparsewav.models.load import load_speech_model
 from sparsewav.pruning.encoder import base_of, has_head, prunable_matrices
 from sparsewav.pruning.families import family_of
 from sparsewav.settings import Elsa, Global, Int4, Reconstruction
+from sparsewav.training.finite_trainer import FiniteTrainer
 from sparsewav.training.global_recovery import OutputLoss, recover_model, recover_on_utterances, summary
 from sparsewav.training.masks import masks_of
 from sparsewav.training.processes import train_masked_in_processes
@@ -429,6 +431,23 @@ def test_a_tensor_that_two_modules_share_is_kept_once(
     with torch.no_grad():
         losses = [float(OutputLoss(item, dense, 1.0)(**batches[0])["loss"]) for item in (half_pruned(dense), model)]
     assert losses[1] < losses[0]
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused() -> None:
+    """One that lacks the second name of a tensor is whole."""
+    trainer: Any = object.__new__(FiniteTrainer)
+    layer = torch.nn.Linear(2, 2)
+    trainer.model = torch.nn.ModuleDict({"first": layer, "second": layer})
+    trainer.args = SimpleNamespace(output_dir="here")
+
+    def load(lacking: list[str], unknown: list[str]) -> None:
+        trainer._issue_warnings_after_load(SimpleNamespace(missing_keys=lacking, unexpected_keys=unknown))
+
+    load(["second.weight"], [])
+    with pytest.raises(UserError, match=r"lacks first\.weight; delete here, and launch the run again"):
+        load(["first.weight", "second.weight"], [])
+    with pytest.raises(UserError, match=r"has third\.weight, which the model has not; delete here"):
+        load([], ["third.weight"])
 
 
 def test_the_layers_of_a_preset_learn_before_the_whole_model(tiny_model: Factory, noise_batch: MakeBatch) -> None:
